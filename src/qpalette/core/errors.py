@@ -1,0 +1,25 @@
+"""The errors a user can meet. Each message names the thing that is wrong and the way out."""
+
+
+class QPaletteError(Exception):
+    """Base of every error raised on purpose; the command line prints it as one line."""
+
+
+class SpecError(QPaletteError):
+    """A quantizer, rate or rotation name that means nothing, or a value out of its range."""
+
+
+class CheckpointError(QPaletteError):
+    """A source model that cannot be read: missing, truncated, or inconsistent."""
+
+
+class ArtifactError(QPaletteError):
+    """A quantized model directory that breaks one of the invariants of docs/format.md."""
+
+
+class UnsupportedError(QPaletteError):
+    """No backend can do what was asked; the message lists the reason of each."""
+
+
+class InputError(QPaletteError):
+    """A text file, prompt or option that cannot be used."""

@@ -1,0 +1,22 @@
+"""Rates: stored bits per weight, kept as exact fractions (0.125 steps never round)."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from qpalette.core.errors import SpecError
+
+
+def parse_rate(text: str) -> Fraction:
+    """`"3.25"` -> 13/4, exactly. Raises SpecError when `text` is not a plain decimal number."""
+    if not text or not all(c.isdigit() or c == "." for c in text):
+        raise SpecError(f"'{text}' is not a rate: write bits per weight as a decimal, such as 3.25")
+    try:
+        return Fraction(text)
+    except ValueError:
+        raise SpecError(f"'{text}' is not a rate: write bits per weight as a decimal, such as 3.25") from None
+
+
+def format_rate(rate: Fraction) -> str:
+    """13/4 -> `"3.25"`, 4 -> `"4"`. Every multiple of 1/8 has a finite decimal."""
+    return f"{float(rate):g}"
