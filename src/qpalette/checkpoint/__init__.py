@@ -1,0 +1,16 @@
+"""Streams a source model tensor by tensor, and knows which linears share an input."""
+
+from qpalette.checkpoint.export import export_checkpoint
+from qpalette.checkpoint.groups import Grouping, find_groups
+from qpalette.checkpoint.safetensors_writer import StreamingSafetensorsWriter
+from qpalette.checkpoint.source import Checkpoint, TensorInfo, open_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "Grouping",
+    "StreamingSafetensorsWriter",
+    "TensorInfo",
+    "export_checkpoint",
+    "find_groups",
+    "open_checkpoint",
+]

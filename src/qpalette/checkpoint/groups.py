@@ -1,0 +1,149 @@
+"""Which tensors are linears to quantize, and which of them read the same input."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from qpalette.checkpoint.base import Checkpoint, TensorInfo
+from qpalette.core.errors import CheckpointError
+from qpalette.core.records import TILE, LinearGroup, LinearShape
+
+# Group name in a decoder layer -> the linears that read its input, in the order in which a launch holds them.
+SPLIT = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+# The checkpoint itself holds q/k/v and gate/up as one matrix.
+FUSED: dict[str, tuple[str, ...]] = {name: (name,) for name in SPLIT}
+ARCHITECTURES: dict[str, dict[str, tuple[str, ...]]] = {
+    "llama": SPLIT,
+    "mistral": SPLIT,
+    "qwen2": SPLIT,
+    "qwen3": SPLIT,
+    "gemma3": SPLIT,
+    "gemma3_text": SPLIT,
+    "olmo2": SPLIT,
+    "phi3": FUSED,
+}
+TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt"))  # their Conv1D weights are in x out
+
+DECODER_LAYER = re.compile(r"(?P<layer>(?:(?:model|language_model)\.)*layers\.(?P<index>\d+))\.(?P<rest>.+)")
+ANY_LAYER = re.compile(r".*?\b(?:layers|layer|blocks|block|h)\.(?P<index>\d+)\.(?P<rest>.+)")
+
+# (what a name looks like, why it stays as it is), first match wins
+LEFT_ALONE = (
+    (re.compile(r"(^|\.)mtp\."), "multi-token-prediction head"),
+    (re.compile(r"vision|visual|audio|image|multi_modal|(^|\.)mm_"), "not the language model"),
+    (re.compile(r"embed|(^|\.)(wte|wpe)\.|position_bias|relative_attention"), "embedding"),
+    (re.compile(r"(^|\.)(lm_head|output_layer|score|classifier)\."), "output head"),
+    (re.compile(r"(^|\.)(gate|router|wg|\w+_gate)\.|\.router\."), "router or gate"),
+    (re.compile(r"norm"), "norm"),
+)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """What is quantized, and what is carried over as it is; together every tensor of the checkpoint."""
+
+    groups: tuple[LinearGroup, ...]  # in layer order
+    untouched: tuple[str, ...]  # tensor names, in file order
+    reasons: Mapping[str, str]  # for each untouched tensor of two dimensions or more
+
+
+def find_groups(checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Grouping:
+    """Sort every tensor of `checkpoint` into groups of linears (weights out_features x in_features) or the rest.
+
+    `include` and `exclude` are glob patterns over linear names (no ".weight"): with `include`, only what matches one
+    is quantized; what matches an `exclude` never is. Embeddings and the output head stay as they are. Architectures
+    without a table give groups of one linear each.
+
+    Raises CheckpointError when linears that share an input disagree about its size.
+    """
+    reasons: dict[str, str] = {}
+    linears: list[LinearShape] = []
+    for info in checkpoint.tensors.values():
+        reason = _why_not(info, checkpoint.config) or _filtered(info.name, include, exclude)
+        if reason is None:
+            linears.append(LinearShape(info.name.removesuffix(".weight"), *info.shape))
+        elif len(info.shape) >= 2:
+            reasons[info.name] = reason
+    groups = _in_groups(linears, ARCHITECTURES.get(_model_type(checkpoint.config), {}))
+    grouped = {f"{linear.name}.weight" for group in groups for linear in group.linears}
+    untouched = tuple(name for name in checkpoint.tensors if name not in grouped)
+    return Grouping(groups, untouched, reasons)
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    return config.get("model_type", "")
+
+
+def _why_not(info: TensorInfo, config: Mapping[str, Any]) -> str | None:
+    """Why a tensor is no linear to quantize; None when it is one."""
+    if len(info.shape) != 2 or not info.name.endswith(".weight"):
+        return f"{len(info.shape)} dimensions, or no weight"
+    if info.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"stored as {info.dtype}"
+    table = ARCHITECTURES.get(_model_type(config))
+    match = (DECODER_LAYER.fullmatch if table else ANY_LAYER.fullmatch)(info.name.removesuffix(".weight"))
+    if reason := next((why for pattern, why in LEFT_ALONE if pattern.search(info.name)), None):
+        return reason
+    if match is None:
+        return "not in a numbered layer"
+    layers = (config.get("text_config") or config).get("num_hidden_layers")
+    if layers is not None and int(match["index"]) >= layers:
+        return "a layer beyond the decoder's (multi-token prediction)"
+    if min(info.shape) < TILE:
+        return f"smaller than {TILE} x {TILE}"
+    if table and not any(match["rest"] in members for members in table.values()):
+        return f"no linear of the {_model_type(config)} table"
+    if _model_type(config) in TRANSPOSED:
+        return "stored transposed (Conv1D)"
+    return None
+
+
+def _filtered(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    linear = name.removesuffix(".weight")
+    if include and not any(fnmatchcase(linear, pattern) for pattern in include):
+        return "not included"
+    if any(fnmatchcase(linear, pattern) for pattern in exclude):
+        return "excluded"
+    return None
+
+
+def _in_groups(linears: Iterable[LinearShape], table: Mapping[str, tuple[str, ...]]) -> tuple[LinearGroup, ...]:
+    """Gather by the table; layers in numeric order, groups and members in the table's."""
+    place = {member: (name, rank) for name, members in table.items() for rank, member in enumerate(members)}
+    order = list(table)
+    members: dict[str, list[tuple[int, LinearShape]]] = {}
+    keys: dict[str, tuple[Any, ...]] = {}
+    for linear in linears:
+        match = DECODER_LAYER.fullmatch(linear.name) if table else None
+        if match:
+            group, rank = place[match["rest"]]
+            name, key = f"{match['layer']}.{group}", (*_natural(match["layer"]), (order.index(group),))
+        else:
+            name, rank, key = linear.name, 0, _natural(linear.name)
+        members.setdefault(name, []).append((rank, linear))
+        keys[name] = key
+    ordered = sorted(members, key=lambda name: keys[name])
+    return tuple(_group(name, [linear for _, linear in sorted(members[name], key=lambda m: m[0])]) for name in ordered)
+
+
+def _group(name: str, linears: list[LinearShape]) -> LinearGroup:
+    if len({linear.in_features for linear in linears}) > 1:
+        shapes = ", ".join(f"{linear.name} {linear.out_features} x {linear.in_features}" for linear in linears)
+        raise CheckpointError(f"{name}: its linears must read the same input, but have {shapes}; check the checkpoint")
+    return LinearGroup(name, tuple(linears))
+
+
+def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key in which layer 10 comes after layer 9; numbers and words never meet at one place."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))
