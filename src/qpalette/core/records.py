@@ -83,5 +83,3 @@ def packed_bits(spec_rate: Fraction, out_features: int, in_features: int) -> Pac
         scales=SCALE_BITS * out_features,
         signs=8 * -(-in_features // 8),
     )
-
-

@@ -1,0 +1,7 @@
+"""The contract between the product and its backends: who can do what, and the one torch operator."""
+
+from qpalette.kernels.contract import TILES, Backend, PackedLinear, Verdict
+from qpalette.kernels.dispatch import backends, select
+from qpalette.kernels.ops import backend_for, packed_linear
+
+__all__ = ["TILES", "Backend", "PackedLinear", "Verdict", "backend_for", "backends", "packed_linear", "select"]

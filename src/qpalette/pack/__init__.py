@@ -1,0 +1,1 @@
+"""Exact, dense storage: bit streams in words, matrices in tiles."""

@@ -1,0 +1,73 @@
+"""What a backend is: a folder under `qpalette.backends` whose `backend` attribute implements `Backend`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+
+Operation = Literal["encode", "linear"]
+TILES = "tiles"  # the stored layout of codes: int32 [ceil(M/16), ceil(K/16), words per tile]
+
+
+class Verdict(NamedTuple):
+    """Whether a backend can do something, and why not if it cannot."""
+
+    ok: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A quantized weight matrix W' (M x K) in the rotated basis, as tensors.
+
+    codes: int32, in `layout`; scales: int16 [M], the bits of one float16 per row; signs: uint8 [ceil(K/8)], packed;
+    spec and rotation: canonical names.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    signs: torch.Tensor
+    spec: str
+    rotation: str
+    out_features: int
+    in_features: int
+    layout: str = TILES
+
+
+class Backend(ABC):
+    """Encodes tiles and multiplies by packed weights on some device. Stateless; results must equal `ref`'s."""
+
+    name: ClassVar[str]
+    priority: ClassVar[int]  # the highest that supports a problem is used
+    layout: ClassVar[str] = TILES  # how it likes its codes; `to_layout` and `from_layout` convert
+
+    @abstractmethod
+    def supports(self, operation: Operation, spec: str, device: torch.device) -> Verdict:
+        """Whether this backend can do `operation` for quantizer `spec` with tensors on `device`."""
+
+    @abstractmethod
+    def encode(self, spec: str, tiles: torch.Tensor) -> torch.Tensor:
+        """float32 [tiles, 256] of unit variance, in scan order -> int32 [tiles, words per tile]."""
+
+    @abstractmethod
+    def decode(self, spec: str, codes: torch.Tensor) -> torch.Tensor:
+        """int32 [tiles, words per tile] -> float32 [tiles, 256], in scan order."""
+
+    @abstractmethod
+    def linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+        """x [N, K], any float dtype -> [N, M] of the same dtype: the rotation of x, then the product with W'."""
+
+    @abstractmethod
+    def rotated_weight(self, packed: PackedLinear) -> torch.Tensor:
+        """W', float32 [M, K], scales applied, still in the rotated basis."""
+
+    def to_layout(self, codes: torch.Tensor) -> torch.Tensor:
+        """Stored codes -> this backend's layout."""
+        return codes
+
+    def from_layout(self, codes: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
+        """This backend's layout -> stored codes of `stored_shape`."""
+        return codes

@@ -1,0 +1,70 @@
+"""The one torch operator that a quantized model calls, defined once for every backend, traceable by torch.compile."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from qpalette.core.errors import UnsupportedError
+from qpalette.kernels.contract import TILES, Backend, PackedLinear
+from qpalette.kernels.dispatch import backends, select
+
+_LIBRARY = torch.library.Library("qpalette", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor codes, Tensor scales, Tensor signs, str spec, str rotation, str layout, int out_features)"
+    " -> Tensor"
+)
+
+
+@lru_cache(maxsize=1024)
+def _owner_of(layout: str, spec: str, device: torch.device) -> Backend:
+    owners = [backend for backend in backends().values() if backend.layout == layout]
+    if not owners or not owners[0].supports("linear", spec, device).ok:
+        raise UnsupportedError(f"codes laid out for '{layout}' cannot run on {device}: load the model there")
+    return owners[0]
+
+
+def backend_for(layout: str, spec: str, device: torch.device) -> Backend:
+    """The backend that runs codes stored in `layout`: its owner, or the best one for the stored layout.
+
+    Raises UnsupportedError with the reasons when there is none.
+    """
+    return select("linear", spec, device) if layout == TILES else _owner_of(layout, spec, device)
+
+
+@torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
+def _linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    signs: torch.Tensor,
+    spec: str,
+    rotation: str,
+    layout: str,
+    out_features: int,
+) -> torch.Tensor:
+    packed = PackedLinear(codes, scales, signs, spec, rotation, out_features, x.shape[-1], layout)
+    result = backend_for(layout, spec, x.device).linear(x.reshape(-1, x.shape[-1]), packed)
+    return result.reshape(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("qpalette::linear", lib=_LIBRARY)
+def _linear_shape(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    signs: torch.Tensor,
+    spec: str,
+    rotation: str,
+    layout: str,
+    out_features: int,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def packed_linear(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    """x [..., K] times the packed matrix: [..., M], in x's dtype."""
+    return torch.ops.qpalette.linear(
+        x, packed.codes, packed.scales, packed.signs, packed.spec, packed.rotation, packed.layout, packed.out_features
+    )
