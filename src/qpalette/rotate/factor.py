@@ -60,21 +60,22 @@ class Factor:
         """The matrix, or its transpose, times float32 or float64 `x` [batch, order, inner] along the middle axis."""
         if self.kind == "c" and self.order > MAX_DENSE:
             return (inverse_dct if transpose else dct)(x.transpose(1, 2)).transpose(1, 2)
-        matrix = _on_device(self, x.device, x.dtype)
+        matrix = _matrix_like(self, x)
         matrix = matrix.T if transpose else matrix
         if x.shape[2] == 1:
             return (x[..., 0] @ matrix.T)[..., None]
         return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
 
 
-_on_devices: dict[tuple[Factor, torch.device, torch.dtype], Tensor] = {}
+_plain_matrices: dict[tuple[Factor, torch.device, torch.dtype], Tensor] = {}
 
 
-def _on_device(factor: Factor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    matrix = _on_devices.get((factor, device, dtype))
-    if matrix is None:
-        with torch.inference_mode(False):  # an inference tensor in the cache would break every later backward pass
-            matrix = torch.from_numpy(factor.matrix()).to(device, dtype)
-        if type(matrix) is Tensor:  # and so would a fake one, of a tracer
-            _on_devices[factor, device, dtype] = matrix
-    return matrix
+def _matrix_like(factor: Factor, x: Tensor) -> Tensor:
+    """The factor's matrix with the device and type of `x`, kept for the next call."""
+    if type(x) is not Tensor:  # a tracer's fake tensor mixes with its own kind only
+        return torch.from_numpy(factor.matrix()).to(x.device, x.dtype)
+    key = (factor, x.device, x.dtype)
+    if key not in _plain_matrices:
+        with torch.inference_mode(False):  # an inference tensor would break every later backward pass
+            _plain_matrices[key] = torch.from_numpy(factor.matrix()).to(x.device, x.dtype)
+    return _plain_matrices[key]
