@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,23 @@ def test_remote_code_is_dropped_from_the_config_with_a_word(tmp_path, caplog):
     assert "remote code is never run" in caplog.text
 
 
-def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
+def test_an_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(write_model(tmp_path / "in"))
+    read, alive = checkpoint.read, weakref.WeakSet()
+
+    def tracked(name: str) -> torch.Tensor:
+        assert not alive, "the tensor before this one is still held"
+        tensor = read(name)
+        alive.add(tensor)
+        return tensor
+
+    monkeypatch.setattr(checkpoint, "read", tracked)
+    export_checkpoint(checkpoint, tmp_path / "out")
+    monkeypatch.undo()
+    assert_same(open_checkpoint(tmp_path / "out"), tensors_of_a_model())
+
+
+def test_a_failed_export_leaves_nothing(tmp_path):
     checkpoint = open_checkpoint(write_model(tmp_path / "in"))
     (tmp_path / "in" / "model.safetensors").write_bytes(b"gone")
     with pytest.raises(CheckpointError, match="the file changed since it was opened"):

@@ -34,8 +34,10 @@ def read_config(file: Path, dtype: torch.dtype, rope_factors: torch.Tensor | Non
 
     try:
         parsed = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
-    except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
-        raise CheckpointError(f"{file}: transformers cannot read a config from its metadata ({error})") from error
+    except Exception as error:  # whatever a config class raises on the metadata of a damaged file
+        raise CheckpointError(
+            f"{file}: transformers cannot read a config from its metadata ({error}); fetch it again"
+        ) from error
     config = {key: value for key, value in json.loads(parsed.to_json_string()).items() if key not in NOT_CONFIG}
     if architecture := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"]):
         config["architectures"] = [architecture]
@@ -53,15 +55,23 @@ def save_generation_config(config: dict[str, Any], directory: Path) -> None:
     GenerationConfig(**ids).save_pretrained(directory)
 
 
-def save_tokenizer(file: Path, pre: str | None, directory: Path) -> None:
-    """Write the tokenizer and its chat template; `pre` is the file's `tokenizer.ggml.pre`, for byte-level ones."""
+def save_tokenizer(file: Path, config: dict[str, Any], pre: str | None, directory: Path) -> None:
+    """Write the tokenizer, with the special tokens of `config`, and its chat template.
+
+    `pre` is the file's `tokenizer.ggml.pre` when the tokenizer is a byte-level one.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
-        raise CheckpointError(f"{file}: transformers cannot build its tokenizer ({error})") from error
+    except Exception as error:  # as above, for tokenizers
+        raise CheckpointError(f"{file}: transformers cannot build its tokenizer ({error}); fetch it again") from error
+    for kind in ("bos", "eos", "pad", "unk"):  # older transformers guess them
+        token_id = config.get(f"{kind}_token_id")
+        if isinstance(token_id, int):
+            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
     if pre is not None:
+        tokenizer.clean_up_tokenization_spaces = False  # it would change what byte-level tokens decode to
         _set_pre_tokenizer(tokenizer, pre)
     tokenizer.save_pretrained(directory)
 

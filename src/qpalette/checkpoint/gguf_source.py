@@ -53,7 +53,14 @@ class GgufCheckpoint(Checkpoint):
         tensor = self._stored.get(name)
         if tensor is None:
             raise CheckpointError(f"{self.file}: there is no tensor {name!r}; the names are those of the model class")
-        weights = self._processor.process(weights=dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
+        try:
+            weights = dequantize(tensor.data, tensor.tensor_type)
+            weights = self._processor.process(weights=weights, name=tensor.name).weights
+        except (ValueError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"{self.file}: tensor {tensor.name!r} ({tensor.tensor_type.name}) cannot be dequantized ({error}); "
+                "update gguf, or fetch the file again"
+            ) from error
         # The copy comes first: a float32 tensor may be a view of the read-only map.
         result = torch.from_numpy(np.array(weights)).to(self.dtype)
         info = self.tensors[name]
@@ -67,12 +74,12 @@ class GgufCheckpoint(Checkpoint):
         return result
 
     def save_side_files(self, directory: Path) -> None:
-        kind = _metadata(self._reader, "tokenizer.ggml.model")
+        kind = _metadata(self.file, self._reader, "tokenizer.ggml.model")
         if kind is None:
             logger.warning("%s has no tokenizer; none is written", self.file)
         else:
-            pre = _metadata(self._reader, "tokenizer.ggml.pre") if kind == "gpt2" else None
-            save_tokenizer(self.file, pre, directory)
+            pre = _metadata(self.file, self._reader, "tokenizer.ggml.pre") if kind == "gpt2" else None
+            save_tokenizer(self.file, self.config, pre, directory)
         save_generation_config(self.config, directory)
 
     def _check_complete(self, shapes: Mapping[str, tuple[int, ...]], unknown: set[str]) -> None:
@@ -97,22 +104,38 @@ def _open_reader(file: Path) -> GGUFReader:
         ) from error
 
 
-def _metadata(reader: GGUFReader, key: str) -> Any:
+def _metadata(file: Path, reader: GGUFReader, key: str) -> Any:
     field = reader.get_field(key)
-    return None if field is None else field.contents()
+    try:
+        return None if field is None else field.contents()
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{file}: {key} cannot be decoded ({error}); the file is corrupt, fetch it again") from (
+            error
+        )
+
+
+def _count(file: Path, reader: GGUFReader, key: str) -> int:
+    """A metadata number that may be absent: 0 then."""
+    value = _metadata(file, reader, key) or 0
+    if not isinstance(value, int):
+        raise CheckpointError(f"{file}: {key} is {value!r}, not a number; the file is corrupt, fetch it again")
+    return value
 
 
 def _check_supported(file: Path, reader: GGUFReader) -> None:
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    architecture = _metadata(reader, "general.architecture")
+    architecture = _metadata(file, reader, "general.architecture")
     way_out = "give the model's safetensors directory instead"
     if architecture not in GGUF_SUPPORTED_ARCHITECTURES:
         raise CheckpointError(f"{file}: transformers cannot read GGUF architecture {architecture!r}; {way_out}")
-    if _metadata(reader, f"{architecture}.expert_count"):
+    if _count(file, reader, f"{architecture}.expert_count"):
         raise CheckpointError(f"{file}: experts are stacked in GGUF files, which is not supported; {way_out}")
-    if (_metadata(reader, "split.count") or 1) > 1:
+    if _count(file, reader, "split.count") > 1:
         raise CheckpointError(f"{file} is one part of a split model; join the parts with `llama-gguf-split --merge`")
+    # A corrupt count would have us build a model of a billion layers.
+    if _count(file, reader, f"{architecture}.block_count") > len(reader.tensors):
+        raise CheckpointError(f"{file} announces more layers than it has tensors; it is corrupt, fetch it again")
 
 
 def _float_type(tensors: list[ReaderTensor]) -> torch.dtype:
@@ -136,13 +159,13 @@ def _transformers_layout(
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    architecture = _metadata(reader, "general.architecture")
+    architecture = _metadata(file, reader, "general.architecture")
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
         names = get_gguf_hf_weights_map(model, processor)
-    except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # whatever a model class raises on the sizes of a damaged file
         raise CheckpointError(
             f"{file}: transformers cannot build a causal language model from it ({error}); "
             "give the model's safetensors directory instead"
