@@ -1,0 +1,1 @@
+"""The stored model: its format, its reader, its writer."""
