@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 from qpalette.core.errors import SpecError
 
+_DECIMAL = re.compile(r"[0-9]{1,3}(\.[0-9]{1,9})?")
+
 
 def parse_rate(text: str) -> Fraction:
     """`"3.25"` -> 13/4, exactly. Raises SpecError when `text` is not a plain decimal number."""
-    if not text or not all(c.isdigit() or c == "." for c in text):
-        raise SpecError(f"'{text}' is not a rate: write bits per weight as a decimal, such as 3.25")
-    try:
-        return Fraction(text)
-    except ValueError:
-        raise SpecError(f"'{text}' is not a rate: write bits per weight as a decimal, such as 3.25") from None
+    if not _DECIMAL.fullmatch(text):
+        raise SpecError(f"'{text[:60]}' is not a rate: write bits per weight as a decimal, such as 3.25")
+    return Fraction(text)
 
 
 def format_rate(rate: Fraction) -> str:

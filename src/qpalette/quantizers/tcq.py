@@ -33,7 +33,7 @@ EFFORT = {"fast": 12, "standard": 16, "best": 18}  # names of trellis memories
 MEMORIES = (12, 16, 18, 20)
 STANDARD = EFFORT["standard"]
 SEGMENTS = 32
-_KNOT_GRID = 1 << 14  # knots are dyadic, hence every value is exact in float32 on every machine
+_KNOT_GRID = 1 << 14  # dyadic knots make slopes and intercepts exact in float32: the same codebook on every machine
 _SCALE_GRID = 64
 _UNREACHABLE = 1e30
 

@@ -98,8 +98,11 @@ class CpuBackend(Backend):
         return weight
 
 
+_THREADS = numba.get_num_threads()  # all that numba started; it can use fewer, never more
+
+
 def _use_torch_threads() -> None:
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(torch.get_num_threads(), _THREADS))
 
 
 def _codes_and_tiles(packed: PackedLinear) -> tuple[np.ndarray, int, int]:

@@ -10,9 +10,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from qpalette.backends.cpu import simd
+from qpalette.backends.cpu.jit import kernel
 from qpalette.quantizers import Quantizer
 from qpalette.quantizers.nuq import NonUniform
 from qpalette.quantizers.tcq import TrellisCoded
@@ -26,7 +26,7 @@ def trellis_decoder(memory: int, codebook_bits: int) -> Any:
     drop_sign, keep_index = np.int32(33 - memory), np.int32(32 - codebook_bits)
     to_sign = np.int32(32 - memory)
 
-    @njit(error_model="numpy", boundscheck=False)
+    @kernel
     def decode(state, parameters):  # type: ignore[no-untyped-def]
         hashed = simd.muli(state, simd.ori(simd.shli(state, simd.splati(np.int32(1))), simd.splati(np.int32(1))))
         index = simd.shri(simd.shli(hashed, simd.splati(drop_sign)), simd.splati(keep_index))
@@ -46,7 +46,7 @@ def scalar_decoder(bits: int) -> Any:
     """Entry of a codebook in memory."""
     mask = np.int32((1 << bits) - 1)
 
-    @njit(error_model="numpy", boundscheck=False)
+    @kernel
     def decode(window, parameters):  # type: ignore[no-untyped-def]
         return simd.gatherf(parameters, simd.andi(window, simd.splati(mask)))
 

@@ -1,8 +1,8 @@
 """Codes as the CPU kernel reads them: word i of sixteen tile rows side by side, one per SIMD lane.
 
 Stored codes are [tile rows][tile columns][words]. Here they are [groups of 16 tile rows][tile columns][words][rows of
-the group], flat, so that one vector load brings the same word of sixteen circles. It is a permutation plus sixteen words
-of tail, which the last, narrower group may read past its end (those lanes are dropped).
+the group], flat, so that one vector load brings the same word of sixteen circles. It is a permutation plus sixteen
+words of tail, for the last, narrower group reads past its end (those lanes are dropped).
 """
 
 from __future__ import annotations

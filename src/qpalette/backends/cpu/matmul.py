@@ -10,13 +10,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import get_num_threads, njit, prange
+from numba import get_num_threads, prange
 
 from qpalette.backends.cpu import simd
+from qpalette.backends.cpu.jit import kernel, parallel_kernel
 
 LANES = simd.LANES
 TILE = 16
-_JIT = {"error_model": "numpy", "boundscheck": False}
 
 
 @lru_cache(maxsize=64)
@@ -26,7 +26,7 @@ def make_kernels(decode: Any, pattern: tuple[int, ...]) -> tuple[Any, Any]:
     ends = tuple(int(end) for end in np.cumsum(pattern))
     c0, c1, c2, c3, c4, c5, c6, c7 = ends
 
-    @njit(**_JIT)
+    @kernel
     def weight(codes, base, width, end, parameters):  # type: ignore[no-untyped-def]
         """Weights whose last stream bit is just before bit `end` of their tiles."""
         last = end - 1
@@ -39,7 +39,7 @@ def make_kernels(decode: Any, pattern: tuple[int, ...]) -> tuple[Any, Any]:
         )
         return decode(window, parameters)
 
-    @njit(**_JIT)
+    @kernel
     def lane_weights(codes, base, width, lane, parameters):  # type: ignore[no-untyped-def]
         """The eight weights of a scan-order lane: rows r and r + 8, columns c, c + 1, c + 8, c + 9 (pack.tiles)."""
         bit = lane * words
@@ -54,7 +54,7 @@ def make_kernels(decode: Any, pattern: tuple[int, ...]) -> tuple[Any, Any]:
             weight(codes, base, width, bit + c7, parameters),
         )
 
-    @njit(**_JIT)
+    @kernel
     def accumulate(sums, at, x, column, w0, w1, w2, w3):  # type: ignore[no-untyped-def]
         total = simd.loadf(sums, at)
         total = simd.fmaf(w0, simd.load_splatf(x, column), total)
@@ -63,7 +63,7 @@ def make_kernels(decode: Any, pattern: tuple[int, ...]) -> tuple[Any, Any]:
         total = simd.fmaf(w3, simd.load_splatf(x, column + 9), total)
         simd.store(sums, at, total)
 
-    @njit(**_JIT)
+    @kernel
     def multiply_tiles(codes, base, width, x, stride, column, sums, parameters):  # type: ignore[no-untyped-def]
         batch = x.size // stride
         for row in range(8):
@@ -75,7 +75,7 @@ def make_kernels(decode: Any, pattern: tuple[int, ...]) -> tuple[Any, Any]:
                     accumulate(sums, at, x, first, w[0], w[1], w[4], w[5])
                     accumulate(sums, at + 8 * LANES, x, first, w[2], w[3], w[6], w[7])
 
-    @njit(**_JIT)
+    @kernel
     def flush(sums, out, batch, group, width, out_rows):  # type: ignore[no-untyped-def]
         """Lane l, row r of the group is output row (16 group + l) * 16 + r."""
         for b in range(batch):
@@ -84,7 +84,7 @@ def make_kernels(decode: Any, pattern: tuple[int, ...]) -> tuple[Any, Any]:
                     out[b * out_rows + (group * LANES + lane) * TILE + row] += sums[(b * TILE + row) * LANES + lane]
         sums[:] = np.float32(0)
 
-    @njit(parallel=True, **_JIT)
+    @parallel_kernel
     def multiply(codes, rows, columns, x, scales, out, parameters):  # type: ignore[no-untyped-def]
         """out[b, m] = scales[m] * sum_k weight[m, k] x[b, k]; x float32 [batch, 16 columns], out [batch, M]."""
         batch = x.shape[0]
@@ -110,7 +110,7 @@ def make_kernels(decode: Any, pattern: tuple[int, ...]) -> tuple[Any, Any]:
                     total += partial[thread, b * rows * TILE + m]
                 out[b, m] = total * scales[m]
 
-    @njit(parallel=True, **_JIT)
+    @parallel_kernel
     def dequantize(codes, rows, columns, scales, out, parameters):  # type: ignore[no-untyped-def]
         """The rotated weight matrix: out float32 [M, K]."""
         groups = (rows + LANES - 1) // LANES

@@ -4,7 +4,8 @@ Numba leaves vectorisation to LLVM's loop vectoriser, which gives up on the loop
 accumulators kept in memory). These few intrinsics write the vector instructions down instead, in LLVM's portable
 vector types: the same code becomes AVX-512, AVX2 or NEON on the machine at hand.
 
-`F` is a vector of 16 float32 lanes, `I` of 16 int32 lanes; one name, one instruction (`fmaf`: x * y + z, rounded once). Arrays are C-contiguous; an index counts elements.
+`F` is a vector of 16 float32 lanes, `I` of 16 int32 lanes; one name, one instruction (`fmaf`: x * y + z, rounded
+once). Arrays are C-contiguous; an index counts elements.
 """
 
 from __future__ import annotations

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 
+from qpalette.backends.cpu.jit import kernel
 from qpalette.rotate import Rotation, unpack_signs
 
 LARGEST_DENSE = 1024  # orders above go through torch, whose cosine transform uses the FFT
 MANY_VECTORS = 64  # above, torch's matrix products win
 _BUTTERFLY = -1  # in place of a dense factor's offset
-_JIT = {"error_model": "numpy", "boundscheck": False}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def make_transform(name: str, dim: int, padded: int) -> Transform:
     )
 
 
-@njit(**_JIT)
+@kernel
 def _butterflies(row, size, order, inner):  # type: ignore[no-untyped-def]
     """Sylvester-Hadamard of `order` along elements `inner` apart, unnormalised, in place."""
     half = inner
@@ -89,7 +88,7 @@ def _butterflies(row, size, order, inner):  # type: ignore[no-untyped-def]
         half *= 2
 
 
-@njit(**_JIT)
+@kernel
 def _dense(row, size, order, inner, matrix, scratch):  # type: ignore[no-untyped-def]
     for start in range(0, size, order * inner):
         for i in range(order):
@@ -103,7 +102,7 @@ def _dense(row, size, order, inner, matrix, scratch):  # type: ignore[no-untyped
         row[start : start + order * inner] = scratch[: order * inner]
 
 
-@njit(**_JIT)
+@kernel
 def _transform_rows(x, signs, orders, inners, offsets, matrices, scale, out):  # type: ignore[no-untyped-def]
     size = x.shape[1]
     scratch = np.empty(size, np.float32)

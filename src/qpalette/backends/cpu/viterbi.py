@@ -19,13 +19,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import get_num_threads, njit, prange
+from numba import get_num_threads, prange
 
 from qpalette.backends.cpu import simd
+from qpalette.backends.cpu.jit import kernel, parallel_kernel
 
 LANES = simd.LANES
 UNREACHABLE = np.float32(1e30)
-_JIT = {"error_model": "numpy", "boundscheck": False}
 
 
 def _make_step(memory: int, shift_in: int, shift_out: int) -> Any:
@@ -35,7 +35,7 @@ def _make_step(memory: int, shift_in: int, shift_out: int) -> Any:
     siblings = 1 << min(shift_in, group_bits)  # groups that share the same predecessors
     index_bits = np.int32(candidates - 1)
 
-    @njit(**_JIT)
+    @kernel
     def step(before, after, winners, offset, source, row, values, predecessors):  # type: ignore[no-untyped-def]
         x = simd.loadf(source, row * LANES)
         cost_mask = simd.splati(np.int32(~index_bits))
@@ -65,7 +65,7 @@ def _make_search(memory: int, low: int, high: int) -> Callable[..., None]:
     step_hl, step_hh = _make_step(memory, high, low), _make_step(memory, high, high)
     most_groups = 1 << (memory - low)
 
-    @njit(**_JIT)
+    @kernel
     def forward(source, shifts, start, steps, values, costs, winners, predecessors):  # type: ignore[no-untyped-def]
         for i in range(steps):
             t = (start + i) % shifts.size
@@ -82,7 +82,7 @@ def _make_search(memory: int, low: int, high: int) -> Callable[..., None]:
             else:
                 step_hl(before, after, winners, offset, source, t, values[0], predecessors)
 
-    @njit(**_JIT)
+    @kernel
     def trace_back(shifts, start, steps, stop, group, lane, winners, states):  # type: ignore[no-untyped-def]
         """Walk from `group` after the last step back to before step `stop`; returns the group there."""
         for i in range(steps - 1, stop - 1, -1):
@@ -93,7 +93,7 @@ def _make_search(memory: int, low: int, high: int) -> Callable[..., None]:
             group = state >> shifts[t]
         return group
 
-    @njit(**_JIT)
+    @kernel
     def search(source, shifts, values, costs, winners, predecessors, states):  # type: ignore[no-untyped-def]
         length = shifts.size
         half = length // 2
@@ -114,7 +114,7 @@ def _make_search(memory: int, low: int, high: int) -> Callable[..., None]:
         for lane in range(LANES):
             trace_back(shifts, 0, length, 0, seam[lane], lane, winners, states)
 
-    @njit(parallel=True, **_JIT)
+    @parallel_kernel
     def search_all(sources, shifts, values, states):  # type: ignore[no-untyped-def]
         workers = get_num_threads()
         for worker in prange(workers):

@@ -1,0 +1,142 @@
+"""Every spec on every backend against the reference: equal codes, equal weights, products within float32 rounding."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from qpalette.core.errors import UnsupportedError
+from qpalette.kernels import PackedLinear, backends, packed_linear, select
+from qpalette.quantizers import parse_spec
+from qpalette.rotate import pack_signs, random_signs, rotation_for, unpack_signs
+
+CPU = torch.device("cpu")
+REF = backends()["ref"]
+SPECS = ["tcq-1-L12", "tcq-2", "tcq-2.875-L18", "tcq-3.25", "tcq-4", "tcq-5.5-L20", "tcq-8", "nuq-2", "nuq-5", "nuq-8"]
+OTHERS = [name for name in backends() if name != "ref"]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_linear(spec: str, out_features: int, in_features: int, rotation: str = "full") -> PackedLinear:
+    """Any words are valid codes."""
+    shape = (-(-out_features // 16), -(-in_features // 16), parse_spec(spec).words_per_tile)
+    scales = torch.rand(out_features, generator=generator(1)) + 0.5
+    return PackedLinear(
+        codes=torch.randint(-(2**31), 2**31 - 1, shape, generator=generator(2), dtype=torch.int32),
+        scales=scales.half().view(torch.int16),
+        signs=pack_signs(random_signs(in_features, 7, "test")),
+        spec=spec,
+        rotation=rotation_for(in_features, rotation).name,
+        out_features=out_features,
+        in_features=in_features,
+    )
+
+
+def laid_out(name: str, packed: PackedLinear) -> PackedLinear:
+    return dataclasses.replace(packed, codes=backends()[name].to_layout(packed.codes), layout=backends()[name].layout)
+
+
+def rounding_bound(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    """Worst case of a float32 dot product in any order, |error| <= n eps sum |w x|, plus the rotation's own rounding:
+    each of its outputs is off by at most n eps |x|_1 / sqrt(n) <= n eps |x|_2, times the row's |w|_1."""
+    weight, eps = REF.rotated_weight(packed).double(), 2.0**-24
+    n = packed.in_features + 2  # the scale and the final rounding
+    rotated_error = n * eps * x.double().norm(dim=-1, keepdim=True)
+    rotated = x.double().norm(dim=-1, keepdim=True)  # no coordinate of a rotated vector is larger
+    return weight.abs().sum(1) * (2 * rotated_error + n * eps * rotated)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("spec", ["tcq-1-L12", "tcq-2.375-L12", "tcq-3.25-L12", "tcq-7.875-L12", "tcq-4", "nuq-3"])
+def test_encoding_equals_the_reference_bit_for_bit(name: str, spec: str) -> None:
+    tiles = torch.randn(19 if "L12" in spec else 3, 256, generator=generator())
+    tiles[0] = 0
+    tiles[1] *= 50  # far outside the codebook
+    assert torch.equal(backends()[name].encode(spec, tiles), REF.encode(spec, tiles))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_decoded_weights_equal_the_reference_exactly(name: str, spec: str) -> None:
+    for shape in ((16, 16), (200, 90), (257, 48)):
+        packed = random_linear(spec, *shape)
+        expected = REF.rotated_weight(packed)
+        assert torch.equal(backends()[name].rotated_weight(packed), expected)
+        assert torch.equal(backends()[name].rotated_weight(laid_out(name, packed)), expected)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("batch", [1, 2, 7, 16, 17, 80])
+def test_products_are_within_float32_rounding(name: str, spec: str, batch: int) -> None:
+    out_features, in_features = (300, 96) if batch % 2 else (40, 176)
+    packed = laid_out(name, random_linear(spec, out_features, in_features))
+    x = torch.randn(batch, in_features, generator=generator(3))
+    stored = random_linear(spec, out_features, in_features)
+    difference = (packed_linear(x, packed).double() - REF.linear(x.double().float(), stored).double()).abs()
+    assert bool((difference <= 2 * rounding_bound(x, stored)).all())
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("dim", [6, 90, 107, 576, 1536, 1030, 2880])
+@pytest.mark.parametrize("rotation", ["full", "block"])
+def test_every_dimension_and_rotation(name: str, dim: int, rotation: str) -> None:
+    if rotation == "block" and dim % 2:
+        pytest.skip("an odd dimension has no power-of-two block")
+    packed = random_linear("nuq-4", 20, dim, rotation)
+    x = torch.randn(2, 3, dim, generator=generator(4))
+    difference = (packed_linear(x, packed).double() - REF.linear(x.reshape(6, dim), packed).reshape(2, 3, 20)).abs()
+    assert bool((difference <= 2 * rounding_bound(x, packed)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 16, 40])
+def test_half_types_keep_their_dtype(dtype: torch.dtype, batch: int) -> None:
+    packed = random_linear("tcq-4", 64, 96)
+    x = torch.randn(batch, 96, generator=generator(5)).to(dtype)
+    y = packed_linear(x, packed)
+    assert y.dtype == dtype
+    exact = x.double() * unpack_signs(packed.signs, 96)
+    exact = rotation_for(96, "full").apply(exact) @ REF.rotated_weight(packed).double().T
+    # Above batch 16 weights and rotated activations are rounded to the type as well: three roundings of each product.
+    roundings = torch.finfo(dtype).eps * (exact.abs() if batch <= 16 else 0) + rounding_bound(x, packed)
+    if batch > 16:
+        magnitude = x.double().norm(dim=-1, keepdim=True) * REF.rotated_weight(packed).double().norm(dim=1)
+        roundings = roundings + 2 * torch.finfo(dtype).eps * magnitude
+    assert bool(((y.double() - exact).abs() <= roundings).all())
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 36, 64])
+def test_layouts_are_permutations(name: str, rows: int) -> None:
+    codes = torch.arange(rows * 5 * 6, dtype=torch.int32).reshape(rows, 5, 6)
+    backend = backends()[name]
+    assert torch.equal(backend.from_layout(backend.to_layout(codes), (rows, 5, 6)), codes)
+
+
+def test_no_vectors_in_no_vectors_out() -> None:
+    assert packed_linear(torch.zeros(0, 96), random_linear("tcq-2", 32, 96)).shape == (0, 32)
+
+
+def test_the_operator_is_well_behaved() -> None:
+    packed = random_linear("tcq-2", 32, 96)
+    arguments = (packed.codes, packed.scales, packed.signs, packed.spec, packed.rotation, packed.layout, 32)
+    torch.library.opcheck(torch.ops.qpalette.linear.default, (torch.randn(3, 96), *arguments))
+
+
+def test_every_reason_is_given_when_no_backend_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnsupportedError, match="cpu: runs on the cpu, not on meta"):
+        select("linear", "tcq-3", torch.device("meta"), prefer="cpu")
+    with pytest.raises(UnsupportedError, match="no backend 'tpu': known are cpu, ref"):
+        select("linear", "tcq-3", CPU, prefer="tpu")
+    monkeypatch.setenv("QPALETTE_BACKEND", "ref")
+    assert select("linear", "tcq-3", CPU).name == "ref"
+
+
+def test_codes_of_one_backend_do_not_run_elsewhere() -> None:
+    packed = dataclasses.replace(random_linear("tcq-2", 32, 96), layout="unheard-of")
+    with pytest.raises(UnsupportedError, match="laid out for 'unheard-of' cannot run on cpu"):
+        packed_linear(torch.randn(1, 96), packed)
