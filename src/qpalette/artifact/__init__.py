@@ -1,1 +1,26 @@
 """The stored model: its format, its reader, its writer."""
+
+from qpalette.artifact.card import model_card
+from qpalette.artifact.format import (
+    FORMAT_VERSION,
+    METHOD,
+    QuantizationFormat,
+    counted_bits,
+    expected_tensors,
+)
+from qpalette.artifact.reader import Artifact, Inspection, open_artifact, total_bits
+from qpalette.artifact.writer import PackedCheckpoint
+
+__all__ = [
+    "FORMAT_VERSION",
+    "METHOD",
+    "Artifact",
+    "Inspection",
+    "PackedCheckpoint",
+    "QuantizationFormat",
+    "counted_bits",
+    "expected_tensors",
+    "model_card",
+    "open_artifact",
+    "total_bits",
+]

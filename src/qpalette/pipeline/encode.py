@@ -1,0 +1,97 @@
+"""One linear, from float weights to packed tensors: rotate, normalise rows, encode, refit the row scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from qpalette.core.errors import CheckpointError
+from qpalette.core.records import TILE, LinearRecord
+from qpalette.kernels import Backend, select
+from qpalette.pack.tiles import from_tiles, to_tiles
+from qpalette.rotate import Rotation, pack_signs, rotate_weight
+
+CHUNK_WEIGHTS = 1 << 21  # encoded at a time, in whole tile rows: enough to fill a GPU, and it bounds the temporaries
+
+
+def working_bytes(weights: int, rate: Fraction) -> int:
+    """Peak of the temporaries for a linear of so many weights, as measured; a backend's search tables not included."""
+    return int(min(weights, CHUNK_WEIGHTS) * (40 + 32 * rate))
+
+
+@dataclass(frozen=True)
+class EncodedLinear:
+    """On the CPU: codes int32 [tile rows, tile columns, words]; scales int16 [M], float16 bits; signs u8 [ceil(K/8)].
+
+    `distortion` is sum (W' - stored)^2 over sum W'^2, with the scales as they are stored; 0 for a matrix of zeros.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    signs: torch.Tensor
+    distortion: float
+
+
+def encode_linear(
+    name: str, weight: torch.Tensor, record: LinearRecord, signs: torch.Tensor, device: torch.device
+) -> EncodedLinear:
+    """Quantize `weight` [M, K] of a floating type with the `signs` [K] of its group.
+
+    Raises CheckpointError naming the tensor when it is not finite or a row scale is beyond float16, and
+    UnsupportedError when no backend can encode on `device`.
+    """
+    backend = select("encode", record.spec, device)
+    rotation = Rotation.parse(record.rotation, record.in_features)
+    rows = max(1, CHUNK_WEIGHTS // (TILE * record.in_features)) * TILE
+    codes, scales, error, energy = [], [], 0.0, 0.0
+    for chunk in weight.split(rows):
+        if not bool(chunk.isfinite().all()):
+            raise CheckpointError(f"tensor '{name}.weight' holds NaN or infinity; fetch the checkpoint again")
+        rotated = rotate_weight(chunk.to(device), rotation, signs.to(device))
+        part = _encode_rows(name, rotated, record.spec, backend)
+        codes.append(part.codes.cpu())
+        scales.append(part.scales.cpu())
+        error += part.error
+        energy += part.energy
+    distortion = error / energy if energy else 0.0
+    return EncodedLinear(torch.cat(codes), torch.cat(scales), pack_signs(signs), distortion)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    codes: torch.Tensor
+    scales: torch.Tensor
+    error: float
+    energy: float
+
+
+def _encode_rows(name: str, rotated: torch.Tensor, spec: str, backend: Backend) -> _Rows:
+    """float64 throughout: no square of a float32 overflows it, and the temporaries are a chunk's."""
+    source = rotated.double()
+    rms = source.square().mean(dim=1, keepdim=True).sqrt()
+    _check_scales(name, rms)
+    unit = torch.where(rms > 0, source / rms, 0.0)
+    tiles = to_tiles(unit.float())
+    codes = backend.encode(spec, tiles.reshape(-1, tiles.shape[-1]))
+    decoded = from_tiles(backend.decode(spec, codes).reshape(tiles.shape), *source.shape).double()
+    gain = (unit * decoded).sum(1, keepdim=True) / decoded.square().sum(1, keepdim=True)
+    # A scale below float16's smallest number rounds to 0: the row is lost, and counted so in the distortion.
+    scales = (gain * rms).to(torch.float16)
+    _check_scales(name, scales)
+    return _Rows(
+        codes=codes.reshape(*tiles.shape[:2], -1),
+        scales=scales.flatten().view(torch.int16),
+        error=float((source - scales.double() * decoded).square().sum()),
+        energy=float(source.square().sum()),
+    )
+
+
+def _check_scales(name: str, scales: torch.Tensor) -> None:
+    largest = float(scales.double().abs().max())
+    if not largest <= torch.finfo(torch.float16).max:
+        raise CheckpointError(
+            f"tensor '{name}.weight' has a row of root mean square {largest:g}, beyond float16 (65504); "
+            "exclude this linear, or rescale the checkpoint"
+        )

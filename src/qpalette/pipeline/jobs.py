@@ -1,0 +1,144 @@
+"""The work that a plan means for a checkpoint, known and checked before any weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.metadata import version
+
+import torch
+
+from qpalette.artifact import FORMAT_VERSION, PackedCheckpoint, QuantizationFormat, counted_bits, total_bits
+from qpalette.checkpoint import Checkpoint, Grouping, find_groups
+from qpalette.core.records import LinearRecord, LinearShape, PackedBits
+from qpalette.pipeline.encode import working_bytes
+from qpalette.plan import Plan, select_linears
+from qpalette.quantizers import parse_spec
+from qpalette.rotate import random_signs, rotation_for
+
+HEADROOM_BYTES = 64 << 20  # tokenizer, headers, documents
+
+
+@dataclass(frozen=True)
+class Job:
+    """One linear to quantize. Equal digests, and only those, mean equal packed tensors."""
+
+    linear: LinearShape
+    group: str  # names the signs, which the linears of a group share
+    record: LinearRecord
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return self.linear.name
+
+    @property
+    def packed_bytes(self) -> int:
+        return counted_bits(self.record).total // 8
+
+    def signs(self) -> torch.Tensor:
+        """int8 [K] of +-1."""
+        return random_signs(self.linear.in_features, self.record.seed, self.group)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What quantizing will take and give; sizes of the result are exact."""
+
+    linears: int
+    weights: int  # in the linears that the plan names
+    bits: PackedBits
+    specs: Mapping[str, int]  # weights by spec
+    source_bytes: int  # all tensors of the source
+    tensor_bytes: int  # all tensors of the result
+    disk_bytes: int  # free space that a run from the start asks for
+    peak_memory_bytes: int  # of tensors, about; a backend's search tables come on top
+
+    @property
+    def rate(self) -> Fraction:
+        """Average bits per quantized weight, everything counted."""
+        return self.bits.rate
+
+
+def make_jobs(checkpoint: Checkpoint, plan: Plan) -> list[Job]:
+    """One job per linear of the plan, in layer order.
+
+    Raises SpecError when the plan names no linear of the checkpoint or its rotation does not suit one.
+    """
+    groups = find_groups(checkpoint).groups
+    group_of = {linear.name: group.name for group in groups for linear in group.linears}
+    fingerprint = checkpoint.fingerprint
+    jobs = []
+    for linear in select_linears(plan, groups):
+        rotation = rotation_for(linear.in_features, plan.rotation).name
+        spec = plan.specs[linear.name]
+        record = LinearRecord(spec, linear.out_features, linear.in_features, rotation, plan.seed)
+        group = group_of[linear.name]
+        jobs.append(Job(linear, group, record, _digest(linear, group, record, fingerprint)))
+    return jobs
+
+
+def format_of(checkpoint: Checkpoint, plan: Plan, jobs: Sequence[Job]) -> QuantizationFormat:
+    """What config.json will say."""
+    provenance = {
+        "qpalette": version("qpalette"),
+        "source": checkpoint.fingerprint,
+        "plan": plan.digest,
+        "effort": plan.effort,
+    }
+    records = {job.name: job.record for job in jobs}
+    return QuantizationFormat.of(records, provenance, _left_alone(find_groups(checkpoint), plan))
+
+
+def estimate(checkpoint: Checkpoint, plan: Plan) -> Estimate:
+    """The figures of a run without running it: headers only, no weight is read. Raises as `make_jobs`."""
+    jobs = make_jobs(checkpoint, plan)
+    result = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs), _no_tensor)
+    bits = total_bits(job.record for job in jobs)
+    specs: Counter[str] = Counter()
+    for job in jobs:
+        specs[job.record.spec] += job.linear.weights
+    return Estimate(
+        linears=len(jobs),
+        weights=bits.weights,
+        bits=bits,
+        specs=dict(sorted(specs.items())),
+        source_bytes=checkpoint.total_bytes,
+        tensor_bytes=result.total_bytes,
+        disk_bytes=result.total_bytes + result.packed_bytes + HEADROOM_BYTES,
+        peak_memory_bytes=_peak_memory(checkpoint, jobs),
+    )
+
+
+def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job]) -> int:
+    """The largest linear with its codes and one chunk in flight, or the largest tensor that is only copied."""
+
+    def of_job(job: Job) -> int:
+        chunk = working_bytes(job.linear.weights, parse_spec(job.record.spec).rate)
+        return checkpoint.tensors[f"{job.name}.weight"].nbytes + 2 * job.packed_bytes + chunk
+
+    copied = max(info.nbytes for info in checkpoint.tensors.values())
+    return max(copied, *map(of_job, jobs))
+
+
+def _left_alone(grouping: Grouping, plan: Plan) -> list[str]:
+    """Modules that stay as they are; a tied output head has no tensor of its own, but is a module."""
+    names = {name.removesuffix(".weight") for name in grouping.reasons if name.endswith(".weight")}
+    names |= {linear.name for group in grouping.groups for linear in group.linears} - plan.specs.keys()
+    return sorted(names | {"lm_head"})
+
+
+def _digest(linear: LinearShape, group: str, record: LinearRecord, fingerprint: str) -> str:
+    what = [
+        *(FORMAT_VERSION, version("qpalette"), fingerprint, linear.name, group),
+        *(record.spec, record.out_features, record.in_features, record.rotation, record.seed),
+    ]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _no_tensor(linear: str, suffix: str) -> torch.Tensor:
+    raise AssertionError("an estimate reads nothing")

@@ -1,0 +1,89 @@
+"""What a run did, as a record and as the `qpalette_report.json` beside the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from qpalette.artifact import counted_bits, total_bits
+from qpalette.core.records import LinearRecord, PackedBits
+
+REPORT_FILE = "qpalette_report.json"
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """One quantized linear and its measured distortion."""
+
+    name: str
+    record: LinearRecord
+    distortion: float
+
+    @property
+    def bits(self) -> PackedBits:
+        return counted_bits(self.record)
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """Totals are exact; distortions are measured with the stored scales."""
+
+    output: Path
+    linears: Sequence[LinearResult]
+    tensor_bytes: int  # all tensors of the output
+    plan_digest: str
+    source_fingerprint: str
+
+    @property
+    def bits(self) -> PackedBits:
+        return total_bits(linear.record for linear in self.linears)
+
+    @property
+    def rate(self) -> Fraction:
+        """Counted bits per quantized weight."""
+        return self.bits.rate
+
+    @property
+    def distortion(self) -> float:
+        """Mean over linears, by weights."""
+        return sum(linear.bits.weights * linear.distortion for linear in self.linears) / self.bits.weights
+
+    def to_json(self) -> str:
+        """Deterministic: no paths, no times."""
+        content = {
+            "plan": self.plan_digest,
+            "source": self.source_fingerprint,
+            "totals": {
+                "linears": len(self.linears),
+                **_counts(self.bits),
+                "tensor_bytes": self.tensor_bytes,
+                "distortion": self.distortion,
+            },
+            "linears": {linear.name: _entry(linear) for linear in self.linears},
+        }
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _entry(linear: LinearResult) -> dict[str, object]:
+    record = linear.record
+    return {
+        "spec": record.spec,
+        "shape": [record.out_features, record.in_features],
+        "rotation": record.rotation,
+        **_counts(linear.bits),
+        "distortion": linear.distortion,
+    }
+
+
+def _counts(bits: PackedBits) -> dict[str, object]:
+    return {
+        "weights": bits.weights,
+        "code_bits": bits.codes,
+        "scale_bits": bits.scales,
+        "sign_bits": bits.signs,
+        "bits": bits.total,
+        "rate": float(bits.rate),
+    }
