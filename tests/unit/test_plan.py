@@ -1,0 +1,124 @@
+"""Plans: exact arithmetic, a hard budget, canonical text."""
+
+import json
+from fractions import Fraction
+
+import pytest
+
+from qpalette.core.errors import SpecError
+from qpalette.core.records import LinearGroup, LinearShape, packed_bits
+from qpalette.plan import Plan, counted_rate, spec_for_bits, summarize, uniform_plan
+from qpalette.quantizers import parse_spec
+
+GROUPS = (
+    LinearGroup("g.qk", (LinearShape("g.q", 256, 192), LinearShape("g.k", 72, 192))),
+    LinearGroup("g.o", (LinearShape("g.o", 192, 250),)),
+)
+
+
+def test_uniform_plan_names_every_linear():
+    plan = uniform_plan(GROUPS, "tcq-3.25", seed=5)
+    assert plan.specs == {"g.q": "tcq-3.25", "g.k": "tcq-3.25", "g.o": "tcq-3.25"}
+    assert (plan.rotation, plan.seed, plan.effort) == ("full", 5, "standard")
+
+
+def test_summary_counts_scales_signs_and_padding():
+    summary = summarize(uniform_plan(GROUPS, "tcq-3"), GROUPS)
+    codes = 3 * 256 * (16 * 12 + 5 * 12 + 12 * 16)  # 72 rows and 250 columns are padded
+    total = codes + 16 * (256 + 72 + 192) + 192 + 192 + 256
+    assert summary.bits.total == total
+    assert summary.rate == Fraction(total, 256 * 192 + 72 * 192 + 192 * 250)
+    assert summary.bytes == total // 8
+    assert summary.specs == {"tcq-3": summary.weights}
+    assert summary.distortion["g.q"] == parse_spec("tcq-3").claimed_distortion
+
+
+def test_mixed_specs_are_summed_one_by_one():
+    plan = Plan({"g.q": "nuq-4", "g.o": "tcq-2"})
+    summary = summarize(plan, GROUPS)
+    parts = [packed_bits(Fraction(4), 256, 192), packed_bits(Fraction(2), 192, 250)]
+    assert summary.bits.total == sum(part.total for part in parts)
+    assert summary.specs == {"nuq-4": 256 * 192, "tcq-2": 192 * 250}
+    assert summary.linears == 2
+
+
+@pytest.mark.parametrize("bits", ["1.5", "2", "3.3", "4", "7.9", "8", "12"])
+def test_budget_is_hard_and_used_up(bits):
+    quantizer = parse_spec(spec_for_bits(GROUPS, bits))
+    assert counted_rate(GROUPS, quantizer.rate) <= Fraction(bits)
+    assert quantizer.rate == 8 or counted_rate(GROUPS, quantizer.rate + Fraction(1, 8)) > Fraction(bits)
+
+
+def test_a_large_model_of_4_bits_gets_3_875():
+    big = (LinearGroup("a", (LinearShape("a", 4096, 4096),)),)
+    assert spec_for_bits(big, "4") == "tcq-3.875"
+    assert spec_for_bits(big, counted_rate(big, Fraction(4))) == "tcq-4"
+    assert spec_for_bits(big, "4", effort="best") == "tcq-3.875-L18"
+
+
+def test_least_budget_is_named_and_works():
+    with pytest.raises(SpecError, match="the least is") as error:
+        spec_for_bits(GROUPS, "1")
+    least = str(error.value).split("the least is ")[1].split(",")[0]
+    assert spec_for_bits(GROUPS, least) == "tcq-1"
+
+
+def test_wrong_requests():
+    with pytest.raises(SpecError, match="choose fast, standard, best"):
+        spec_for_bits(GROUPS, "4", effort="huge")
+    with pytest.raises(SpecError, match="not a rate"):
+        spec_for_bits(GROUPS, "four")
+    with pytest.raises(SpecError, match="no linear to quantize"):
+        spec_for_bits((), "4")
+    with pytest.raises(SpecError, match="no linear"):
+        uniform_plan((), "tcq-4")
+    with pytest.raises(SpecError, match="names 'nope'"):
+        summarize(Plan({"nope": "tcq-4"}), GROUPS)
+    with pytest.raises(SpecError, match="not a quantizer"):
+        Plan({"g.q": "tcq-9"})
+    with pytest.raises(SpecError, match="seed"):
+        Plan({"g.q": "tcq-4"}, seed=-1)
+
+
+def test_text_is_canonical_and_the_digest_stable():
+    plan = Plan({"b": "tcq-4.0", "a": "nuq-4"}, "block-64", 3)
+    same = Plan({"a": "nuq-4", "b": "tcq-4"}, "block-64", 3)
+    assert plan == same
+    assert plan.to_json() == same.to_json()
+    assert plan.digest == same.digest
+    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan({"a": "nuq-4", "b": "tcq-4"}, "block-64", 4).digest != plan.digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"plan_version": 2},
+        {"plan_version": True},
+        {"specs": []},
+        {"specs": {"a": 4}},
+        {"rotation": 1},
+        {"x": 1},
+        {"seed": 1.5},
+    ],
+)
+def test_texts_that_are_no_plan(change):
+    content = json.loads(Plan({"a": "nuq-4"}).to_json())
+    with pytest.raises(SpecError):
+        Plan.from_json(json.dumps({**content, **change}))
+    with pytest.raises(SpecError, match="JSON"):
+        Plan.from_json("{")
+
+
+@pytest.mark.parametrize(
+    ("specs", "effort"),
+    [
+        (["tcq-4", "nuq-4"], "standard"),
+        (["nuq-4"], "standard"),
+        (["tcq-4-L12"], "fast"),
+        (["tcq-4-L18", "tcq-2-L18"], "best"),
+        (["tcq-4-L18", "tcq-2"], "mixed"),
+    ],
+)
+def test_effort_is_what_the_specs_say(specs, effort):
+    assert Plan({str(i): spec for i, spec in enumerate(specs)}).effort == effort
