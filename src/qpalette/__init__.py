@@ -1,0 +1,48 @@
+"""Post-training quantization of language models at any rate, near Shannon's bound.
+
+Importing the package is cheap: torch and transformers load with the first name that needs them. It also makes
+`transformers` able to load quantized models, whichever of the two is imported first.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from qpalette.integrations.autoload import install as _install
+
+_HOME = {
+    "load": "qpalette.integrations.load",
+    "parse_spec": "qpalette.quantizers",
+    "quantize": "qpalette.pipeline",
+}
+
+__all__ = ["__version__", "evaluate", "load", "parse_spec", "quantize"]
+
+
+class _Package(ModuleType):
+    """`qpalette.evaluate` is the function, always; importing the folder of that name would put a module there."""
+
+    @property
+    def evaluate(self) -> Any:
+        return import_module("qpalette.evaluate").evaluate
+
+    @evaluate.setter
+    def evaluate(self, folder: ModuleType) -> None:
+        """Called by the import of the folder. `from qpalette.evaluate import ...` works as for any other."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("qpalette")
+    if name not in _HOME:
+        raise AttributeError(f"module 'qpalette' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
+_install()

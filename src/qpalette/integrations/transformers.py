@@ -1,0 +1,170 @@
+"""Hugging Face transformers: `from_pretrained`, `generate`, `save_pretrained` and `dequantize` on quantized models.
+
+Importing this module registers the method "qpalette" in transformers' tables; `import qpalette` sees to it. Only those
+hooks are used that are the same in every release from 5.16 on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qpalette.artifact.format import FORMAT_VERSION, METHOD, QuantizationFormat
+from qpalette.artifact.reader import open_artifact
+from qpalette.core.errors import ArtifactError
+from qpalette.core.records import LinearRecord
+from qpalette.kernels import select
+from qpalette.nn import QuantLinear
+
+
+class QPaletteConfig(QuantizationConfigMixin):
+    """The `quantization_config` of config.json, checked: attributes are its plain JSON fields.
+
+    Raises ArtifactError naming the field that is wrong.
+    """
+
+    linears: dict[str, dict[str, Any]]
+
+    def __init__(self, **fields: Any) -> None:
+        parsed = QuantizationFormat.parse({"quant_method": METHOD, "format_version": FORMAT_VERSION, **fields})
+        vars(self).update(parsed.to_dict())
+
+    @property
+    def records(self) -> dict[str, LinearRecord]:
+        """Linear name -> how to decode it."""
+        return QuantizationFormat.parse(self.to_dict()).records
+
+
+class QPaletteQuantizer(HfQuantizer):
+    """Swaps the named linears for packed ones before the weights are read. The kernels are not chosen here: see
+    the variable QPALETTE_BACKEND."""
+
+    requires_calibration = True  # transformers itself then refuses to quantize while loading
+    quantization_config: QPaletteConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises UnsupportedError with every backend's reason when a spec cannot run on one of the devices."""
+        specs = {entry["spec"] for entry in self.quantization_config.linears.values()}
+        for device in _devices(device_map):
+            for spec in sorted(specs):
+                select("linear", spec, device)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        records = self.quantization_config.records
+        if checkpoint_files:
+            _check_files(Path(checkpoint_files[0]).parent, records)
+        found = dict(_locate(model, records))
+        tied = getattr(model, "all_tied_weights_keys", {})
+        for module_name, name in found.items():
+            if f"{module_name}.weight" in tied:
+                raise ArtifactError(f"linear '{name}' is packed, but config.json ties its weight to the embeddings")
+            _swap(model, module_name, records[name])
+        # A base model names its modules without the prefix; what it saves must be named alike.
+        linears = self.quantization_config.linears
+        self.quantization_config.linears = {module_name: linears[name] for module_name, name in found.items()}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in _packed_linears(model).values():
+            module.prepare()
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        before = model.dtype
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or before
+        for name, module in _packed_linears(model).items():
+            model.set_submodule(name, module.dequantize(wanted))
+        for parameter in model.parameters():  # not buffers: rotary frequencies must stay float32
+            if parameter.dtype == before:
+                parameter.data = parameter.data.to(wanted)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Put both classes into transformers' tables, once; registering a name twice is an error there."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(QPaletteConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(QPaletteQuantizer)
+
+
+def _devices(device_map: Any) -> set[torch.device]:
+    """The devices that compute. Of "auto" and the like nothing is known yet: transformers asks again when it is."""
+    if isinstance(device_map, str):
+        return set()
+    places = device_map.values() if isinstance(device_map, Mapping) else ["cpu" if device_map is None else device_map]
+    return {torch.device(place) for place in places if place not in ("disk", "meta")}
+
+
+def _check_files(directory: Path, records: Mapping[str, LinearRecord]) -> None:
+    """transformers fills a tensor that is missing with random numbers; here it is an error."""
+    artifact = open_artifact(directory)
+    if dict(artifact.records) != dict(records):
+        raise ArtifactError(f"the config given is not that of {directory}: their quantization_config differ")
+
+
+def _locate(model: Any, records: Mapping[str, LinearRecord]) -> Iterator[tuple[str, str]]:
+    """(name of the module in `model`, name in the checkpoint) of every packed linear.
+
+    As transformers does with tensors, the prefix of the base model is added or dropped where the class needs it.
+    """
+    modules = dict(model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+    headless = not hasattr(model, model.base_model_prefix)
+    for name, record in records.items():
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        module_name = next((candidate for candidate in candidates if candidate in modules), None)
+        if module_name is None:
+            if headless and not name.startswith(prefix):
+                continue  # a head, which this class does not have
+            raise ArtifactError(f"{type(model).__name__} has no module '{name}', which config.json says is packed")
+        _check_module(name, modules[module_name], record)
+        yield module_name, name
+
+
+def _check_module(name: str, module: nn.Module, record: LinearRecord) -> None:
+    if not isinstance(module, nn.Linear):
+        raise ArtifactError(f"module '{name}' is a {type(module).__name__}, but only an nn.Linear can be packed")
+    shape = (module.out_features, module.in_features)
+    if shape != (record.out_features, record.in_features):
+        raise ArtifactError(
+            f"linear '{name}' is {shape[0]} x {shape[1]} in the model, but {record.out_features} x "
+            f"{record.in_features} in quantization_config"
+        )
+
+
+def _swap(model: Any, name: str, record: LinearRecord) -> None:
+    old = model.get_submodule(name)
+    new = QuantLinear(record, old.bias is not None, old.weight.dtype, old.weight.device)
+    model.set_submodule(name, new.train(old.training))
+
+
+def _packed_linears(model: Any) -> dict[str, QuantLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+register()
