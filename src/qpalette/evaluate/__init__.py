@@ -1,0 +1,71 @@
+"""Measures what quantization costs: models against their originals, quantizers against Shannon's bound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpalette.core.errors import InputError
+from qpalette.evaluate.loading import bits_per_weight, is_artifact, load_model
+from qpalette.evaluate.metrics import Evaluation, Progress, evaluate_models
+from qpalette.evaluate.palette import Measurement, measure
+from qpalette.evaluate.sampled_text import sample_windows
+from qpalette.evaluate.windows import WINDOW, check_limit, token_windows
+
+__all__ = [
+    "Evaluation",
+    "Measurement",
+    "bits_per_weight",
+    "evaluate",
+    "evaluate_models",
+    "is_artifact",
+    "load_model",
+    "measure",
+    "sample_windows",
+    "token_windows",
+]
+
+SAMPLED_WINDOWS = 2
+
+
+def evaluate(
+    model_dir: str | Path,
+    reference: str | Path | None = None,
+    text: str | Path | None = None,
+    windows: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity of the model at `model_dir`, and how far its predictions are from those of `reference`.
+
+    Both are a quantized directory, a Hugging Face directory, a .gguf file or a Hub id; `reference` None measures the
+    perplexity alone. `text` is a UTF-8 file, cut into windows of 2048 tokens (less in a model of shorter context), of
+    which the first `windows` are used, by default all. With `text` None the text is sampled from the reference, by
+    default 2 windows. `progress` is called with (windows done, windows in all).
+
+    Raises InputError for a text or number of windows that cannot be used, ArtifactError and CheckpointError for a
+    model that cannot be read.
+    """
+    check_limit(windows)
+    if text is None and reference is None:
+        raise InputError("give a text, or a reference to sample one from")
+    model, tokenizer = load_model(model_dir, device, dtype)
+    original, tokenizer = (None, tokenizer) if reference is None else load_model(reference, device, dtype)
+    length = _window_length(model)
+    if text is None:
+        chosen = sample_windows(original, windows or SAMPLED_WINDOWS, length)
+    else:
+        chosen = token_windows(text, tokenizer, length, windows)
+    return replace(
+        evaluate_models(model, original, chosen, progress),
+        bits_per_weight=bits_per_weight(model_dir),
+    )
+
+
+def _window_length(model: Any) -> int:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(WINDOW, context) if context else WINDOW

@@ -1,0 +1,124 @@
+"""One streamed answer of a model: what `generate` and `chat` share."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qpalette.core.errors import InputError
+
+Message = dict[str, str]  # {"role": "user" or "assistant", "content": text}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was written and how fast."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    prompt_seconds: float  # until the first token
+    seconds: float  # from the first token to the last
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the tokens after the first; None when there are none."""
+        return (self.tokens - 1) / self.seconds if self.tokens > 1 and self.seconds > 0 else None
+
+    def describe(self) -> str:
+        speed = "" if self.tokens_per_second is None else f", {self.tokens_per_second:.1f} tokens/s"
+        prompt = f"prompt of {self.prompt_tokens} tokens: {self.prompt_seconds:.1f} s"
+        return f"{self.tokens} tokens{speed} ({prompt})"
+
+
+def check_sampling(max_new_tokens: int, temperature: float) -> None:
+    """Raises InputError on values that no model can sample with; call it before anything is loaded."""
+    if max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"--temperature must be a finite number of at least 0, got {temperature}")
+
+
+def prompt_of(tokenizer: Any, messages: Sequence[Message]) -> Any:
+    """int64 [1, tokens]: the conversation as the tokenizer's chat template writes it."""
+    encoded = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    return encoded["input_ids"]
+
+
+def stream_answer(
+    model: Any, tokenizer: Any, prompt: Any, max_new_tokens: int, temperature: float, write: Callable[[str], None]
+) -> Answer:
+    """Continue `prompt` (int64 [1, tokens]), giving each finished word to `write`.
+
+    Temperature 0 always takes the most likely token. Raises InputError when the prompt is empty or leaves no room for
+    an answer in the model's context.
+    """
+    import torch
+
+    length = prompt.shape[1]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if length == 0:
+        raise InputError("the prompt is empty")
+    if length >= context:
+        raise InputError(f"the prompt has {length} tokens and the model's context is {context}; shorten it")
+    streamer = _streamer(tokenizer, write)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else _GREEDY
+    with torch.inference_mode():
+        result = model.generate(
+            prompt.to(model.device),
+            attention_mask=torch.ones_like(prompt, device=model.device),
+            max_new_tokens=int(min(max_new_tokens, context - length)),
+            pad_token_id=_pad_token(model, tokenizer),
+            streamer=streamer,
+            **sampling,
+        )
+    written = result[0, length:]
+    first, last = streamer.first or streamer.start, streamer.last
+    return Answer(
+        text=tokenizer.decode(written, skip_special_tokens=True),
+        prompt_tokens=length,
+        tokens=len(written),
+        prompt_seconds=first - streamer.start,
+        seconds=last - first,
+    )
+
+
+_GREEDY = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+
+
+def _pad_token(model: Any, tokenizer: Any) -> int:
+    """Never used with one prompt, but asked for."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, model.generation_config.eos_token_id):
+        if token is not None:
+            return token[0] if isinstance(token, list) else token
+    return 0
+
+
+def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        """Passes text on and notes the times of the first and last token."""
+
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.start = self.last = time.perf_counter()
+            self.first: float | None = None
+            self.prompt_seen = False
+
+        def put(self, value: Any) -> None:
+            if self.prompt_seen:
+                self.last = time.perf_counter()
+                self.first = self.first or self.last
+            self.prompt_seen = True
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write(text)
+
+    return Streamer()

@@ -1,0 +1,64 @@
+"""qpalette eval: what quantization did to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qpalette.cli.output import print_facts, print_json, quiet_transformers, step_bar
+
+if TYPE_CHECKING:
+    from qpalette.evaluate import Evaluation
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="The quantized directory (or any other model).")],
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="MODEL", help="The original: KL and top-1 are measured against it."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", metavar="FILE", help="A UTF-8 text file.  [default: sampled from the reference]"),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option("--windows", metavar="N", help="Use the first N windows of 2048 tokens.  [default: all]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+) -> None:
+    """Measure perplexity, KL divergence from the original and top-1 agreement.
+
+    Example: [bold]qpalette eval OUT --reference MODEL --text wiki.test.raw --windows 16[/]
+    """
+    from qpalette.evaluate import evaluate as measure
+    from qpalette.evaluate.windows import check_limit, read_text
+
+    check_limit(windows)
+    if text is not None:
+        read_text(text)  # a wrong file is told before minutes of loading
+    quiet_transformers()
+    with step_bar("windows") as bar:
+        result = measure(model, reference, text, windows, progress=bar.show)
+    if as_json:
+        print_json(result)
+    else:
+        print_facts(model, _facts(result))
+
+
+def _facts(result: Evaluation) -> dict[str, str]:
+    """Only what was measured."""
+    error = "" if result.kl_stderr is None else f" +- {result.kl_stderr:.4f}"
+    facts = {
+        "perplexity": f"{result.perplexity:.3f}",
+        "reference perplexity": "" if result.reference_perplexity is None else f"{result.reference_perplexity:.3f}",
+        "KL": "" if result.kl is None else f"{result.kl:.4f}{error} nats per token",
+        "top-1 agreement": "" if result.top1 is None else f"{100 * result.top1:.1f} %",
+        "bits per weight": ""
+        if result.bits_per_weight is None
+        else f"{result.bits_per_weight:.4f}, everything counted",
+        "on": f"{result.windows} windows, {result.tokens} predictions",
+    }
+    return {name: value for name, value in facts.items() if value}

@@ -1,0 +1,156 @@
+"""What commands print: tables and progress for people, JSON for programs, one line for an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+
+def print_error(message: str) -> None:
+    """One red line on stderr."""
+    one_line = " ".join(message.split())
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(one_line)}")
+
+
+def print_note(message: str) -> None:
+    """A line on stderr: never mixed with a command's output."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[dim]{escape(message)}[/]")
+
+
+def print_json(value: Any) -> None:
+    """`value` on stdout: dataclasses as objects, exact rates as numbers, infinities as null."""
+    sys.stdout.write(json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Fraction):
+        return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
+    """A table on stdout: the first column is text, columns whose cells begin with a digit are aligned right."""
+    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    for index, name in enumerate(columns):
+        numbers = index > 0 and all(not row[index] or row[index][0] in "-+0123456789" for row in rows)
+        table.add_column(name, justify="right" if numbers else "left", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def print_facts(title: str, facts: dict[str, str]) -> None:
+    """Aligned "name  value" lines on stdout."""
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        grid.add_row(f"[dim]{escape(name)}[/]", escape(value))
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(f"[bold]{escape(title)}[/]")
+    console.print(grid)
+
+
+def size(nbytes: float) -> str:
+    """98362432 -> "98.4 MB"."""
+    return _with_prefix(nbytes, "B")
+
+
+def speed(weights_per_second: float) -> str:
+    """2.5e6 -> "2.5 Mweights/s"."""
+    return _with_prefix(weights_per_second, "weights/s")
+
+
+def count(number: int) -> str:
+    """106168320 -> "106.2 M"."""
+    return _with_prefix(number, "").rstrip()
+
+
+def _with_prefix(value: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G"):
+        if value < 1000 or prefix == "G":
+            digits = 0 if value == int(value) and not prefix else 1
+            return f"{value:.{digits}f} {prefix}{unit}"
+        value /= 1000
+    raise AssertionError("the loop ends at G")
+
+
+class _SpeedColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if not task.speed else speed(task.speed), style="dim")
+
+
+class Bar:
+    """A progress bar on stderr that appears with the first step; use it in a `with` statement."""
+
+    def __init__(self, description: str, *counters: ProgressColumn) -> None:
+        columns = (TextColumn(description), BarColumn(), *counters, TextColumn("[dim]left"), TimeRemainingColumn())
+        # The speed is the mean of the last hour: steps may be of very different sizes.
+        self._progress = Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._task is not None:
+            self._progress.stop()
+
+    def show(self, done: int, total: int) -> None:
+        """`done` of `total` units are done."""
+        self._progress.update(self._started(total), completed=done)
+
+    def skip(self, done: int, total: int) -> None:
+        """The same, where the last step took no time and says nothing about the speed."""
+        self._progress.reset(self._started(total), completed=done)
+
+    def _started(self, total: int) -> TaskID:
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task("", total=total)
+        return self._task
+
+
+def weight_bar(description: str) -> Bar:
+    """A bar whose unit is a weight, so that its remaining time is true for linears of any size."""
+    return Bar(description, TextColumn("{task.percentage:>3.0f} %"), _SpeedColumn())
+
+
+def step_bar(description: str) -> Bar:
+    """A bar of a few equal steps."""
+    return Bar(description, TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+
+
+def quiet_transformers() -> None:
+    """No progress bars and advice from transformers between a command's own lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -1,0 +1,177 @@
+"""qpalette quantize: a model in, a smaller model out."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qpalette.cli.output import count, print_facts, print_json, print_note, print_table, size, weight_bar
+
+if TYPE_CHECKING:
+    from qpalette.cli.output import Bar
+    from qpalette.pipeline import Estimate, QuantizeReport
+
+AT_ONCE = 0.005  # seconds; a linear that takes less was finished by an earlier run
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a .gguf file or a Hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write; it must not exist.")],
+    bits: Annotated[
+        str | None,
+        typer.Option("--bits", metavar="R", help="Budget in bits per weight, such as 3.25; scales and signs count."),
+    ] = None,
+    spec: Annotated[
+        str | None, typer.Option("--spec", metavar="S", help="Or the quantizer itself, such as tcq-3.25.")
+    ] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(
+            "--effort", help="fast, standard or best: how long to search.  [default: standard, or as the spec says]"
+        ),
+    ] = None,
+    rotation: Annotated[str, typer.Option("--rotation", help="full, block or block-N.")] = "full",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the rotation's signs.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done; reads headers alone.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a quantized model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Quantize a model. Interrupted, the same command goes on where it stopped.
+
+    Give exactly one of --bits and --spec.
+
+    Example: [bold]qpalette quantize SmolLM2-135M-Instruct.Q4_1.gguf OUT --bits 3.25[/]
+    """
+    if (bits is None) == (spec is None):
+        raise typer.BadParameter("give exactly one of --bits (such as 3.25) and --spec (such as tcq-3.25)")
+    from qpalette.pipeline import Estimate
+    from qpalette.pipeline import quantize as run
+
+    options: dict[str, Any] = {"bits": bits, "spec": spec, "effort": effort, "rotation": rotation, "seed": seed}
+    if dry_run:
+        estimate = run(model, out, **options, dry_run=True)
+        assert isinstance(estimate, Estimate)
+        _show_estimate(model, estimate, as_json)
+        return
+    start = time.perf_counter()
+    with weight_bar("quantizing") as bar:
+        report = run(model, out, **options, overwrite=overwrite, progress=_Timed(bar))
+    assert not isinstance(report, Estimate)
+    source_bytes = _source_bytes(model)
+    if as_json:
+        print_json(report_json(report, source_bytes))
+    else:
+        _show_report(report, source_bytes)
+        print_note(f"{out}: done in {time.perf_counter() - start:.0f} s")
+
+
+class _Timed:
+    """The pipeline's progress on a bar, whose speed leaves out what an earlier run has finished."""
+
+    def __init__(self, bar: Bar) -> None:
+        self.bar = bar
+        self.last = time.perf_counter()
+
+    def __call__(self, done_weights: int, total_weights: int, linear: str, distortion: float) -> None:
+        now = time.perf_counter()
+        (self.bar.skip if now - self.last < AT_ONCE else self.bar.show)(done_weights, total_weights)
+        self.last = now
+
+
+def _source_bytes(model: str) -> int:
+    from qpalette.checkpoint import open_checkpoint
+
+    return open_checkpoint(model).total_bytes
+
+
+def distortion_by_kind(report: QuantizeReport) -> dict[str, dict[str, Any]]:
+    """Linears of all layers together: how many, their weights, specs, counted rate and mean distortion by weights."""
+    from qpalette.cli.inspection import linear_kind
+
+    gathered = defaultdict(list)
+    for linear in report.linears:
+        gathered[linear_kind(linear.name)].append(linear)
+    return {
+        kind: {
+            "linears": len(linears),
+            "weights": (weights := sum(linear.bits.weights for linear in linears)),
+            "specs": sorted({linear.record.spec for linear in linears}),
+            "bits_per_weight": sum(linear.bits.total for linear in linears) / weights,
+            "distortion": sum(linear.bits.weights * linear.distortion for linear in linears) / weights,
+        }
+        for kind, linears in gathered.items()
+    }
+
+
+def report_json(report: QuantizeReport, source_bytes: int) -> dict[str, Any]:
+    """Keys that stay: output, source_bytes, bytes, bits_per_weight, distortion, kinds."""
+    return {
+        "output": report.output,
+        "source_bytes": source_bytes,
+        "bytes": report.tensor_bytes,
+        "bits_per_weight": report.rate,
+        "bits": report.bits.total,
+        "weights": report.bits.weights,
+        "distortion": report.distortion,
+        "kinds": distortion_by_kind(report),
+    }
+
+
+def _show_report(report: QuantizeReport, source_bytes: int) -> None:
+    rows = [
+        (
+            kind,
+            str(facts["linears"]),
+            count(facts["weights"]),
+            ", ".join(facts["specs"]),
+            f"{facts['bits_per_weight']:.4f}",
+            f"{facts['distortion']:.5f}",
+        )
+        for kind, facts in distortion_by_kind(report).items()
+    ]
+    columns = ("linear", "times", "weights", "spec", "bits per weight", "distortion")
+    print_table("Quantized", columns, rows, caption="distortion: mean squared error / mean square, measured")
+    print_facts(
+        str(report.output),
+        {
+            "size": f"{size(source_bytes)} before, {size(report.tensor_bytes)} after",
+            "bits per weight": f"{float(report.rate):.4f} in {count(report.bits.weights)} weights, everything counted",
+            "distortion": f"{report.distortion:.5f}",
+        },
+    )
+
+
+def _show_estimate(model: str, estimate: Estimate, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "dry_run": True,
+                "linears": estimate.linears,
+                "weights": estimate.weights,
+                "bits_per_weight": estimate.rate,
+                "bits": estimate.bits.total,
+                "specs": dict(estimate.specs),
+                "source_bytes": estimate.source_bytes,
+                "bytes": estimate.tensor_bytes,
+                "disk_bytes": estimate.disk_bytes,
+                "peak_memory_bytes": estimate.peak_memory_bytes,
+            }
+        )
+        return
+    print_facts(
+        f"{model}: nothing is written",
+        {
+            "linears": f"{estimate.linears}, {count(estimate.weights)} weights",
+            "quantizers": ", ".join(f"{spec} ({count(weights)} weights)" for spec, weights in estimate.specs.items()),
+            "bits per weight": f"{float(estimate.rate):.4f}, everything counted",
+            "size": f"{size(estimate.source_bytes)} before, {size(estimate.tensor_bytes)} after",
+            "free disk needed": size(estimate.disk_bytes),
+            "memory needed": f"about {size(estimate.peak_memory_bytes)}",
+        },
+    )

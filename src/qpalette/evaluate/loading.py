@@ -1,0 +1,85 @@
+"""Any model that qpalette knows as a transformers model: a quantized directory, a checkpoint, a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpalette.artifact.reader import open_artifact
+from qpalette.checkpoint import Checkpoint, export_checkpoint, find_groups, open_checkpoint
+from qpalette.core.errors import ArtifactError, CheckpointError
+
+CACHE = "QPALETTE_CACHE"  # environment variable: where dequantized GGUF files are kept
+
+
+def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The causal language model at `path` in evaluation mode on `device`, and its tokenizer.
+
+    `path` is a quantized directory, a Hugging Face directory, a .gguf file or a Hub id. A GGUF file is dequantized
+    once, into a cache. Weights that are not quantized, and activations, have `dtype`. No code of the model runs.
+
+    Raises ArtifactError or CheckpointError when there is no such model or transformers cannot build it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quantized = is_artifact(path)
+    directory = Path(path).expanduser() if quantized else plain_directory(open_checkpoint(path))
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return model.to(device).eval(), tokenizer
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
+        kind = ArtifactError if quantized else CheckpointError
+        reason = str(error).strip().partition("\n")[0]
+        raise kind(f"transformers cannot load {path} ({type(error).__name__}: {reason})") from error
+
+
+def is_artifact(path: str | Path) -> bool:
+    """Whether `path` is a directory whose config.json says that qpalette quantized it."""
+    config = Path(path).expanduser() / "config.json"
+    try:
+        method = json.loads(config.read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # whatever it is, opening it as a checkpoint says what is wrong
+    return method == "qpalette"
+
+
+def bits_per_weight(path: str | Path) -> float | None:
+    """Stored bits per weight of the linears, everything counted, from headers alone.
+
+    None for a GGUF file, whose headers are read as the dequantized model's, and for a model without linears.
+    """
+    if is_artifact(path):
+        return float(open_artifact(Path(path).expanduser()).bits().rate)
+    checkpoint = open_checkpoint(path)
+    linears = [linear for group in find_groups(checkpoint).groups for linear in group.linears]
+    if checkpoint.format == "gguf" or not linears:
+        return None
+    stored = sum(checkpoint.tensors[f"{linear.name}.weight"].nbytes for linear in linears)
+    return 8 * stored / sum(linear.weights for linear in linears)
+
+
+def plain_directory(checkpoint: Checkpoint) -> Path:
+    """A Hugging Face directory with the weights of `checkpoint`: its own, or a dequantized copy in the cache."""
+    if checkpoint.format == "safetensors":
+        return checkpoint.files[0].parent
+    directory = cache_directory() / "exported" / checkpoint.fingerprint
+    if not directory.exists():
+        try:
+            export_checkpoint(checkpoint, directory)
+        except OSError as error:
+            if not directory.exists():  # otherwise another process has just written the same
+                raise CheckpointError(
+                    f"{directory} cannot be written ({error.strerror}); set {CACHE} to a directory with room for "
+                    f"{checkpoint.total_bytes / 1e9:.1f} GB"
+                ) from error
+    return directory
+
+
+def cache_directory() -> Path:
+    """$QPALETTE_CACHE, or ~/.cache/qpalette."""
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "qpalette")

@@ -1,0 +1,80 @@
+"""Measures a quantizer where theory knows the bound: on a Gaussian source."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from qpalette.core.errors import InputError
+from qpalette.core.records import TILE_WEIGHTS
+from qpalette.kernels import Backend, select
+from qpalette.quantizers import Quantizer
+from qpalette.theory import gap, gap_bits, gap_db
+
+CHUNK_TILES = 1024
+WARM_UP_TILES = 16  # compiles the encoder, so that its speed does not include that
+WORD_BITS = 32
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One quantizer on a Gaussian source; distortions are mean squared error over mean square."""
+
+    spec: str
+    rate: Fraction  # counted from the stored words
+    claimed_distortion: float
+    distortion: float
+    gap: float  # distortion over Shannon's bound at this rate
+    gap_bits: float
+    gap_db: float
+    encode_weights_per_second: float
+    weights: int
+
+
+def measure(quantizer: Quantizer, weights: int = 1_000_000, seed: int = 0) -> Measurement:
+    """Encode and decode `weights` samples of N(0, 1) (rounded up to whole tiles of 256) with the best CPU backend.
+
+    The source is float32 from `torch.Generator` with `seed`, whatever the quantizer. The decoded values are compared
+    as they are: no gain is refitted.
+
+    Raises InputError when `weights` is below 1.
+    """
+    if weights < 1:
+        raise InputError(f"the number of weights to measure on must be at least 1, got {weights}")
+    backend = select("encode", quantizer.name, CPU)
+    generator = torch.Generator().manual_seed(seed)
+    tiles = -(-weights // TILE_WEIGHTS)
+    backend.encode(quantizer.name, torch.zeros(WARM_UP_TILES, TILE_WEIGHTS))
+    error = power = seconds = 0.0
+    stored_words = 0
+    for start in range(0, tiles, CHUNK_TILES):
+        source = torch.randn(min(CHUNK_TILES, tiles - start), TILE_WEIGHTS, generator=generator)
+        codes, elapsed = _timed_encode(backend, quantizer, source)
+        error += float((backend.decode(quantizer.name, codes) - source).double().square().sum())
+        power += float(source.double().square().sum())
+        seconds += elapsed
+        stored_words += codes.numel()
+    rate = Fraction(stored_words * WORD_BITS, tiles * TILE_WEIGHTS)
+    assert rate == quantizer.rate, f"{quantizer} states {quantizer.rate} bits per weight and stores {rate}"
+    distortion = error / power
+    return Measurement(
+        spec=quantizer.name,
+        rate=rate,
+        claimed_distortion=quantizer.claimed_distortion,
+        distortion=distortion,
+        gap=gap(distortion, rate),
+        gap_bits=gap_bits(distortion, rate),
+        gap_db=gap_db(distortion, rate),
+        encode_weights_per_second=tiles * TILE_WEIGHTS / seconds,
+        weights=tiles * TILE_WEIGHTS,
+    )
+
+
+def _timed_encode(backend: Backend, quantizer: Quantizer, source: torch.Tensor) -> tuple[torch.Tensor, float]:
+    start = time.perf_counter()
+    codes = backend.encode(quantizer.name, source)
+    return codes, time.perf_counter() - start

@@ -1,0 +1,366 @@
+"""The command line as a user meets it: on a tiny random model, with every wrong input answered in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qpalette.cli import main
+
+VOCABULARY = 128
+COMMANDS = ("doctor", "inspect", "palette", "quantize", "eval", "generate", "chat")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant {% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _plain_output(monkeypatch):
+    for variable in ("QPALETTE_DEBUG", "QPALETTE_BACKEND", "FORCE_COLOR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command line in this process: code, stdout and stderr."""
+
+    def call(*arguments: object) -> SimpleNamespace:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=exit_.value.code or 0, out=captured.out, err=captured.err)
+
+    return call
+
+
+def save_model(directory, template: str | None = CHAT_TEMPLATE) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).half().save_pretrained(directory)
+    letters = {"<s>": 0, "<unk>": 1} | {chr(code): code for code in range(33, 127)} | {"\u0120": 127}
+    tokenizer = Tokenizer(models.BPE(letters, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", unk_token="<unk>", chat_template=template
+    )
+    fast.save_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def packed(model):
+    out = model.parent / "packed"
+    with pytest.raises(SystemExit) as exit_:
+        main(["quantize", str(model), str(out), "--spec", "nuq-4"])
+    assert not exit_.value.code
+    return out
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog " * 30)
+    return file
+
+
+# --- help and errors ---------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom qpalette.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit as e: assert not e.code\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numba', 'matplotlib')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(run, command):
+    result = run(command, "--help")
+    assert result.code == 0
+    assert f"Example: qpalette {command}" in result.out
+
+
+def test_version(run):
+    assert run("--version").out.startswith("qpalette ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "{missing}"), "does not exist"),
+        (("palette", "--measure", "xyz-3"), "'xyz-3' is not a quantizer"),
+        (("palette", "--measure", "tcq-3.3"), "multiples of 0.125"),
+        (("palette", "--measure", "nuq-4", "--weights", "0"), "at least 1, got 0"),
+        (("palette", "--measure", "nuq-4", "--seed", str(1 << 64)), "64 bits"),
+        (("palette", "--effort", "heroic"), "choose fast, standard, best"),
+        (("palette", "--plot", "{tmp}/picture.xyz"), "must end in .png"),
+        (("palette", "--plot", "{tmp}/none/picture.png"), "does not exist"),
+        (("palette", "--compare", "{text}"), "give both"),
+        (("palette", "--compare", "{text}", "--plot", "{tmp}/p.png"), "has no column family"),
+        (("quantize", "{missing}", "{tmp}/out", "--bits", "4"), "does not exist"),
+        (("quantize", "{model}", "{tmp}/out", "--spec", "tcq-99"), "tcq-99"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "-1"), "'-1' is not a rate"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "nan"), "'nan' is not a rate"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "0.5"), "the least is"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--effort", "x"), "'x' is not an effort"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--rotation", "x"), "'x' is not a rotation"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--rotation", "block-128"), "does not divide"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--seed", "-1"), "seed"),
+        (("quantize", "{model}", "{model}", "--spec", "nuq-4"), "exists already"),
+        (("quantize", "{model}", "{model}", "--spec", "nuq-4", "--overwrite"), "not overwritten"),
+        (("quantize", "{packed}", "{tmp}/out", "--spec", "nuq-4"), "quantized already"),
+        (("eval", "{missing}", "--text", "{text}"), "does not exist"),
+        (("eval", "{packed}", "--reference", "{missing}", "--text", "{text}"), "does not exist"),
+        (("eval", "{packed}", "--text", "{missing}"), "does not exist"),
+        (("eval", "{packed}", "--text", "{tmp}"), "is a directory"),
+        (("eval", "{packed}", "--text", "{packed}/model.safetensors"), "is not text"),
+        (("eval", "{packed}", "--text", "{text}", "--windows", "0"), "at least 1, got 0"),
+        (("eval", "{packed}", "--text", "{text}", "--windows", "-2"), "at least 1, got -2"),
+        (("eval", "{packed}"), "a reference to sample one from"),
+        (("generate", "{missing}", "hello"), "does not exist"),
+        (("generate", "{packed}", "  "), "the prompt is empty"),
+        (("generate", "{packed}", "hello", "--max-new-tokens", "0"), "at least 1, got 0"),
+        (("generate", "{packed}", "hello", "--temperature", "-1"), "at least 0, got -1"),
+        (("generate", "{packed}", "hello", "--temperature", "nan"), "at least 0, got nan"),
+        (("generate", "{packed}", "x" * 300), "the model's context is 256"),
+        (("chat", "{missing}"), "does not exist"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(run, model, packed, text, tmp_path, arguments, message):
+    names = {"missing": tmp_path / "missing", "tmp": tmp_path, "model": model, "packed": packed, "text": text}
+    result = run(*(argument.format(**names) for argument in arguments))
+    assert result.code == 1
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1, result.err
+    assert message in result.err
+    assert not result.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quantize", "{model}", "{model}-out"),
+        ("quantize", "{model}", "{model}-out", "--bits", "4", "--spec", "nuq-4"),
+        ("quantize", "{model}"),
+        ("palette", "--weights", "many"),
+        ("no-such-command",),
+        ("inspect", "{model}", "--no-such-option"),
+    ],
+)
+def test_wrong_usage_exits_with_2(run, model, arguments):
+    result = run(*(argument.format(model=model) for argument in arguments))
+    assert result.code == 2
+    assert "Usage: qpalette" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    command = [sys.executable, "-c", "from qpalette.cli import main; main()", "inspect", str(tmp_path / "none")]
+    environment = os.environ | {"QPALETTE_DEBUG": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "CheckpointError" in result.stderr
+
+
+def test_interrupted_says_that_a_rerun_resumes(run, model, tmp_path, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qpalette.pipeline.quantize", interrupt)
+    result = run("quantize", model, tmp_path / "out", "--bits", "4")
+    assert result.code == 130
+    assert "interrupted; the same command resumes" in result.err
+
+
+# --- what commands do --------------------------------------------------------------------------------------------
+
+
+def test_doctor_reports_every_part(run):
+    result = run("doctor", "--json")
+    report = json.loads(result.out)
+    assert (result.code, report["ok"]) == (0, True)
+    names = [check["name"] for check in report["checks"]]
+    assert {"python", "torch", "transformers", "numba", "processor", "backends", "cuda", "self test"} <= set(names)
+    cuda = next(check for check in report["checks"] if check["name"] == "cuda")
+    assert torch.cuda.is_available() or "CPU" in cuda["detail"]
+
+
+def test_doctor_tells_what_to_type(run, monkeypatch):
+    from qpalette.cli import doctor
+
+    monkeypatch.setattr(doctor, "version", lambda name: "0.1")
+    monkeypatch.setattr(doctor, "_self_test", lambda: 1 / 0)
+    result = run("doctor")
+    assert result.code == 1
+    assert 'pip install "torch' in result.out
+    assert "ZeroDivisionError" in result.out
+    assert "Not ready: torch" in result.out
+
+
+def test_inspect_a_checkpoint(run, model):
+    report = json.loads(run("inspect", model, "--json").out)
+    assert report["kind"] == "checkpoint"
+    assert report["weights"] == 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 96)
+    assert [kind["count"] for kind in report["group_kinds"]] == [2, 2, 2, 2]
+    assert report["group_kinds"][0]["rotation"] == "h64"
+    assert report["bytes_at_bits"]["2"] < report["bytes_at_bits"]["4"] < report["bytes"]
+    assert {item["reason"] for item in report["untouched"]} == {"embedding", "output head", "a vector"}
+    shown = run("inspect", model).out
+    assert "q_proj 64 x 64, k_proj 32 x 64" in shown
+
+
+def test_inspect_a_quantized_model(run, packed):
+    report = json.loads(run("inspect", packed, "--json").out)
+    assert report["kind"] == "artifact"
+    assert report["bits"]["total"] == sum(report["bits"][part] for part in ("codes", "scales", "signs"))
+    assert report["bits_per_weight"] == pytest.approx(report["bits"]["total"] / report["weights"])
+    assert {linear["spec"] for linear in report["linears"]} == {"nuq-4"}
+    assert "everything counted" in run("inspect", packed).out
+
+
+def test_palette_lists_and_measures(run):
+    listed = json.loads(run("palette", "--json").out)
+    assert {"tcq-1", "tcq-3.25", "nuq-4"} <= {row["spec"] for row in listed}
+    assert all(row["distortion"] is None and row["gap"] > 1 for row in listed)
+    result = run("palette", "--measure", "nuq-2", "--measure", "nuq-4", "--weights", "30000", "--json")
+    measured = json.loads(result.out)
+    assert [row["spec"] for row in measured] == ["nuq-2", "nuq-4"]
+    for row in measured:
+        assert row["distortion"] == pytest.approx(row["claimed_distortion"], rel=0.05)
+        assert row["gap"] == pytest.approx(row["distortion"] * 4 ** row["rate"])
+    assert "Mweights/s" in run("palette", "--measure", "nuq-2", "--weights", "100000").out
+    assert "tcq-3.25-L12" in run("palette", "--effort", "fast").out
+
+
+def test_palette_draws(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    published, picture = tmp_path / "published.csv", tmp_path / "palette.png"
+    published.write_text("family,bits,composition,distortion\nvq,2.0,whole,0.11\ntcq,2.25,halves,0.054\n")
+    assert run("palette", "--plot", picture, "--compare", published).code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    published.write_text("family,bits,composition,distortion\nvq,two,whole,0.11\n")
+    result = run("palette", "--plot", picture, "--compare", published)
+    assert (result.code, "line 2" in result.err) == (1, True)
+
+
+def test_palette_without_matplotlib(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    result = run("palette", "--plot", tmp_path / "palette.png")
+    assert (result.code, 'pip install "qpalette[plot]"' in result.err) == (1, True)
+
+
+def test_quantize_with_a_budget(run, model, tmp_path):
+    out = tmp_path / "out"
+    planned = json.loads(run("quantize", model, out, "--bits", "4.6", "--effort", "fast", "--dry-run", "--json").out)
+    assert not out.exists()
+    assert planned["bits_per_weight"] <= 4.6
+    report = json.loads(run("quantize", model, out, "--bits", "4.6", "--effort", "fast", "--json").out)
+    assert report["bits_per_weight"] == planned["bits_per_weight"]
+    assert report["bytes"] == planned["bytes"] < report["source_bytes"]
+    assert len(report["kinds"]) == 7
+    assert 0 < report["distortion"] < 0.02
+    shown = run("quantize", model, out, "--spec", "nuq-4", "--overwrite")
+    assert "everything counted" in shown.out
+    assert "model.layers.*.mlp.down_proj" in shown.out
+    assert "written" in run("quantize", model, out, "--spec", "nuq-4", "--dry-run").out
+
+
+def test_spec_keeps_its_own_effort(run, model, tmp_path):
+    arguments = ("quantize", model, tmp_path / "out", "--spec", "tcq-2-L12", "--dry-run", "--json")
+    assert list(json.loads(run(*arguments).out)["specs"]) == ["tcq-2-L12"]
+    assert list(json.loads(run(*arguments, "--effort", "best").out)["specs"]) == ["tcq-2-L18"]
+
+
+def test_eval_compares_with_the_reference(run, model, packed, text):
+    result = run("eval", packed, "--reference", model, "--text", text, "--windows", "2", "--json")
+    report = json.loads(result.out)
+    keys = {"perplexity", "kl", "top1", "bits_per_weight", "windows", "reference_perplexity", "kl_stderr", "tokens"}
+    assert keys <= report.keys()
+    assert (report["windows"], report["tokens"]) == (2, 2 * 255)
+    assert 0 < report["kl"] < 1
+    assert 4 < report["bits_per_weight"] < 5
+    shown = run("eval", model, "--reference", model, "--text", text, "--windows", "1").out
+    assert "100.0 %" in shown
+    assert "nats per token" in shown
+
+
+def test_generate_streams_what_json_says(run, packed):
+    streamed = run("generate", packed, "hello", "--max-new-tokens", "8")
+    assert "tokens/s" in streamed.err
+    answer = json.loads(run("generate", packed, "hello", "--max-new-tokens", "8", "--json").out)
+    assert streamed.out == answer["text"] + "\n"
+    assert 0 < answer["tokens"] <= 8
+    raw = json.loads(run("generate", packed, "hello", "--max-new-tokens", "8", "--raw", "--json").out)
+    assert raw["prompt_tokens"] == len("hello") < answer["prompt_tokens"]
+    warm = [run("generate", packed, "a", "--temperature", "1", "--seed", seed, "--json").out for seed in (1, 1, 2)]
+    texts = [json.loads(out)["text"] for out in warm]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_chat_remembers_until_reset(run, packed, monkeypatch):
+    lengths = []
+    from qpalette.cli import answer
+
+    original = answer.stream_answer
+
+    def spy(model, tokenizer, prompt, *rest):
+        lengths.append(prompt.shape[1])
+        return original(model, tokenizer, prompt, *rest)
+
+    monkeypatch.setattr(answer, "stream_answer", spy)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nhello\n/reset\nhello\n/what\n" + "x" * 300 + "\n"))
+    result = run("chat", packed, "--max-new-tokens", "4")
+    assert result.code == 0, "the end of input leaves"
+    assert lengths[0] < lengths[1]
+    assert lengths[2] == lengths[0]
+    assert "unknown command /what" in result.err
+    assert "/reset starts anew" in result.err
+
+
+def test_chat_needs_a_template(run, tmp_path):
+    save_model(tmp_path / "raw", template=None)
+    result = run("chat", tmp_path / "raw")
+    assert (result.code, "has no chat template" in result.err) == (1, True)
+
+
+def test_a_closed_pipe_is_no_error(model):
+    command = f"{sys.executable} -c 'from qpalette.cli import main; main()' palette | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in result.stderr

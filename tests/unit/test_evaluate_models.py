@@ -1,0 +1,227 @@
+"""Perplexity, KL and agreement against direct computations on tiny random models."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qpalette.core.errors import CheckpointError, InputError
+from qpalette.evaluate import bits_per_weight, evaluate, evaluate_models, metrics, sample_windows, token_windows
+from qpalette.evaluate.loading import is_artifact, load_model, plain_directory
+
+VOCABULARY = 128
+
+
+def tiny_llama(seed: int, vocabulary: int = VOCABULARY, context: int = 2048) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        initializer_range=0.4,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<s>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<s>")
+
+
+def noisy(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * parameter.std() * torch.randn_like(parameter)
+    return model
+
+
+def random_windows(count: int, length: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return list(torch.randint(0, VOCABULARY, (count, length), generator=generator))
+
+
+@pytest.fixture
+def text(tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"w{i}" for i in torch.randint(1, VOCABULARY, (150,), generator=generator).tolist()))
+    return file
+
+
+def test_a_model_agrees_with_itself():
+    model, windows = tiny_llama(0), random_windows(3, 40)
+    result = evaluate_models(model, model, windows)
+    assert (result.kl, result.kl_stderr, result.top1) == (0.0, 0.0, 1.0)
+    assert result.perplexity == result.reference_perplexity
+    assert (result.windows, result.tokens) == (3, 3 * 39)
+
+
+def test_figures_equal_a_direct_computation(monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK", 16)  # several chunks, the last one shorter
+    model, reference, windows = tiny_llama(0), noisy(tiny_llama(0)), random_windows(2, 40)
+    result = evaluate_models(model, reference, windows)
+    with torch.no_grad():
+        mine, true = ([m(w[None]).logits[0, :-1].double() for w in windows] for m in (model, reference))
+    targets = torch.cat([window[1:] for window in windows])
+    mine_all, true_all = torch.cat(mine), torch.cat(true)
+    assert math.log(result.perplexity) == pytest.approx(float(F.cross_entropy(mine_all, targets)), rel=1e-5)
+    assert math.log(result.reference_perplexity) == pytest.approx(float(F.cross_entropy(true_all, targets)), rel=1e-5)
+    divergences = [
+        float(F.kl_div(m.log_softmax(-1), t.log_softmax(-1), log_target=True, reduction="batchmean"))
+        for m, t in zip(mine, true, strict=True)
+    ]
+    assert result.kl == pytest.approx(sum(divergences) / 2, rel=1e-5)
+    assert result.kl_stderr == pytest.approx(abs(divergences[0] - divergences[1]) / 2, rel=1e-4)
+    assert result.top1 == pytest.approx(float((mine_all.argmax(-1) == true_all.argmax(-1)).double().mean()))
+    assert 0 < result.top1 < 1
+
+
+def test_without_reference_only_the_perplexity():
+    seen = []
+    model, windows = tiny_llama(0), random_windows(2, 10)
+    result = evaluate_models(model, None, windows, progress=lambda done, total: seen.append((done, total)))
+    assert result.perplexity > 1
+    assert (result.reference_perplexity, result.kl, result.kl_stderr, result.top1) == (None,) * 4
+    assert seen == [(1, 2), (2, 2)]
+
+
+def test_one_window_has_no_standard_error():
+    assert evaluate_models(tiny_llama(0), tiny_llama(1), random_windows(1, 10)).kl_stderr is None
+
+
+def test_models_that_do_not_compare_are_refused():
+    with pytest.raises(InputError, match="vocabularies of 128 and 96"):
+        evaluate_models(tiny_llama(0), tiny_llama(0, vocabulary=96), [torch.arange(10)])
+    with pytest.raises(InputError, match="token 127"):
+        evaluate_models(tiny_llama(0, vocabulary=96), None, [torch.tensor([1, 127])])
+    with pytest.raises(InputError, match="no windows"):
+        evaluate_models(tiny_llama(0), None, [])
+
+
+def test_windows_do_not_overlap_and_drop_the_tail(text):
+    tokenizer = tiny_tokenizer()
+    every = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
+    windows = token_windows(text, tokenizer, length=64)
+    assert torch.cat(windows).tolist() == every[:128]
+    assert [len(window) for window in windows] == [64, 64]
+    assert len(token_windows(text, tokenizer, length=64, limit=1)) == 1
+    assert [len(window) for window in token_windows(text, tokenizer)] == [150], "the tail is all there is"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b" \n ", "empty"),
+        (b"w1", "1 token"),
+        (b"\xff\xfe\x00w", "not text"),
+        (b"w1 \0 w2", "not text"),
+    ],
+)
+def test_unusable_texts_are_named(tmp_path, content, message):
+    file = tmp_path / "bad.txt"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        token_windows(file, tiny_tokenizer())
+    assert str(file) in str(caught.value)
+
+
+def test_missing_files_and_limits_are_named(tmp_path, text):
+    with pytest.raises(InputError, match="does not exist"):
+        token_windows(tmp_path / "none.txt", tiny_tokenizer())
+    with pytest.raises(InputError, match="is a directory"):
+        token_windows(tmp_path, tiny_tokenizer())
+    for limit in (0, -1):
+        with pytest.raises(InputError, match=f"at least 1, got {limit}"):
+            token_windows(text, tiny_tokenizer(), limit=limit)
+
+
+def test_sampled_text_repeats_and_follows_the_model():
+    model = tiny_llama(0)
+    first, again = sample_windows(model, 2, 24, seed=3), sample_windows(model, 2, 24, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert [window.shape for window in first] == [(24,), (24,)]
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], sample_windows(model, 2, 24, seed=4)[0])
+    likely = evaluate_models(model, None, first).perplexity
+    assert likely < evaluate_models(model, None, random_windows(2, 24)).perplexity
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Two directories with the same tokenizer, a context of 32 and different weights."""
+    directories = []
+    for seed in (0, 1):
+        directories.append(tmp_path / f"model{seed}")
+        tiny_llama(seed, context=32).half().save_pretrained(directories[-1])
+        tiny_tokenizer().save_pretrained(directories[-1])
+    return directories
+
+
+def test_evaluate_reads_directories_and_respects_the_context(saved, text):
+    result = evaluate(saved[0], saved[1], text, windows=3)
+    assert (result.windows, result.tokens) == (3, 3 * 31)
+    assert result.kl > 0
+    assert result.bits_per_weight == 16.0 == bits_per_weight(saved[0])
+    model, tokenizer = load_model(saved[0])
+    assert model.dtype == torch.float32
+    direct = evaluate_models(model, None, token_windows(text, tokenizer, 32, 3))
+    assert result.perplexity == direct.perplexity
+
+
+def test_without_text_the_reference_writes_it(saved):
+    result = evaluate(saved[0], saved[1], windows=2)
+    assert (result.windows, result.tokens) == (2, 2 * 31)
+    assert result.reference_perplexity < result.perplexity
+    with pytest.raises(InputError, match="a text, or a reference"):
+        evaluate(saved[0])
+
+
+def test_models_that_cannot_be_loaded_are_named(saved, tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_model(tmp_path / "none")
+    config = json.loads((saved[0] / "config.json").read_text())
+    (saved[0] / "config.json").write_text(json.dumps(config | {"model_type": "no-such-model", "architectures": []}))
+    with pytest.raises(CheckpointError, match="cannot load"):
+        load_model(saved[0])
+    assert not is_artifact(saved[0])
+    assert not is_artifact(tmp_path / "none")
+
+
+class _FakeGguf:
+    """Stands in for a GGUF checkpoint: what the cache asks of one."""
+
+    format, fingerprint, total_bytes, config, tensors = "gguf", "f00d", 0, {"model_type": "llama"}, {}
+
+    def save_side_files(self, directory):
+        (directory / "tokenizer.json").write_text("{}")
+
+
+def test_a_gguf_is_exported_once_into_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QPALETTE_CACHE", str(tmp_path / "cache"))
+    directory = plain_directory(_FakeGguf())
+    assert directory == tmp_path / "cache" / "exported" / "f00d"
+    before = os.stat(directory / "config.json").st_mtime_ns
+    assert plain_directory(_FakeGguf()) == directory
+    assert os.stat(directory / "config.json").st_mtime_ns == before
+    assert [path.name for path in directory.parent.iterdir()] == ["f00d"], "no temporary is left"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QPALETTE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match="QPALETTE_CACHE"):
+        plain_directory(_FakeGguf())

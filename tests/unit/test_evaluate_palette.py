@@ -1,0 +1,44 @@
+"""Measurements on a Gaussian source agree with theory."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from qpalette.core.errors import InputError
+from qpalette.evaluate import measure, palette
+from qpalette.quantizers import parse_spec
+from qpalette.theory import lloyd_max
+
+
+def test_a_scalar_quantizer_measures_as_theory_says():
+    result = measure(parse_spec("nuq-4"), weights=200_000)
+    assert result.distortion == pytest.approx(lloyd_max(16).distortion, rel=0.02)
+    assert result.gap == pytest.approx(result.distortion * 2**8)
+    assert (result.spec, result.rate, result.claimed_distortion) == ("nuq-4", Fraction(4), lloyd_max(16).distortion)
+    assert result.gap_db == pytest.approx(6.0206 * result.gap_bits, rel=1e-4)
+    assert result.encode_weights_per_second > 0
+
+
+def test_chunks_do_not_change_the_figures(monkeypatch):
+    whole = measure(parse_spec("nuq-3"), weights=16 * 256, seed=5)
+    monkeypatch.setattr(palette, "CHUNK_TILES", 16)  # torch draws 16 values at a time: the source stays the same
+    chunked = measure(parse_spec("nuq-3"), weights=16 * 256, seed=5)
+    assert chunked.distortion == whole.distortion
+    assert measure(parse_spec("nuq-3"), weights=16 * 256, seed=6).distortion != whole.distortion
+
+
+def test_weights_are_rounded_up_to_tiles():
+    assert measure(parse_spec("nuq-2"), weights=257).weights == 512
+    with pytest.raises(InputError, match="at least 1, got 0"):
+        measure(parse_spec("nuq-2"), weights=0)
+
+
+def test_the_global_random_state_is_left_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    measure(parse_spec("nuq-2"), weights=256)
+    assert torch.equal(torch.rand(3), expected)
