@@ -255,6 +255,19 @@ def test_load_gives_model_and_tokenizer(packed):
     assert model(ids).logits.shape == (1, 3, VOCABULARY)
 
 
+def test_quantize_then_load(pairs, tmp_path):
+    """The whole product: an ordinary directory in, a packed one out, loaded as anyone would."""
+    plain = pairs["qwen2"][1]
+    load(plain).save_pretrained(tmp_path / "source")
+    qpalette.quantize(tmp_path / "source", tmp_path / "out", spec="nuq-8")
+    model, original = load(tmp_path / "out"), logits(load(plain))
+    assert len(packed_layers(model)) == 14
+    result = logits(model)
+    assert nn.functional.cosine_similarity(result, original, dim=-1).min() > 0.99
+    ordinary = logits(model.dequantize())
+    assert (result - ordinary).abs().max() <= tolerance(load(tmp_path / "out"), ordinary)
+
+
 def test_load_with_one_backend(packed, monkeypatch):
     monkeypatch.setenv("QPALETTE_BACKEND", "cpu")  # what `load` sets is undone after the test
     model, _ = qpalette.load(packed, backend="ref", device_map="cpu")

@@ -19,12 +19,10 @@ model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
 print(type(model.model.layers[0].mlp.up_proj).__name__, flush=True)
 """
 ORDERS = {
-    "qpalette first": "import qpalette",
-    "transformers first": "import transformers; import qpalette",
+    "qpalette first": "import qpalette.core",
     "transformers used first": "from transformers import AutoModelForCausalLM; import qpalette",
     "table first": "import transformers.quantizers.auto; import qpalette",
     "our integration first": "import qpalette.integrations.transformers",
-    "torch first": "import torch; import qpalette.theory",
 }
 
 

@@ -62,6 +62,12 @@ def test_a_tensor_too_many(copy, name):
         load(copy)
 
 
+def test_a_scale_that_is_not_finite(copy):
+    edit_tensors(copy, lambda tensors: tensors[f"{LINEAR}.qp_scales"].view(torch.float16)[3:4].fill_(float("nan")))
+    with pytest.raises(ArtifactError, match=f"{LINEAR}.qp_scales has a scale that is not finite"):
+        load(copy)
+
+
 def test_a_tensor_of_another_shape_even_when_told_to_ignore_it(copy):
     edit_tensors(copy, lambda tensors: tensors.update({f"{LINEAR}.qp_scales": torch.zeros(95, dtype=torch.int16)}))
     with pytest.raises(ArtifactError, match=f"{LINEAR}.qp_scales"):

@@ -21,12 +21,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qpalette.artifact.format import FORMAT_VERSION, METHOD, QuantizationFormat
+from qpalette.artifact.format import FORMAT_VERSION, METHOD, SCALES, SIGNS, QuantizationFormat
 from qpalette.artifact.reader import open_artifact
 from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord
 from qpalette.kernels import select
 from qpalette.nn import QuantLinear
+from qpalette.rotate import unpack_signs
 
 
 class QPaletteConfig(QuantizationConfigMixin):
@@ -78,7 +79,8 @@ class QPaletteQuantizer(HfQuantizer):
         self.quantization_config.linears = {module_name: linears[name] for module_name, name in found.items()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for module in _packed_linears(model).values():
+        for name, module in _packed_linears(model).items():
+            _check_values(name, module)
             module.prepare()
         return model
 
@@ -161,6 +163,18 @@ def _swap(model: Any, name: str, record: LinearRecord) -> None:
     old = model.get_submodule(name)
     new = QuantLinear(record, old.bias is not None, old.weight.dtype, old.weight.device)
     model.set_submodule(name, new.train(old.training))
+
+
+def _check_values(name: str, module: QuantLinear) -> None:
+    """What headers cannot show, as `Artifact.read_linear` checks it."""
+    if module.qp_scales.device.type == "meta":
+        return
+    if not bool(module.qp_scales.view(torch.float16).isfinite().all()):
+        raise ArtifactError(f"{name}.{SCALES} has a scale that is not finite; download the model again")
+    try:
+        unpack_signs(module.qp_signs, module.in_features)
+    except ArtifactError as error:
+        raise ArtifactError(f"{name}.{SIGNS}: {error}; download the model again") from error
 
 
 def _packed_linears(model: Any) -> dict[str, QuantLinear]:
