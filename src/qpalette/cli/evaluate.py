@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qpalette.cli.output import print_facts, print_json, quiet_transformers, step_bar
+from qpalette.cli.output import print_facts, print_json, print_note, quiet_transformers, step_bar
 
 if TYPE_CHECKING:
     from qpalette.evaluate import Evaluation
@@ -39,6 +39,8 @@ def evaluate(
     check_limit(windows)
     if text is not None:
         read_text(text)  # a wrong file is told before minutes of loading
+    elif reference is not None:
+        print_note("no --text: the reference writes it first, which takes a while")
     quiet_transformers()
     with step_bar("windows") as bar:
         result = measure(model, reference, text, windows, progress=bar.show)
