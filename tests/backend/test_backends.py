@@ -12,8 +12,9 @@ from qpalette.rotate import pack_signs, random_signs, rotation_for, unpack_signs
 
 CPU = torch.device("cpu")
 REF = backends()["ref"]
-SPECS = ["tcq-1-L12", "tcq-2", "tcq-2.875-L18", "tcq-3.25", "tcq-4", "tcq-5.5-L20", "tcq-8", "nuq-2", "nuq-5", "nuq-8"]
-OTHERS = [name for name in backends() if name != "ref"]
+SPECS = ["tcq-1-L12", "tcq-2", "tcq-2.875-L18", "tcq-3.25", "tcq-5.5-L20", "tcq-8"]
+SPECS += ["tcq2-1.125-L12", "tcq2-2", "tcq2-3.375", "tcq2-5-L20", "vq-1.5", "vq-4.5", "vq-6", "nuq-2", "nuq-5", "nuq-8"]
+OTHERS = ["cpu"]  # the backends that run on this machine's processor; tests/device has those of a GPU
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -50,7 +51,10 @@ def rounding_bound(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("spec", ["tcq-1-L12", "tcq-2.375-L12", "tcq-3.25-L12", "tcq-7.875-L12", "tcq-4", "nuq-3"])
+@pytest.mark.parametrize(
+    "spec",
+    ["tcq-1-L12", "tcq-2.375-L12", "tcq-7.875-L12", "tcq-4", "tcq2-2.125-L12", "tcq2-4.875-L12", "vq-3", "nuq-3"],
+)
 def test_encoding_equals_the_reference_bit_for_bit(name: str, spec: str) -> None:
     tiles = torch.randn(19 if "L12" in spec else 3, 256, generator=generator())
     tiles[0] = 0
@@ -130,7 +134,7 @@ def test_the_operator_is_well_behaved() -> None:
 def test_every_reason_is_given_when_no_backend_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="cpu: runs on the cpu, not on meta"):
         select("linear", "tcq-3", torch.device("meta"), prefer="cpu")
-    with pytest.raises(UnsupportedError, match="no backend 'tpu': known are cpu, ref"):
+    with pytest.raises(UnsupportedError, match="no backend 'tpu': known are cuda, cpu, ref"):
         select("linear", "tcq-3", CPU, prefer="tpu")
     monkeypatch.setenv("QPALETTE_BACKEND", "ref")
     assert select("linear", "tcq-3", CPU).name == "ref"

@@ -8,7 +8,9 @@ import torch
 from qpalette.core.errors import SpecError
 from qpalette.kernels import select
 from qpalette.quantizers import FAMILIES, full_palette, parse_spec
-from qpalette.quantizers.tcq import MEMORIES, TrellisCoded
+from qpalette.quantizers.tcq import TrellisCoded
+from qpalette.quantizers.tcq2 import TrellisCodedPairs
+from qpalette.quantizers.trellis import MEMORIES
 from qpalette.theory import distortion_bound, lloyd_max
 
 CPU = torch.device("cpu")
@@ -35,7 +37,9 @@ def test_keeps_its_rate_and_distortion_on_a_gaussian_source(quantizer) -> None:
     assert distortion == pytest.approx(quantizer.claimed_distortion, rel=0.04)
 
 
-@pytest.mark.parametrize("name", ["tcq-1-L12", "tcq-2.375-L12", "tcq-4-L12", "tcq-8-L12", "tcq-3-L16", "nuq-5"])
+@pytest.mark.parametrize(
+    "name", ["tcq-1-L12", "tcq-2.375-L12", "tcq-8-L12", "tcq-3", "tcq2-2.125-L12", "tcq2-5-L12", "vq-2.5", "nuq-5"]
+)
 def test_a_codeword_encodes_to_itself(name: str) -> None:
     quantizer = parse_spec(name)
     random = torch.randint(-(2**31), 2**31 - 1, (3, quantizer.words_per_tile), dtype=torch.int32)
@@ -44,12 +48,16 @@ def test_a_codeword_encodes_to_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_every_codebook_entry_is_used_equally_often(memory: int) -> None:
-    quantizer = TrellisCoded(eighths=32, memory=memory)
-    entries, counts = quantizer.state_values().unique(return_counts=True)
-    assert len(entries) == 1 << quantizer.codebook_bits
-    assert counts.unique().tolist() == [1 << (memory - quantizer.codebook_bits)]
-    assert torch.equal(entries, -entries.flip(0))
+@pytest.mark.parametrize("family", [TrellisCoded, TrellisCodedPairs])
+def test_every_codebook_entry_is_used_equally_often_and_opposite_states_have_opposite_values(
+    family, memory: int
+) -> None:
+    quantizer = family(eighths=24, memory=memory)
+    values = quantizer.state_values()
+    _, counts = values.unique(dim=0, return_counts=True)
+    assert len(counts.unique()) == 1
+    opposite = torch.arange(1 << memory) ^ (1 << (memory - 1))
+    assert torch.equal(values[opposite], -values)
 
 
 @pytest.mark.parametrize("eighths", range(8, 65))
@@ -95,6 +103,9 @@ def test_nuq_is_lloyd_max() -> None:
         ("tcq-8.125", "multiples of 0.125 from 1 to 8"),
         ("tcq-3-L13", "L is one of 12, 16, 18, 20"),
         ("tcq-3-L", "L is one of"),
+        ("tcq2-5.125", "multiples of 0.125 from 1 to 5"),
+        ("vq-2.25", "multiples of 0.5 from 1.5 to 6"),
+        ("vq-6.5", "multiples of 0.5 from 1.5 to 6"),
         ("tcq-", "not a rate"),
         ("tcq--3", "not a rate"),
         ("tcq-nan", "not a rate"),

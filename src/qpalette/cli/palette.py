@@ -66,7 +66,7 @@ def palette(
 
 def _with_effort(quantizer: Quantizer, effort: str) -> Quantizer:
     from qpalette.core.errors import SpecError
-    from qpalette.quantizers.tcq import EFFORT
+    from qpalette.quantizers.trellis import EFFORT
 
     if effort not in EFFORT:
         raise SpecError(f"'{effort}' is not an effort: choose {', '.join(EFFORT)}")

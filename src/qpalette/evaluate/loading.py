@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import torch
 
 from qpalette.artifact.reader import open_artifact
 from qpalette.checkpoint import Checkpoint, export_checkpoint, find_groups, open_checkpoint
+from qpalette.core.cache import CACHE, cache_directory
 from qpalette.core.errors import ArtifactError, CheckpointError
-
-CACHE = "QPALETTE_CACHE"  # environment variable: where dequantized GGUF files are kept
 
 
 def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -78,8 +76,3 @@ def plain_directory(checkpoint: Checkpoint) -> Path:
                     f"{checkpoint.total_bytes / 1e9:.1f} GB"
                 ) from error
     return directory
-
-
-def cache_directory() -> Path:
-    """$QPALETTE_CACHE, or ~/.cache/qpalette."""
-    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "qpalette")

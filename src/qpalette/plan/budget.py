@@ -10,7 +10,8 @@ from qpalette.core.errors import SpecError
 from qpalette.core.rate import parse_rate
 from qpalette.core.records import LinearGroup
 from qpalette.plan.plan import counted_rate
-from qpalette.quantizers.tcq import EFFORT, TrellisCoded
+from qpalette.quantizers.tcq import TrellisCoded
+from qpalette.quantizers.trellis import EFFORT
 
 
 def spec_for_bits(groups: Sequence[LinearGroup], bits: str | Fraction, effort: str = "standard") -> str:

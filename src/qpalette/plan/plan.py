@@ -12,7 +12,7 @@ from typing import Any
 from qpalette.core.errors import SpecError
 from qpalette.core.records import LinearGroup, LinearShape, PackedBits, packed_bits
 from qpalette.quantizers import parse_spec
-from qpalette.quantizers.tcq import EFFORT
+from qpalette.quantizers.trellis import EFFORT
 
 PLAN_VERSION = 1
 

@@ -43,9 +43,9 @@ class Factor:
         """The orthogonal matrix, float64 [order, order]."""
         if self.kind == "c":
             return dct_matrix(self.order)
-        dense = np.ones((1, 1))
+        dense: NDArray[np.float64] = np.ones((1, 1))
         for piece in self.pieces():
-            dense = np.kron(dense, hadamard(piece.order))
+            dense = np.kron(dense, hadamard(piece.order).astype(np.float64))
         return dense / self.order**0.5
 
     def pieces(self) -> tuple[Factor, ...]:

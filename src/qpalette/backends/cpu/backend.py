@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import torch
 
-from qpalette.backends.cpu.decoders import bits_per_step, decoder_of
+from qpalette.backends.cpu.decoders import decoder_of
 from qpalette.backends.cpu.layout import from_lanes, to_lanes
 from qpalette.backends.cpu.matmul import make_kernels
 from qpalette.backends.cpu.transform import Transform, make_transform
@@ -18,7 +18,7 @@ from qpalette.backends.cpu.viterbi import encode_states
 from qpalette.core.records import TILE, tiles_of
 from qpalette.kernels import TILES, Backend, PackedLinear, Verdict
 from qpalette.quantizers import parse_spec
-from qpalette.quantizers.tcq import TrellisCoded
+from qpalette.quantizers.trellis import Trellis
 
 LARGEST_FUSED_BATCH = 16  # above, decoding the matrix once and the vendor's product win
 
@@ -36,9 +36,7 @@ def _kernels(spec: str) -> Kernels:
     quantizer = parse_spec(spec)
     found = decoder_of(quantizer)
     assert found is not None, "supports() said no"
-    decode, parameters = found
-    pattern = tuple(int(bits) for bits in bits_per_step(quantizer))
-    return Kernels(*make_kernels(decode, pattern), parameters)
+    return Kernels(*make_kernels(found.decode, found.pattern), found.parameters)
 
 
 class CpuBackend(Backend):
@@ -56,7 +54,7 @@ class CpuBackend(Backend):
 
     def encode(self, spec: str, tiles: torch.Tensor) -> torch.Tensor:
         quantizer = parse_spec(spec)
-        if not isinstance(quantizer, TrellisCoded):
+        if not isinstance(quantizer, Trellis):
             return quantizer.encode(tiles)  # a table search: torch is already fast
         with _one_caller:
             _use_torch_threads()

@@ -1,13 +1,14 @@
 """How sixteen codewords become sixteen weights, one compile-time decoder per family.
 
-A decoder is a numba function `(window, parameters) -> F`: `window` holds the stream bits that end with the weight's
-last bit, the newest lowest, with older bits above (never masked off: each decoder ignores them).
+A decoder is a numba function `(window, parameters) -> F`, or a pair of F for families that code two weights at a time.
+`window` holds the stream bits that end with the code's last bit, the newest lowest, with older bits above (never masked
+off: each decoder ignores them).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from qpalette.backends.cpu.jit import kernel
 from qpalette.quantizers import Quantizer
 from qpalette.quantizers.nuq import NonUniform
 from qpalette.quantizers.tcq import TrellisCoded
+from qpalette.quantizers.tcq2 import TrellisCodedPairs
+from qpalette.quantizers.trellis import Trellis
+from qpalette.quantizers.vq import VectorQuantized
 
 _SIGN = np.int32(-(1 << 31))
 
@@ -41,6 +45,37 @@ def trellis_decoder(memory: int, codebook_bits: int) -> Any:
     return decode
 
 
+@lru_cache(maxsize=64)
+def trellis_pair_decoder(memory: int, codebook_bits: int) -> Any:
+    """Both weights of a trellis state, from a codebook [first coordinates, second coordinates] in memory."""
+    keep_index, index_mask = np.int32(memory - 1 - codebook_bits), np.int32((1 << codebook_bits) - 1)
+    to_sign, entries = np.int32(32 - memory), np.int32(1 << codebook_bits)
+
+    @kernel
+    def decode(state, parameters):  # type: ignore[no-untyped-def]
+        hashed = simd.muli(state, simd.ori(simd.shli(state, simd.splati(np.int32(1))), simd.splati(np.int32(1))))
+        index = simd.andi(simd.shri(hashed, simd.splati(keep_index)), simd.splati(index_mask))
+        sign = simd.andi(simd.shli(hashed, simd.splati(to_sign)), simd.splati(_SIGN))
+        first = simd.bits_of_float(simd.gatherf(parameters, index))
+        second = simd.bits_of_float(simd.gatherf(parameters, simd.addi(index, simd.splati(entries))))
+        return simd.float_of_bits(simd.xori(first, sign)), simd.float_of_bits(simd.xori(second, sign))
+
+    return decode
+
+
+@lru_cache(maxsize=16)
+def pair_decoder(bits: int) -> Any:
+    """Entry of a codebook [first coordinates, second coordinates] in memory."""
+    mask, entries = np.int32((1 << bits) - 1), np.int32(1 << bits)
+
+    @kernel
+    def decode(window, parameters):  # type: ignore[no-untyped-def]
+        index = simd.andi(window, simd.splati(mask))
+        return simd.gatherf(parameters, index), simd.gatherf(parameters, simd.addi(index, simd.splati(entries)))
+
+    return decode
+
+
 @lru_cache(maxsize=16)
 def scalar_decoder(bits: int) -> Any:
     """Entry of a codebook in memory."""
@@ -53,19 +88,31 @@ def scalar_decoder(bits: int) -> Any:
     return decode
 
 
+class Decoder(NamedTuple):
+    """`decode` gives `width` weights per window; `pattern` has the bits that each step of eight weights takes."""
+
+    decode: Any
+    width: int
+    parameters: np.ndarray
+    pattern: tuple[int, ...]
+
+
 @lru_cache(maxsize=256)
-def decoder_of(quantizer: Quantizer) -> tuple[Any, np.ndarray] | None:
-    """(decoder, its float32 parameters), or None for a family that this backend does not know."""
+def decoder_of(quantizer: Quantizer) -> Decoder | None:
+    """None for a family that this backend does not know."""
     if isinstance(quantizer, TrellisCoded):
         parameters = np.concatenate([part.numpy() for part in quantizer.segments()])
-        return trellis_decoder(quantizer.memory, quantizer.codebook_bits), parameters
+        return Decoder(trellis_decoder(quantizer.memory, quantizer.codebook_bits), 1, parameters, _pattern(quantizer))
+    if isinstance(quantizer, TrellisCodedPairs):
+        decode = trellis_pair_decoder(quantizer.memory, quantizer.codebook_bits)
+        return Decoder(decode, 2, quantizer.codebook().T.flatten().numpy(), _pattern(quantizer))
+    if isinstance(quantizer, VectorQuantized):
+        parameters = quantizer.codebook().T.flatten().numpy()
+        return Decoder(pair_decoder(quantizer.index_bits), 2, parameters, (quantizer.index_bits,) * 4)
     if isinstance(quantizer, NonUniform):
-        return scalar_decoder(quantizer.bits), quantizer.codebook().numpy()
+        return Decoder(scalar_decoder(quantizer.bits), 1, quantizer.codebook().numpy(), (quantizer.bits,) * 8)
     return None
 
 
-def bits_per_step(quantizer: Quantizer) -> np.ndarray:
-    """Bits consumed by each of the eight steps that a lane of the scan order owns, int64 [8]."""
-    if isinstance(quantizer, TrellisCoded):
-        return quantizer.shifts()[:8].numpy()
-    return np.full(8, int(quantizer.rate), np.int64)
+def _pattern(quantizer: Trellis) -> tuple[int, ...]:
+    return tuple(quantizer.shifts()[: 8 // quantizer.values_per_step].tolist())

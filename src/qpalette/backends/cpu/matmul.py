@@ -21,14 +21,13 @@ TILE = 16
 
 @lru_cache(maxsize=64)
 def make_kernels(decode: Any, pattern: tuple[int, ...]) -> tuple[Any, Any]:
-    """(multiply, dequantize) for a decoder and the bits of each of a lane's eight steps."""
+    """(multiply, dequantize) for a decoder and the bits of each step of a lane: eight steps, or four of two weights."""
     words = sum(pattern)  # of a tile: 32 lanes of sum(pattern) bits each
     ends = tuple(int(end) for end in np.cumsum(pattern))
-    c0, c1, c2, c3, c4, c5, c6, c7 = ends
 
     @kernel
-    def weight(codes, base, width, end, parameters):  # type: ignore[no-untyped-def]
-        """Weights whose last stream bit is just before bit `end` of their tiles."""
+    def step(codes, base, width, end, parameters):  # type: ignore[no-untyped-def]
+        """Weights of the step whose last stream bit is just before bit `end` of their tiles."""
         last = end - 1
         word = last >> 5
         older = word - 1 if word > 0 else words - 1  # the stream is a circle
@@ -39,20 +38,7 @@ def make_kernels(decode: Any, pattern: tuple[int, ...]) -> tuple[Any, Any]:
         )
         return decode(window, parameters)
 
-    @kernel
-    def lane_weights(codes, base, width, lane, parameters):  # type: ignore[no-untyped-def]
-        """The eight weights of a scan-order lane: rows r and r + 8, columns c, c + 1, c + 8, c + 9 (pack.tiles)."""
-        bit = lane * words
-        return (
-            weight(codes, base, width, bit + c0, parameters),
-            weight(codes, base, width, bit + c1, parameters),
-            weight(codes, base, width, bit + c2, parameters),
-            weight(codes, base, width, bit + c3, parameters),
-            weight(codes, base, width, bit + c4, parameters),
-            weight(codes, base, width, bit + c5, parameters),
-            weight(codes, base, width, bit + c6, parameters),
-            weight(codes, base, width, bit + c7, parameters),
-        )
+    lane_weights = _eight_steps(step, words, *ends) if len(ends) == 8 else _four_steps(step, words, *ends)
 
     @kernel
     def accumulate(sums, at, x, column, w0, w1, w2, w3):  # type: ignore[no-untyped-def]
@@ -139,3 +125,36 @@ def make_kernels(decode: Any, pattern: tuple[int, ...]) -> tuple[Any, Any]:
                             out[m, column * TILE + k] = tile[(row * TILE + k) * LANES + lane] * scales[m]
 
     return multiply, dequantize
+
+
+def _eight_steps(step: Any, words: int, c0: int, c1: int, c2: int, c3: int, c4: int, c5: int, c6: int, c7: int) -> Any:
+    @kernel
+    def lane_weights(codes, base, width, lane, parameters):  # type: ignore[no-untyped-def]
+        """The eight weights of a scan-order lane: rows r and r + 8, columns c, c + 1, c + 8, c + 9 (pack.tiles)."""
+        bit = lane * words
+        return (
+            step(codes, base, width, bit + c0, parameters),
+            step(codes, base, width, bit + c1, parameters),
+            step(codes, base, width, bit + c2, parameters),
+            step(codes, base, width, bit + c3, parameters),
+            step(codes, base, width, bit + c4, parameters),
+            step(codes, base, width, bit + c5, parameters),
+            step(codes, base, width, bit + c6, parameters),
+            step(codes, base, width, bit + c7, parameters),
+        )
+
+    return lane_weights
+
+
+def _four_steps(step: Any, words: int, c0: int, c1: int, c2: int, c3: int) -> Any:
+    @kernel
+    def lane_weights(codes, base, width, lane, parameters):  # type: ignore[no-untyped-def]
+        """As above, from steps of two weights."""
+        bit = lane * words
+        w0, w1 = step(codes, base, width, bit + c0, parameters)
+        w2, w3 = step(codes, base, width, bit + c1, parameters)
+        w4, w5 = step(codes, base, width, bit + c2, parameters)
+        w6, w7 = step(codes, base, width, bit + c3, parameters)
+        return w0, w1, w2, w3, w4, w5, w6, w7
+
+    return lane_weights

@@ -149,13 +149,14 @@ def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_bytes(typing_context, array, index, value):  # type: ignore[no-untyped-def]
-    """Write the low byte of each of sixteen int32 lanes at the uint8 array[index : index + 16]."""
+def store_narrow(typing_context, array, index, value):  # type: ignore[no-untyped-def]
+    """Write the low bits of sixteen int32 lanes at the uint8 or uint16 array[index : index + 16]."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         pointer = _element_pointer(context, builder, signature.args[0], args[0], args[1])
-        narrow = builder.trunc(args[2], ir.VectorType(ir.IntType(8), LANES))
-        builder.store(narrow, builder.bitcast(pointer, narrow.type.as_pointer()), align=1)
+        bits = signature.args[0].dtype.bitwidth
+        narrow = builder.trunc(args[2], ir.VectorType(ir.IntType(bits), LANES))
+        builder.store(narrow, builder.bitcast(pointer, narrow.type.as_pointer()), align=bits // 8)
         return context.get_dummy_value()
 
     return types.none(array, types.intp, I), codegen

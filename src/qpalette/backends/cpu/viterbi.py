@@ -3,7 +3,7 @@
 The recursion of DESIGN section 3 ("Encoder cost"): before step t only M_t[g] is kept, the least cost of a path whose
 last L - k_t state bits are g. A step turns M_t into M_{t+1}:
 
-    M_{t+1}[g'] = min over j in 2^k_{t+1} of  M_t[s >> k_t] + (x_t - value[s])^2,   s = (j << (L - k_{t+1})) | g'
+    M_{t+1}[g'] = min over j in 2^k_{t+1} of  M_t[s >> k_t] + |x_t - value[s]|^2,   s = (j << (L - k_{t+1})) | g'
 
 The candidate j rides in the lowest bits of the cost's own mantissa, so that one integer minimum keeps cost and winner
 together and ties break towards the smaller j; the reference encoder does exactly the same, hence equal codes.
@@ -28,8 +28,9 @@ LANES = simd.LANES
 UNREACHABLE = np.float32(1e30)
 
 
-def _make_step(memory: int, shift_in: int, shift_out: int) -> Any:
-    """The recursion above for k_t = shift_in and k_{t+1} = shift_out."""
+def _make_step(memory: int, shift_in: int, shift_out: int, pairs: bool) -> Any:
+    """The recursion above for k_t = shift_in and k_{t+1} = shift_out; with `pairs` a step has two weights."""
+    width = 2 if pairs else 1
     candidates = 1 << shift_out
     group_bits = memory - shift_out
     siblings = 1 << min(shift_in, group_bits)  # groups that share the same predecessors
@@ -37,7 +38,8 @@ def _make_step(memory: int, shift_in: int, shift_out: int) -> Any:
 
     @kernel
     def step(before, after, winners, offset, source, row, values, predecessors):  # type: ignore[no-untyped-def]
-        x = simd.loadf(source, row * LANES)
+        x = simd.loadf(source, row * width * LANES)
+        y = simd.loadf(source, (row * width + width - 1) * LANES)
         cost_mask = simd.splati(np.int32(~index_bits))
         index_mask = simd.splati(index_bits)
         for family in range((1 << group_bits) // siblings):
@@ -48,21 +50,27 @@ def _make_step(memory: int, shift_in: int, shift_out: int) -> Any:
             for group in range(first, first + siblings):
                 best = simd.splati(np.int32(0x7FFFFFFF))
                 for j in range(candidates):
-                    error = simd.subf(x, simd.load_splatf(values, group * candidates + j))
-                    cost = simd.addf(simd.mulf(error, error), simd.loadf(predecessors, j * LANES))
+                    value = (group * candidates + j) * width
+                    error = simd.subf(x, simd.load_splatf(values, value))
+                    square = simd.mulf(error, error)
+                    if pairs:
+                        second = simd.subf(y, simd.load_splatf(values, value + 1))
+                        square = simd.addf(square, simd.mulf(second, second))
+                    cost = simd.addf(square, simd.loadf(predecessors, j * LANES))
                     tagged = simd.ori(simd.andi(simd.bits_of_float(cost), cost_mask), simd.splati(np.int32(j)))
                     best = simd.mini(best, tagged)
                 simd.store(after, group * LANES, simd.float_of_bits(simd.andi(best, cost_mask)))
-                simd.store_bytes(winners, offset + group * LANES, simd.andi(best, index_mask))
+                simd.store_narrow(winners, offset + group * LANES, simd.andi(best, index_mask))
 
     return step
 
 
 @lru_cache(maxsize=64)
-def _make_search(memory: int, low: int, high: int) -> Callable[..., None]:
+def _make_search(memory: int, low: int, high: int, pairs: bool) -> Callable[..., None]:
     """Encoder of all tiles for rate patterns made of `low` and `high` bits per step."""
-    step_ll, step_lh = _make_step(memory, low, low), _make_step(memory, low, high)
-    step_hl, step_hh = _make_step(memory, high, low), _make_step(memory, high, high)
+    step_ll, step_lh = _make_step(memory, low, low, pairs), _make_step(memory, low, high, pairs)
+    step_hl, step_hh = _make_step(memory, high, low, pairs), _make_step(memory, high, high, pairs)
+    winner_type = np.uint8 if high <= 8 else np.uint16
     most_groups = 1 << (memory - low)
 
     @kernel
@@ -119,7 +127,7 @@ def _make_search(memory: int, low: int, high: int) -> Callable[..., None]:
         workers = get_num_threads()
         for worker in prange(workers):
             costs = np.empty((2, most_groups * LANES), np.float32)
-            winners = np.empty(shifts.size * most_groups * LANES, np.uint8)
+            winners = np.empty(shifts.size * most_groups * LANES, winner_type)
             predecessors = np.empty((1 << high) * LANES, np.float32)
             for batch in range(worker, sources.shape[0], workers):
                 search(sources[batch], shifts, values, costs, winners, predecessors, states[batch])
@@ -130,17 +138,18 @@ def _make_search(memory: int, low: int, high: int) -> Callable[..., None]:
 def encode_states(sources: np.ndarray, shifts: np.ndarray, values: np.ndarray, memory: int) -> np.ndarray:
     """States of the best tail-biting path found for each tile.
 
-    sources: float32 [tiles, steps] in scan order; shifts: int64 [steps], at most two neighbouring values;
-    values: float32 [2^memory], the reproduction value of each state. Returns int32 [tiles, steps].
+    sources: float32 [tiles, 256] in scan order; shifts: int64 [steps], at most two neighbouring values;
+    values: float32 [2^memory, 1 or 2], the weights that each state stands for. Returns int32 [tiles, steps].
     """
-    tiles, steps = sources.shape
+    tiles, weights = sources.shape
+    steps, width = len(shifts), values.shape[1]
     batches = -(-tiles // LANES)
-    padded = np.zeros((batches * LANES, steps), np.float32)
+    padded = np.zeros((batches * LANES, weights), np.float32)
     padded[:tiles] = sources
-    lanes = np.ascontiguousarray(padded.reshape(batches, LANES, steps).transpose(0, 2, 1)).reshape(batches, -1)
+    lanes = np.ascontiguousarray(padded.reshape(batches, LANES, weights).transpose(0, 2, 1)).reshape(batches, -1)
     low, high = int(shifts.min()), int(shifts.max())
-    by_candidate = [values.reshape(1 << k, -1).T for k in (low, high)]  # [group, j]: the order in which steps read
-    ordered = np.stack([np.ascontiguousarray(v, np.float32).reshape(-1) for v in by_candidate])
+    by_candidate = [values.reshape(1 << k, -1, width).transpose(1, 0, 2) for k in (low, high)]  # [group, j]: as read
+    ordered = np.stack([np.ascontiguousarray(part, np.float32).reshape(-1) for part in by_candidate])
     states = np.empty((batches, steps, LANES), np.int32)
-    _make_search(memory, low, high)(lanes, shifts, ordered, states)
+    _make_search(memory, low, high, width == 2)(lanes, shifts, ordered, states)
     return states.transpose(0, 2, 1).reshape(batches * LANES, steps)[:tiles]

@@ -1,0 +1,37 @@
+"""What every benchmark prints and keeps: the machine, the date, the rows."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def processor() -> str:
+    """The processor's model name and the threads in use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def report(name: str, device: str, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:
+    """Print `rows` as a table and write them, with device and date, to benchmarks/results/`name`.json."""
+    table = Table(title=f"{name} on {device}, {date.today()}")
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.5g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=140).print(table)
+    content = {"device": device, "date": str(date.today()), "torch": torch.__version__, **facts, "rows": list(rows)}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

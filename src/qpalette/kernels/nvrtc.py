@@ -1,0 +1,98 @@
+"""CUDA C++ compiled at run time, by NVRTC through cuda.core, for the device at hand; kept on disk by content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from qpalette.core.cache import cache_directory
+from qpalette.core.errors import UnsupportedError
+
+_INSTALL = "pip install 'qpalette[cuda]'"
+
+
+@lru_cache(maxsize=512)
+def compile_cubin(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -> bytes:
+    """Machine code of `source` for `arch` ("sm_90"), with integer `macros` defined; needs no GPU.
+
+    Raises UnsupportedError when the compiler is missing or refuses; its own message is in the text.
+    """
+    cuda = _cuda_core()
+    options = cuda.ProgramOptions(arch=arch, std="c++17", define_macro=[(name, str(value)) for name, value in macros])
+    key = hashlib.sha256(repr((source, arch, macros, cuda.__version__)).encode()).hexdigest()
+    file = cache_directory() / "kernels" / f"{key}.cubin"
+    if file.is_file():
+        return file.read_bytes()
+    try:
+        code = bytes(cuda.Program(source, "c++", options).compile("cubin").code)
+    except Exception as error:  # NVRTC's errors have no common base class
+        raise UnsupportedError(f"a CUDA kernel does not compile for {arch}: {error}") from error
+    _write(file, code)
+    return code
+
+
+def load_kernel(source: str, name: str, macros: Mapping[str, int], device: int, shared_bytes: int = 0) -> Any:
+    """The cuda.core Kernel `name` of `source`, loaded on CUDA device `device`, allowed `shared_bytes` of dynamic shared
+    memory per block. Raises as `compile_cubin`."""
+    return _load(source, name, tuple(sorted(macros.items())), device, shared_bytes)
+
+
+@lru_cache(maxsize=512)
+def _load(source: str, name: str, macros: tuple[tuple[str, int], ...], device: int, shared_bytes: int) -> Any:
+    cuda = _cuda_core()
+    handle = cuda.Device(device)
+    handle.set_current()
+    code = compile_cubin(source, f"sm_{handle.arch}", macros)
+    kernel = cuda.ObjectCode.from_cubin(code).get_kernel(name)
+    if shared_bytes:  # with the kernel's own, it may be above what CUDA gives unasked
+        from cuda.bindings import driver
+
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, int(kernel.handle), device)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise UnsupportedError(f"device {device} refuses {shared_bytes} bytes of shared memory per block: {status}")
+    return kernel
+
+
+def launch(kernel: Any, device: int, stream: int, grid: int, block: int, shared_bytes: int, *arguments: Any) -> None:
+    """Start `kernel` on the CUDA stream with handle `stream`; tensors among `arguments` pass their address."""
+    cuda = _cuda_core()
+    config = cuda.LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
+    cuda.launch(_stream(device, stream), config, kernel, *arguments)
+
+
+@lru_cache(maxsize=64)
+def _stream(device: int, handle: int) -> Any:
+    return _cuda_core().Device(device).create_stream(_ForeignStream(handle))
+
+
+class _ForeignStream:
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+def _cuda_core() -> Any:
+    try:
+        import cuda.core
+    except ImportError as error:
+        raise UnsupportedError(f"CUDA kernels need cuda.core and NVRTC ({error}): {_INSTALL}") from error
+    return cuda.core
+
+
+def _write(file: Path, code: bytes) -> None:
+    """By rename, so that another process sees all of it or nothing. A cache that cannot be written is only slow."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
+            temporary.write(code)
+        os.replace(temporary.name, file)
+    except OSError:
+        return
