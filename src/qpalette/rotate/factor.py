@@ -45,7 +45,7 @@ class Factor:
             return dct_matrix(self.order)
         dense: NDArray[np.float64] = np.ones((1, 1))
         for piece in self.pieces():
-            dense = np.kron(dense, hadamard(piece.order).astype(np.float64))
+            dense = np.kron(dense, hadamard(piece.order)).astype(np.float64)
         return dense / self.order**0.5
 
     def pieces(self) -> tuple[Factor, ...]:
