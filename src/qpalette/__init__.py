@@ -17,11 +17,19 @@ _HOME = {
     "quantize": "qpalette.pipeline",
 }
 
-__all__ = ["__version__", "evaluate", "load", "parse_spec", "quantize"]
+__all__ = ["__version__", "calibrate", "evaluate", "load", "parse_spec", "quantize"]
 
 
 class _Package(ModuleType):
-    """`qpalette.evaluate` is the function, always; importing the folder of that name would put a module there."""
+    """`calibrate` and `evaluate` are functions, always; importing the folders of that name would put modules there."""
+
+    @property
+    def calibrate(self) -> Any:
+        return import_module("qpalette.api").calibrate
+
+    @calibrate.setter
+    def calibrate(self, folder: ModuleType) -> None:
+        """As `evaluate`."""
 
     @property
     def evaluate(self) -> Any:

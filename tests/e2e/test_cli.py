@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -15,9 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qpalette.cli import main
+from qpalette.cli import quantize as commands
+from qpalette.quantizers.feedback import DAMPING
 
 VOCABULARY = 128
-COMMANDS = ("doctor", "inspect", "palette", "quantize", "eval", "generate", "chat")
+COMMANDS = ("doctor", "inspect", "palette", "calibrate", "quantize", "eval", "generate", "chat")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant {% endif %}"
@@ -143,6 +146,14 @@ def test_version(run):
         (("quantize", "{model}", "{model}", "--spec", "nuq-4"), "exists already"),
         (("quantize", "{model}", "{model}", "--spec", "nuq-4", "--overwrite"), "not overwritten"),
         (("quantize", "{packed}", "{tmp}/out", "--spec", "nuq-4"), "quantized already"),
+        (("quantize", "{model}", "{tmp}/out", "--spec", "nuq-4", "--hessians", "{missing}"), "holds no Hessians"),
+        (("quantize", "{model}", "{tmp}/out", "--spec", "nuq-4", "--device", "abacus"), "'abacus' is not a device"),
+        (("calibrate", "{missing}", "{tmp}/out", "--text", "{text}"), "does not exist"),
+        (("calibrate", "{model}", "{tmp}/out", "--text", "{missing}"), "does not exist"),
+        (("calibrate", "{model}", "{tmp}/out", "--text", "{text}", "--tokens", "1"), "at least 2, got 1"),
+        (("calibrate", "{model}", "{tmp}/out", "--text", "{text}", "--window", "-1"), "at least 2"),
+        (("calibrate", "{model}", "{tmp}/out", "--text", "{text}", "--memory", "nan"), "memory"),
+        (("calibrate", "{model}", "{tmp}/out", "--text", "{text}", "--device", "abacus"), "'abacus' is not a device"),
         (("eval", "{missing}", "--text", "{text}"), "does not exist"),
         (("eval", "{packed}", "--reference", "{missing}", "--text", "{text}"), "does not exist"),
         (("eval", "{packed}", "--text", "{missing}"), "does not exist"),
@@ -231,6 +242,21 @@ def test_doctor_tells_what_to_type(run, monkeypatch):
     assert 'pip install "torch' in result.out
     assert "ZeroDivisionError" in result.out
     assert "Not ready: torch" in result.out
+
+
+def test_calibrate_then_quantize(run, model, text, tmp_path):
+    command = ("calibrate", model, tmp_path / "hessians", "--text", text, "--tokens", 512, "--window", 128)
+    measured = json.loads(run(*command, "--json").out)
+    assert (measured["tokens"], measured["window"]) == (512, 128)
+    assert "512, in windows of 128" in run(*command).out
+    options = ("--spec", "nuq-2", "--hessians", tmp_path / "hessians")
+    assert json.loads(run("quantize", model, tmp_path / "out", *options, "--dry-run", "--json").out)["dry_run"]
+    report = json.loads(run("quantize", model, tmp_path / "out", *options, "--json").out)
+    assert all(0 < kind["proxy"] < kind["distortion"] for kind in report["kinds"].values())
+    shown = run("quantize", model, tmp_path / "damped", *options, "--damping", 0.1)
+    assert "of outputs" in shown.out
+    assert "larger damping" not in shown.err
+    assert inspect.signature(commands.quantize).parameters["damping"].default == DAMPING
 
 
 def test_inspect_a_checkpoint(run, model):

@@ -46,8 +46,13 @@ Squared error of the stored weights over their energy, measured with the stored 
 | kind | quantizer | weights | bits per weight | distortion |
 |---|---|---:|---:|---:|
 {distortions}
-
+{calibrated}
 Every linear is listed in `qpalette_report.json`.
+"""
+
+CALIBRATED = """
+Rounding was calibrated (LDLQ) on {tokens:,} tokens of a text with SHA-256 `{sha256}`. It accepts more distortion of the
+weights for less of the outputs, which the report gives for each linear as `proxy`: tr(E H E^T) / tr(W H W^T).
 """
 
 
@@ -58,11 +63,12 @@ def model_card(
     distortions: Mapping[str, float],
     carried_bytes: int,
     base_model: str | None = None,
+    calibration: tuple[int, str] | None = None,
 ) -> str:
     """Markdown, the same for equal arguments. `distortions` by linear name; `carried_bytes` are the other tensors'.
 
     `base_model` is a Hub name; without it the source config's own is used when it is one. The licence is the source
-    config's, when it states one.
+    config's, when it states one. `calibration`, of calibrated rounding, is its tokens and the text's SHA-256.
     """
     weights = sum(record.out_features * record.in_features for record in records.values())
     packed_bits = sum(counted_bits(record).total for record in records.values())
@@ -76,6 +82,7 @@ def model_card(
         rate=packed_bits / weights,
         sizes=_size_rows(records, weights, carried_bytes),
         distortions=_distortion_rows(records, distortions),
+        calibrated="" if calibration is None else CALIBRATED.format(tokens=calibration[0], sha256=calibration[1]),
     )
 
 

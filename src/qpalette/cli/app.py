@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qpalette.cli import chat, doctor, evaluate, generate, inspection, palette, quantize
+from qpalette.cli import calibrate, chat, doctor, evaluate, generate, inspection, palette, quantize
 from qpalette.cli.output import print_error
 from qpalette.core.errors import QPaletteError
 
 DEBUG = "QPALETTE_DEBUG"
+RESUMABLE = ("calibrate", "quantize")
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
@@ -26,7 +27,7 @@ class _OneLineErrors(TyperGroup):
         except QPaletteError as error:
             raise _failure(error, str(error)) from error
         except KeyboardInterrupt as error:
-            resumes = "; the same command resumes where it stopped" if ctx.invoked_subcommand == "quantize" else ""
+            resumes = "; the same command resumes where it stopped" if ctx.invoked_subcommand in RESUMABLE else ""
             print_error(f"interrupted{resumes}")
             raise typer.Exit(INTERRUPTED) from error
         except OSError as error:
@@ -74,6 +75,7 @@ def _options(
 app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspection.inspect)
 app.command("palette")(palette.palette)
+app.command("calibrate")(calibrate.calibrate)
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)

@@ -13,7 +13,7 @@ from qpalette.cli.output import count, print_facts, print_json, print_note, prin
 
 if TYPE_CHECKING:
     from qpalette.cli.output import Bar
-    from qpalette.pipeline import Estimate, QuantizeReport
+    from qpalette.pipeline import Estimate, LinearResult, QuantizeReport
 
 AT_ONCE = 0.005  # seconds; a linear that takes less was finished by an earlier run
 
@@ -36,6 +36,14 @@ def quantize(
     ] = None,
     rotation: Annotated[str, typer.Option("--rotation", help="full, block or block-N.")] = "full",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the rotation's signs.")] = 0,
+    hessians: Annotated[
+        Path | None,
+        typer.Option(
+            "--hessians", metavar="DIR", help="Calibrated rounding, with what qpalette calibrate has measured."
+        ),
+    ] = None,
+    damping: Annotated[float, typer.Option("--damping", help="Added to each Hessian, times its mean diagonal.")] = 0.01,
+    device: Annotated[str, typer.Option("--device", help="Where to encode, such as cuda.")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done; reads headers alone.")
     ] = False,
@@ -54,6 +62,7 @@ def quantize(
     from qpalette.pipeline import quantize as run
 
     options: dict[str, Any] = {"bits": bits, "spec": spec, "effort": effort, "rotation": rotation, "seed": seed}
+    options |= {"hessians": hessians, "damping": damping, "device": device}
     if dry_run:
         estimate = run(model, out, **options, dry_run=True)
         assert isinstance(estimate, Estimate)
@@ -91,7 +100,10 @@ def _source_bytes(model: str) -> int:
 
 
 def distortion_by_kind(report: QuantizeReport) -> dict[str, dict[str, Any]]:
-    """Linears of all layers together: how many, their weights, specs, counted rate and mean distortion by weights."""
+    """Linears of all layers together: how many, their weights, specs, counted rate and mean distortion by weights.
+
+    With Hessians also `proxy`, the mean relative error of their outputs.
+    """
     from qpalette.cli.inspection import linear_kind
 
     gathered = defaultdict(list)
@@ -104,9 +116,19 @@ def distortion_by_kind(report: QuantizeReport) -> dict[str, dict[str, Any]]:
             "specs": sorted({linear.record.spec for linear in linears}),
             "bits_per_weight": sum(linear.bits.total for linear in linears) / weights,
             "distortion": sum(linear.bits.weights * linear.distortion for linear in linears) / weights,
+            **(
+                {}
+                if report.calibration is None
+                else {"proxy": sum(_output_error(linear) for linear in linears) / weights}
+            ),
         }
         for kind, linears in gathered.items()
     }
+
+
+def _output_error(linear: LinearResult) -> float:
+    assert linear.proxy is not None, "a calibrated run measures it"
+    return linear.bits.weights * linear.proxy
 
 
 def report_json(report: QuantizeReport, source_bytes: int) -> dict[str, Any]:
@@ -132,10 +154,11 @@ def _show_report(report: QuantizeReport, source_bytes: int) -> None:
             ", ".join(facts["specs"]),
             f"{facts['bits_per_weight']:.4f}",
             f"{facts['distortion']:.5f}",
+            *([f"{facts['proxy']:.5f}"] if "proxy" in facts else []),
         )
         for kind, facts in distortion_by_kind(report).items()
     ]
-    columns = ("linear", "times", "weights", "spec", "bits per weight", "distortion")
+    columns = ("linear", "times", "weights", "spec", "bits per weight", "distortion", "of outputs")[: len(rows[0])]
     print_table("Quantized", columns, rows, caption="distortion: mean squared error / mean square, measured")
     print_facts(
         str(report.output),

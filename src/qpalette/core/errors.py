@@ -17,6 +17,10 @@ class ArtifactError(QPaletteError):
     """A quantized model directory that breaks one of the invariants of docs/format.md."""
 
 
+class HessianError(QPaletteError):
+    """Second moments for calibrated rounding that are missing, of another model, or not usable."""
+
+
 class UnsupportedError(QPaletteError):
     """No backend can do what was asked; the message lists the reason of each."""
 

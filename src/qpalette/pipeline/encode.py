@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 
 from qpalette.core.errors import CheckpointError
-from qpalette.core.records import TILE, LinearRecord
+from qpalette.core.records import TILE, LinearGroup, LinearRecord
 from qpalette.kernels import Backend, select
 from qpalette.pack.tiles import from_tiles, to_tiles
 from qpalette.rotate import Rotation, pack_signs, rotate_weight
@@ -21,17 +22,29 @@ def working_bytes(weights: int, rate: Fraction) -> int:
     return int(min(weights, CHUNK_WEIGHTS) * (40 + 32 * rate))
 
 
+def feedback_bytes(group: LinearGroup) -> int:
+    """Peak of the temporaries of calibrated rounding: Hessian, factors, and a group's rows in float32 and float64."""
+    return 40 * (group.in_features**2 + group.weights)
+
+
+class Quality(NamedTuple):
+    """How far stored weights are from their source W, with the scales as they are stored; 0 for a matrix of zeros."""
+
+    distortion: float  # sum (W - stored)^2 over sum W^2
+    proxy: float | None = None  # calibrated, the same of the layer's outputs: tr(E H E^T) over tr(W H W^T)
+
+
 @dataclass(frozen=True)
 class EncodedLinear:
-    """On the CPU: codes int32 [tile rows, tile columns, words]; scales int16 [M], float16 bits; signs u8 [ceil(K/8)].
+    """On the CPU: codes int32 [tile rows, tile columns, words]; scales int16 [M]; signs uint8 [ceil(K/8)].
 
-    `distortion` is sum (W' - stored)^2 over sum W'^2, with the scales as they are stored; 0 for a matrix of zeros.
+    The scales are the bits of float16 values.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     signs: torch.Tensor
-    distortion: float
+    quality: Quality
 
 
 def encode_linear(
@@ -47,8 +60,7 @@ def encode_linear(
     rows = max(1, CHUNK_WEIGHTS // (TILE * record.in_features)) * TILE
     codes, scales, error, energy = [], [], 0.0, 0.0
     for chunk in weight.split(rows):
-        if not bool(chunk.isfinite().all()):
-            raise CheckpointError(f"tensor '{name}.weight' holds NaN or infinity; fetch the checkpoint again")
+        check_finite(name, chunk)
         rotated = rotate_weight(chunk.to(device), rotation, signs.to(device))
         part = _encode_rows(name, rotated, record.spec, backend)
         codes.append(part.codes.cpu())
@@ -56,7 +68,7 @@ def encode_linear(
         error += part.error
         energy += part.energy
     distortion = error / energy if energy else 0.0
-    return EncodedLinear(torch.cat(codes), torch.cat(scales), pack_signs(signs), distortion)
+    return EncodedLinear(torch.cat(codes), torch.cat(scales), pack_signs(signs), Quality(distortion))
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ def _encode_rows(name: str, rotated: torch.Tensor, spec: str, backend: Backend) 
     """float64 throughout: no square of a float32 overflows it, and the temporaries are a chunk's."""
     source = rotated.double()
     rms = source.square().mean(dim=1, keepdim=True).sqrt()
-    _check_scales(name, rms)
+    check_scales(name, rms)
     unit = torch.where(rms > 0, source / rms, 0.0)
     tiles = to_tiles(unit.float())
     codes = backend.encode(spec, tiles.reshape(-1, tiles.shape[-1]))
@@ -79,7 +91,7 @@ def _encode_rows(name: str, rotated: torch.Tensor, spec: str, backend: Backend) 
     gain = (unit * decoded).sum(1, keepdim=True) / decoded.square().sum(1, keepdim=True)
     # A scale below float16's smallest number rounds to 0: the row is lost, and counted so in the distortion.
     scales = (gain * rms).to(torch.float16)
-    _check_scales(name, scales)
+    check_scales(name, scales)
     return _Rows(
         codes=codes.reshape(*tiles.shape[:2], -1),
         scales=scales.flatten().view(torch.int16),
@@ -88,7 +100,14 @@ def _encode_rows(name: str, rotated: torch.Tensor, spec: str, backend: Backend) 
     )
 
 
-def _check_scales(name: str, scales: torch.Tensor) -> None:
+def check_finite(name: str, weight: torch.Tensor) -> None:
+    """Raises CheckpointError naming the tensor when a weight is NaN or infinite."""
+    if not bool(weight.isfinite().all()):
+        raise CheckpointError(f"tensor '{name}.weight' holds NaN or infinity; fetch the checkpoint again")
+
+
+def check_scales(name: str, scales: torch.Tensor) -> None:
+    """Raises CheckpointError naming the tensor when a row scale is beyond float16."""
     largest = float(scales.double().abs().max())
     if not largest <= torch.finfo(torch.float16).max:
         raise CheckpointError(

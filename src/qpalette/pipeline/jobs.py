@@ -14,10 +14,12 @@ import torch
 
 from qpalette.artifact import FORMAT_VERSION, PackedCheckpoint, QuantizationFormat, counted_bits, total_bits
 from qpalette.checkpoint import Checkpoint, Grouping, find_groups
-from qpalette.core.records import LinearRecord, LinearShape, PackedBits
-from qpalette.pipeline.encode import working_bytes
+from qpalette.core.records import LinearGroup, LinearRecord, LinearShape, PackedBits
+from qpalette.pipeline.encode import feedback_bytes, working_bytes
+from qpalette.pipeline.hessians import HessianStore
 from qpalette.plan import Plan, select_linears
 from qpalette.quantizers import parse_spec
+from qpalette.quantizers.feedback import DAMPING
 from qpalette.rotate import random_signs, rotation_for
 
 HEADROOM_BYTES = 64 << 20  # tokenizer, headers, documents
@@ -28,7 +30,7 @@ class Job:
     """One linear to quantize. Equal digests, and only those, mean equal packed tensors."""
 
     linear: LinearShape
-    group: str  # names the signs, which the linears of a group share
+    group: LinearGroup  # its linears share the signs, named after it, and the Hessian
     record: LinearRecord
     digest: str
 
@@ -42,7 +44,7 @@ class Job:
 
     def signs(self) -> torch.Tensor:
         """int8 [K] of +-1."""
-        return random_signs(self.linear.in_features, self.record.seed, self.group)
+        return random_signs(self.linear.in_features, self.record.seed, self.group.name)
 
 
 @dataclass(frozen=True)
@@ -64,25 +66,33 @@ class Estimate:
         return self.bits.rate
 
 
-def make_jobs(checkpoint: Checkpoint, plan: Plan) -> list[Job]:
+def make_jobs(
+    checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None = None, damping: float = DAMPING
+) -> list[Job]:
     """One job per linear of the plan, in layer order.
 
-    Raises SpecError when the plan names no linear of the checkpoint or its rotation does not suit one.
+    Raises SpecError when the plan names no linear of the checkpoint or its rotation does not suit one, and
+    HessianError when `hessians` belong to another model or lack a group.
     """
     groups = find_groups(checkpoint).groups
-    group_of = {linear.name: group.name for group in groups for linear in group.linears}
+    group_of = {linear.name: group for group in groups for linear in group.linears}
     fingerprint = checkpoint.fingerprint
+    if hessians is not None:
+        hessians.check_source(fingerprint)
     jobs = []
     for linear in select_linears(plan, groups):
         rotation = rotation_for(linear.in_features, plan.rotation).name
         spec = plan.specs[linear.name]
         record = LinearRecord(spec, linear.out_features, linear.in_features, rotation, plan.seed)
         group = group_of[linear.name]
-        jobs.append(Job(linear, group, record, _digest(linear, group, record, fingerprint)))
+        feedback: Sequence[str | float] = [] if hessians is None else [hessians.identity(group), damping]
+        jobs.append(Job(linear, group, record, _digest(linear, group.name, record, fingerprint, feedback)))
     return jobs
 
 
-def format_of(checkpoint: Checkpoint, plan: Plan, jobs: Sequence[Job]) -> QuantizationFormat:
+def format_of(
+    checkpoint: Checkpoint, plan: Plan, jobs: Sequence[Job], hessians: HessianStore | None = None
+) -> QuantizationFormat:
     """What config.json will say."""
     provenance = {
         "qpalette": version("qpalette"),
@@ -90,14 +100,17 @@ def format_of(checkpoint: Checkpoint, plan: Plan, jobs: Sequence[Job]) -> Quanti
         "plan": plan.digest,
         "effort": plan.effort,
     }
+    if hessians is not None:
+        provenance["calibration_tokens"] = str(hessians.calibration.tokens)
+        provenance["calibration_text_sha256"] = hessians.calibration.text_sha256
     records = {job.name: job.record for job in jobs}
     return QuantizationFormat.of(records, provenance, _left_alone(find_groups(checkpoint), plan))
 
 
-def estimate(checkpoint: Checkpoint, plan: Plan) -> Estimate:
+def estimate(checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None = None) -> Estimate:
     """The figures of a run without running it: headers only, no weight is read. Raises as `make_jobs`."""
-    jobs = make_jobs(checkpoint, plan)
-    result = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs), _no_tensor)
+    jobs = make_jobs(checkpoint, plan, hessians)
+    result = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), _no_tensor)
     bits = total_bits(job.record for job in jobs)
     specs: Counter[str] = Counter()
     for job in jobs:
@@ -110,16 +123,20 @@ def estimate(checkpoint: Checkpoint, plan: Plan) -> Estimate:
         source_bytes=checkpoint.total_bytes,
         tensor_bytes=result.total_bytes,
         disk_bytes=result.total_bytes + result.packed_bytes + HEADROOM_BYTES,
-        peak_memory_bytes=_peak_memory(checkpoint, jobs),
+        peak_memory_bytes=_peak_memory(checkpoint, jobs, hessians is not None),
     )
 
 
-def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job]) -> int:
-    """The largest linear with its codes and one chunk in flight, or the largest tensor that is only copied."""
+def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job], calibrated: bool) -> int:
+    """The largest linear with its codes and one chunk in flight, or the largest tensor that is only copied.
+
+    With Hessians a whole group is in flight.
+    """
 
     def of_job(job: Job) -> int:
         chunk = working_bytes(job.linear.weights, parse_spec(job.record.spec).rate)
-        return checkpoint.tensors[f"{job.name}.weight"].nbytes + 2 * job.packed_bytes + chunk
+        together = feedback_bytes(job.group) if calibrated else 0
+        return checkpoint.tensors[f"{job.name}.weight"].nbytes + 2 * job.packed_bytes + chunk + together
 
     copied = max(info.nbytes for info in checkpoint.tensors.values())
     return max(copied, *map(of_job, jobs))
@@ -132,10 +149,13 @@ def _left_alone(grouping: Grouping, plan: Plan) -> list[str]:
     return sorted(names | {"lm_head"})
 
 
-def _digest(linear: LinearShape, group: str, record: LinearRecord, fingerprint: str) -> str:
+def _digest(
+    linear: LinearShape, group: str, record: LinearRecord, fingerprint: str, feedback: Sequence[str | float]
+) -> str:
     what = [
         *(FORMAT_VERSION, version("qpalette"), fingerprint, linear.name, group),
         *(record.spec, record.out_features, record.in_features, record.rotation, record.seed),
+        *feedback,
     ]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 

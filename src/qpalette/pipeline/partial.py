@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from qpalette.checkpoint import StreamingSafetensorsWriter, TensorInfo
 from qpalette.core.errors import CheckpointError
-from qpalette.pipeline.encode import EncodedLinear
+from qpalette.pipeline.encode import EncodedLinear, Quality
 from qpalette.pipeline.jobs import Job
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ class PartialResults:
         for leftover in [self.assembled, *self.directory.glob(f".{self.assembled.name}.*")]:
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def distortion(self, job: Job) -> float | None:
-        """The distortion of a finished job; None when it is still to do."""
+    def quality(self, job: Job) -> Quality | None:
+        """The quality of a finished job; None when it is still to do."""
         file = self._file(job)
         if not file.exists():
             return None
@@ -50,12 +50,16 @@ class PartialResults:
         except (SafetensorError, OSError) as error:
             logger.warning("%s is damaged (%s): %s is quantized again", file, error, job.name)
             return None
-        return float(metadata["distortion"]) if metadata.get("job") == job.digest else None
+        if metadata.get("job") != job.digest:
+            return None
+        proxy = metadata.get("proxy")
+        return Quality(float(metadata["distortion"]), None if proxy is None else float(proxy))
 
     def save(self, job: Job, encoded: EncodedLinear) -> None:
         tensors = {"qp_codes": encoded.codes, "qp_scales": encoded.scales, "qp_signs": encoded.signs}
         infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-        metadata = {"job": job.digest, "linear": job.name, "distortion": repr(encoded.distortion)}
+        metadata = {"job": job.digest, "linear": job.name}
+        metadata |= {key: repr(value) for key, value in encoded.quality._asdict().items() if value is not None}
         with StreamingSafetensorsWriter(self._file(job), infos, metadata) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +17,15 @@ from qpalette.checkpoint import Checkpoint, export_checkpoint
 from qpalette.checkpoint.export import MAX_SHARD_BYTES
 from qpalette.core.errors import ArtifactError, InputError
 from qpalette.kernels import select
-from qpalette.pipeline.encode import encode_linear
+from qpalette.kernels.device import parse_device
+from qpalette.pipeline.calibrated import encode_linears
+from qpalette.pipeline.encode import EncodedLinear, Quality, encode_linear
+from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import HEADROOM_BYTES, Job, format_of, make_jobs
 from qpalette.pipeline.partial import PartialResults
 from qpalette.pipeline.report import REPORT_FILE, LinearResult, QuantizeReport
 from qpalette.plan import Plan
+from qpalette.quantizers.feedback import DAMPING
 
 
 class Progress(Protocol):
@@ -33,6 +39,8 @@ def quantize_checkpoint(
     output_dir: str | Path,
     plan: Plan,
     *,
+    hessians: HessianStore | None = None,
+    damping: float = DAMPING,
     progress: Progress | None = None,
     device: str | torch.device = "cpu",
     overwrite: bool = False,
@@ -45,24 +53,35 @@ def quantize_checkpoint(
     gives the same bytes as an uninterrupted one. `output_dir` appears whole, by one rename. `overwrite` replaces an
     existing quantized model, and nothing else. `base_model` is the Hub name that the model card states.
 
+    With `hessians` rounding is calibrated: errors are fed back with `damping` (LDLQ), which lowers the error of each
+    layer's output on text like the calibration's, at the same size. Without, no data is needed.
+
     Raises SpecError when the plan does not fit the checkpoint, UnsupportedError when no backend encodes on `device`,
-    ArtifactError when the output exists, InputError when the disk is too full, and CheckpointError naming the tensor
-    when a weight is not finite or too large.
+    ArtifactError when the output exists, InputError when the disk is too full, CheckpointError naming the tensor when a
+    weight is not finite or too large, and HessianError naming the group when Hessians are missing, of another model, or
+    not usable. InputError also tells of a `device` that is not there.
     """
-    output, device = Path(output_dir).expanduser().resolve(), torch.device(device)
-    jobs = make_jobs(checkpoint, plan)
+    output, device = Path(output_dir).expanduser().resolve(), parse_device(device)
+    jobs = make_jobs(checkpoint, plan, hessians, damping)
     for spec in set(plan.specs.values()):
         select("encode", spec, device)
     _check_output(output, overwrite)
     partial = PartialResults(output.with_name(output.name + ".partial"), jobs)
     partial.open()
-    packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs), partial.read)
+    packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), partial.read)
     _check_disk(packed, jobs, partial)
 
-    distortions = _quantize_linears(checkpoint, jobs, partial, device, progress)
+    if hessians is None:
+        batches = [[job] for job in jobs]
+        encode = functools.partial(_encode_freely, checkpoint, device)
+    else:
+        batches = [list(together) for _, together in groupby(jobs, key=lambda job: job.group.name)]
+        encode = functools.partial(_encode_calibrated, checkpoint, device, hessians, damping)
+    qualities = _quantize_linears(batches, partial, encode, progress)
 
-    results = [LinearResult(job.name, job.record, distortions[job.name]) for job in jobs]
-    report = QuantizeReport(output, results, packed.total_bytes, plan.digest, checkpoint.fingerprint)
+    calibration = None if hessians is None else hessians.calibration
+    results = [LinearResult(job.name, job.record, *qualities[job.name]) for job in jobs]
+    report = QuantizeReport(output, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration)
     _write_documents(packed, report, base_model)
     export_checkpoint(packed, partial.assembled, max_shard_bytes)
     open_artifact(partial.assembled)  # what was written is read back before anything is replaced
@@ -71,33 +90,55 @@ def quantize_checkpoint(
     return report
 
 
+def _encode_freely(checkpoint: Checkpoint, device: torch.device, jobs: Sequence[Job]) -> list[EncodedLinear]:
+    return [
+        encode_linear(job.name, checkpoint.read(f"{job.name}.weight"), job.record, job.signs(), device) for job in jobs
+    ]
+
+
+def _encode_calibrated(
+    checkpoint: Checkpoint, device: torch.device, hessians: HessianStore, damping: float, jobs: Sequence[Job]
+) -> list[EncodedLinear]:
+    weights = [checkpoint.read(f"{job.name}.weight") for job in jobs]
+    return encode_linears(jobs, weights, hessians.read(jobs[0].group), damping, device)
+
+
 def _quantize_linears(
-    checkpoint: Checkpoint,
-    jobs: Sequence[Job],
+    batches: Sequence[Sequence[Job]],
     partial: PartialResults,
-    device: torch.device,
+    encode: Callable[[Sequence[Job]], list[EncodedLinear]],
     progress: Progress | None,
-) -> dict[str, float]:
-    """The distortion of each linear, whose tensors are then in `partial`."""
-    distortions = {job.name: found for job in jobs if (found := partial.distortion(job)) is not None}
+) -> dict[str, Quality]:
+    """The quality of each linear, whose tensors are then in `partial`; the jobs of a batch are encoded together."""
+    jobs = [job for batch in batches for job in batch]
+    qualities: dict[str, Quality] = {}
     total, done = sum(job.linear.weights for job in jobs), 0
-    for job in sorted(jobs, key=lambda job: job.name not in distortions):
-        if job.name not in distortions:
-            weight = checkpoint.read(f"{job.name}.weight")
-            encoded = encode_linear(job.name, weight, job.record, job.signs(), device)
-            partial.save(job, encoded)
-            distortions[job.name] = encoded.distortion
+
+    def finish(job: Job, quality: Quality) -> None:
+        nonlocal done
+        qualities[job.name] = quality
         done += job.linear.weights
         if progress is not None:
-            progress(done, total, job.name, distortions[job.name])
-    return distortions
+            progress(done, total, job.name, quality.distortion)
+
+    for job in jobs:
+        if (found := partial.quality(job)) is not None:
+            finish(job, found)
+    to_do = [[job for job in batch if job.name not in qualities] for batch in batches]
+    for batch in filter(None, to_do):
+        for job, encoded in zip(batch, encode(batch), strict=True):
+            partial.save(job, encoded)
+            finish(job, encoded.quality)
+    return qualities
 
 
 def _write_documents(packed: PackedCheckpoint, report: QuantizeReport, base_model: str | None) -> None:
     records = {linear.name: linear.record for linear in report.linears}
     distortions = {linear.name: linear.distortion for linear in report.linears}
     carried_bytes = packed.total_bytes - packed.packed_bytes
-    card = model_card(report.output.name, packed.config, records, distortions, carried_bytes, base_model)
+    measured = report.calibration
+    calibration = None if measured is None else (measured.tokens, measured.text_sha256)
+    card = model_card(report.output.name, packed.config, records, distortions, carried_bytes, base_model, calibration)
     packed.documents.update({REPORT_FILE: report.to_json(), "README.md": card})
 
 
@@ -123,7 +164,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 def _check_disk(packed: PackedCheckpoint, jobs: Sequence[Job], partial: PartialResults) -> None:
     """Finished linears and the assembled model are on disk together for a while."""
-    to_do = sum(job.packed_bytes for job in jobs if partial.distortion(job) is None)
+    to_do = sum(job.packed_bytes for job in jobs if partial.quality(job) is None)
     needed = packed.total_bytes + to_do + HEADROOM_BYTES
     available = shutil.disk_usage(partial.directory).free
     if available < needed:

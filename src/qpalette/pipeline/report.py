@@ -10,17 +10,19 @@ from pathlib import Path
 
 from qpalette.artifact import counted_bits, total_bits
 from qpalette.core.records import LinearRecord, PackedBits
+from qpalette.pipeline.hessians import Calibration
 
 REPORT_FILE = "qpalette_report.json"
 
 
 @dataclass(frozen=True)
 class LinearResult:
-    """One quantized linear and its measured distortion."""
+    """One quantized linear and its measured distortion; calibrated, also its output's (`Quality`)."""
 
     name: str
     record: LinearRecord
     distortion: float
+    proxy: float | None = None
 
     @property
     def bits(self) -> PackedBits:
@@ -36,6 +38,7 @@ class QuantizeReport:
     tensor_bytes: int  # all tensors of the output
     plan_digest: str
     source_fingerprint: str
+    calibration: Calibration | None = None
 
     @property
     def bits(self) -> PackedBits:
@@ -62,6 +65,7 @@ class QuantizeReport:
                 "tensor_bytes": self.tensor_bytes,
                 "distortion": self.distortion,
             },
+            **({} if self.calibration is None else {"calibration": _measured_on(self.calibration)}),
             "linears": {linear.name: _entry(linear) for linear in self.linears},
         }
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -75,7 +79,12 @@ def _entry(linear: LinearResult) -> dict[str, object]:
         "rotation": record.rotation,
         **_counts(linear.bits),
         "distortion": linear.distortion,
+        **({} if linear.proxy is None else {"proxy": linear.proxy}),
     }
+
+
+def _measured_on(calibration: Calibration) -> dict[str, object]:
+    return {"tokens": calibration.tokens, "window": calibration.window, "text_sha256": calibration.text_sha256}
 
 
 def _counts(bits: PackedBits) -> dict[str, object]:
