@@ -86,10 +86,12 @@ class _Timed:
     def __init__(self, bar: Bar) -> None:
         self.bar = bar
         self.last = time.perf_counter()
+        self.working = False  # what an earlier run has finished comes first
 
     def __call__(self, done_weights: int, total_weights: int, linear: str, distortion: float) -> None:
         now = time.perf_counter()
-        (self.bar.skip if now - self.last < AT_ONCE else self.bar.show)(done_weights, total_weights)
+        self.working = self.working or now - self.last >= AT_ONCE
+        (self.bar.show if self.working else self.bar.skip)(done_weights, total_weights)
         self.last = now
 
 

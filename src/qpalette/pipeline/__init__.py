@@ -1,13 +1,16 @@
 """From a checkpoint and a plan to a quantized model directory."""
 
 from qpalette.pipeline.api import quantize
+from qpalette.pipeline.hessians import Calibration, HessianStore
 from qpalette.pipeline.jobs import Estimate, estimate
 from qpalette.pipeline.quantize import Progress, quantize_checkpoint
 from qpalette.pipeline.report import REPORT_FILE, LinearResult, QuantizeReport
 
 __all__ = [
     "REPORT_FILE",
+    "Calibration",
     "Estimate",
+    "HessianStore",
     "LinearResult",
     "Progress",
     "QuantizeReport",
