@@ -24,6 +24,11 @@ def processor() -> str:
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
+def device_name(device: str) -> str:
+    """The processor, or the GPU that `device` ("cuda") stands for."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
+
+
 def report(name: str, device: str, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:
     """Print `rows` as a table and write them, with device and date, to benchmarks/results/`name`.json."""
     table = Table(title=f"{name} on {device}, {date.today()}")

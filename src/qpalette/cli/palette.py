@@ -26,6 +26,7 @@ def palette(
             "--effort", help="fast, standard or best: how long the encoder searches.  [default: as the spec says]"
         ),
     ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where to measure: cpu, cuda, cuda:1.")] = "cpu",
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw distortion against rate.")
     ] = None,
@@ -51,7 +52,7 @@ def palette(
     quantizers = [parse_spec(spec) for spec in measured or ()] or list(full_palette())
     if effort is not None:
         quantizers = [_with_effort(quantizer, effort) for quantizer in quantizers]
-    results = _measured(quantizers, weights, seed) if measured else []
+    results = _measured(quantizers, weights, seed, device) if measured else []
     rows = [_measured_row(m) for m in results] if measured else [_claimed_row(q) for q in quantizers]
     if plot is not None:
         from qpalette.cli.palette_plot import draw_palette, read_published
@@ -73,7 +74,7 @@ def _with_effort(quantizer: Quantizer, effort: str) -> Quantizer:
     return quantizer.with_effort(effort)
 
 
-def _measured(quantizers: list[Quantizer], weights: int, seed: int) -> list[Measurement]:
+def _measured(quantizers: list[Quantizer], weights: int, seed: int, device: str) -> list[Measurement]:
     from qpalette.core.errors import InputError
     from qpalette.evaluate import measure
 
@@ -82,7 +83,7 @@ def _measured(quantizers: list[Quantizer], weights: int, seed: int) -> list[Meas
     results = []
     with step_bar("measuring") as bar:
         for done, quantizer in enumerate(quantizers, start=1):
-            results.append(measure(quantizer, weights, seed))
+            results.append(measure(quantizer, weights, seed, device))
             bar.show(done, len(quantizers))
     return results
 

@@ -11,13 +11,13 @@ import torch
 from qpalette.core.errors import InputError
 from qpalette.core.records import TILE_WEIGHTS
 from qpalette.kernels import Backend, select
+from qpalette.kernels.device import parse_device
 from qpalette.quantizers import Quantizer
 from qpalette.theory import gap, gap_bits, gap_db
 
-CHUNK_TILES = 1024
+CHUNK_TILES = 8192
 WARM_UP_TILES = 16  # compiles the encoder, so that its speed does not include that
 WORD_BITS = 32
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,25 @@ class Measurement:
     weights: int
 
 
-def measure(quantizer: Quantizer, weights: int = 1_000_000, seed: int = 0) -> Measurement:
-    """Encode and decode `weights` samples of N(0, 1) (rounded up to whole tiles of 256) with the best CPU backend.
+def measure(quantizer: Quantizer, weights: int = 1_000_000, seed: int = 0, device: str = "cpu") -> Measurement:
+    """Encode and decode `weights` samples of N(0, 1), rounded up to whole tiles, with the best backend of `device`.
 
     The source is float32 from `torch.Generator` with `seed`, whatever the quantizer. The decoded values are compared
     as they are: no gain is refitted.
 
-    Raises InputError when `weights` is below 1.
+    Raises InputError when `weights` is below 1 or there is no such device.
     """
     if weights < 1:
         raise InputError(f"the number of weights to measure on must be at least 1, got {weights}")
-    backend = select("encode", quantizer.name, CPU)
+    where = parse_device(device)
+    backend = select("encode", quantizer.name, where)
     generator = torch.Generator().manual_seed(seed)
     tiles = -(-weights // TILE_WEIGHTS)
-    backend.encode(quantizer.name, torch.zeros(WARM_UP_TILES, TILE_WEIGHTS))
+    backend.encode(quantizer.name, torch.zeros(WARM_UP_TILES, TILE_WEIGHTS, device=where))
     error = power = seconds = 0.0
     stored_words = 0
     for start in range(0, tiles, CHUNK_TILES):
-        source = torch.randn(min(CHUNK_TILES, tiles - start), TILE_WEIGHTS, generator=generator)
+        source = torch.randn(min(CHUNK_TILES, tiles - start), TILE_WEIGHTS, generator=generator).to(where)
         codes, elapsed = _timed_encode(backend, quantizer, source)
         error += float((backend.decode(quantizer.name, codes) - source).double().square().sum())
         power += float(source.double().square().sum())
@@ -77,4 +78,6 @@ def measure(quantizer: Quantizer, weights: int = 1_000_000, seed: int = 0) -> Me
 def _timed_encode(backend: Backend, quantizer: Quantizer, source: torch.Tensor) -> tuple[torch.Tensor, float]:
     start = time.perf_counter()
     codes = backend.encode(quantizer.name, source)
+    if source.is_cuda:
+        torch.cuda.synchronize(source.device)
     return codes, time.perf_counter() - start
