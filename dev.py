@@ -78,7 +78,7 @@ def test() -> None:
     """All tests; those that need a GPU are deselected (see CONTRIBUTING.md)."""
     setup()
     model()
-    run(PYTHON, "-m", "pytest", "-m", "not device", *sys.argv[2:], QPALETTE_DEMO_MODEL=str(DEMO_MODEL))
+    run(PYTHON, "-m", "pytest", "-n", "auto", "-m", "not device", *sys.argv[2:], QPALETTE_DEMO_MODEL=str(DEMO_MODEL))
 
 
 def lint() -> None:

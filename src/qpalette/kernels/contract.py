@@ -19,7 +19,7 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made per call, and freezing triples what that costs
 class PackedLinear:
     """A quantized weight matrix W' (M x K) in the rotated basis, as tensors.
 

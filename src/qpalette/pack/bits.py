@@ -6,6 +6,8 @@ exactly n words, so codes are stored densely at every multiple of 1/8 bit.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 WORD = 32
@@ -28,12 +30,17 @@ def unpack_stream(words: torch.Tensor) -> torch.Tensor:
 
 
 def pack_fields(fields: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
-    """Concatenate unsigned fields [..., steps] of `widths` [steps] bits each into words [..., n]."""
-    columns = []
-    for step, width in enumerate(widths.tolist()):
-        place = torch.arange(width - 1, -1, -1, device=fields.device)
-        columns.append((fields[..., step, None].to(torch.int64) >> place) & 1)
-    return pack_stream(torch.cat(columns, dim=-1))
+    """Concatenate unsigned fields [..., steps], each its own width: `widths` [steps] bits, into words [..., n]."""
+    field, place = _bit_sources(tuple(widths.tolist()), fields.device)
+    return pack_stream((fields.to(torch.int32)[..., field] >> place) & 1)
+
+
+@lru_cache(maxsize=64)
+def _bit_sources(widths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each bit of the stream, the field it comes from and its place there."""
+    field = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
+    place = torch.cat([torch.arange(width - 1, -1, -1) for width in widths])
+    return field.to(device), place.to(device, torch.int32)
 
 
 def windows(words: torch.Tensor, ends: torch.Tensor, length: int) -> torch.Tensor:

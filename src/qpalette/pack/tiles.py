@@ -14,10 +14,10 @@ import torch
 from qpalette.core.records import TILE, TILE_WEIGHTS, tiles_of
 
 
-@lru_cache(maxsize=1)
-def scan_order() -> tuple[torch.Tensor, torch.Tensor]:
-    """(row, column) within the tile of each of the 256 steps, int64."""
-    step = torch.arange(TILE_WEIGHTS)
+@lru_cache(maxsize=16)
+def scan_order(device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row, column) within the tile of each of the 256 steps, int64 on `device`."""
+    step = torch.arange(TILE_WEIGHTS, device=device)
     lane, element = step // 8, step % 8
     row = lane // 4 + 8 * (element // 2 % 2)
     column = 2 * (lane % 4) + element % 2 + 8 * (element // 4)
@@ -30,7 +30,7 @@ def to_tiles(matrix: torch.Tensor) -> torch.Tensor:
     padded = matrix.new_zeros(rows * TILE, columns * TILE)
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix
     blocks = padded.reshape(rows, TILE, columns, TILE).transpose(1, 2)
-    row, column = (index.to(matrix.device) for index in scan_order())
+    row, column = scan_order(matrix.device)
     return blocks[:, :, row, column]
 
 
@@ -38,6 +38,6 @@ def from_tiles(tiles: torch.Tensor, out_features: int, in_features: int) -> torc
     """Inverse of `to_tiles`, the padding cut off."""
     rows, columns = tiles.shape[0], tiles.shape[1]
     blocks = tiles.new_empty(rows, columns, TILE, TILE)
-    row, column = (index.to(tiles.device) for index in scan_order())
+    row, column = scan_order(tiles.device)
     blocks[:, :, row, column] = tiles
     return blocks.transpose(1, 2).reshape(rows * TILE, columns * TILE)[:out_features, :in_features]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from math import floor
 from typing import ClassVar, Self
 
@@ -93,6 +94,10 @@ class Trellis(Quantizer):
     def state_values(self) -> torch.Tensor:
         """float32 [2^L, values_per_step]: what each state stands for."""
 
+    def state_values_on(self, device: torch.device) -> torch.Tensor:
+        """`state_values` on `device`, kept: encoding with feedback asks for them at every block of columns."""
+        return _state_values_on(self, device)
+
     def hashed_states(self) -> torch.Tensor:
         """h of every state, int64 [2^L]."""
         state = torch.arange(1 << self.memory)
@@ -101,7 +106,7 @@ class Trellis(Quantizer):
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         ends = self.shifts().cumsum(0).to(codes.device)
         states = windows(codes, ends, self.memory)
-        return self.state_values().to(codes.device)[states].reshape(codes.shape[0], TILE_WEIGHTS)
+        return self.state_values_on(codes.device)[states].reshape(codes.shape[0], TILE_WEIGHTS)
 
     def pack_states(self, states: torch.Tensor) -> torch.Tensor:
         """Trellis states [tiles, steps] -> int32 codes: each step adds the k_t lowest bits of its state."""
@@ -143,6 +148,11 @@ class Trellis(Quantizer):
             states[:, t] = (winners[t][rows, group].to(torch.int64) << (bits - out)) | group
             group = states[:, t] >> shifts[t]
         return states
+
+
+@lru_cache(maxsize=64)
+def _state_values_on(quantizer: Trellis, device: torch.device) -> torch.Tensor:
+    return quantizer.state_values().to(device).contiguous()
 
 
 def at_rate(at_whole_bits: tuple[float, ...], rate: Fraction) -> float:

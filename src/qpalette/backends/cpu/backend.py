@@ -13,20 +13,21 @@ import torch
 from qpalette.backends.cpu.decoders import decoder_of
 from qpalette.backends.cpu.layout import from_lanes, to_lanes
 from qpalette.backends.cpu.matmul import make_kernels
-from qpalette.backends.cpu.transform import Transform, make_transform
+from qpalette.backends.cpu.transform import factors_of
 from qpalette.backends.cpu.viterbi import encode_states
-from qpalette.core.records import TILE, tiles_of
 from qpalette.kernels import TILES, Backend, PackedLinear, Verdict
 from qpalette.quantizers import parse_spec
 from qpalette.quantizers.trellis import Trellis
+from qpalette.rotate import Rotation, unpack_signs
 
 LARGEST_FUSED_BATCH = 16  # above, decoding the matrix once and the vendor's product win
+LEAST_PRODUCTS = 1 << 17  # per thread: some 12 microseconds of work, several times what waking a thread costs
 
 _one_caller = threading.Lock()  # numba's default thread pool may not be entered twice at the same time
 
 
 class Kernels(NamedTuple):
-    multiply: Any
+    linear: Any
     dequantize: Any
     parameters: np.ndarray
 
@@ -57,9 +58,12 @@ class CpuBackend(Backend):
         if not isinstance(quantizer, Trellis):
             return quantizer.encode(tiles)  # a table search: torch is already fast
         with _one_caller:
-            _use_torch_threads()
+            numba.set_num_threads(_threads())
             states = encode_states(
-                tiles.numpy(), quantizer.shifts().numpy(), quantizer.state_values().numpy(), quantizer.memory
+                tiles.numpy(),
+                quantizer.shifts().numpy(),
+                quantizer.state_values_on(tiles.device).numpy(),
+                quantizer.memory,
             )
         return quantizer.pack_states(torch.from_numpy(states))
 
@@ -73,45 +77,42 @@ class CpuBackend(Backend):
         return from_lanes(codes, *stored_shape)
 
     def linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
-        if x.shape[0] == 0:
-            return x.new_empty(0, packed.out_features)
-        with _one_caller:
-            _use_torch_threads()
-            rotated = _transform(packed.rotation, packed.in_features).apply(x, packed.signs)
-        if x.shape[0] > LARGEST_FUSED_BATCH:
-            weight = self.rotated_weight(packed).to(x.dtype)
-            return torch.from_numpy(rotated[:, : packed.in_features]).to(x.dtype) @ weight.T
+        factors = factors_of(packed.rotation, packed.in_features)
+        if x.shape[0] > LARGEST_FUSED_BATCH or factors is None:
+            rotation = Rotation.parse(packed.rotation, packed.in_features)
+            rotated = rotation.apply(x.float() * unpack_signs(packed.signs, packed.in_features))
+            return rotated.to(x.dtype) @ self.rotated_weight(packed).to(x.dtype).T
         result = torch.empty(x.shape[0], packed.out_features, dtype=torch.float32)
         kernels = _kernels(packed.spec)
         with _one_caller:
-            kernels.multiply(*_codes_and_tiles(packed), rotated, _scales(packed), result.numpy(), kernels.parameters)
+            kernels.linear(
+                (x if x.dtype == torch.float32 else x.float()).detach().contiguous().numpy(),
+                packed.signs.numpy(),
+                factors,
+                _codes(packed),
+                packed.scales.numpy(),
+                _threads(x.shape[0] * packed.in_features * packed.out_features),
+                result.numpy(),
+                kernels.parameters,
+            )
         return result.to(x.dtype)
 
     def rotated_weight(self, packed: PackedLinear) -> torch.Tensor:
         weight = torch.empty(packed.out_features, packed.in_features, dtype=torch.float32)
         kernels = _kernels(packed.spec)
         with _one_caller:
-            _use_torch_threads()
-            kernels.dequantize(*_codes_and_tiles(packed), _scales(packed), weight.numpy(), kernels.parameters)
+            numba.set_num_threads(_threads())
+            kernels.dequantize(_codes(packed), packed.scales.numpy(), weight.numpy(), kernels.parameters)
         return weight
 
 
-_THREADS = numba.get_num_threads()  # all that numba started; it can use fewer, never more
+_POOL = numba.get_num_threads()  # all that numba started; it can use fewer, never more
 
 
-def _use_torch_threads() -> None:
-    numba.set_num_threads(min(torch.get_num_threads(), _THREADS))
+def _threads(products: int = 1 << 62) -> int:
+    """As many as torch uses, but no more than have LEAST_PRODUCTS each to do."""
+    return max(1, min(torch.get_num_threads(), _POOL, products // LEAST_PRODUCTS))
 
 
-def _codes_and_tiles(packed: PackedLinear) -> tuple[np.ndarray, int, int]:
-    codes = to_lanes(packed.codes) if packed.layout == TILES else packed.codes
-    return codes.numpy(), tiles_of(packed.out_features), tiles_of(packed.in_features)
-
-
-def _scales(packed: PackedLinear) -> np.ndarray:
-    return packed.scales.view(torch.float16).float().numpy()
-
-
-@lru_cache(maxsize=1024)
-def _transform(rotation: str, dim: int) -> Transform:
-    return make_transform(rotation, dim, padded=tiles_of(dim) * TILE)
+def _codes(packed: PackedLinear) -> np.ndarray:
+    return (to_lanes(packed.codes) if packed.layout == TILES else packed.codes).numpy()

@@ -24,23 +24,29 @@ from qpalette.quantizers.vq import VectorQuantized
 _SIGN = np.int32(-(1 << 31))
 
 
+@kernel
+def _hash_at_top(state, to_top):  # type: ignore[no-untyped-def]
+    """s (2 s + 1) << `to_top` = 32 - L: the L bits of the hash come to the top, what is older than L falls off."""
+    factor = simd.addi(simd.shli(state, simd.splati(to_top + np.int32(1))), simd.splati(np.int32(1) << to_top))
+    return simd.muli(state, factor)
+
+
 @lru_cache(maxsize=64)
 def trellis_decoder(memory: int, codebook_bits: int) -> Any:
     """Codebook value of a trellis state, computed: the table of slopes and intercepts stays in registers."""
-    drop_sign, keep_index = np.int32(33 - memory), np.int32(32 - codebook_bits)
-    to_sign = np.int32(32 - memory)
+    to_top, keep_index = np.int32(32 - memory), np.int32(31 - codebook_bits)
+    index_mask = np.int32((1 << codebook_bits) - 1)
 
     @kernel
     def decode(state, parameters):  # type: ignore[no-untyped-def]
-        hashed = simd.muli(state, simd.ori(simd.shli(state, simd.splati(np.int32(1))), simd.splati(np.int32(1))))
-        index = simd.shri(simd.shli(hashed, simd.splati(drop_sign)), simd.splati(keep_index))
+        hashed = _hash_at_top(state, to_top)
+        index = simd.andi(simd.shri(hashed, simd.splati(keep_index)), simd.splati(index_mask))
         odd = simd.to_float(simd.ori(index, simd.splati(np.int32(1))))
         segment = simd.shri(simd.bits_of_float(odd), simd.splati(np.int32(22)))
         slope = simd.lookup32(simd.loadf(parameters, 0), simd.loadf(parameters, 16), segment)
         intercept = simd.lookup32(simd.loadf(parameters, 32), simd.loadf(parameters, 48), segment)
         magnitude = simd.bits_of_float(simd.fmaf(slope, odd, intercept))
-        sign = simd.andi(simd.shli(hashed, simd.splati(to_sign)), simd.splati(_SIGN))
-        return simd.float_of_bits(simd.xori(magnitude, sign))
+        return simd.float_of_bits(simd.xori(magnitude, simd.andi(hashed, simd.splati(_SIGN))))
 
     return decode
 
@@ -48,14 +54,14 @@ def trellis_decoder(memory: int, codebook_bits: int) -> Any:
 @lru_cache(maxsize=64)
 def trellis_pair_decoder(memory: int, codebook_bits: int) -> Any:
     """Both weights of a trellis state, from a codebook [first coordinates, second coordinates] in memory."""
-    keep_index, index_mask = np.int32(memory - 1 - codebook_bits), np.int32((1 << codebook_bits) - 1)
-    to_sign, entries = np.int32(32 - memory), np.int32(1 << codebook_bits)
+    to_top, keep_index = np.int32(32 - memory), np.int32(31 - codebook_bits)
+    entries, index_mask = np.int32(1 << codebook_bits), np.int32((1 << codebook_bits) - 1)
 
     @kernel
     def decode(state, parameters):  # type: ignore[no-untyped-def]
-        hashed = simd.muli(state, simd.ori(simd.shli(state, simd.splati(np.int32(1))), simd.splati(np.int32(1))))
+        hashed = _hash_at_top(state, to_top)
         index = simd.andi(simd.shri(hashed, simd.splati(keep_index)), simd.splati(index_mask))
-        sign = simd.andi(simd.shli(hashed, simd.splati(to_sign)), simd.splati(_SIGN))
+        sign = simd.andi(hashed, simd.splati(_SIGN))
         first = simd.bits_of_float(simd.gatherf(parameters, index))
         second = simd.bits_of_float(simd.gatherf(parameters, simd.addi(index, simd.splati(entries))))
         return simd.float_of_bits(simd.xori(first, sign)), simd.float_of_bits(simd.xori(second, sign))

@@ -1,30 +1,33 @@
-"""Codes as the CPU kernel reads them: word i of sixteen tile rows side by side, one per SIMD lane.
+"""Codes as the CPU kernel reads them: word i of sixteen tiles side by side, one per SIMD lane.
 
-Stored codes are [tile rows][tile columns][words]. Here they are [groups of 16 tile rows][tile columns][words][rows of
-the group], flat, so that one vector load brings the same word of sixteen circles. It is a permutation plus sixteen
-words of tail, for the last, narrower group reads past its end (those lanes are dropped).
+Stored codes are [tile rows][tile columns][words]. Here they are [blocks of 4 tile rows][blocks of 4 tile columns]
+[words][4 x 4 tiles], so that one vector load brings the same word of sixteen circles. Square blocks waste little where
+a matrix is no multiple (SmolLM2's 36 tile rows would take 48 lanes in groups of sixteen). Missing tiles are zeros.
 """
 
 from __future__ import annotations
 
 import torch
 
-LANES = 16
+SIDE = 4  # tiles; SIDE * SIDE lanes
+
+
+def blocks_of(tiles: int) -> int:
+    """Number of blocks that cover `tiles` tile rows or columns."""
+    return -(-tiles // SIDE)
 
 
 def to_lanes(codes: torch.Tensor) -> torch.Tensor:
-    """int32 [R, C, n] -> int32 [R C n + 16]."""
-    rows = codes.shape[0]
-    whole = rows - rows % LANES
-    full = codes[:whole].reshape(-1, LANES, *codes.shape[1:]).permute(0, 2, 3, 1).reshape(-1)
-    rest = codes[whole:].permute(1, 2, 0).reshape(-1)
-    return torch.cat([full, rest, codes.new_zeros(LANES)])
+    """int32 [R, C, n] -> int32 [ceil(R/4), ceil(C/4), n, 16]."""
+    rows, columns, words = codes.shape
+    padded = codes.new_zeros(blocks_of(rows) * SIDE, blocks_of(columns) * SIDE, words)
+    padded[:rows, :columns] = codes
+    blocks = padded.reshape(blocks_of(rows), SIDE, blocks_of(columns), SIDE, words)
+    lanes = blocks.permute(0, 2, 4, 1, 3).reshape(blocks_of(rows), blocks_of(columns), words, SIDE * SIDE)
+    return lanes.contiguous()
 
 
-def from_lanes(flat: torch.Tensor, rows: int, columns: int, words: int) -> torch.Tensor:
-    """Inverse of `to_lanes`."""
-    whole = rows - rows % LANES
-    cut, end = whole * columns * words, rows * columns * words
-    full = flat[:cut].reshape(-1, columns, words, LANES).permute(0, 3, 1, 2).reshape(whole, columns, words)
-    rest = flat[cut:end].reshape(columns, words, rows - whole).permute(2, 0, 1)
-    return torch.cat([full, rest]).contiguous()
+def from_lanes(lanes: torch.Tensor, rows: int, columns: int, words: int) -> torch.Tensor:
+    """Inverse of `to_lanes`, for codes of shape [rows, columns, words]."""
+    blocks = lanes.reshape(blocks_of(rows), blocks_of(columns), words, SIDE, SIDE).permute(0, 3, 1, 4, 2)
+    return blocks.reshape(blocks_of(rows) * SIDE, blocks_of(columns) * SIDE, words)[:rows, :columns].contiguous()

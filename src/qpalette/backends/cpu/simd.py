@@ -137,6 +137,16 @@ splati = _define_splat(I, types.int32)
 
 
 @intrinsic
+def half_to_float(typing_context, bits):  # type: ignore[no-untyped-def]
+    """The float32 value of a float16 given as int16 bits."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _FLOAT)
+
+    return types.float32(types.int16), codegen
+
+
+@intrinsic
 def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
     """Write sixteen lanes (float32 or int32) at array[index : index + 16]."""
 

@@ -27,7 +27,9 @@ class CudaBackend(Backend):
     def encode(self, spec: str, tiles: torch.Tensor) -> torch.Tensor:
         quantizer = parse_spec(spec)
         assert isinstance(quantizer, Trellis), "supports() said no"
-        states = encode_states(tiles.contiguous(), quantizer.shifts(), quantizer.state_values(), quantizer.memory)
+        states = encode_states(
+            tiles.contiguous(), quantizer.shifts(), quantizer.state_values_on(tiles.device), quantizer.memory
+        )
         return quantizer.pack_states(states.long())
 
     def decode(self, spec: str, codes: torch.Tensor) -> torch.Tensor:

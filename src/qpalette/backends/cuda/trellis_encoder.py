@@ -81,7 +81,7 @@ def encode_states(sources: torch.Tensor, shifts: torch.Tensor, state_values: tor
     """States of the best tail-biting path found for each tile.
 
     sources: float32 [tiles, 256] in scan order, on the device; shifts: int64 [steps]; state_values: float32
-    [2^memory, weights per step]. Returns int32 [tiles, steps].
+    [2^memory, weights per step], on the device and contiguous. Returns int32 [tiles, steps].
     """
     steps, values = shifts.numel(), state_values.shape[1]
     device = sources.device.index or 0
@@ -96,10 +96,9 @@ def encode_states(sources: torch.Tensor, shifts: torch.Tensor, state_values: tor
     states = torch.empty(batches * how.tiles, steps, dtype=torch.int32, device=sources.device)
     winners = torch.empty(blocks * how.winner_bytes, dtype=torch.uint8, device=sources.device)
     spilled = torch.empty(max(1, blocks * how.cost_bytes), dtype=torch.uint8, device=sources.device)
-    values_there = state_values.to(sources.device).contiguous()
     shifts_there = shifts.to(sources.device, torch.uint8)
     kernel = load_kernel(SOURCE, "encode", dict(how.macros), device, how.shared_bytes)
-    pointers = [tensor.data_ptr() for tensor in (padded, values_there, shifts_there)]
+    pointers = [tensor.data_ptr() for tensor in (padded, state_values, shifts_there)]
     scratch = [tensor.data_ptr() for tensor in (winners, spilled, states)]
     stream = torch.cuda.current_stream(device).cuda_stream
     launch(
