@@ -66,6 +66,8 @@ def stream_answer(
         raise InputError("the prompt is empty")
     if length >= context:
         raise InputError(f"the prompt has {length} tokens and the model's context is {context}; shorten it")
+    with torch.inference_mode():
+        model(prompt[:, :1].to(model.device))  # compiles the kernels of single tokens: the speed told is the model's
     streamer = _streamer(tokenizer, write)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else _GREEDY
     with torch.inference_mode():
