@@ -19,7 +19,7 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
-@dataclass(slots=True)  # not frozen: one is made per call, and freezing triples what that costs
+@dataclass(slots=True)  # not frozen: one is made per call, and a frozen one costs more to make
 class PackedLinear:
     """A quantized weight matrix W' (M x K) in the rotated basis, as tensors.
 
