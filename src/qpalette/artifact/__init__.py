@@ -1,6 +1,7 @@
 """The stored model: its format, its reader, its writer."""
 
 from qpalette.artifact.card import model_card
+from qpalette.artifact.dequantized import DequantizedCheckpoint
 from qpalette.artifact.format import (
     FORMAT_VERSION,
     METHOD,
@@ -15,6 +16,7 @@ __all__ = [
     "FORMAT_VERSION",
     "METHOD",
     "Artifact",
+    "DequantizedCheckpoint",
     "Inspection",
     "PackedCheckpoint",
     "QuantizationFormat",

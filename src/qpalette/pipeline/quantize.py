@@ -93,7 +93,7 @@ def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
 def _encode(
     checkpoint: Checkpoint, device: torch.device, hessians: HessianStore | None, damping: float, jobs: Sequence[Job]
 ) -> list[EncodedLinear]:
-    weights = [checkpoint.read(f"{job.name}.weight") for job in jobs]
+    weights = [checkpoint.read_weight(job.name) for job in jobs]
     if hessians is not None and jobs[0].calibrated:
         return encode_linears(jobs, weights, hessians.read(jobs[0].group), damping, device)
     return [encode_linear(job.name, w, job.record, job.signs(), device) for job, w in zip(jobs, weights, strict=True)]
