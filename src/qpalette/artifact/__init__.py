@@ -1,6 +1,7 @@
 """The stored model: its format, its reader, its writer."""
 
 from qpalette.artifact.card import model_card
+from qpalette.artifact.checksums import check_checksums, write_checksums
 from qpalette.artifact.dequantized import DequantizedCheckpoint
 from qpalette.artifact.format import (
     FORMAT_VERSION,
@@ -20,9 +21,11 @@ __all__ = [
     "Inspection",
     "PackedCheckpoint",
     "QuantizationFormat",
+    "check_checksums",
     "counted_bits",
     "expected_tensors",
     "model_card",
     "open_artifact",
     "total_bits",
+    "write_checksums",
 ]

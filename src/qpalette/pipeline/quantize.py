@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from qpalette.artifact import PackedCheckpoint, model_card, open_artifact
+from qpalette.artifact import PackedCheckpoint, model_card, open_artifact, write_checksums
 from qpalette.checkpoint import Checkpoint, export_checkpoint
 from qpalette.checkpoint.export import MAX_SHARD_BYTES
 from qpalette.core.errors import ArtifactError, InputError
@@ -22,7 +25,7 @@ from qpalette.pipeline.calibrated import encode_linears
 from qpalette.pipeline.encode import EncodedLinear, Quality, encode_linear
 from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import HEADROOM_BYTES, Job, format_of, make_jobs
-from qpalette.pipeline.partial import PartialResults
+from qpalette.pipeline.partial import PartialResults, sha256_of
 from qpalette.pipeline.report import REPORT_FILE, LinearResult, QuantizeReport
 from qpalette.plan import Plan
 from qpalette.quantizers.feedback import DAMPING
@@ -67,22 +70,38 @@ def quantize_checkpoint(
         select("encode", spec, device)
     _check_output(output, overwrite)
     partial = PartialResults(output.with_name(output.name + ".partial"), jobs)
-    partial.open()
+    partial.open(checkpoint)
     packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), partial.read)
     _check_disk(packed, jobs, partial)
 
-    encode = functools.partial(_encode, checkpoint, device, hessians, damping)
-    qualities = _quantize_linears(_batches(jobs), partial, encode, progress)
+    with _full_disk_is_told(partial):
+        encode = functools.partial(_encode, checkpoint, device, hessians, damping)
+        qualities = _quantize_linears(_batches(jobs), partial, encode, progress)
+        partial.check_source(checkpoint)
 
-    calibration = None if hessians is None else hessians.calibration
-    results = [LinearResult(job.name, job.record, *qualities[job.name]) for job in jobs]
-    report = QuantizeReport(output, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration)
-    _write_documents(packed, report, base_model)
-    export_checkpoint(packed, partial.assembled, max_shard_bytes)
-    open_artifact(partial.assembled)  # what was written is read back before anything is replaced
+        calibration = None if hessians is None else hessians.calibration
+        results = [LinearResult(job.name, job.record, *qualities[job.name]) for job in jobs]
+        report = QuantizeReport(output, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration)
+        _write_documents(packed, report, base_model)
+        export_checkpoint(packed, partial.assembled, max_shard_bytes)
+        open_artifact(partial.assembled)  # what was written is read back before anything is replaced
+        write_checksums(partial.assembled)
     _check_output(output, overwrite)
     _put_in_place(partial, output)
     return report
+
+
+@contextmanager
+def _full_disk_is_told(partial: PartialResults) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"the disk of {partial.directory} is full; finished linears are kept there: free some space and run the "
+            "same command again"
+        ) from error
 
 
 def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
@@ -94,9 +113,18 @@ def _encode(
     checkpoint: Checkpoint, device: torch.device, hessians: HessianStore | None, damping: float, jobs: Sequence[Job]
 ) -> list[EncodedLinear]:
     weights = [checkpoint.read_weight(job.name) for job in jobs]
-    if hessians is not None and jobs[0].calibrated:
-        return encode_linears(jobs, weights, hessians.read(jobs[0].group), damping, device)
-    return [encode_linear(job.name, w, job.record, job.signs(), device) for job, w in zip(jobs, weights, strict=True)]
+    try:
+        if hessians is not None and jobs[0].calibrated:
+            encoded = encode_linears(jobs, weights, hessians.read(jobs[0].group), damping, device)
+        else:
+            (job,), (weight,) = jobs, weights
+            encoded = [encode_linear(job.name, weight, job.record, job.signs(), device)]
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"{device} has no memory left for {jobs[0].group.name} (inputs: {jobs[0].group.in_features}): free some "
+            "of it, or use --device cpu; finished linears are kept"
+        ) from error
+    return [replace(e, weight_sha256=sha256_of(w)) for e, w in zip(encoded, weights, strict=True)]
 
 
 def _quantize_linears(
