@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import torch
 
 from qpalette.checkpoint.base import Checkpoint, TensorInfo
-from qpalette.checkpoint.model_class import EXPERT, FIRST, NOT_LANGUAGE, modules_of_class, unstack, why_not_packable
+from qpalette.checkpoint.model_class import (
+    EXPERT,
+    FIRST,
+    NOT_LANGUAGE,
+    modules_of_class,
+    text_config,
+    unstack,
+    why_not_packable,
+)
 from qpalette.core.errors import CheckpointError
 from qpalette.core.records import TILE, LinearGroup, LinearShape
 
@@ -112,8 +120,8 @@ def _optional(checkpoint: Checkpoint) -> dict[LinearGroup, tuple[str, ...]]:
         if info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype in FLOATS and min(info.shape) >= TILE
     }
     language = {name: shape for name, shape in matrices.items() if not NOT_LANGUAGE.search(name)}
-    text_config = checkpoint.config.get("text_config") or {}
-    tied = any(config.get("tie_word_embeddings") for config in (checkpoint.config, text_config))
+    configs = (checkpoint.config, text_config(checkpoint.config))
+    tied = any(config.get("tie_word_embeddings") for config in configs)
     heads = [] if tied else [name for name in language if OUTPUT_HEAD.fullmatch(name)]
     found: dict[LinearGroup, tuple[str, ...]] = {}
     for name in [*filter(EMBEDDING.fullmatch, language), *heads]:
@@ -136,7 +144,7 @@ def _choose(
 
 
 def _model_type(config: Mapping[str, Any]) -> str:
-    return config.get("model_type", "")
+    return str(config.get("model_type", ""))
 
 
 def _why_not(info: TensorInfo, config: Mapping[str, Any]) -> str | None:
@@ -151,8 +159,8 @@ def _why_not(info: TensorInfo, config: Mapping[str, Any]) -> str | None:
         return reason
     if match is None:
         return "not in a numbered layer"
-    layers = (config.get("text_config") or config).get("num_hidden_layers")
-    if layers is not None and int(match["index"]) >= layers:
+    layers = text_config(config).get("num_hidden_layers")
+    if isinstance(layers, int) and int(match["index"]) >= layers:
         return "a layer beyond the decoder's (multi-token prediction)"
     if min(info.shape) < TILE:
         return f"smaller than {TILE} x {TILE}"

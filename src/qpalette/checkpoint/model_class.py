@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 NOT_LANGUAGE = re.compile(r"vision|visual|audio|image|multi_modal|(^|\.)mm_")
 LAYER_PATH = re.compile(r"(?:.*?\.)?(?P<path>(?P<layer>(?:layers|layer|blocks|block|h)\.\d+)\..+)")
+MAX_LAYERS = 1000  # a corrupt count must not have us build a model of a billion layers
 # One expert's linear in a checkpoint, and a tensor that stacks those of all experts.
 EXPERT = re.compile(r"(?P<experts>.*\bexperts)\.(?P<index>\d+)\.(?P<leaf>\w+)")
 STACKED = re.compile(r"(?P<experts>.*\bexperts)\.(?P<leaf>gate_up_proj|up_proj|down_proj)")
@@ -26,10 +27,19 @@ FIRST = (("gate_proj", "up_proj"), ("w1", "w3"), ("gate_up_proj",), ("up_proj",)
 DOWN = ("down_proj", "w2")
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a Hugging Face config that describes the language model."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) and inner else config
+
+
 def build_on_meta(config: Mapping[str, Any]) -> nn.Module | None:
     """The causal language model of a Hugging Face config, without memory for its weights; None when there is none."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    layers = text_config(config).get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        return None
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))

@@ -190,6 +190,7 @@ def _show_estimate(model: str, estimate: Estimate, as_json: bool) -> None:
                 "bytes": estimate.tensor_bytes,
                 "disk_bytes": estimate.disk_bytes,
                 "peak_memory_bytes": estimate.peak_memory_bytes,
+                "seconds": estimate.seconds,
             }
         )
         return
@@ -202,5 +203,6 @@ def _show_estimate(model: str, estimate: Estimate, as_json: bool) -> None:
             "size": f"{size(estimate.source_bytes)} before, {size(estimate.tensor_bytes)} after",
             "free disk needed": size(estimate.disk_bytes),
             "memory needed": f"about {size(estimate.peak_memory_bytes)}",
+            "time needed": f"about {estimate.seconds:.0f} s" if estimate.seconds is not None else "not tried",
         },
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 from qpalette.checkpoint import find_groups, open_checkpoint
 from qpalette.core.errors import SpecError
 from qpalette.core.records import LinearGroup
+from qpalette.pipeline.forecast import forecast_seconds
 from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import Estimate, estimate
 from qpalette.pipeline.quantize import Progress, quantize_checkpoint
@@ -65,7 +67,7 @@ def quantize(
         name = chosen.name if effort is None else chosen.with_effort(effort).name
     plan = uniform_plan(groups, name, rotation, seed)
     if dry_run:
-        return estimate(checkpoint, plan, store)
+        return replace(estimate(checkpoint, plan, store), seconds=forecast_seconds(checkpoint, plan, device))
     base_model = None if Path(model).expanduser().exists() else str(model)
     return quantize_checkpoint(
         checkpoint,

@@ -62,6 +62,7 @@ class Estimate:
     tensor_bytes: int  # all tensors of the result
     disk_bytes: int  # free space that a run from the start asks for
     peak_memory_bytes: int  # of tensors, about; a backend's search tables come on top
+    seconds: float | None = None  # about, from a trial on this machine (`forecast_seconds`); None when nobody tried
 
     @property
     def rate(self) -> Fraction:
