@@ -60,7 +60,7 @@ def main(
     out: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     if measure_ is not None and out is not None:
-        qpalette.quantize(measure_, out, spec=spec)
+        qpalette.quantize(measure_, out, spec=spec, workers=workers)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
     with tempfile.TemporaryDirectory(dir=work) as folder:

@@ -231,7 +231,7 @@ def test_a_gpu_without_room_for_a_linear(source, tmp_path, monkeypatch):
     def no_room(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(QUANTIZE, "encode_linear", no_room)
+    monkeypatch.setattr("qpalette.pipeline.work.encode_linear", no_room)
     with pytest.raises(InputError, match=r"no memory left for model\.layers\.0\.self_attn\.qkv_proj .*--device cpu"):
         run(source, tmp_path / "out")
 

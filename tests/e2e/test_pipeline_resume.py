@@ -10,7 +10,7 @@ from test_pipeline_quantize import files_of, plan_of, run, write_llama
 
 from qpalette.checkpoint import open_checkpoint
 from qpalette.core.errors import ArtifactError
-from qpalette.pipeline import quantize_checkpoint
+from qpalette.pipeline import quantize_checkpoint, work
 from qpalette.pipeline.partial import PartialResults
 from qpalette.plan import Plan
 
@@ -126,13 +126,13 @@ def stop_after(count: int):
 
 def encoded_names(monkeypatch) -> list[str]:
     names: list[str] = []
-    original = QUANTIZE.encode_linear
+    original = work.encode_linear
 
     def record(name, *arguments):
         names.append(name)
         return original(name, *arguments)
 
-    monkeypatch.setattr(QUANTIZE, "encode_linear", record)
+    monkeypatch.setattr(work, "encode_linear", record)
     return names
 
 

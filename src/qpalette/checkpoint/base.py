@@ -78,6 +78,11 @@ class Checkpoint(ABC):
         """
 
     @property
+    def location(self) -> Path:
+        """What `open_checkpoint` takes to open the same model again."""
+        return self.files[0] if self.format == "gguf" else self.files[0].parent
+
+    @property
     def total_bytes(self) -> int:
         """Size of all tensors as `read` returns them."""
         return sum(info.nbytes for info in self.tensors.values())

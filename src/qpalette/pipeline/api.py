@@ -34,6 +34,8 @@ def quantize(
     damping: float = DAMPING,
     also: Sequence[str] = (),
     device: str = "cpu",
+    workers: int = 1,
+    ray: str | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -47,7 +49,8 @@ def quantize(
 
     `hessians` is a directory that `qpalette.calibrate` has filled for this model: rounding is then calibrated, with
     `damping` times the mean diagonal added to each Hessian. `also` names what is left alone otherwise: "lm_head",
-    "embed_tokens" (`find_groups`). `device` is where weights are encoded, such as "cuda".
+    "embed_tokens" (`find_groups`). `device` is where weights are encoded, such as "cuda";
+    `workers` and `ray` as in `quantize_checkpoint`.
 
     Raises SpecError on options that mean nothing or do not fit the model, CheckpointError on a model that cannot be
     read, HessianError on Hessians that are missing or not usable, ArtifactError when `out` exists (see
@@ -77,6 +80,8 @@ def quantize(
         damping=damping,
         progress=progress,
         device=device,
+        workers=workers,
+        ray=ray,
         overwrite=overwrite,
         base_model=base_model,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -99,9 +100,14 @@ def _encode_rows(name: str, rotated: torch.Tensor, spec: str, backend: Backend) 
     return _Rows(
         codes=codes.reshape(*tiles.shape[:2], -1),
         scales=scales.flatten().view(torch.int16),
-        error=float((source - scales.double() * decoded).square().sum()),
-        energy=float(source.square().sum()),
+        error=_total((source - scales.double() * decoded).square()),
+        energy=_total(source.square()),
     )
+
+
+def _total(values: torch.Tensor) -> float:
+    """Row by row, then exactly: torch's own sum over everything depends on the number of threads."""
+    return math.fsum(values.sum(1).tolist())
 
 
 def encode_tiles(backend: Backend, spec: str, tiles: torch.Tensor) -> torch.Tensor:
