@@ -55,7 +55,7 @@ def test_a_plain_model_is_the_quantized_one(pair, tmp_path):
 @pytest.mark.parametrize("to", ["f32", "bf16"])
 def test_logits_are_those_of_the_quantized_model(pair, tmp_path, to):
     """Computed in float32. Rounding to bfloat16 changes each weight by at most eps / 2 of itself, independently: a
-    linear's output then moves by at most eps / 2 of its norm, in the root mean square, and the linears in line add up."""
+    linear's output then moves by at most eps / 2 of its norm, in the root mean square; the linears add up."""
     _, out = pair
     export(out, tmp_path / "plain", "--to", to)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
