@@ -27,7 +27,7 @@ from qpalette.rotate import rotation_for
 
 
 def predictions(model: str, hessians: Path, seeds: int, device: str) -> dict[str, Any]:
-    """Mean over groups of the predicted loss of the outputs: fixed signs, the best seed, and the bound over the first."""
+    """Mean over groups of the predicted loss of the outputs, over that of fixed signs: the best seed, the bound."""
     store, best, bound, seconds = HessianStore.open(hessians), [], [], 0.0
     for group in find_groups(open_checkpoint(model)).groups:
         rotation = rotation_for(group.in_features, "full")
