@@ -34,28 +34,45 @@ struct Decoder {
     static __device__ constexpr int end(int step) { return (step + 1) * VALUES * EIGHTHS / 8; }
     static constexpr int HISTORY = MEMORY_ - end(0);  // bits of earlier lanes that the first state needs
 
-    // All bits of a chunk for one lane. Each load of a warp is contiguous.
+    // The chunk's bits for one lane come in parts, each one load of a warp, contiguous: four words per lane while there
+    // are four, then two, one, and half a word.
+    static constexpr int FOURS = FULL_WORDS / 4;
+    static constexpr int PARTS = FOURS + (FULL_WORDS >> 1 & 1) + (FULL_WORDS & 1) + (EIGHTHS & 1);
+
+    static __device__ constexpr int words_before(int part) {
+        if (part <= FOURS) return 4 * part;
+        const int two = FULL_WORDS >> 1 & 1;
+        return part == FOURS + 1 && two ? 4 * FOURS + 2 : part >= PARTS ? WORDS : FULL_WORDS;
+    }
+
+    // The first tile after which no bit of `part` is needed any more.
+    static __device__ constexpr int last_tile(int part) {
+        const int end = words_before(part + 1) * 32;
+        return part + 1 == PARTS ? CHUNK - 1 : (end - 1) / EIGHTHS;
+    }
+
+    static __device__ __forceinline__ void load_part(u32 (&words)[WORDS], int part, const u8 *chunk, u32 lane) {
+        const int first = words_before(part), count = words_before(part + 1) - first;
+        const u8 *from = chunk + 128 * first;
+        if (EIGHTHS & 1 && part == PARTS - 1) {
+            u16 half;
+            asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(half) : "l"(from + 2 * lane));
+            words[first] = (u32)half << 16;
+        } else if (count == 4) {
+            asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                : "=r"(words[first]), "=r"(words[first + 1]), "=r"(words[first + 2]), "=r"(words[first + 3])
+                : "l"(from + 16 * lane));
+        } else if (count == 2) {
+            asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                : "=r"(words[first]), "=r"(words[first + 1]) : "l"(from + 8 * lane));
+        } else {
+            asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(words[first]) : "l"(from + 4 * lane));
+        }
+    }
+
     static __device__ __forceinline__ void load(u32 (&words)[WORDS], const u8 *chunk, u32 lane) {
 #pragma unroll
-        for (int i = 0; i < FULL_WORDS / 4; i++, chunk += 512)
-            asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                : "=r"(words[4 * i]), "=r"(words[4 * i + 1]), "=r"(words[4 * i + 2]), "=r"(words[4 * i + 3])
-                : "l"(chunk + 16 * lane));
-        constexpr int two = FULL_WORDS / 4 * 4, one = FULL_WORDS / 2 * 2;
-        if constexpr (FULL_WORDS & 2) {
-            asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                : "=r"(words[two]), "=r"(words[two + 1]) : "l"(chunk + 8 * lane));
-            chunk += 256;
-        }
-        if constexpr (FULL_WORDS & 1) {
-            asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(words[one]) : "l"(chunk + 4 * lane));
-            chunk += 128;
-        }
-        if constexpr (EIGHTHS & 1) {
-            u16 half;
-            asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(half) : "l"(chunk + 2 * lane));
-            words[WORDS - 1] = (u32)half << 16;
-        }
+        for (int part = 0; part < PARTS; part++) load_part(words, part, chunk, lane);
     }
 
     // 32 stream bits from bit `begin` of the lane's chunk, of which `used` count.
@@ -107,7 +124,7 @@ struct Decoder {
     static __device__ void fill(u8 *table, const u32 *entries) {
         constexpr int vector = COPIES < 4 ? COPIES : 4;
         constexpr int total = (1 << INDEX_BITS) * COPIES / vector;
-#pragma unroll 8
+#pragma unroll 16
         for (int i = threadIdx.x; i < total; i += THREADS) {
             const u32 entry = __ldg(entries + i / (COPIES / vector));
             if constexpr (vector == 4) ((uint4 *)table)[i] = make_uint4(entry, entry, entry, entry);

@@ -21,7 +21,7 @@ MOST_SEGMENTS = 8
 MOST_BATCH = 16
 THREADS = 512
 WARPS = THREADS // 32
-SPLITS = (1, 2, 4, 8)
+SUM_BYTES = 1 << 16  # of shared memory, for the warps' sums; a round takes as many row tiles as fit
 
 
 class Segment(ctypes.Structure):
@@ -34,7 +34,7 @@ class Segment(ctypes.Structure):
         ("row_tiles", ctypes.c_int),
         ("rows", ctypes.c_int),
         ("rows_per_block", ctypes.c_int),
-        ("first_cluster", ctypes.c_int),
+        ("first_block", ctypes.c_int),
         ("out_offset", ctypes.c_int),
         ("decoder", ctypes.c_int),
         ("hash_unit", ctypes.c_uint32),
@@ -59,11 +59,10 @@ class Problem(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Grid:
-    """`split` blocks share the columns of `rows_per_block[i]` row tiles of segment i."""
+    """`blocks[i]` blocks take `rows_per_block[i]` row tiles each of segment i."""
 
-    split: int
     rows_per_block: tuple[int, ...]
-    clusters: tuple[int, ...]
+    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,8 @@ class DeviceLimits:
         return 1 << 17 if self.shared_bytes >= 160 << 10 else 1 << 16
 
     @property
-    def clusters(self) -> bool:
+    def overlap(self) -> bool:
+        """Whether a kernel can start before the one before it has ended."""
         return self.capability >= (9, 0)
 
 
@@ -98,43 +98,22 @@ def batch_columns(tokens: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def plan_grid(row_tiles: tuple[int, ...], costs: tuple[float, ...], chunks: int, limits: DeviceLimits) -> Grid:
-    """The cut that leaves the busiest multiprocessor the least to decode; of equals the one with the fewest shares."""
-    best: tuple[float, Grid] | None = None
-    for split in SPLITS:
-        if split > 1 and (not limits.clusters or split > chunks):
-            break
-        slots = limits.multiprocessors // split
-        if slots < len(row_tiles):
-            break
-        grid = _fit(row_tiles, costs, slots, split)
-        width = -(-chunks // split)
-        busiest = max(rows * cost for rows, cost in zip(grid.rows_per_block, costs, strict=True)) * width
-        busiest *= 1 + 0.02 * (split - 1)  # the exchange at the end
-        if best is None or busiest < best[0]:
-            best = busiest, grid
-    if best is None:  # more segments than multiprocessors
-        return _fit(row_tiles, costs, sum(row_tiles), 1)
-    return best[1]
-
-
-def _fit(row_tiles: tuple[int, ...], costs: tuple[float, ...], slots: int, split: int) -> Grid:
-    """The least load per cluster with which all segments fit in `slots` clusters."""
+def plan_grid(row_tiles: tuple[int, ...], costs: tuple[float, ...], multiprocessors: int) -> Grid:
+    """The least load per block with which all segments fit on the device at once, a block per multiprocessor."""
     loads = sorted({rows * cost for tiles, cost in zip(row_tiles, costs, strict=True) for rows in range(1, tiles + 1)})
     low, high = 0, len(loads) - 1
     while low < high:
         middle = (low + high) // 2
-        if sum(_clusters(row_tiles, costs, loads[middle])) <= slots:
+        if sum(_cut(row_tiles, costs, loads[middle]).blocks) <= multiprocessors:
             high = middle
         else:
             low = middle + 1
-    load = loads[low]
+    return _cut(row_tiles, costs, loads[low])
+
+
+def _cut(row_tiles: tuple[int, ...], costs: tuple[float, ...], load: float) -> Grid:
     rows = tuple(max(1, int(load / cost)) for cost in costs)
-    return Grid(split, rows, tuple(_clusters(row_tiles, costs, load)))
-
-
-def _clusters(row_tiles: tuple[int, ...], costs: tuple[float, ...], load: float) -> list[int]:
-    return [-(-tiles // max(1, int(load / cost))) for tiles, cost in zip(row_tiles, costs, strict=True)]
+    return Grid(rows, tuple(-(-tiles // per_block) for tiles, per_block in zip(row_tiles, rows, strict=True)))
 
 
 def decode_cost(spec: DecoderSpec) -> float:
@@ -150,11 +129,6 @@ def source_for(decoders: Sequence[DecoderSpec]) -> str:
     return f"#define DECODERS {names}\n{DECODER_SOURCE}\n{SOURCE}"
 
 
-def shared_bytes(table_bytes: int, batch: int, split: int) -> int:
-    sums = 128 * (2 if batch > 8 else 1)
-    return table_bytes + 4 * WARPS * 2 * sums + (4 * WARPS * 16 * batch if split > 1 else 0)
-
-
 def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: torch.dtype) -> torch.Tensor:
     """[tokens, sum of out_features] of `dtype`: every member's product, side by side. Codes are in the chunk layout."""
     device = x.values.device
@@ -163,9 +137,8 @@ def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: to
     specs = [_spec_of(member.spec) for member in members]
     decoders = list(dict.fromkeys(specs))
     chunks = members[0].codes.shape[1]
-    grid = plan_grid(
-        tuple(len(member.codes) for member in members), tuple(decode_cost(spec) for spec in specs), chunks, limits
-    )
+    row_tiles = tuple(len(member.codes) for member in members)
+    grid = plan_grid(row_tiles, tuple(decode_cost(spec) for spec in specs), limits.multiprocessors)
     y = torch.empty(tokens, sum(member.out_features for member in members), dtype=dtype, device=device)
     problem = Problem(
         x=x.values.data_ptr(),
@@ -186,18 +159,19 @@ def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: to
             row_tiles=len(member.codes),
             rows=member.out_features,
             rows_per_block=grid.rows_per_block[i],
-            first_cluster=first,
+            first_block=first,
             out_offset=offset,
             decoder=decoders.index(spec),
             hash_unit=spec.hash_unit(limits.table_bytes),
         )
-        first += grid.clusters[i]
+        first += grid.blocks[i]
         offset += member.out_features
-    macros = {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes, "BATCH": batch, "SPLIT": grid.split}
-    room = shared_bytes(limits.table_bytes, batch, grid.split)
+    sum_bytes = max(SUM_BYTES if limits.table_bytes == 1 << 17 else SUM_BYTES // 2, 4 * WARPS * 16 * batch)
+    macros = {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes, "SUM_BYTES": sum_bytes, "BATCH": batch}
+    room = limits.table_bytes + sum_bytes
     kernel = load_kernel(source_for(decoders), "multiply", macros, device.index or 0, room)
     stream = torch.cuda.current_stream(device).cuda_stream
-    launch(kernel, stream, first * grid.split, THREADS, room, [problem], grid.split, overlap=limits.clusters)
+    launch(kernel, stream, first, THREADS, room, [problem], overlap=limits.overlap)
     return y
 
 
