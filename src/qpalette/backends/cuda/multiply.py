@@ -19,8 +19,9 @@ from qpalette.kernels.nvrtc import launch, load_kernel
 SOURCE = Path(__file__).with_name("multiply.cu").read_text()
 MOST_SEGMENTS = 8
 MOST_BATCH = 16
-THREADS = 512
-WARPS = THREADS // 32
+THREADS = 512  # of 128 registers; x' takes 32 of them
+WIDE_BATCH_THREADS = 384  # of 168 registers, above a batch of 8: x' takes 64
+MOST_TABLE_BYTES = 1 << 17
 SUM_BYTES = 1 << 16  # of shared memory, for the warps' sums; a round takes as many row tiles as fit
 
 
@@ -74,7 +75,7 @@ class DeviceLimits:
     @property
     def table_bytes(self) -> int:
         """32 copies of 1024 entries where they fit, half of it on smaller devices."""
-        return 1 << 17 if self.shared_bytes >= 160 << 10 else 1 << 16
+        return MOST_TABLE_BYTES if self.shared_bytes >= 160 << 10 else MOST_TABLE_BYTES // 2
 
     @property
     def overlap(self) -> bool:
@@ -118,7 +119,7 @@ def _cut(row_tiles: tuple[int, ...], costs: tuple[float, ...], load: float) -> G
 
 def decode_cost(spec: DecoderSpec) -> float:
     """Relative time of a tile: look-ups, and the conflicts of a table without a copy per bank."""
-    copies = min(32, (1 << 17) // (4 << spec.index_bits))
+    copies = min(32, MOST_TABLE_BYTES // (4 << spec.index_bits))
     conflicts = {32: 1.0, 16: 1.5, 8: 2.1, 4: 2.7, 2: 3.1, 1: 3.4}[copies]
     return 8 / spec.values * (conflicts + (1 if spec.hashed else 0.5)) + 4
 
@@ -166,12 +167,13 @@ def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: to
         )
         first += grid.blocks[i]
         offset += member.out_features
-    sum_bytes = max(SUM_BYTES if limits.table_bytes == 1 << 17 else SUM_BYTES // 2, 4 * WARPS * 16 * batch)
-    macros = {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes, "SUM_BYTES": sum_bytes, "BATCH": batch}
+    threads = THREADS if batch <= 8 else WIDE_BATCH_THREADS
+    sum_bytes = SUM_BYTES if limits.table_bytes == MOST_TABLE_BYTES else SUM_BYTES // 2
+    macros = {"THREADS": threads, "TABLE_BYTES": limits.table_bytes, "SUM_BYTES": sum_bytes, "BATCH": batch}
     room = limits.table_bytes + sum_bytes
     kernel = load_kernel(source_for(decoders), "multiply", macros, device.index or 0, room)
     stream = torch.cuda.current_stream(device).cuda_stream
-    launch(kernel, stream, first, THREADS, room, [problem], overlap=limits.overlap)
+    launch(kernel, stream, first, threads, room, [problem], overlap=limits.overlap)
     return y
 
 

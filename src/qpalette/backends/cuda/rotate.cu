@@ -70,15 +70,28 @@ rotate(const void *x, long long x_stride, const u8 *signs, const float *dense, c
 #endif
     const int token = blockIdx.y, thread = threadIdx.x;
     const size_t start = token * x_stride;
-    float square = 0, weighted = 0;
-#pragma unroll 4
-    for (int i = thread; i < inputs; i += THREADS) {
-        const float value = load(x, start + i);
-        square += value * value;
-        if (NORM) {
-            const float w = value * load(weight, i);
-            weighted += w * w;
+    const int row = blockIdx.x * GROUP + thread / H;  // of all blocks' dense rows
+    const int base = row / DENSE * BLOCK, column = thread % H;
+    const bool working = thread < H * GROUP && base < inputs;
+    float value = 0, square = 0, weighted = 0;
+    if (working) {
+        const float *line = dense + row % DENSE;  // transposed: consecutive rows of A lie side by side
+#pragma unroll(DENSE < 32 ? DENSE : 16)
+        for (int a = 0; a < DENSE; a++) {
+            const int k = base + a * H + column;
+            float element = load(x, start + k);
+            if (thread < H) square += element * element;  // the threads of one dense row read the whole block of x
+            if (NORM) element *= load(weight, k);
+            if (NORM && thread < H) weighted += element * element;
+            value += (signs[k / 8] >> k % 8 & 1 ? -element : element) * line[a * DENSE];
         }
+    }
+    const int own = blockIdx.x * GROUP / DENSE * BLOCK;  // where the block of x begins that the first H threads have read
+    for (int i = thread; i < inputs - BLOCK; i += THREADS) {  // block-diagonal rotations: the others count in the norm
+        const int k = i < own ? i : i + BLOCK;
+        float element = load(x, start + k);
+        square += element * element;
+        if (NORM) element *= load(weight, k), weighted += element * element;
     }
     square = sum_of_block(square, room);
     float factor = 1, norm = sqrtf(square);
@@ -89,23 +102,7 @@ rotate(const void *x, long long x_stride, const u8 *signs, const float *dense, c
     // The power of two that brings the norm to [TARGET_NORM / 2, TARGET_NORM), from its exponent alone.
     const float power = norm > 0 ? __uint_as_float(min(max(__float_as_uint(norm) & 0x7f800000u, 0x08000000u), 0x7e000000u)) : 1;
     const float scale = power * (2 / TARGET_NORM);
-    factor /= scale;
-
-    const int row = blockIdx.x * GROUP + thread / H;  // of all blocks' dense rows
-    const int base = row / DENSE * BLOCK, column = thread % H;
-    const bool working = thread < H * GROUP && base < inputs;
-    float value = 0;
-    if (working) {
-        const float *line = dense + row % DENSE;  // transposed: consecutive rows of A lie side by side
-#pragma unroll 8
-        for (int a = 0; a < DENSE; a++) {
-            const int k = base + a * H + column;
-            float element = load(x, start + k);
-            if (NORM) element *= load(weight, k);
-            value += (signs[k / 8] >> k % 8 & 1 ? -element : element) * line[a * DENSE];
-        }
-        value *= factor;
-    }
+    value *= factor / scale;
     value = butterflies(value, 0, LOG_H < 5 ? LOG_H : 5);
     int position = column;
     if (LOG_H > 5) {  // swap the five low bits of the thread's number with the five above
