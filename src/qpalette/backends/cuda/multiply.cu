@@ -16,6 +16,7 @@ constexpr int COLUMNS = BATCH > 8 ? 8 : BATCH;  // of x' in each
 constexpr int PAIRS = CHUNK / 2;                // of tiles: what a lane loads of x' at once
 constexpr int X_PAIR = 64 * BATCH;              // bytes
 constexpr int X_CHUNK = PAIRS * X_PAIR;
+constexpr int DEPTH = 3;                        // items ahead that are fetched into L2
 constexpr int SUMS = 16 * BATCH;                // of a row tile, [column][row]
 constexpr int MOST_ROWS = SUM_BYTES / (4 * WARPS * SUMS);  // row tiles of a round
 
@@ -137,6 +138,13 @@ __device__ __forceinline__ void finish_round(const Problem &problem, const Segme
     }
 }
 
+// A chunk on its way into L2. Registers hold one chunk per warp, 26 KB in flight per multiprocessor at 3.25 bits: less than
+// what a loaded memory needs to hide its latency.
+template <class D>
+__device__ __forceinline__ void prefetch(const u8 *codes, u32 lane) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(codes + min(lane * 128, D::CHUNK_BYTES - 64)));
+}
+
 template <class D>
 __device__ void multiply_segment(const Problem &problem, const Segment &segment) {
     const u32 lane = threadIdx.x % 32;
@@ -151,15 +159,20 @@ __device__ void multiply_segment(const Problem &problem, const Segment &segment)
     const u32 unit = segment.hash_unit;
 
     u32 words[D::WORDS];
+    uint4 x[FRAGMENTS][PAIRS];
     const u8 *codes = nullptr;
     bool loaded = false;  // whether `words` holds the first item of the round
+    int x_chunk = -1;
     for (int row = block_begin; row < block_end; row += round_rows) {
         const int rows = min(round_rows, block_end - row), next_row = row + round_rows;
+        const u8 *round_codes = segment.codes + row * row_bytes;
         const Share share(rows, chunks, warp);
         int left = share.end - share.begin, tile = share.begin % rows, chunk = share.begin / rows;
         if (left && !loaded) {
-            codes = segment.codes + (row + tile) * row_bytes + (size_t)chunk * D::CHUNK_BYTES;
+            codes = round_codes + tile * row_bytes + (size_t)chunk * D::CHUNK_BYTES;
             D::load(words, codes, lane);
+            for (int item = share.begin + 1; item < min(share.begin + DEPTH, share.end); item++)
+                prefetch<D>(round_codes + item % rows * row_bytes + (size_t)(item / rows) * D::CHUNK_BYTES, lane);
         }
         loaded = false;
         const int first = row * 16 + threadIdx.x / SUMS * 16 + threadIdx.x % 16;
@@ -171,16 +184,18 @@ __device__ void multiply_segment(const Problem &problem, const Segment &segment)
         for (int i = lane; i < rows * SUMS; i += 32) own[i] = 0;
         __syncthreads();  // the table is there
         while (left) {
-            uint4 x[FRAGMENTS][PAIRS];
+            if (chunk != x_chunk) {
 #pragma unroll
-            for (int pair = 0; pair < PAIRS; pair++)
+                for (int pair = 0; pair < PAIRS; pair++)
 #pragma unroll
-                for (int f = 0; f < FRAGMENTS; f++)
-                    x[f][pair] = *(const uint4 *)(x_lane + (size_t)chunk * X_CHUNK + pair * X_PAIR + f * (64 * COLUMNS));
+                    for (int f = 0; f < FRAGMENTS; f++)
+                        x[f][pair] = *(const uint4 *)(x_lane + (size_t)chunk * X_CHUNK + pair * X_PAIR + f * (64 * COLUMNS));
+                x_chunk = chunk;
+            }
             const int stretch = min(rows - tile, left);  // rows of this chunk
             left -= stretch;
             chunk++;
-            const u8 *jump = segment.codes + row * row_bytes + (size_t)chunk * D::CHUNK_BYTES;
+            const u8 *jump = round_codes + (size_t)chunk * D::CHUNK_BYTES;  // where the warp goes after them
             bool jumps = true;
             if (!left) {
                 jumps = false;
@@ -192,7 +207,9 @@ __device__ void multiply_segment(const Problem &problem, const Segment &segment)
                 }
             }
             float *out = own + tile * SUMS;
+            for (int i = 0; i < min(DEPTH, rows) && jumps; i++) prefetch<D>(jump + i * row_bytes, lane);
             for (int i = 1; i < stretch; i++, out += SUMS) {
+                if (i + DEPTH <= stretch) prefetch<D>(codes + DEPTH * row_bytes, lane);
                 codes += row_bytes;
                 multiply_item<D>(out, words, codes, true, x, lane, unit);
             }

@@ -19,10 +19,9 @@ from qpalette.kernels.nvrtc import launch, load_kernel
 SOURCE = Path(__file__).with_name("multiply.cu").read_text()
 MOST_SEGMENTS = 8
 MOST_BATCH = 16
-THREADS = 512  # of 128 registers; x' takes 32 of them
-WIDE_BATCH_THREADS = 384  # of 168 registers, above a batch of 8: x' takes 64
+THREADS = 512  # of 128 registers; x' takes 32 of them, 64 above a batch of 8
 MOST_TABLE_BYTES = 1 << 17
-SUM_BYTES = 1 << 16  # of shared memory, for the warps' sums; a round takes as many row tiles as fit
+SUM_BYTES = 96 << 10  # of shared memory, for the warps' sums; a round takes as many row tiles as fit
 
 
 class Segment(ctypes.Structure):
@@ -167,13 +166,12 @@ def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: to
         )
         first += grid.blocks[i]
         offset += member.out_features
-    threads = THREADS if batch <= 8 else WIDE_BATCH_THREADS
-    sum_bytes = SUM_BYTES if limits.table_bytes == MOST_TABLE_BYTES else SUM_BYTES // 2
-    macros = {"THREADS": threads, "TABLE_BYTES": limits.table_bytes, "SUM_BYTES": sum_bytes, "BATCH": batch}
+    sum_bytes = SUM_BYTES if limits.table_bytes == MOST_TABLE_BYTES else SUM_BYTES // 3
+    macros = {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes, "SUM_BYTES": sum_bytes, "BATCH": batch}
     room = limits.table_bytes + sum_bytes
     kernel = load_kernel(source_for(decoders), "multiply", macros, device.index or 0, room)
     stream = torch.cuda.current_stream(device).cuda_stream
-    launch(kernel, stream, first, threads, room, [problem], overlap=limits.overlap)
+    launch(kernel, stream, first, THREADS, room, [problem], overlap=limits.overlap)
     return y
 
 
