@@ -16,7 +16,6 @@ constexpr int COLUMNS = BATCH > 8 ? 8 : BATCH;  // of x' in each
 constexpr int PAIRS = CHUNK / 2;                // of tiles: what a lane loads of x' at once
 constexpr int X_PAIR = 64 * BATCH;              // bytes
 constexpr int X_CHUNK = PAIRS * X_PAIR;
-constexpr int DEPTH = 3;                        // items ahead that are fetched into L2
 constexpr int SUMS = 16 * BATCH;                // of a row tile, [column][row]
 constexpr int MOST_ROWS = SUM_BYTES / (4 * WARPS * SUMS);  // row tiles of a round
 
@@ -95,16 +94,45 @@ __device__ __forceinline__ void restore(float (&sum)[4], const float *out, u32 l
     sum[1] = COLUMNS > 1 ? from[16] : 0, sum[3] = COLUMNS > 1 ? from[24] : 0;
 }
 
-// A warp's items of a round, which count the row tiles of a chunk fastest.
-struct Share {
-    int begin, end;
-    __device__ Share(int rows, int chunks, int warp) : begin(rows * chunks * warp / WARPS), end(rows * chunks * (warp + 1) / WARPS) {}
+// A block's rows, cut into rounds, and a warp's way through the items of a round, which count the rows of a chunk fastest:
+// so that a chunk of x' is loaded once for all of them.
+template <class D>
+struct Walk {
+    const u8 *base;
+    size_t row_bytes;  // from a row tile to the next
+    int warp, chunks, block_end, round_rows;
+    int row, rows;           // of the round
+    int chunk, tile, left;   // the item, and how many are left in the round
+    const u8 *codes;
+
+    __device__ Walk(const Problem &problem, const Segment &segment, int warp, int begin, int end)
+        : base(segment.codes), row_bytes((size_t)problem.chunks * D::CHUNK_BYTES), warp(warp), chunks(problem.chunks), block_end(end),
+          round_rows((end - begin + rounds(end - begin) - 1) / rounds(end - begin)) {
+        start(begin);
+    }
+    static __device__ int rounds(int rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
+
+    __device__ void start(int round_row) {
+        row = round_row;
+        rows = min(round_rows, block_end - row);
+        const int items = rows * chunks;
+        const int begin = items * warp / WARPS;
+        chunk = begin / rows, tile = begin % rows, left = items * (warp + 1) / WARPS - begin;
+        point();
+    }
+    __device__ void point() { codes = base + (row + tile) * row_bytes + (size_t)chunk * D::CHUNK_BYTES; }
+    __device__ bool last_round() const { return row + round_rows >= block_end; }
+    __device__ void advance() {
+        left--;
+        if (++tile == rows) tile = 0, chunk++;
+        point();
+    }
 };
 
 // One item: 16 tiles decoded and multiplied. A part of the packed bits is replaced by `next`'s after its last tile.
 template <class D>
-__device__ __forceinline__ void multiply_item(float *out, u32 (&words)[D::WORDS], const u8 *next, bool more,
-                                              const uint4 (&x)[FRAGMENTS][PAIRS], u32 lane, u32 unit) {
+__device__ __forceinline__ void multiply_item(float *out, u32 (&words)[D::WORDS], const Walk<D> &next, const uint4 (&x)[FRAGMENTS][PAIRS],
+                                              u32 lane, u32 unit) {
     float sum[FRAGMENTS][4];
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) restore(sum[f], out + f * 128, lane);
@@ -114,7 +142,7 @@ __device__ __forceinline__ void multiply_item(float *out, u32 (&words)[D::WORDS]
         D::decode(a, words, t, lane, unit, shared);
 #pragma unroll
         for (int part = 0; part < D::PARTS; part++)
-            if (D::last_tile(part) == t && more) D::load_part(words, part, next, lane);
+            if (D::last_tile(part) == t && next.left) D::load_part(words, part, next.codes, lane);
 #pragma unroll
         for (int f = 0; f < FRAGMENTS; f++) {
             const uint4 b = x[f][t / 2];
@@ -125,8 +153,9 @@ __device__ __forceinline__ void multiply_item(float *out, u32 (&words)[D::WORDS]
     for (int f = 0; f < FRAGMENTS; f++) save(out + f * 128, sum[f], lane);
 }
 
-// Adds the warps' sums of a round and writes them out; `scale` is that of this thread's first one.
-__device__ __forceinline__ void finish_round(const Problem &problem, const Segment &segment, const float *sums, int row, int rows, int round_rows, u16 scale) {
+// Adds the warps' sums of a round and writes them out; `scale` is that of this thread's first row.
+__device__ __forceinline__ void finish_round(const Problem &problem, const Segment &segment, const float *sums, int row, int rows, int round_rows,
+                                             u16 scale) {
     for (int i = threadIdx.x; i < rows * SUMS; i += THREADS) {
         const int r = (row + i / SUMS) * 16 + i % 16, column = i % SUMS / 16;
         if (r >= segment.rows || column >= problem.batch) continue;
@@ -138,88 +167,52 @@ __device__ __forceinline__ void finish_round(const Problem &problem, const Segme
     }
 }
 
-// A chunk on its way into L2. Registers hold one chunk per warp, 26 KB in flight per multiprocessor at 3.25 bits: less than
-// what a loaded memory needs to hide its latency.
-template <class D>
-__device__ __forceinline__ void prefetch(const u8 *codes, u32 lane) {
-    asm volatile("prefetch.global.L2 [%0];" :: "l"(codes + min(lane * 128, D::CHUNK_BYTES - 64)));
-}
-
 template <class D>
 __device__ void multiply_segment(const Problem &problem, const Segment &segment) {
     const u32 lane = threadIdx.x % 32;
     const u32 warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // tells the compiler that it is uniform
-    const int chunks = problem.chunks, block_begin = (blockIdx.x - segment.first_block) * segment.rows_per_block;
-    const int block_end = min(block_begin + segment.rows_per_block, segment.row_tiles);
-    const int rounds = (block_end - block_begin + MOST_ROWS - 1) / MOST_ROWS;
-    const int round_rows = (block_end - block_begin + rounds - 1) / rounds;
-    const size_t row_bytes = (size_t)chunks * D::CHUNK_BYTES;
-    float *sums = (float *)(shared + TABLE_BYTES), *own = sums + warp * round_rows * SUMS;
+    const int row_begin = (blockIdx.x - segment.first_block) * segment.rows_per_block;
+    Walk<D> at(problem, segment, warp, row_begin, min(row_begin + segment.rows_per_block, segment.row_tiles));
+    float *sums = (float *)(shared + TABLE_BYTES), *own = sums + warp * at.round_rows * SUMS;
     const u8 *x_lane = problem.x + (lane / 4 % COLUMNS * 4 + lane % 4) * 16;  // absent columns repeat one that is there
     const u32 unit = segment.hash_unit;
 
     u32 words[D::WORDS];
-    uint4 x[FRAGMENTS][PAIRS];
-    const u8 *codes = nullptr;
-    bool loaded = false;  // whether `words` holds the first item of the round
-    int x_chunk = -1;
-    for (int row = block_begin; row < block_end; row += round_rows) {
-        const int rows = min(round_rows, block_end - row), next_row = row + round_rows;
-        const u8 *round_codes = segment.codes + row * row_bytes;
-        const Share share(rows, chunks, warp);
-        int left = share.end - share.begin, tile = share.begin % rows, chunk = share.begin / rows;
-        if (left && !loaded) {
-            codes = round_codes + tile * row_bytes + (size_t)chunk * D::CHUNK_BYTES;
-            D::load(words, codes, lane);
-            for (int item = share.begin + 1; item < min(share.begin + DEPTH, share.end); item++)
-                prefetch<D>(round_codes + item % rows * row_bytes + (size_t)(item / rows) * D::CHUNK_BYTES, lane);
-        }
-        loaded = false;
-        const int first = row * 16 + threadIdx.x / SUMS * 16 + threadIdx.x % 16;
-        const u16 scale = first < segment.rows ? segment.scales[first] : 0;
-        if (row == block_begin) {
-            D::fill(shared, segment.entries);
-            wait_for_previous_kernel();
-        }
+    if (at.left) D::load(words, at.codes, lane);
+    D::fill(shared, segment.entries);
+    for (bool first = true;; first = false) {
+        Walk<D> next = at;
+        const int row = at.row, rows = at.rows;
+        const int scale_row = row * 16 + threadIdx.x / SUMS * 16 + threadIdx.x % 16;
+        const u16 scale = scale_row < segment.rows ? segment.scales[scale_row] : 0;
         for (int i = lane; i < rows * SUMS; i += 32) own[i] = 0;
-        __syncthreads();  // the table is there
-        while (left) {
-            if (chunk != x_chunk) {
+        if (first) wait_for_previous_kernel();
+        __syncthreads();  // the table is there, and this warp's zeros
+        uint4 x[FRAGMENTS][PAIRS];
+        int x_chunk = -1;
+        while (at.left) {
+            if (at.chunk != x_chunk) {
 #pragma unroll
                 for (int pair = 0; pair < PAIRS; pair++)
 #pragma unroll
                     for (int f = 0; f < FRAGMENTS; f++)
-                        x[f][pair] = *(const uint4 *)(x_lane + (size_t)chunk * X_CHUNK + pair * X_PAIR + f * (64 * COLUMNS));
-                x_chunk = chunk;
+                        x[f][pair] = *(const uint4 *)(x_lane + (size_t)at.chunk * X_CHUNK + pair * X_PAIR + f * (64 * COLUMNS));
+                x_chunk = at.chunk;
             }
-            const int stretch = min(rows - tile, left);  // rows of this chunk
-            left -= stretch;
-            chunk++;
-            const u8 *jump = round_codes + (size_t)chunk * D::CHUNK_BYTES;  // where the warp goes after them
-            bool jumps = true;
-            if (!left) {
-                jumps = false;
-                if (next_row < block_end) {
-                    const int next_rows = min(round_rows, block_end - next_row);
-                    const Share next(next_rows, chunks, warp);
-                    loaded = jumps = next.begin < next.end;
-                    jump = segment.codes + (next_row + next.begin % next_rows) * row_bytes + (size_t)(next.begin / next_rows) * D::CHUNK_BYTES;
-                }
-            }
-            float *out = own + tile * SUMS;
-            for (int i = 0; i < min(DEPTH, rows) && jumps; i++) prefetch<D>(jump + i * row_bytes, lane);
-            for (int i = 1; i < stretch; i++, out += SUMS) {
-                if (i + DEPTH <= stretch) prefetch<D>(codes + DEPTH * row_bytes, lane);
-                codes += row_bytes;
-                multiply_item<D>(out, words, codes, true, x, lane, unit);
-            }
-            codes = jump;
-            multiply_item<D>(out, words, codes, jumps, x, lane, unit);
-            tile = 0;
+            next.advance();
+            if (next.left == 0 && !next.last_round()) next.start(row + at.round_rows);
+            multiply_item<D>(own + at.tile * SUMS, words, next, x, lane, unit);
+            at = next;
+            if (at.row != row) break;
         }
         __syncthreads();
-        finish_round(problem, segment, sums, row, rows, round_rows, scale);
-        if (next_row < block_end) __syncthreads();
+        finish_round(problem, segment, sums, row, rows, at.round_rows, scale);
+        if (row + at.round_rows >= at.block_end) break;
+        if (at.row == row) {  // this warp had nothing to do, and could not look ahead
+            at.start(row + at.round_rows);
+            if (at.left) D::load(words, at.codes, lane);
+        }
+        __syncthreads();
     }
 }
 
