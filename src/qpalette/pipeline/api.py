@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 from qpalette.checkpoint import find_groups, open_checkpoint
 from qpalette.core.errors import SpecError
 from qpalette.core.records import LinearGroup
+from qpalette.pipeline.forecast import forecast_seconds
 from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import Estimate, estimate
 from qpalette.pipeline.quantize import Progress, quantize_checkpoint
@@ -30,7 +32,10 @@ def quantize(
     seed: int = 0,
     hessians: str | Path | None = None,
     damping: float = DAMPING,
+    also: Sequence[str] = (),
     device: str = "cpu",
+    workers: int = 1,
+    ray: str | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -43,7 +48,9 @@ def quantize(
     `dry_run` nothing is written, and the Estimate of the run is returned.
 
     `hessians` is a directory that `qpalette.calibrate` has filled for this model: rounding is then calibrated, with
-    `damping` times the mean diagonal added to each Hessian. `device` is where weights are encoded, such as "cuda".
+    `damping` times the mean diagonal added to each Hessian. `also` names what is left alone otherwise: "lm_head",
+    "embed_tokens" (`find_groups`). `device` is where weights are encoded, such as "cuda";
+    `workers` and `ray` as in `quantize_checkpoint`.
 
     Raises SpecError on options that mean nothing or do not fit the model, CheckpointError on a model that cannot be
     read, HessianError on Hessians that are missing or not usable, ArtifactError when `out` exists (see
@@ -56,14 +63,14 @@ def quantize(
     chosen = None if spec is None else parse_spec(spec)  # before a large model is fetched
     store = None if hessians is None else HessianStore.open(hessians)
     checkpoint = open_checkpoint(model)
-    groups = find_groups(checkpoint).groups
+    groups = find_groups(checkpoint, also=also).groups
     if chosen is None:
         name = _spec_within(groups, bits, effort or "standard")
     else:
         name = chosen.name if effort is None else chosen.with_effort(effort).name
     plan = uniform_plan(groups, name, rotation, seed)
     if dry_run:
-        return estimate(checkpoint, plan, store)
+        return replace(estimate(checkpoint, plan, store), seconds=forecast_seconds(checkpoint, plan, device))
     base_model = None if Path(model).expanduser().exists() else str(model)
     return quantize_checkpoint(
         checkpoint,
@@ -73,6 +80,8 @@ def quantize(
         damping=damping,
         progress=progress,
         device=device,
+        workers=workers,
+        ray=ray,
         overwrite=overwrite,
         base_model=base_model,
     )
