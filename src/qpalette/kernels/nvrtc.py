@@ -66,13 +66,12 @@ def launch(
     block: int,
     shared_bytes: int,
     arguments: Sequence[Any],
-    cluster: int = 1,
     overlap: bool = False,
 ) -> None:
     """Start `kernel` on the CUDA stream with handle `stream`, whose device must be current.
 
-    `arguments` are ctypes values, structures among them. Blocks come in clusters of `cluster`. With `overlap` the kernel
-    may start before the one before it has ended, and must wait for it itself (programmatic dependent launch).
+    `arguments` are ctypes values, structures among them. With `overlap` the kernel may start before the one before it
+    has ended, and must wait for it itself (programmatic dependent launch).
     """
     driver = _driver()
     config = driver.CUlaunchConfig()
@@ -81,7 +80,7 @@ def launch(
     config.blockDimX = block
     config.sharedMemBytes = shared_bytes
     config.hStream = stream
-    config.attrs = _attributes(cluster, overlap)
+    config.attrs = _attributes(overlap)
     config.numAttrs = len(config.attrs)
     places = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
     (status,) = driver.cuLaunchKernelEx(config, driver.CUfunction(int(kernel.handle)), ctypes.addressof(places), 0)
@@ -89,14 +88,9 @@ def launch(
         raise UnsupportedError(f"a CUDA kernel does not start: {status.name} (grid {grid}, block {block})")
 
 
-@lru_cache(maxsize=16)
-def _attributes(cluster: int, overlap: bool) -> list[Any]:
+@lru_cache(maxsize=2)
+def _attributes(overlap: bool) -> list[Any]:
     driver, attributes = _driver(), []
-    if cluster > 1:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
-        attributes.append(attribute)
     if overlap:
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

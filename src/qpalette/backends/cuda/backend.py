@@ -12,8 +12,8 @@ from qpalette.backends.cuda.multiply import MOST_BATCH, MOST_SEGMENTS, batch_col
 from qpalette.backends.cuda.rotate import rotate
 from qpalette.backends.cuda.trellis_encoder import encode_states
 from qpalette.backends.cuda.unpack import unpack
-from qpalette.kernels import Backend, PackedLinear, Verdict
 from qpalette.core.records import tiles_of
+from qpalette.kernels import Backend, PackedLinear, Verdict
 from qpalette.pack.tiles import from_tiles
 from qpalette.quantizers import parse_spec
 from qpalette.quantizers.trellis import Trellis
@@ -23,6 +23,7 @@ class CudaBackend(Backend):
     name = "cuda"
     priority = 20
     layout = LAYOUT
+    fuses = True
 
     def supports(self, operation: str, spec: str, device: torch.device) -> Verdict:
         if device.type != "cuda":

@@ -1,8 +1,9 @@
-"""How the CUDA kernels like their codes: a lane's bits of 16 neighbouring tiles together, loads of a warp contiguous.
+"""How the CUDA kernels like their codes: a lane's bits of 16 neighbouring tiles together, each load of a warp contiguous.
 
-A chunk is 16 tiles of a row of tiles. Lane i owns bits [n i, n (i + 1)) of each tile's stream, n = 8 R; its n bits of the
-16 tiles follow one another in 16 n bits, most significant first, kept as 32-bit words (an odd n ends in half a word). The
-words of all lanes are stored as `Decoder::load` reads them: four words per lane at a time, then two, one, and half of one.
+A chunk is 16 tiles of a row of tiles. Lane i owns bits [n i, n (i + 1)) of each tile's stream, n = 8 R; its n bits of
+the 16 tiles follow one another in 16 n bits, most significant first, kept as 32-bit words (an odd n ends in half a
+word). The words of all lanes are stored as `Decoder::load` reads them: four words per lane at a time, then two, one,
+and half of one.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def _separate(chunks: torch.Tensor, words: int) -> torch.Tensor:
     lanes = halves.new_zeros(*chunks.shape[:2], LANES, -(-words // 2), 2)
     at = 0
     for first, count in _parts(words):
-        lanes[..., first : first + count, :] = halves[..., at : at + 64 * count].reshape(*chunks.shape[:2], LANES, count, 2)
+        lanes[..., first : first + count, :] = halves[..., at : at + 64 * count].reshape(
+            *chunks.shape[:2], LANES, count, 2
+        )
         at += 64 * count
     if words % 2:
         lanes[..., -1, 1] = halves[..., at:]

@@ -68,7 +68,7 @@ def rotate(
 ) -> Rotated:
     """Q diag(s) x for x [N, K]; signs uint8 [ceil(K/8)], packed.
 
-    For `batch` columns (N or more: 1, 2, 4, 8 or 16) in the order of `multiply.cu`; None gives [N, padded K], row-major.
+    For `batch` columns (N or more: 1, 2, 4, 8 or 16) in the order of `multiply.cu`; None gives [N, padded K] by rows.
     `norm` is (weight [K], epsilon) of an RMSNorm to apply first.
     """
     tokens, inputs = x.shape
