@@ -1,4 +1,4 @@
-"""How the CUDA kernels like their codes: a lane's bits of 16 neighbouring tiles together, each load of a warp contiguous.
+"""How the CUDA kernels like their codes: a lane's bits of 16 neighbouring tiles together, loads contiguous in a warp.
 
 A chunk is 16 tiles of a row of tiles. Lane i owns bits [n i, n (i + 1)) of each tile's stream, n = 8 R; its n bits of
 the 16 tiles follow one another in 16 n bits, most significant first, kept as 32-bit words (an odd n ends in half a
