@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qpalette.cli import calibrate, chat, doctor, evaluate, generate, inspection, palette, quantize
+from qpalette.cli import bench, calibrate, chat, doctor, evaluate, generate, inspection, palette, quantize
 from qpalette.cli.output import print_error
 from qpalette.core.errors import QPaletteError
 
@@ -78,5 +78,6 @@ app.command("palette")(palette.palette)
 app.command("calibrate")(calibrate.calibrate)
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)

@@ -76,7 +76,7 @@ class QPaletteVllmConfig(QuantizationConfig):
         """Checkpoint names become vLLM's where the two differ, as in multimodal models."""
         self.records = hf_to_vllm_mapper.apply_dict(self.records)
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """The method of a layer that holds a packed linear; the ordinary one for other linears, None for the rest.
 
         Raises UnsupportedError for a packed embedding or expert, which vLLM cannot run here.
@@ -151,6 +151,8 @@ def largest_block(columns: int) -> int:
 class PlainPart(nn.Module):
     """A linear that the plan left as it is, beside packed ones in the same fused layer."""
 
+    weight: torch.Tensor
+
     def __init__(self, share: Share, dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer(WEIGHT, torch.zeros(share.out_features, share.columns, dtype=dtype))
@@ -170,7 +172,7 @@ class QPaletteLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -189,7 +191,7 @@ class QPaletteLinearMethod(LinearMethodBase):
         for suffix in {suffix for suffixes in self.missing.values() for suffix in suffixes}:
             layer.register_parameter(suffix, _Door(self._loader(layer, suffix)))
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Lay the codes out for the best backend. Raises ArtifactError when only some tensors were loaded."""
         absent = [f"{self.members[part][0]}.{suffix}" for part, left in self.missing.items() for suffix in left]
         total = sum(len(_tensors(record)) for _, record in self.members)
@@ -198,16 +200,16 @@ class QPaletteLinearMethod(LinearMethodBase):
         for part in layer.packed_parts:
             part.prepare()
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K of this rank] -> [..., M of this rank]: the parts' outputs side by side."""
         outputs = [part(x) for part in layer.packed_parts]
         result = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return result if bias is None else result + bias
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         raise ArtifactError(f"linear '{self.members[0][0]}' is packed, but config.json ties it to the embeddings")
 
-    def _loader(self, layer: nn.Module, suffix: str) -> Callable[..., None]:
+    def _loader(self, layer: Any, suffix: str) -> Callable[..., None]:
         def load(parameter: Parameter, loaded: torch.Tensor, shard_id: Any = None) -> None:
             part = self._part_of(layer, shard_id)
             share, module = self.shares[part], layer.packed_parts[part]
@@ -216,7 +218,7 @@ class QPaletteLinearMethod(LinearMethodBase):
 
         return load
 
-    def _part_of(self, layer: nn.Module, shard_id: Any) -> int:
+    def _part_of(self, layer: Any, shard_id: Any) -> int:
         """vLLM says which linear a tensor belongs to as "q", as a place, as a tuple of places, or not at all."""
         if shard_id is None or len(self.members) == 1:
             return 0
@@ -224,7 +226,7 @@ class QPaletteLinearMethod(LinearMethodBase):
         place = place[0] if isinstance(place, tuple) else place
         return next(part for part, places in enumerate(self._places(layer)) if place in places)
 
-    def _places(self, layer: nn.Module) -> Iterator[range]:
+    def _places(self, layer: Any) -> Iterator[range]:
         """The output partitions that each member covers."""
         first = 0
         for share in self.shares:
@@ -254,7 +256,7 @@ def _tensors(record: LinearRecord | None) -> set[str]:
 
 
 def _shares(
-    layer: nn.Module,
+    layer: Any,
     members: Sequence[tuple[str, LinearRecord | None]],
     columns: int,
     sizes: Sequence[int],
@@ -271,7 +273,7 @@ def _shares(
     rank, ranks = (layer.tp_rank, layer.tp_size) if split else (0, 1)
     column = layer.tp_rank * columns if columns < in_features else 0
     partitions = list(zip(sizes, replicas or [1] * len(sizes), strict=True))
-    shares = []
+    shares: list[Share] = []
     for name, record in members:
         last = len(shares) == len(members) - 1
         rows: list[tuple[int, int]] = []
@@ -315,7 +317,7 @@ def _copy(name: str, target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _add_to_compile_cache_key(specs: set[str]) -> None:
-    """Compiled graphs hold the codes' layout as a constant, so a graph cached for one backend must not serve another."""
+    """Compiled graphs hold the codes' layout as a constant: one that is cached must not serve another backend."""
     config = get_current_vllm_config()
     device = torch.get_default_device() if config.device_config is None else torch.device(config.device_config.device)
     layouts = {spec: select("linear", spec, device).layout for spec in specs}
