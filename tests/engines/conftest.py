@@ -2,19 +2,10 @@
 
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-
-import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))  # tiny models are made there
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two ranks share the cores of a small machine
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-
-def pytest_collection_modifyitems(items):
-    if find_spec("vllm") is None:
-        for item in items:
-            item.add_marker(pytest.mark.skip(reason="vllm is not installed here: python3 dev.py test-vllm"))
