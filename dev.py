@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Everything a developer does, from nothing but Python 3.11 or newer: `python3 dev.py setup|model|demo|test|test-vllm|lint`.
+"""Everything a developer does, from nothing but Python 3.11 or newer: `python3 dev.py COMMAND`, test for example.
 
-Each command makes what it needs first: a virtual environment in .venv, the demo model in models/.
+Without a command it lists them. Each makes what it needs first: an environment in .venv, the demo model in models/.
 """
 
 import os

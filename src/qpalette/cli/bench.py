@@ -68,6 +68,8 @@ def bench(
 ) -> None:
     """Time decoding and prefill with a static cache, and the original the same way.
 
+    A --config without quantizers times the original by itself.
+
     Example: [bold]qpalette bench --config llama-3.1-8b --spec tcq-3.25 --device cuda --breakdown[/]
     """
     from qpalette.bench import default_runner
@@ -86,7 +88,10 @@ def bench(
     kind = dtype or ("float16" if where.type == "cuda" else "bfloat16")
     common = (_dtype(kind), where, attention)
     quantized = _quantized(model, config, spec, plan, head, rotation, common)
-    candidates = [quantized] if alone else [_original(model, config, reference, kind, common), quantized]
+    original = None if alone else _original(model, config, reference, kind, common)
+    candidates = [candidate for candidate in (original, quantized) if candidate is not None]
+    if not candidates:
+        raise InputError("--alone with a bare --config leaves nothing to time: add --spec or --plan")
     chosen = runner or default_runner(where)
     speeds: list[Speed] = []
     shares: dict[str, list[Share]] = {}
@@ -127,7 +132,8 @@ def _quantized(
     head: str | None,
     rotation: str,
     common: tuple[Any, ...],
-) -> Candidate:
+) -> Candidate | None:
+    """None when a config comes without quantizers: the original is timed by itself then."""
     from qpalette.bench import from_config, from_directory, read_config
     from qpalette.core.errors import InputError
 
@@ -137,8 +143,10 @@ def _quantized(
         if spec or plan or head:
             raise InputError("--spec, --plan and --head go with --config: a model on disk has its own quantizers")
         return from_directory(model, model, *common)
-    if (spec is None) == (plan is None):
-        raise InputError("--config needs either --spec, such as tcq-3.25, or --plan")
+    if spec is not None and plan is not None:
+        raise InputError("give either --spec, such as tcq-3.25, or --plan")
+    if spec is None and plan is None:
+        return None
     shape = read_config(str(config))
     chosen = _plan(shape, spec, plan, head, rotation)
     return from_config(f"{config} {spec or plan}", shape, chosen, *common)
