@@ -15,6 +15,7 @@ from qpalette.bench.models import PRESETS, groups_of, records_of
 from qpalette.cli import main
 from qpalette.core.errors import InputError, SpecError, UnsupportedError
 from qpalette.core.records import packed_bits
+from qpalette.evaluate import bits_per_weight
 from qpalette.nn import QuantLinear
 from qpalette.plan import Plan, uniform_plan
 from qpalette.quantizers import parse_spec
