@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qpalette.cli import calibrate, chat, doctor, evaluate, export, generate, inspection, palette, quantize
+from qpalette.cli import bench, calibrate, chat, doctor, evaluate, export, generate, inspection, palette, quantize, serve
 from qpalette.cli.output import print_error
 from qpalette.core.errors import QPaletteError
 
@@ -79,5 +79,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)
