@@ -28,6 +28,7 @@ class SensitiveLinear:
     shape: LinearShape
     group: str  # linears of one group read the same input
     sensitivity: float
+    listed: bool = True  # among the linears that are quantized; an embedding may be measured and left alone
 
     @property
     def name(self) -> str:
@@ -40,6 +41,11 @@ class Sensitivities:
 
     linears: tuple[SensitiveLinear, ...]
     provenance: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def of_listed(self) -> Sensitivities:
+        """Without what the checkpoint did not list as a linear to quantize."""
+        return Sensitivities(tuple(linear for linear in self.linears if linear.listed), self.provenance)
 
     @property
     def values(self) -> dict[str, float]:
@@ -134,7 +140,8 @@ class Sensitivities:
 
 def _entry(linear: SensitiveLinear) -> dict[str, Any]:
     shape = [linear.shape.out_features, linear.shape.in_features]
-    return {"shape": shape, "group": linear.group, "sensitivity": linear.sensitivity}
+    entry = {"shape": shape, "group": linear.group, "sensitivity": linear.sensitivity}
+    return entry if linear.listed else entry | {"listed": False}
 
 
 def _parsed(source: str, name: str, entry: Any) -> SensitiveLinear:
@@ -147,7 +154,7 @@ def _parsed(source: str, name: str, entry: Any) -> SensitiveLinear:
         raise InputError(f"{source}: the sensitivity of {name} must be a number of at least 0, got {value!r}")
     if not isinstance(entry["group"], str):
         raise InputError(f"{source}: the group of {name} must be a name")
-    return SensitiveLinear(LinearShape(name, *shape), entry["group"], float(value))
+    return SensitiveLinear(LinearShape(name, *shape), entry["group"], float(value), entry.get("listed", True) is True)
 
 
 def _group_of(name: str) -> str:
