@@ -35,13 +35,17 @@ ARCHITECTURES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt"))  # their Conv1D weights are in x out
 
+EMBEDDING = re.compile(r"(?:\w+\.)*(?:embed_tokens|wte|word_embeddings|tok_embeddings)")
+OUTPUT_HEAD = re.compile(r"(?:\w+\.)*(?:lm_head|output_layer|embed_out)")
 DECODER_LAYER = re.compile(r"(?P<layer>(?:(?:model|language_model)\.)*layers\.(?P<index>\d+))\.(?P<rest>.+)")
 ANY_LAYER = re.compile(r".*?\b(?:layers|layer|blocks|block|h)\.(?P<index>\d+)\.(?P<rest>.+)")
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+NOT_LANGUAGE = re.compile(r"vision|visual|audio|image|multi_modal|(^|\.)mm_")
 # (what a name looks like, why it stays as it is), first match wins
 LEFT_ALONE = (
     (re.compile(r"(^|\.)mtp\."), "multi-token-prediction head"),
-    (re.compile(r"vision|visual|audio|image|multi_modal|(^|\.)mm_"), "not the language model"),
+    (NOT_LANGUAGE, "not the language model"),
     (re.compile(r"embed|(^|\.)(wte|wpe)\.|position_bias|relative_attention"), "embedding"),
     (re.compile(r"(^|\.)(lm_head|output_layer|score|classifier)\."), "output head"),
     (re.compile(r"(^|\.)(gate|router|wg|\w+_gate)\.|\.router\."), "router or gate"),
@@ -56,16 +60,26 @@ class Grouping:
     groups: tuple[LinearGroup, ...]  # in layer order
     untouched: tuple[str, ...]  # tensor names, in file order
     reasons: Mapping[str, str]  # for each untouched tensor of two dimensions or more
+    optional: tuple[LinearGroup, ...] = ()  # of the untouched, what can be quantized too: embeddings, output head
+
+    @property
+    def all_groups(self) -> tuple[LinearGroup, ...]:
+        """Everything that a plan may name."""
+        return self.groups + self.optional
 
 
-def find_groups(checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Grouping:
+def find_groups(
+    checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = (), also: Sequence[str] = ()
+) -> Grouping:
     """Sort every tensor of `checkpoint` into groups of linears (weights out_features x in_features) or the rest.
 
     `include` and `exclude` are glob patterns over linear names (no ".weight"): with `include`, only what matches one
-    is quantized; what matches an `exclude` never is. Embeddings and the output head stay as they are. Architectures
-    without a table give groups of one linear each.
+    is quantized; what matches an `exclude` never is. Embeddings and the output head are optional: they stay as they
+    are unless a pattern of `also` matches their name or its last part, such as "lm_head" or "embed_tokens". A tied
+    head is the embedding, under both names. Architectures without a table give groups of one linear each.
 
-    Raises CheckpointError when linears that share an input disagree about its size.
+    Raises CheckpointError when linears that share an input disagree about its size or a pattern of `also` matches
+    nothing.
     """
     reasons: dict[str, str] = {}
     linears: list[LinearShape] = []
@@ -76,9 +90,43 @@ def find_groups(checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Se
         elif len(info.shape) >= 2:
             reasons[info.name] = reason
     groups = _in_groups(linears, ARCHITECTURES.get(_model_type(checkpoint.config), {}))
+    chosen, optional = _choose(_optional(checkpoint), also)
+    groups += chosen
+    reasons = {name: reason for name, reason in reasons.items() if name not in {f"{g.name}.weight" for g in chosen}}
     grouped = {f"{linear.name}.weight" for group in groups for linear in group.linears}
     untouched = tuple(name for name in checkpoint.tensors if name not in grouped)
-    return Grouping(groups, untouched, reasons)
+    return Grouping(groups, untouched, reasons, optional)
+
+
+def _optional(checkpoint: Checkpoint) -> dict[LinearGroup, tuple[str, ...]]:
+    """Embeddings and output head, each a group of its own, with the names that a pattern may match."""
+    matrices = {
+        info.name.removesuffix(".weight"): info.shape
+        for info in checkpoint.tensors.values()
+        if info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype in FLOATS and min(info.shape) >= TILE
+    }
+    language = {name: shape for name, shape in matrices.items() if not NOT_LANGUAGE.search(name)}
+    text_config = checkpoint.config.get("text_config") or {}
+    tied = any(config.get("tie_word_embeddings") for config in (checkpoint.config, text_config))
+    heads = [] if tied else [name for name in language if OUTPUT_HEAD.fullmatch(name)]
+    found: dict[LinearGroup, tuple[str, ...]] = {}
+    for name in [*filter(EMBEDDING.fullmatch, language), *heads]:
+        last = name.rpartition(".")[2]
+        names = (name, last) if heads else (name, last, "lm_head")
+        found[LinearGroup(name, (LinearShape(name, *language[name]),))] = names
+    return found
+
+
+def _choose(
+    optional: Mapping[LinearGroup, tuple[str, ...]], also: Sequence[str]
+) -> tuple[tuple[LinearGroup, ...], tuple[LinearGroup, ...]]:
+    """(those that a pattern matches, the others)."""
+    for pattern in also:
+        if not any(fnmatchcase(name, pattern) for names in optional.values() for name in names):
+            known = ", ".join(group.name for group in optional) or "none here"
+            raise CheckpointError(f"'{pattern}' matches no embedding and no output head; these could be named: {known}")
+    chosen = [g for g, names in optional.items() if any(fnmatchcase(n, p) for n in names for p in also)]
+    return tuple(chosen), tuple(group for group in optional if group not in chosen)
 
 
 def _model_type(config: Mapping[str, Any]) -> str:
@@ -89,7 +137,7 @@ def _why_not(info: TensorInfo, config: Mapping[str, Any]) -> str | None:
     """Why a tensor is no linear to quantize; None when it is one."""
     if len(info.shape) != 2 or not info.name.endswith(".weight"):
         return f"{len(info.shape)} dimensions, or no weight"
-    if info.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if info.dtype not in FLOATS:
         return f"stored as {info.dtype}"
     table = ARCHITECTURES.get(_model_type(config))
     match = (DECODER_LAYER.fullmatch if table else ANY_LAYER.fullmatch)(info.name.removesuffix(".weight"))

@@ -43,6 +43,10 @@ def quantize(
         ),
     ] = None,
     damping: Annotated[float, typer.Option("--damping", help="Added to each Hessian, times its mean diagonal.")] = 0.01,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", metavar="NAME", help="Quantize this too: lm_head or embed_tokens. May be repeated."),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to encode, such as cuda.")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done; reads headers alone.")
@@ -62,7 +66,7 @@ def quantize(
     from qpalette.pipeline import quantize as run
 
     options: dict[str, Any] = {"bits": bits, "spec": spec, "effort": effort, "rotation": rotation, "seed": seed}
-    options |= {"hessians": hessians, "damping": damping, "device": device}
+    options |= {"hessians": hessians, "damping": damping, "also": also or (), "device": device}
     if dry_run:
         estimate = run(model, out, **options, dry_run=True)
         assert isinstance(estimate, Estimate)

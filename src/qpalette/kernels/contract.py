@@ -71,3 +71,10 @@ class Backend(ABC):
     def from_layout(self, codes: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
         """This backend's layout -> stored codes of `stored_shape`."""
         return codes
+
+    def tile_rows(self, codes: torch.Tensor, rows: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
+        """Some tile rows of codes in this backend's layout: `rows` int64 [n] -> int32 [n, tile columns, words].
+
+        An embedding looks rows up: override it where undoing the whole layout is the only other way.
+        """
+        return self.from_layout(codes, stored_shape)[rows]

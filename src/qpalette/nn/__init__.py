@@ -1,5 +1,7 @@
 """Runtime modules: what a quantized model is made of."""
 
+from qpalette.nn.packed_module import PackedModule
+from qpalette.nn.quant_embedding import QuantEmbedding, TiedHead
 from qpalette.nn.quant_linear import QuantLinear
 
-__all__ = ["QuantLinear"]
+__all__ = ["PackedModule", "QuantEmbedding", "QuantLinear", "TiedHead"]

@@ -30,6 +30,7 @@ def quantize(
     seed: int = 0,
     hessians: str | Path | None = None,
     damping: float = DAMPING,
+    also: Sequence[str] = (),
     device: str = "cpu",
     progress: Progress | None = None,
     dry_run: bool = False,
@@ -43,7 +44,8 @@ def quantize(
     `dry_run` nothing is written, and the Estimate of the run is returned.
 
     `hessians` is a directory that `qpalette.calibrate` has filled for this model: rounding is then calibrated, with
-    `damping` times the mean diagonal added to each Hessian. `device` is where weights are encoded, such as "cuda".
+    `damping` times the mean diagonal added to each Hessian. `also` names what is left alone otherwise: "lm_head",
+    "embed_tokens" (`find_groups`). `device` is where weights are encoded, such as "cuda".
 
     Raises SpecError on options that mean nothing or do not fit the model, CheckpointError on a model that cannot be
     read, HessianError on Hessians that are missing or not usable, ArtifactError when `out` exists (see
@@ -56,7 +58,7 @@ def quantize(
     chosen = None if spec is None else parse_spec(spec)  # before a large model is fetched
     store = None if hessians is None else HessianStore.open(hessians)
     checkpoint = open_checkpoint(model)
-    groups = find_groups(checkpoint).groups
+    groups = find_groups(checkpoint, also=also).groups
     if chosen is None:
         name = _spec_within(groups, bits, effort or "standard")
     else:

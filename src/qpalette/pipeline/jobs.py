@@ -33,6 +33,7 @@ class Job:
     group: LinearGroup  # its linears share the signs, named after it, and the Hessian
     record: LinearRecord
     digest: str
+    calibrated: bool = False  # rounding uses the group's Hessian
 
     @property
     def name(self) -> str:
@@ -74,7 +75,8 @@ def make_jobs(
     Raises SpecError when the plan names no linear of the checkpoint or its rotation does not suit one, and
     HessianError when `hessians` belong to another model or lack a group.
     """
-    groups = find_groups(checkpoint).groups
+    grouping = find_groups(checkpoint)
+    groups = grouping.all_groups
     group_of = {linear.name: group for group in groups for linear in group.linears}
     fingerprint = checkpoint.fingerprint
     if hessians is not None:
@@ -85,8 +87,11 @@ def make_jobs(
         spec = plan.specs[linear.name]
         record = LinearRecord(spec, linear.out_features, linear.in_features, rotation, plan.seed)
         group = group_of[linear.name]
-        feedback: Sequence[str | float] = [] if hessians is None else [hessians.identity(group), damping]
-        jobs.append(Job(linear, group, record, _digest(linear, group.name, record, fingerprint, feedback)))
+        # Nobody measures what reads an embedding: its rows are looked up.
+        calibrated = hessians is not None and group not in grouping.optional
+        feedback: Sequence[str | float] = [hessians.identity(group), damping] if hessians and calibrated else []
+        digest = _digest(linear, group.name, record, fingerprint, feedback)
+        jobs.append(Job(linear, group, record, digest, calibrated))
     return jobs
 
 
@@ -123,11 +128,11 @@ def estimate(checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None =
         source_bytes=checkpoint.total_bytes,
         tensor_bytes=result.total_bytes,
         disk_bytes=result.total_bytes + result.packed_bytes + HEADROOM_BYTES,
-        peak_memory_bytes=_peak_memory(checkpoint, jobs, hessians is not None),
+        peak_memory_bytes=_peak_memory(checkpoint, jobs),
     )
 
 
-def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job], calibrated: bool) -> int:
+def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job]) -> int:
     """The largest linear with its codes and one chunk in flight, or the largest tensor that is only copied.
 
     With Hessians a whole group is in flight.
@@ -135,7 +140,7 @@ def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job], calibrated: bool) 
 
     def of_job(job: Job) -> int:
         chunk = working_bytes(job.linear.weights, parse_spec(job.record.spec).rate)
-        together = feedback_bytes(job.group) if calibrated else 0
+        together = feedback_bytes(job.group) if job.calibrated else 0
         return checkpoint.tensors[f"{job.name}.weight"].nbytes + 2 * job.packed_bytes + chunk + together
 
     copied = max(info.nbytes for info in checkpoint.tensors.values())
@@ -145,8 +150,9 @@ def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job], calibrated: bool) 
 def _left_alone(grouping: Grouping, plan: Plan) -> list[str]:
     """Modules that stay as they are; a tied output head has no tensor of its own, but is a module."""
     names = {name.removesuffix(".weight") for name in grouping.reasons if name.endswith(".weight")}
-    names |= {linear.name for group in grouping.groups for linear in group.linears} - plan.specs.keys()
-    return sorted(names | {"lm_head"})
+    names |= {linear.name for group in grouping.groups for linear in group.linears}
+    head = set() if any(group.name in plan.specs for group in grouping.optional) else {"lm_head"}
+    return sorted((names | head) - plan.specs.keys())
 
 
 def _digest(

@@ -71,13 +71,8 @@ def quantize_checkpoint(
     packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), partial.read)
     _check_disk(packed, jobs, partial)
 
-    if hessians is None:
-        batches = [[job] for job in jobs]
-        encode = functools.partial(_encode_freely, checkpoint, device)
-    else:
-        batches = [list(together) for _, together in groupby(jobs, key=lambda job: job.group.name)]
-        encode = functools.partial(_encode_calibrated, checkpoint, device, hessians, damping)
-    qualities = _quantize_linears(batches, partial, encode, progress)
+    encode = functools.partial(_encode, checkpoint, device, hessians, damping)
+    qualities = _quantize_linears(_batches(jobs), partial, encode, progress)
 
     calibration = None if hessians is None else hessians.calibration
     results = [LinearResult(job.name, job.record, *qualities[job.name]) for job in jobs]
@@ -90,17 +85,18 @@ def quantize_checkpoint(
     return report
 
 
-def _encode_freely(checkpoint: Checkpoint, device: torch.device, jobs: Sequence[Job]) -> list[EncodedLinear]:
-    return [
-        encode_linear(job.name, checkpoint.read(f"{job.name}.weight"), job.record, job.signs(), device) for job in jobs
-    ]
+def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs that are encoded together: with Hessians those of a group, else each alone."""
+    return [list(batch) for _, batch in groupby(jobs, key=lambda job: job.group.name if job.calibrated else job.name)]
 
 
-def _encode_calibrated(
-    checkpoint: Checkpoint, device: torch.device, hessians: HessianStore, damping: float, jobs: Sequence[Job]
+def _encode(
+    checkpoint: Checkpoint, device: torch.device, hessians: HessianStore | None, damping: float, jobs: Sequence[Job]
 ) -> list[EncodedLinear]:
     weights = [checkpoint.read(f"{job.name}.weight") for job in jobs]
-    return encode_linears(jobs, weights, hessians.read(jobs[0].group), damping, device)
+    if hessians is not None and jobs[0].calibrated:
+        return encode_linears(jobs, weights, hessians.read(jobs[0].group), damping, device)
+    return [encode_linear(job.name, w, job.record, job.signs(), device) for job, w in zip(jobs, weights, strict=True)]
 
 
 def _quantize_linears(
