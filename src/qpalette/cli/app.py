@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qpalette.cli import calibrate, chat, doctor, evaluate, generate, inspection, palette, quantize
+from qpalette.cli import calibrate, chat, doctor, evaluate, generate, inspection, palette, plan, quantize, sensitivity
 from qpalette.cli.output import print_error
 from qpalette.core.errors import QPaletteError
 
 DEBUG = "QPALETTE_DEBUG"
-RESUMABLE = ("calibrate", "quantize")
+RESUMABLE = ("calibrate", "quantize", "sensitivity")
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
@@ -76,6 +76,8 @@ app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspection.inspect)
 app.command("palette")(palette.palette)
 app.command("calibrate")(calibrate.calibrate)
+app.command("sensitivity")(sensitivity.sensitivity)
+app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)

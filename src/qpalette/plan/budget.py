@@ -68,12 +68,9 @@ class Budget:
             raise SpecError(f"tokens per second must be a positive number, got {self.tokens_per_second}")
 
     def limits(self, weights: int, overhead: Overhead) -> Limits:
-        """The same for the linears alone. Raises BudgetError when the rest of the model is already too large."""
+        """The same for the linears alone; 0 bits where the rest of the model is too large already."""
         allowed = [] if self.bits is None else [floor(self.bits * weights)]
-        for name, limit, taken in self._bytes(overhead):
-            if taken >= limit:
-                raise BudgetError(f"{name} of {readable(limit)} is below what the rest of the model takes: {readable(taken)}")
-            allowed.append(8 * (limit - taken))
+        allowed += [8 * max(0, limit - taken) for _, limit, taken in self._bytes(overhead)]
         seconds = None if self.tokens_per_second is None else 1 / self.tokens_per_second
         return Limits(min(allowed, default=None), seconds)
 
@@ -83,7 +80,10 @@ class Budget:
         if error.least_bits is not None:
             parts += [f"the least is {_rounded_up(Fraction(error.least_bits, weights))} bits per weight"]
             least = -(-error.least_bits // 8)
-            parts += [f"{name} of {readable(least + taken, up=True)}" for name, _, taken in self._bytes(overhead)]
+            parts += [
+                f"{name} of {readable(least + taken, up=True)} (the linears take {readable(least, up=True)} of it)"
+                for name, _, taken in self._bytes(overhead)
+            ]
             if error.least_seconds is None and self.tokens_per_second is not None:
                 parts.append(f"if not at {self.tokens_per_second:g} tokens/s")
         elif error.least_seconds is not None:

@@ -17,6 +17,7 @@ from qpalette.quantizers import parse_spec
 from qpalette.quantizers.trellis import EFFORT
 
 PLAN_VERSION = 2
+PLAN_FILE = "qpalette_plan.json"  # in a quantized model's directory
 _FIELDS = {"plan_version", "rotation", "seed", "linears"}
 _NOTES = {"prediction", "provenance", "launches"}
 
@@ -72,6 +73,11 @@ class Plan:
         """sha256 of what decides the stored bytes: specs, rotation and seed."""
         content = {"rotation": self.rotation, "seed": self.seed, "specs": dict(self.specs)}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def with_effort(self, effort: str) -> Plan:
+        """The same rates, searched another way; what was predicted no longer holds."""
+        specs = {name: parse_spec(spec).with_effort(effort).name for name, spec in self.specs.items()}
+        return self if specs == self.specs else replace(self, specs=specs, prediction={})
 
     def to_json(self) -> str:
         """The plan file: one line per linear, made to be read, compared and edited. `from_json` gives an equal plan."""

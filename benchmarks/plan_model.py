@@ -1,0 +1,122 @@
+"""A plan against uniform quantization on a real model: sensitivities by both methods, predicted and measured KL.
+
+python benchmarks/plan_model.py MODEL --text TEST --calibration TRAIN [--device cuda] [--bits 2.5 --bits 3 ...]
+                                [--calibrated-bits 3.25 ...] [--windows 16] [--effort standard] [--solver exact]
+
+Data-free at each of `--bits`: the best uniform quantizer within the budget, and the plan. With LDLQ at each of
+`--calibrated-bits`: the plan. The sensitivities are kept in `--work`, so that a rerun is quick.
+"""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from report import device_name, report
+
+import qpalette
+from qpalette.api import measure_sensitivities
+from qpalette.checkpoint import open_checkpoint
+from qpalette.evaluate import bits_per_weight, evaluate_models, load_model, token_windows
+from qpalette.pipeline.planning import make_plan
+from qpalette.plan import Budget, Plan, Sensitivities, Space, palette_of
+
+METHODS = ("fisher", "perturbation")
+
+
+def main(
+    model: str,
+    text: Annotated[Path, typer.Option(help="What KL is measured on.")],
+    calibration: Annotated[Path, typer.Option(help="What sensitivities and Hessians are measured on.")],
+    bits: Annotated[list[str], typer.Option()] = ["2.5", "3", "3.25", "4"],  # noqa: B006 - typer's way
+    calibrated_bits: Annotated[list[str], typer.Option()] = ["3.25", "4"],  # noqa: B006
+    windows: int = 16,
+    window: int = 2048,
+    fisher_tokens: int = 32_768,
+    perturbation_tokens: int = 8192,
+    calibration_tokens: int = 131_072,
+    device: str = "cpu",
+    effort: str = "standard",
+    solver: str = "exact",
+    work: Path = Path("out/plan_model"),
+    name: str = "plan_model",
+) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    sensitivities = {
+        "fisher": _measured("fisher", model, calibration, fisher_tokens, window, device, work),
+        "perturbation": _measured("perturbation", model, calibration, perturbation_tokens, window, device, work),
+    }
+    reference, tokenizer = load_model(model, device)
+    chosen = token_windows(text, tokenizer, window, windows)
+    hessians = work / "hessians"
+    if calibrated_bits:
+        start = time.perf_counter()
+        qpalette.calibrate(model, hessians, calibration, tokens=calibration_tokens, window=window, device=device)
+        print(f"Hessians: {time.perf_counter() - start:.0f} s", flush=True)
+    checkpoint, space = open_checkpoint(model), Space(palette_of(effort))
+    rows: list[dict[str, Any]] = []
+
+    def run(plan: Plan, label: str, budget: str, calibrated: bool, facts: dict[str, Any]) -> None:
+        out = work / f"{label}-{budget}{'-ldlq' if calibrated else ''}-{effort}"
+        start = time.perf_counter()
+        qpalette.quantize(
+            model, out, plan=plan, hessians=hessians if calibrated else None, device=device, overwrite=True
+        )
+        seconds = time.perf_counter() - start
+        measured = evaluate_models(load_model(out, device)[0], reference, chosen)
+        uniform = next((row["KL"] for row in rows if (row["budget"], row["plan"]) == (budget, "uniform")), None)
+        rows.append(
+            {
+                "budget": budget,
+                "plan": label,
+                "rounding": "LDLQ" if calibrated else "data-free",
+                "bits": bits_per_weight(out),
+                "predicted KL": facts["predicted"],
+                "KL": measured.kl,
+                "KL stderr": measured.kl_stderr,
+                "below uniform": "" if uniform is None else f"{100 * (1 - measured.kl / uniform):.1f} %",
+                "top-1": measured.top1,
+                "perplexity": measured.perplexity,
+                "over bound": facts["over_bound"],
+                "quantize s": round(seconds, 1),
+            }
+        )
+        texts = {"text": text.name, "calibration": calibration.name, "windows": len(chosen), "window": window}
+        report(name, device_name(device), rows, model=Path(model).name, effort=effort, **texts)
+
+    def planned(method: str, budget: str) -> tuple[Plan, Plan, dict[str, Any], dict[str, Any]]:
+        found = make_plan(sensitivities[method], Budget(Fraction(budget)), space, checkpoint, solver=solver)
+        uniform = found.planned.uniform
+        assert uniform is not None
+        facts = {"predicted": found.planned.choice.loss, "over_bound": found.planned.loss_over_bound}
+        even_facts = {"predicted": uniform.loss, "over_bound": uniform.loss / found.planned.bound}
+        return found.plan, Plan(uniform.specs), facts, even_facts
+
+    for budget in bits:
+        for method in METHODS:
+            plan, even, facts, even_facts = planned(method, budget)
+            if method == METHODS[0]:
+                run(even, "uniform", budget, False, even_facts)
+            run(plan, f"planned, {method}", budget, False, facts)
+    for budget in calibrated_bits:
+        for method in METHODS:
+            plan, _, facts, _ = planned(method, budget)
+            run(plan, f"planned, {method}", budget, True, facts)
+
+
+def _measured(
+    method: str, model: str, text: Path, tokens: int, window: int, device: str, work: Path
+) -> Sensitivities:
+    file = work / f"{method}.json"
+    if not file.exists():
+        start = time.perf_counter()
+        measure_sensitivities(model, file, text, method=method, tokens=tokens, window=window, device=device)
+        print(f"{method}: {time.perf_counter() - start:.0f} s", flush=True)
+    return Sensitivities.read(file)
+
+
+if __name__ == "__main__":
+    typer.run(main)
