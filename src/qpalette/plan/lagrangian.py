@@ -14,7 +14,7 @@ from qpalette.plan.problem import Floats, Problem, Relaxed, Selection
 
 STEPS = 60  # of a bisection in the logarithm of a price
 PRECISION = 1e-9  # relative, of a price: then two neighbouring solutions are all that is left
-LARGEST_PRICE = 2.0**200
+RISES = 40  # of a price, eightfold each, before it counts as infinite
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,14 @@ class _Search:
         found = at(0.0)
         if found.costs[r] <= limit:
             return found
-        low, high = 0.0, 1e-6 * self.problem.loss.max() / self.problem.costs[:, r].max()
-        while (found := at(high)).costs[r] > limit:
+        low, high = 0.0, 1e-6 * (self.problem.loss.max() or 1.0) / (self.problem.costs[:, r].max() or 1.0)
+        for _ in range(RISES):
+            found = at(high)
+            if found.costs[r] <= limit:
+                break
             low, high = high, 8 * high
-            if high > LARGEST_PRICE:
-                return found
+        else:
+            return found  # the limits are met together at no price
         for _ in range(STEPS):
             if high <= low * (1 + PRECISION):
                 break
