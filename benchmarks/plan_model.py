@@ -16,23 +16,22 @@ from typing import Annotated, Any
 
 import typer
 from report import device_name, report
+from sensitivity import measured
 
 import qpalette
-from qpalette.api import measure_sensitivities
 from qpalette.checkpoint import open_checkpoint
 from qpalette.evaluate import bits_per_weight, evaluate_models, load_model, token_windows
 from qpalette.pipeline.planning import make_plan
-from qpalette.plan import Budget, Plan, Sensitivities, Space, palette_of
-
-METHODS = ("fisher", "perturbation")
+from qpalette.plan import Budget, Plan, Space, palette_of
 
 
 def main(
     model: str,
     text: Annotated[Path, typer.Option(help="What KL is measured on.")],
     calibration: Annotated[Path, typer.Option(help="What sensitivities and Hessians are measured on.")],
-    bits: Annotated[list[str], typer.Option()] = ["2.5", "3", "3.25", "4"],  # noqa: B006 - typer's way
-    calibrated_bits: Annotated[list[str], typer.Option()] = ["3.25", "4"],  # noqa: B006
+    bits: Annotated[list[str] | None, typer.Option(help="Data-free, uniform and planned.")] = None,
+    calibrated_bits: Annotated[list[str] | None, typer.Option(help="LDLQ, planned.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="fisher, perturbation; of the sensitivities.")] = None,
     windows: int = 16,
     window: int = 2048,
     fisher_tokens: int = 32_768,
@@ -45,10 +44,10 @@ def main(
     name: str = "plan_model",
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    sensitivities = {
-        "fisher": _measured("fisher", model, calibration, fisher_tokens, window, device, work),
-        "perturbation": _measured("perturbation", model, calibration, perturbation_tokens, window, device, work),
-    }
+    tokens = {"fisher": fisher_tokens, "perturbation": perturbation_tokens}
+    methods = method or ["fisher"]
+    sensitivities = {m: measured(m, model, calibration, tokens[m], window, device, work) for m in methods}
+    print("sensitivities: done", flush=True)
     reference, tokenizer = load_model(model, device)
     chosen = token_windows(text, tokenizer, window, windows)
     hessians = work / "hessians"
@@ -66,7 +65,7 @@ def main(
             model, out, plan=plan, hessians=hessians if calibrated else None, device=device, overwrite=True
         )
         seconds = time.perf_counter() - start
-        measured = evaluate_models(load_model(out, device)[0], reference, chosen)
+        found = evaluate_models(load_model(out, device)[0], reference, chosen)
         uniform = next((row["KL"] for row in rows if (row["budget"], row["plan"]) == (budget, "uniform")), None)
         rows.append(
             {
@@ -75,11 +74,11 @@ def main(
                 "rounding": "LDLQ" if calibrated else "data-free",
                 "bits": bits_per_weight(out),
                 "predicted KL": facts["predicted"],
-                "KL": measured.kl,
-                "KL stderr": measured.kl_stderr,
-                "below uniform": "" if uniform is None else f"{100 * (1 - measured.kl / uniform):.1f} %",
-                "top-1": measured.top1,
-                "perplexity": measured.perplexity,
+                "KL": found.kl,
+                "KL stderr": found.kl_stderr,
+                "below uniform": "" if uniform is None else f"{100 * (1 - found.kl / uniform):.1f} %",
+                "top-1": found.top1,
+                "perplexity": found.perplexity,
                 "over bound": facts["over_bound"],
                 "quantize s": round(seconds, 1),
             }
@@ -95,27 +94,16 @@ def main(
         even_facts = {"predicted": uniform.loss, "over_bound": uniform.loss / found.planned.bound}
         return found.plan, Plan(uniform.specs), facts, even_facts
 
-    for budget in bits:
-        for method in METHODS:
-            plan, even, facts, even_facts = planned(method, budget)
-            if method == METHODS[0]:
+    for budget in bits or []:
+        for m in methods:
+            plan, even, facts, even_facts = planned(m, budget)
+            if m == methods[0]:
                 run(even, "uniform", budget, False, even_facts)
-            run(plan, f"planned, {method}", budget, False, facts)
-    for budget in calibrated_bits:
-        for method in METHODS:
-            plan, _, facts, _ = planned(method, budget)
-            run(plan, f"planned, {method}", budget, True, facts)
-
-
-def _measured(
-    method: str, model: str, text: Path, tokens: int, window: int, device: str, work: Path
-) -> Sensitivities:
-    file = work / f"{method}.json"
-    if not file.exists():
-        start = time.perf_counter()
-        measure_sensitivities(model, file, text, method=method, tokens=tokens, window=window, device=device)
-        print(f"{method}: {time.perf_counter() - start:.0f} s", flush=True)
-    return Sensitivities.read(file)
+            run(plan, f"planned, {m}", budget, False, facts)
+    for budget in calibrated_bits or []:
+        for m in methods:
+            plan, _, facts, _ = planned(m, budget)
+            run(plan, f"planned, {m}", budget, True, facts)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from qpalette.evaluate.sensitivity import (
 from qpalette.evaluate.windows import WINDOW, read_text, token_windows
 from qpalette.kernels.device import parse_device
 from qpalette.pipeline.hessians import Calibration, HessianStore
-from qpalette.plan import Sensitivities, SensitiveLinear
+from qpalette.plan import SensitiveLinear, Sensitivities
 
 TOKENS = 65_536
 SENSITIVITY_TOKENS = {"fisher": 16_384, "perturbation": 2048}  # one backward pass in all, against one pass per linear
@@ -91,10 +91,10 @@ def measure_sensitivities(
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> Sensitivities:
-    """Measure the sensitivity of every linear of `model`, embeddings and output head included, into the JSON file `out`.
+    """Measure the sensitivity of every linear of `model`, embeddings and output head included, into the JSON `out`.
 
-    `model` is a directory, a .gguf file or a Hub id; `text` a UTF-8 file, of which the first `tokens` are read in windows
-    of `window` tokens, or None: the model itself writes the text. `method` is "fisher", one backward pass, or
+    `model` is a directory, a .gguf file or a Hub id; `text` a UTF-8 file, of which the first `tokens` are read in
+    windows of `window` tokens, or None: the model itself writes the text. `method` is "fisher", one backward pass, or
     "perturbation", noise of `distortion` into one linear after the other. Interrupted, the same call goes on where it
     stopped, from `out`.partial. `progress` is called with (steps done, steps in all).
 
@@ -106,7 +106,9 @@ def measure_sensitivities(
         raise InputError(f"the distortion of the noise must lie between 0 and 1, got {distortion:g}")
     where, target = str(parse_device(device)), Path(out).expanduser()
     if not target.absolute().parent.is_dir():
-        raise InputError(f"{target.absolute().parent} does not exist; make it, or choose another place for {target.name}")
+        raise InputError(
+            f"{target.absolute().parent} does not exist; make it, or choose another place for {target.name}"
+        )
     if text is not None:
         read_text(text)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
@@ -117,7 +119,7 @@ def measure_sensitivities(
         "method": method,
         "source": checkpoint.fingerprint,
         "text": "sampled" if text is None else Path(text).name,
-        "tokens_sha256": hashlib.sha256(torch.cat(windows).numpy().tobytes()).hexdigest(),
+        "tokens_sha256": hashlib.sha256(torch.cat(list(windows)).numpy().tobytes()).hexdigest(),
         "tokens": str(sum(map(len, windows))),
         "window": str(len(windows[0])),
         "seed": str(seed),

@@ -48,9 +48,7 @@ def problems(draw, resources: int, variants: int) -> Problem:
     for block in range(draw(st.integers(1, 3))):
         count = draw(st.integers(1, variants))
         parts = [1 if variants == 1 else draw(st.integers(1, 2)) for _ in range(count)]
-        blocks.append(
-            tuple(Variant(tuple(a_segment(f"{block}{v}{s}") for s in range(parts[v]))) for v in range(count))
-        )
+        blocks.append(tuple(Variant(tuple(a_segment(f"{block}{v}{s}") for s in range(parts[v]))) for v in range(count)))
     share = draw(st.floats(0.02, 1.1))
     largest = Problem(blocks, ["x"] * resources, [0.0] * resources).costs.sum(0)
     return Problem(blocks, ["x"] * resources, share * largest)

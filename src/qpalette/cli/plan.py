@@ -55,7 +55,8 @@ def plan(
     ] = "free",
     effort: Annotated[str, typer.Option("--effort", help="fast, standard or best.")] = "standard",
     family: Annotated[
-        list[str] | None, typer.Option("--family", metavar="F", help="Only this family; may be repeated.  [default: all]")
+        list[str] | None,
+        typer.Option("--family", metavar="F", help="Only this family; may be repeated.  [default: all]"),
     ] = None,
     also: Annotated[
         list[str] | None,
@@ -67,7 +68,9 @@ def plan(
     rotation: Annotated[str, typer.Option("--rotation", help="full, block or block-N.")] = "full",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the rotation's signs.")] = 0,
     solver: Annotated[str, typer.Option("--solver", help="exact or lagrangian.")] = "exact",
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the plan, for quantize --plan.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the plan, for quantize --plan.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw bits per linear and the Pareto front (.png).")
     ] = None,
@@ -209,7 +212,9 @@ def kinds_of(found: BudgetPlan) -> list[dict[str, Any]]:
     for linear in found.planner.sensitivities.linears:
         spec = found.plan.specs[linear.name]
         candidate = by_spec.get(spec) or candidate_of(parse_spec(spec))
-        row = kinds.setdefault(linear_kind(linear.name), {"linears": 0, "weights": 0, "bits": 0, "rates": [], "loss": 0.0})
+        row = kinds.setdefault(
+            linear_kind(linear.name), {"linears": 0, "weights": 0, "bits": 0, "rates": [], "loss": 0.0}
+        )
         row["linears"] += 1
         row["weights"] += linear.shape.weights
         row["bits"] += space.count_bits(candidate.rate, linear.shape.out_features, linear.shape.in_features)
@@ -236,7 +241,9 @@ def facts_of(found: BudgetPlan, budget: str) -> dict[str, str]:
         "size": f"{size(choice.bits // 8)} of linears"
         + ("" if found.disk_bytes is None else f", {size(found.disk_bytes)} on disk with everything"),
         "memory": "" if found.memory_bytes is None else f"{size(found.memory_bytes)}, cache and activations included",
-        "speed": "" if choice.seconds is None else f"{1 / choice.seconds:.1f} tokens/s in {len(choice.launches)} launches",
+        "speed": ""
+        if choice.seconds is None
+        else f"{1 / choice.seconds:.1f} tokens/s in {len(choice.launches)} launches",
         "predicted loss": f"{choice.loss:.4g}",
         "over the bound": f"{planned.loss_over_bound:.4f} (reverse water-filling, same bits)",
         "over uniform": "no uniform plan is within the budget"

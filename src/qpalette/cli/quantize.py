@@ -37,7 +37,9 @@ def quantize(
     ] = None,
     sensitivity: Annotated[
         Path | None,
-        typer.Option("--sensitivity", metavar="FILE", help="With --bits or --size: spend them by plan, on what matters."),
+        typer.Option(
+            "--sensitivity", metavar="FILE", help="With --bits or --size: spend them by plan, on what matters."
+        ),
     ] = None,
     effort: Annotated[
         str | None,
@@ -72,7 +74,9 @@ def quantize(
     Example: [bold]qpalette quantize SmolLM2-135M-Instruct.Q4_1.gguf OUT --bits 3.25[/]
     """
     if [bits is not None or disk is not None, spec is not None, plan is not None].count(True) != 1:
-        raise typer.BadParameter("give one of --bits (such as 3.25) or --size (6GB), --spec (tcq-3.25), and --plan FILE")
+        raise typer.BadParameter(
+            "give one of --bits (such as 3.25) or --size (6GB), --spec (tcq-3.25), and --plan FILE"
+        )
     if sensitivity is not None and bits is None and disk is None:
         raise typer.BadParameter("--sensitivity decides how --bits or --size are spent: give one of them")
     from qpalette.pipeline import Estimate
@@ -225,7 +229,8 @@ def _show_estimate(model: str, estimate: Estimate, as_json: bool) -> None:
         f"{model}: nothing is written",
         {
             "linears": f"{estimate.linears}, {count(estimate.weights)} weights",
-            "quantizers": ", ".join(f"{spec} ({count(weights)})" for spec, weights in _by_rate(estimate.specs)) + " weights",
+            "quantizers": ", ".join(f"{spec} ({count(weights)})" for spec, weights in _by_rate(estimate.specs))
+            + " weights",
             "bits per weight": f"{float(estimate.rate):.4f}, everything counted",
             "size": f"{size(estimate.source_bytes)} before, {size(estimate.tensor_bytes)} after",
             "free disk needed": size(estimate.disk_bytes),

@@ -14,11 +14,14 @@ def sensitivity(
     model: Annotated[str, typer.Argument(help="A Hugging Face directory, a .gguf file or a Hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.json", help="The file to write.")],
     text: Annotated[
-        Path | None, typer.Option("--text", metavar="FILE", help="A UTF-8 text file.  [default: sampled from the model]")
+        Path | None,
+        typer.Option("--text", metavar="FILE", help="A UTF-8 text file.  [default: sampled from the model]"),
     ] = None,
     method: Annotated[
         str,
-        typer.Option("--method", help="fisher: one backward pass; perturbation: noise into one linear after the other."),
+        typer.Option(
+            "--method", help="fisher: one backward pass; perturbation: noise into one linear after the other."
+        ),
     ] = "fisher",
     tokens: Annotated[
         int | None,
@@ -68,4 +71,6 @@ def sensitivity(
     ]
     caption = "rise of KL, nats per token, for each unit of distortion (mean squared error / mean square)"
     print_table("Sensitivities", ("linear", "times", "all together", "least", "most"), rows, caption=caption)
-    print_facts(str(out), {key: value for key, value in found.provenance.items() if key in ("method", "text", "tokens")})
+    print_facts(
+        str(out), {key: value for key, value in found.provenance.items() if key in ("method", "text", "tokens")}
+    )

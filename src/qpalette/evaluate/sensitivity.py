@@ -1,9 +1,9 @@
 """How much the loss rises with each linear's distortion: d(KL per token) / d(mean squared error over mean square).
 
-The noise is that of a rotated quantizer with row scales: white along a row, its variance in proportion to the row's mean
-square. Sources: Kullback-Leibler divergence to second order is half the Fisher form (Kullback, Information Theory and
-Statistics, 1959, section 2.6); labels drawn from the model make one backward pass an unbiased estimate of the diagonal
-(Martens, "New insights and perspectives on the natural gradient method", JMLR 21, 2020, section 5).
+The noise is that of a rotated quantizer with row scales: white along a row, its variance in proportion to the row's
+mean square. Sources: Kullback-Leibler divergence to second order is half the Fisher form (Kullback, Information Theory
+and Statistics, 1959, section 2.6); labels drawn from the model make one backward pass an unbiased estimate of the
+diagonal (Martens, "New insights and perspectives on the natural gradient method", JMLR 21, 2020, section 5).
 """
 
 from __future__ import annotations
@@ -83,10 +83,11 @@ def fisher_sensitivities(
     partial: PartialFigures | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """a_l = 1/2 sum_ij F_ij (mean square of row i), with the Fisher diagonal F per token, one backward pass per window.
+    """a_l = 1/2 sum_ij F_ij (mean square of row i), F the Fisher diagonal per token, by one backward pass per window.
 
-    `model` is a transformers model in evaluation mode; `windows` are int64 [length >= 2] each. The labels of each window
-    are drawn from the model's own predictions. A gradient is reduced to one number and freed as soon as it is known.
+    `model` is a transformers model in evaluation mode; `windows` are int64 [length >= 2] each. The labels of each
+    window are drawn from the model's own predictions. A gradient is reduced to one number and freed as soon
+    as it is known.
 
     Raises InputError when there is no window or a gradient is not finite, CheckpointError as `parameters_of`.
     """
@@ -194,7 +195,7 @@ def perturbation_sensitivities(
         if name not in figures:
             divergence = divergence or Divergence(model, windows)
             original = parameter.detach().clone()
-            add_noise(parameter, distortion, _generator(seed, name))
+            add_noise(parameter, distortion, noise_generator(seed, name))
             figures[name] = _finite(name, max(0.0, divergence.measure()) / distortion)
             parameter.data.copy_(original)
             if partial is not None:
@@ -210,6 +211,7 @@ def add_noise(weight: Tensor, distortion: float, generator: torch.Generator) -> 
     weight.data += (noise * (distortion * _row_mean_square(weight)).sqrt()[:, None]).to(weight.dtype)
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def noise_generator(seed: int, name: str) -> torch.Generator:
+    """The same noise for the same linear, whichever others are measured."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -18,8 +18,8 @@ from qpalette.plan import (
     Plan,
     Planned,
     Planner,
-    Sensitivities,
     SensitiveLinear,
+    Sensitivities,
     Space,
     device_bytes,
 )
@@ -138,7 +138,11 @@ class _Draft:
             "budget": str(self.budget),
             "solver": solver,
             "sensitivities": dict(self.sensitivities.provenance),
-            **({} if self.space.profile is None else {"latency": self.space.profile.device, "fusion": self.space.fusion}),
+            **(
+                {}
+                if self.space.profile is None
+                else {"latency": self.space.profile.device, "fusion": self.space.fusion}
+            ),
         }
         known = {name: value for name, value in prediction.items() if value is not None}
         values = self.sensitivities.values

@@ -54,7 +54,7 @@ class Overhead:
 
 @dataclass(frozen=True)
 class Budget:
-    """Hard limits, any combination: average bits per weight, bytes on disk, bytes of device memory, tokens per second."""
+    """Hard limits, any combination: bits per weight, bytes on disk, bytes of device memory, tokens per second."""
 
     bits: Fraction | None = None
     size: int | None = None

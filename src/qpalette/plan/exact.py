@@ -1,7 +1,7 @@
 """The exact choice: what cannot be in a better solution is left out, and the rest is searched.
 
-Whole bits alone are a knapsack for dynamic programming; with times in seconds or fused launches it is an integer program
-for HiGHS, through scipy.
+Whole bits alone are a knapsack for dynamic programming; with times in seconds or fused launches it is an integer
+program for HiGHS, through scipy.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Solved:
 def solve(problem: Problem, solver: str = "exact") -> Solved | None:
     """The selection of least loss within the limits; None when there is none (or "lagrangian" found none).
 
-    `solver` is "exact" (dynamic programming to a gap of 0, or HiGHS to one of 1e-5 or for 30 s) or "lagrangian" (bisection alone, whose gap is small
-    with many linears). Raises SpecError for another solver.
+    `solver` is "exact" (dynamic programming to a gap of 0, or HiGHS to one of 1e-5 or for 30 s) or "lagrangian"
+    (bisection alone, whose gap is small with many linears). Raises SpecError for another solver.
     """
     if solver not in SOLVERS:
         raise SpecError(f"'{solver}' is no solver: choose {' or '.join(SOLVERS)}")

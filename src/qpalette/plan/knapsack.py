@@ -6,6 +6,8 @@ multiples of an eighth of a bit per weight: in units of their greatest common di
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from qpalette.plan.problem import Problem, Selection
@@ -36,7 +38,7 @@ def solve_knapsack(problem: Problem, kept: np.ndarray) -> Selection | None:
     starts = np.searchsorted(segment, np.arange(len(problem.segments) + 1))
     least = np.zeros(capacity + 1)  # loss of the segments so far, by units that may be used
     choices = []
-    for first, last in zip(starts[:-1], starts[1:], strict=True):
+    for first, last in pairwise(starts.tolist()):
         following = np.full(capacity + 1, np.inf)
         choice = np.zeros(capacity + 1, dtype=np.uint16)
         for place, (weight, loss) in enumerate(

@@ -100,7 +100,9 @@ class Planner:
     def bound(self, bits: int) -> float:
         """Reverse water-filling over all linears: no code of whatever rate has less loss at so many bits."""
         linears = self.sensitivities.linears
-        rates = reverse_water_filling([linear.sensitivity for linear in linears], [x.shape.weights for x in linears], bits)
+        rates = reverse_water_filling(
+            [linear.sensitivity for linear in linears], [x.shape.weights for x in linears], bits
+        )
         return rates.predicted_loss
 
     def best_uniform(self, limits: Limits) -> Choice | None:

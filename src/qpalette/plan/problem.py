@@ -1,13 +1,14 @@
 """The choice as plain arrays: every option's loss and costs, in segments, variants and blocks.
 
-A block is a set of linears that is decided together; a variant is one way to cut a block into launches; a segment is one
-choice of a quantizer, for one linear or for several that must agree. One variant per block and one option per segment
-of it are chosen. Without fusion a block is one linear with one variant of one segment: a multiple-choice knapsack.
+A block is a set of linears that is decided together; a variant is one way to cut a block into launches; a segment is
+one choice of a quantizer, for one linear or for several that must agree. One variant per block and one option per
+segment of it are chosen. Without fusion a block is one linear with one variant of one segment: a multiple-choice
+knapsack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -54,7 +55,7 @@ class Problem:
     Raises ValueError when there is no block, or a block, variant or segment is empty.
     """
 
-    def __init__(self, blocks: Sequence[Block], resources: Sequence[str], limits: Sequence[float]) -> None:
+    def __init__(self, blocks: Sequence[Block], resources: Sequence[str], limits: Sequence[float] | Floats) -> None:
         variants = [variant for block in blocks for variant in block]
         segments = [segment for variant in variants for segment in variant.segments]
         if not blocks or not all(blocks) or not all(v.segments for v in variants):
@@ -123,8 +124,8 @@ class Relaxed:
     excess: Floats  # [options]
 
 
-def _starts(lengths: Sequence[int] | object) -> Indexes:
-    sizes = np.fromiter(lengths, dtype=np.int64)  # type: ignore[call-overload]
+def _starts(lengths: Iterable[int]) -> Indexes:
+    sizes = np.fromiter(lengths, dtype=np.int64)
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)[:-1]])
 
 

@@ -117,6 +117,11 @@ def _is_segment(part: Sequence[Any]) -> bool:
 
 def _seconds(entry: Mapping[str, Any], name: str, where: str = "", least: bool = False) -> float:
     value = entry.get(name)
-    if type(value) not in (int, float) or not 0 <= value < math.inf or (value == 0 and not least):
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not 0 <= value < math.inf
+        or not (value or least)
+    ):
         raise InputError(f"{where}{name} must be a positive number, got {value!r}")
     return float(value)
