@@ -4,7 +4,7 @@ python benchmarks/plan_model.py MODEL --text TEST --calibration TRAIN [--device 
                                 [--calibrated-bits 3.25 ...] [--windows 16] [--effort standard] [--solver exact]
 
 Data-free at each of `--bits`: the best uniform quantizer within the budget, and the plan. With LDLQ at each of
-`--calibrated-bits`: the plan. The sensitivities are kept in `--work`, so that a rerun is quick.
+`--calibrated-bits`: the same, and the plan that knows what feedback gains. The sensitivities are kept in `--work`, so that a rerun is quick.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sensitivity import measured
 import qpalette
 from qpalette.checkpoint import open_checkpoint
 from qpalette.evaluate import bits_per_weight, evaluate_models, load_model, token_windows
+from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.planning import make_plan
 from qpalette.plan import Budget, Plan, Space, palette_of
 
@@ -66,12 +67,14 @@ def main(
         )
         seconds = time.perf_counter() - start
         found = evaluate_models(load_model(out, device)[0], reference, chosen)
-        uniform = next((row["KL"] for row in rows if (row["budget"], row["plan"]) == (budget, "uniform")), None)
+        rounding = "LDLQ" if calibrated else "data-free"
+        alike = [row for row in rows if (row["budget"], row["rounding"], row["plan"]) == (budget, rounding, "uniform")]
+        uniform = alike[0]["KL"] if alike else None
         rows.append(
             {
                 "budget": budget,
                 "plan": label,
-                "rounding": "LDLQ" if calibrated else "data-free",
+                "rounding": rounding,
                 "bits": bits_per_weight(out),
                 "predicted KL": facts["predicted"],
                 "KL": found.kl,
@@ -86,8 +89,12 @@ def main(
         texts = {"text": text.name, "calibration": calibration.name, "windows": len(chosen), "window": window}
         report(name, device_name(device), rows, model=Path(model).name, effort=effort, **texts)
 
-    def planned(method: str, budget: str) -> tuple[Plan, Plan, dict[str, Any], dict[str, Any]]:
-        found = make_plan(sensitivities[method], Budget(Fraction(budget)), space, checkpoint, solver=solver)
+    def planned(
+        method: str, budget: str, calibrated: bool = False
+    ) -> tuple[Plan, Plan, dict[str, Any], dict[str, Any]]:
+        store = HessianStore.open(hessians) if calibrated else None
+        options = {"solver": solver, "hessians": store, "device": device}
+        found = make_plan(sensitivities[method], Budget(Fraction(budget)), space, checkpoint, **options)
         uniform = found.planned.uniform
         assert uniform is not None
         facts = {"predicted": found.planned.choice.loss, "over_bound": found.planned.loss_over_bound}
@@ -102,7 +109,10 @@ def main(
             run(plan, f"planned, {m}", budget, False, facts)
     for budget in calibrated_bits or []:
         for m in methods:
-            plan, _, facts, _ = planned(m, budget)
+            plan, even, facts, even_facts = planned(m, budget, calibrated=True)
+            if m == methods[0]:
+                run(even, "uniform", budget, True, even_facts)
+                run(planned(m, budget)[0], f"planned as data-free, {m}", budget, True, {**facts, "predicted": ""})
             run(plan, f"planned, {m}", budget, True, facts)
 
 

@@ -86,7 +86,6 @@ def speed_rows(planners: dict[str, Planner]) -> list[dict[str, Any]]:
                 "same/none": same.choice.loss / none.choice.loss,
                 "free/same": free.choice.loss / same.choice.loss,
                 "tokens/s at loss of none: same": fastest(planners["same"], none, speed),
-                "free": free.choice.loss,
                 "at loss of same: free": fastest(planners["free"], same, speed),
                 "launches": "/".join(str(len(plan.choice.launches)) for plan in (none, same, free)),
                 "largest gap": max(plan.optimality_gap for plan in found.values()),

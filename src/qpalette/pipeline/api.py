@@ -85,7 +85,8 @@ def quantize(
     else:
         budget = Budget(None if bits is None else _exact(bits), None if size is None else parse_size(str(size)))
         space = Space(palette_of(effort or "standard"))
-        options: dict[str, Any] = {"also": also, "hessians": store, "rotation": rotation, "seed": seed}
+        options: dict[str, Any] = {"also": also, "hessians": store, "damping": damping, "device": device}
+        options |= {"rotation": rotation, "seed": seed}
         ready = make_plan(known or even_sensitivities(groups), budget, space, checkpoint, **options).plan
     if dry_run:
         return estimate(checkpoint, ready, store)

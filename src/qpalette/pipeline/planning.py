@@ -10,6 +10,7 @@ from qpalette.checkpoint import Checkpoint, find_groups
 from qpalette.core.errors import BudgetError, InputError
 from qpalette.core.records import LinearGroup
 from qpalette.pipeline.footprint import carried_bytes, disk_bytes
+from qpalette.pipeline.gains import feedback_gains, with_feedback
 from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import make_jobs
 from qpalette.plan import (
@@ -23,6 +24,7 @@ from qpalette.plan import (
     Space,
     device_bytes,
 )
+from qpalette.quantizers.feedback import DAMPING
 
 ATTEMPTS = 4
 
@@ -47,6 +49,8 @@ def make_plan(
     *,
     also: Sequence[str] = (),
     hessians: HessianStore | None = None,
+    damping: float = DAMPING,
+    device: str = "cpu",
     context: int = 4096,
     solver: str = "exact",
     rotation: str = "full",
@@ -55,8 +59,8 @@ def make_plan(
     """The plan of least predicted loss within `budget`, for `checkpoint` or for the linears of the sensitivities alone.
 
     `also` names optional linears to quantize ("lm_head", "embed_tokens"), as in `find_groups`. A memory budget is for
-    `space.batch` sequences of `context` tokens. `hessians`, if the rounding is to be calibrated, only count for the
-    size of the documents.
+    `space.batch` sequences of `context` tokens. With `hessians` the plan is for calibrated rounding: what feedback takes
+    off the error of each group is known from its Hessian.
 
     Raises BudgetError naming the least that is possible, InputError when sensitivities lack a linear of the checkpoint
     or a size or memory is asked for without one, SpecError for options that mean nothing.
@@ -67,6 +71,9 @@ def make_plan(
         chosen = sensitivities.of_listed
     else:
         chosen = sensitivities.of_groups(find_groups(checkpoint, also=also).groups)
+    if hessians is not None and checkpoint is not None:
+        measured = find_groups(checkpoint).groups
+        chosen = with_feedback(chosen, feedback_gains(hessians, measured, rotation, seed, damping, device))
     draft = _Draft(chosen, budget, space, checkpoint, hessians, context, rotation, seed)
     return draft.plan(solver)
 
