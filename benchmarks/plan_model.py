@@ -4,7 +4,8 @@ python benchmarks/plan_model.py MODEL --text TEST --calibration TRAIN [--device 
                                 [--calibrated-bits 3.25 ...] [--windows 16] [--effort standard] [--solver exact]
 
 Data-free at each of `--bits`: the best uniform quantizer within the budget, and the plan. With LDLQ at each of
-`--calibrated-bits`: the same, and the plan that knows what feedback gains. The sensitivities are kept in `--work`, so that a rerun is quick.
+`--calibrated-bits`: the same, and the plan that knows what feedback gains. The sensitivities are kept in `--work`, so
+that a rerun is quick.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from qpalette.evaluate import bits_per_weight, evaluate_models, load_model, toke
 from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.planning import make_plan
 from qpalette.plan import Budget, Plan, Space, palette_of
+
+Facts = dict[str, Any]
 
 
 def main(

@@ -2,7 +2,7 @@
 
 python benchmarks/plan_published.py [--data ../shared/data]
 
-Memory: predicted loss over the information-theoretic bound, code bits alone counted (as published) and everything counted.
+Memory: predicted loss over the information-theoretic bound, code bits alone counted (as published) or everything.
 Time: the published palette under a limit on seconds per token, one token at a time, with three kinds of fusion. A fused
 launch whose segments differ costs, for each segment, the time measured when the whole launch has that segment's spec,
 times the segment's share of the weights; all its segments use the same kind of cores. 1.6 ms per token come on top.

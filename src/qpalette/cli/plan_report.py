@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,7 @@ def plan_page(found: BudgetPlan, budget: str, command: str, model: str, points: 
     )
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]], kind: str = "") -> str:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<table class="{kind}">\n' + (f"<tr>{head}</tr>\n" if head else "") + body + "\n</table>"

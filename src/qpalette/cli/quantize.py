@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -156,12 +156,6 @@ def spec_range(specs: Sequence[str]) -> str:
 
     ordered = sorted(specs, key=lambda spec: (parse_spec(spec).rate, spec))
     return ", ".join(ordered) if len(ordered) <= 2 else f"{ordered[0]} .. {ordered[-1]} ({len(ordered)})"
-
-
-def _by_rate(weights_by_spec: Mapping[str, int]) -> list[tuple[str, int]]:
-    from qpalette.quantizers import parse_spec
-
-    return sorted(weights_by_spec.items(), key=lambda item: (parse_spec(item[0]).rate, item[0]))
 
 
 def _output_error(linear: LinearResult) -> float:

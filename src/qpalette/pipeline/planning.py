@@ -59,8 +59,8 @@ def make_plan(
     """The plan of least predicted loss within `budget`, for `checkpoint` or for the linears of the sensitivities alone.
 
     `also` names optional linears to quantize ("lm_head", "embed_tokens"), as in `find_groups`. A memory budget is for
-    `space.batch` sequences of `context` tokens. With `hessians` the plan is for calibrated rounding: what feedback takes
-    off the error of each group is known from its Hessian.
+    `space.batch` sequences of `context` tokens. With `hessians` the plan is for calibrated rounding: what feedback
+    takes off the error of each group is known from its Hessian.
 
     Raises BudgetError naming the least that is possible, InputError when sensitivities lack a linear of the checkpoint
     or a size or memory is asked for without one, SpecError for options that mean nothing.

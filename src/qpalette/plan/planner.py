@@ -91,7 +91,7 @@ class Planner:
         if solved is None and uniform is None:
             raise self._together(problem, limits)
         choice, gap = self._better(problem, solved, uniform)
-        return Planned(choice, gap, uniform, self.bound(limits.bits or choice.bits), self.weights)
+        return Planned(choice, gap, uniform, self.bound(choice.bits), self.weights)
 
     @cached_property
     def weights(self) -> int:
