@@ -223,8 +223,7 @@ def _show_estimate(model: str, estimate: Estimate, as_json: bool) -> None:
         f"{model}: nothing is written",
         {
             "linears": f"{estimate.linears}, {count(estimate.weights)} weights",
-            "quantizers": ", ".join(f"{spec} ({count(weights)})" for spec, weights in _by_rate(estimate.specs))
-            + " weights",
+            "quantizers": spec_range(list(estimate.specs)),
             "bits per weight": f"{float(estimate.rate):.4f}, everything counted",
             "size": f"{size(estimate.source_bytes)} before, {size(estimate.tensor_bytes)} after",
             "free disk needed": size(estimate.disk_bytes),
