@@ -21,19 +21,21 @@ from qpalette.quantizers.feedback import DAMPING
 
 VOCABULARY = 128
 COMMANDS = tuple(
-    "doctor inspect palette calibrate sensitivity plan quantize eval export bench generate chat serve".split()
-)
-    "doctor",
-    "inspect",
-    "palette",
-    "calibrate",
-    "quantize",
-    "eval",
-    "export",
-    "generate",
-    "chat",
-    "bench",
-    "serve",
+    [
+        "doctor",
+        "inspect",
+        "palette",
+        "calibrate",
+        "sensitivity",
+        "plan",
+        "quantize",
+        "eval",
+        "export",
+        "bench",
+        "generate",
+        "chat",
+        "serve",
+    ]
 )
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}{% endfor %}"
