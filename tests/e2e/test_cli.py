@@ -20,22 +20,9 @@ from qpalette.cli import quantize as commands
 from qpalette.quantizers.feedback import DAMPING
 
 VOCABULARY = 128
-COMMANDS = tuple(
-    [
-        "doctor",
-        "inspect",
-        "palette",
-        "calibrate",
-        "sensitivity",
-        "plan",
-        "quantize",
-        "eval",
-        "export",
-        "bench",
-        "generate",
-        "chat",
-        "serve",
-    ]
+COMMANDS = (
+    *("doctor", "inspect", "palette", "calibrate", "sensitivity", "plan", "quantize", "eval", "export"),
+    *("bench", "generate", "chat", "serve", "profile", "compile"),
 )
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}{% endfor %}"

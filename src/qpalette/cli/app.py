@@ -13,6 +13,7 @@ from qpalette.cli import (
     bench,
     calibrate,
     chat,
+    compile,
     doctor,
     evaluate,
     export,
@@ -20,6 +21,7 @@ from qpalette.cli import (
     inspection,
     palette,
     plan,
+    profile,
     quantize,
     sensitivity,
     serve,
@@ -98,4 +100,6 @@ app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("profile")(profile.profile)
+app.command("compile")(compile.compile_kernels)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)
