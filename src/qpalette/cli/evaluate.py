@@ -58,6 +58,13 @@ def evaluate(
         print_facts(model, _facts(result))
 
 
+def _predicted(result: Evaluation) -> str:
+    """What the plan promised, beside what was measured."""
+    if result.predicted_kl is None or not result.kl:
+        return ""
+    return f"{result.predicted_kl:.4f} by the plan; measured is {result.kl / result.predicted_kl:.2f} times as much"
+
+
 def _facts(result: Evaluation) -> dict[str, str]:
     """Only what was measured."""
     error = "" if result.kl_stderr is None else f" +- {result.kl_stderr:.4f}"
@@ -65,6 +72,7 @@ def _facts(result: Evaluation) -> dict[str, str]:
         "perplexity": f"{result.perplexity:.3f}",
         "reference perplexity": "" if result.reference_perplexity is None else f"{result.reference_perplexity:.3f}",
         "KL": "" if result.kl is None else f"{result.kl:.4f}{error} nats per token",
+        "predicted KL": _predicted(result),
         "top-1 agreement": "" if result.top1 is None else f"{100 * result.top1:.1f} %",
         "bits per weight": ""
         if result.bits_per_weight is None

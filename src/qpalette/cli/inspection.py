@@ -6,11 +6,12 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qpalette.cli.output import count, print_facts, print_json, print_table, size
+from qpalette.cli.output import count, print_facts, print_json, print_note, print_table, size
 from qpalette.core.errors import SpecError
 from qpalette.core.records import LinearGroup, packed_bits
 
@@ -26,6 +27,9 @@ def inspect(
     model: Annotated[
         str, typer.Argument(help="A quantized directory, a Hugging Face directory, a .gguf file or a Hub id.")
     ],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Of a quantized directory: compare every file with its SHA256SUMS.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what a model holds and what it would weigh at 2, 3 and 4 bits. Reads headers only.
@@ -34,6 +38,10 @@ def inspect(
     """
     from qpalette.evaluate import is_artifact
 
+    if verify:
+        from qpalette.artifact import check_checksums
+
+        print_note(f"{model}: {check_checksums(Path(model).expanduser())} files are as they were written")
     describe = _describe_artifact if is_artifact(model) else _describe_checkpoint
     describe(model, as_json)
 
@@ -169,6 +177,7 @@ def _print_untouched(checkpoint: Checkpoint, grouping: Grouping) -> None:
 
 def _describe_artifact(model: str, as_json: bool) -> None:
     from qpalette.artifact.reader import open_artifact
+    from qpalette.evaluate import plan_of
 
     artifact = open_artifact(model)
     summary, kinds = artifact.inspect(), _artifact_kinds(artifact)
@@ -176,6 +185,8 @@ def _describe_artifact(model: str, as_json: bool) -> None:
         bits = {"codes": summary.bits.codes, "scales": summary.bits.scales, "signs": summary.bits.signs}
         facts = {"kind": "artifact", "model_type": summary.model_type, "bits_per_weight": summary.rate}
         facts |= {"weights": summary.weights, "bits": {**bits, "total": summary.bits.total}}
+        plan = plan_of(model)
+        facts |= {} if plan is None else {"plan": {**plan.prediction, "provenance": dict(plan.provenance)}}
         facts |= {"bytes": summary.tensor_bytes, "carried_bytes": summary.carried_bytes, "linears": kinds}
         print_json(facts | {"provenance": dict(summary.provenance), "files": list(summary.files)})
         return
@@ -188,6 +199,7 @@ def _describe_artifact(model: str, as_json: bool) -> None:
             f"signs {size(summary.bits.signs // 8)}",
             "untouched": f"{summary.carried_tensors} tensors, {size(summary.carried_bytes)}",
             "all tensors": f"{size(summary.tensor_bytes)} in {', '.join(summary.files)}",
+            **_plan_facts(model),
             **summary.provenance,
         },
     )
@@ -197,6 +209,23 @@ def _describe_artifact(model: str, as_json: bool) -> None:
         for k in kinds
     ]  # fmt: skip
     print_table("Linears", ("linear", "times", "out x in", "spec", "rotation", "bits per weight"), rows)
+
+
+def _plan_facts(model: str) -> dict[str, str]:
+    """What the plan beside the weights was for, and what it promised."""
+    from qpalette.evaluate import plan_of
+
+    plan = plan_of(model)
+    if plan is None or not plan.prediction:
+        return {}
+    known = plan.prediction
+    figures = [
+        f"predicted loss {known['predicted_loss']:.4g}",
+        *([f"{known['loss_over_bound']:.3f} over the bound"] if "loss_over_bound" in known else []),
+        *([f"{known['loss_over_uniform']:.3f} over uniform"] if "loss_over_uniform" in known else []),
+    ]
+    budget = plan.provenance.get("budget", "")
+    return {"planned for": str(budget), "plan": ", ".join(figures)}
 
 
 def _artifact_kinds(artifact: Artifact) -> list[dict[str, Any]]:

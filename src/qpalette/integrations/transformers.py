@@ -6,9 +6,9 @@ hooks are used that are the same in every release from 5.16 on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,13 +21,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qpalette.artifact.format import FORMAT_VERSION, METHOD, SCALES, SIGNS, QuantizationFormat
+from qpalette.artifact.format import FORMAT_VERSION, METHOD, QuantizationFormat
 from qpalette.artifact.reader import open_artifact
+from qpalette.checkpoint.model_class import Modules
 from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord
 from qpalette.kernels import select
-from qpalette.nn import QuantLinear
-from qpalette.rotate import unpack_signs
+from qpalette.nn import PackedModule, QuantEmbedding, QuantExperts, QuantLinear, TiedHead, join_siblings
 
 
 class QPaletteConfig(QuantizationConfigMixin):
@@ -66,29 +66,43 @@ class QPaletteQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         records = self.quantization_config.records
-        if checkpoint_files:
-            _check_files(Path(checkpoint_files[0]).parent, records)
-        found = dict(_locate(model, records))
-        tied = getattr(model, "all_tied_weights_keys", {})
-        for module_name, name in found.items():
-            if f"{module_name}.weight" in tied:
+        stored = _check_files(Path(checkpoint_files[0]).parent, records) if checkpoint_files else set()
+        found = _locate(model, records)
+        tied = dict(getattr(model, "all_tied_weights_keys", {}))
+        heads = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in tied.items()}
+        experts: dict[str, dict[str, LinearRecord]] = {}
+        for name, place in found.items():
+            if place.module in heads:
                 raise ArtifactError(f"linear '{name}' is packed, but config.json ties its weight to the embeddings")
-            _swap(model, module_name, records[name])
+            if place.expert:
+                experts.setdefault(place.module, {})[place.expert] = records[name]
+            else:
+                _swap(model, place.module, records[name], multiplied=place.module in heads.values())
+        for module_name, packed in experts.items():
+            model.set_submodule(module_name, QuantExperts(model.get_submodule(module_name), packed, module_name))
+        swapped = {place.module for place in found.values()}
+        _share_packed_embeddings(model, {head: source for head, source in heads.items() if source in swapped}, stored)
         # A base model names its modules without the prefix; what it saves must be named alike.
-        linears = self.quantization_config.linears
-        self.quantization_config.linears = {module_name: linears[name] for module_name, name in found.items()}
+        linears, prefix = self.quantization_config.linears, f"{model.base_model_prefix}."
+        self.quantization_config.linears = {
+            place.name if place.name in (name.removeprefix(prefix), prefix + name) else name: linears[name]
+            for name, place in found.items()
+        }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for name, module in _packed_linears(model).items():
-            _check_values(name, module)
+        for name, module in _modules_of_kind(model, PackedModule).items():
+            module.check_values(name)
             module.prepare()
+        join_siblings(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         before = model.dtype
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or before
-        for name, module in _packed_linears(model).items():
-            model.set_submodule(name, module.dequantize(wanted))
+        for kind in (QuantExperts, PackedModule):
+            for name, module in _modules_of_kind(model, kind).items():
+                model.set_submodule(name, module.dequantize(wanted))
+        _untie(model)
         for parameter in model.parameters():  # not buffers: rotary frequencies must stay float32
             if parameter.dtype == before:
                 parameter.data = parameter.data.to(wanted)
@@ -122,36 +136,50 @@ def _devices(device_map: Any) -> set[torch.device]:
     return {torch.device(place) for place in places if place not in ("disk", "meta")}
 
 
-def _check_files(directory: Path, records: Mapping[str, LinearRecord]) -> None:
-    """transformers fills a tensor that is missing with random numbers; here it is an error."""
+def _check_files(directory: Path, records: Mapping[str, LinearRecord]) -> set[str]:
+    """The names of all stored tensors. transformers fills one that is missing with random numbers; here it is an
+    error."""
     artifact = open_artifact(directory)
     if dict(artifact.records) != dict(records):
         raise ArtifactError(f"the config given is not that of {directory}: their quantization_config differ")
+    return set(artifact.stored)
 
 
-def _locate(model: Any, records: Mapping[str, LinearRecord]) -> Iterator[tuple[str, str]]:
-    """(name of the module in `model`, name in the checkpoint) of every packed linear.
+class _Place(NamedTuple):
+    """Where a packed linear goes: a module, or "3.gate_proj" and the like in a module that holds all experts."""
 
-    As transformers does with tensors, the prefix of the base model is added or dropped where the class needs it.
+    module: str
+    expert: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.expert}".rstrip(".")
+
+
+def _locate(model: Any, records: Mapping[str, LinearRecord]) -> dict[str, _Place]:
+    """The place of each packed linear, by its name in the checkpoint.
+
+    Raises ArtifactError when the model has no such module, or one that cannot be packed.
     """
-    modules = dict(model.named_modules())
-    prefix = f"{model.base_model_prefix}."
+    modules = Modules(model)
     headless = not hasattr(model, model.base_model_prefix)
+    found = {}
     for name, record in records.items():
-        candidates = (name, name.removeprefix(prefix), prefix + name)
-        module_name = next((candidate for candidate in candidates if candidate in modules), None)
-        if module_name is None:
-            if headless and not name.startswith(prefix):
-                continue  # a head, which this class does not have
+        if (holder := modules.find_experts(name)) is not None:
+            found[name] = _Place(holder, ".".join(name.split(".")[-2:]))
+        elif (module_name := modules.find(name)) is not None:
+            _check_module(name, modules.all[module_name], record)
+            found[name] = _Place(module_name)
+        elif not headless or name.startswith(f"{model.base_model_prefix}."):  # else a head, which this class lacks
             raise ArtifactError(f"{type(model).__name__} has no module '{name}', which config.json says is packed")
-        _check_module(name, modules[module_name], record)
-        yield module_name, name
+    return found
 
 
 def _check_module(name: str, module: nn.Module, record: LinearRecord) -> None:
-    if not isinstance(module, nn.Linear):
-        raise ArtifactError(f"module '{name}' is a {type(module).__name__}, but only an nn.Linear can be packed")
-    shape = (module.out_features, module.in_features)
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        kinds = "an nn.Linear or an nn.Embedding"
+        raise ArtifactError(f"module '{name}' is a {type(module).__name__}, but only {kinds} can be packed")
+    shape = tuple(module.weight.shape)
     if shape != (record.out_features, record.in_features):
         raise ArtifactError(
             f"linear '{name}' is {shape[0]} x {shape[1]} in the model, but {record.out_features} x "
@@ -159,26 +187,57 @@ def _check_module(name: str, module: nn.Module, record: LinearRecord) -> None:
         )
 
 
-def _swap(model: Any, name: str, record: LinearRecord) -> None:
+def _swap(model: Any, name: str, record: LinearRecord, multiplied: bool) -> None:
+    """Put a packed module in the place of `name`; `multiplied` when an output head is tied to it."""
     old = model.get_submodule(name)
-    new = QuantLinear(record, old.bias is not None, old.weight.dtype, old.weight.device)
+    dtype, device = old.weight.dtype, old.weight.device
+    if isinstance(old, nn.Embedding):
+        new: PackedModule = QuantEmbedding(record, _factor(name, old), multiplied, dtype, device)
+    else:
+        new = QuantLinear(record, old.bias is not None, dtype, device)
     model.set_submodule(name, new.train(old.training))
 
 
-def _check_values(name: str, module: QuantLinear) -> None:
-    """What headers cannot show, as `Artifact.read_linear` checks it."""
-    if module.qp_scales.device.type == "meta":
+def _factor(name: str, embedding: nn.Embedding) -> float:
+    """What the class multiplies its rows by. Raises ArtifactError for a class that may do something else to them."""
+    if type(embedding).forward is nn.Embedding.forward:
+        return 1.0
+    factor = getattr(embedding, "scalar_embed_scale", None)
+    if factor is None:
+        raise ArtifactError(f"embedding '{name}' is a {type(embedding).__name__}, which is not known here")
+    return float(factor)
+
+
+def _share_packed_embeddings(model: Any, sources: Mapping[str, str], stored: Collection[str]) -> None:
+    """Replace heads by ones that use the packed embedding they are tied to: `sources` maps their names.
+
+    A head with a weight of its own among the `stored` tensors keeps it. transformers ties parameters, and a packed
+    embedding has none: it must not look for them.
+    """
+    if not sources:
         return
-    if not bool(module.qp_scales.view(torch.float16).isfinite().all()):
-        raise ArtifactError(f"{name}.{SCALES} has a scale that is not finite; download the model again")
-    try:
-        unpack_signs(module.qp_signs, module.in_features)
-    except ArtifactError as error:
-        raise ArtifactError(f"{name}.{SIGNS}: {error}; download the model again") from error
+    for head, source in sources.items():
+        if f"{head}.weight" not in stored:
+            model.set_submodule(head, TiedHead(model.get_submodule(source)))
+    tied = model.all_tied_weights_keys
+    kept = {target: source for target, source in tied.items() if target.removesuffix(".weight") not in sources}
+    model.all_tied_weights_keys = model._tied_weights_keys = kept
 
 
-def _packed_linears(model: Any) -> dict[str, QuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+def _untie(model: Any) -> None:
+    """After dequantizing: heads become ordinary linears again, tied as the class says."""
+    heads = _modules_of_kind(model, TiedHead)
+    if not heads:
+        return
+    del model._tied_weights_keys
+    for name, head in heads.items():
+        model.set_submodule(name, nn.Linear(head.in_features, head.out_features, bias=False, device="meta"))
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.tie_weights()
+
+
+def _modules_of_kind(model: Any, kind: type[nn.Module]) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 register()

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
-from qpalette.core.errors import ArtifactError
-from qpalette.core.records import LinearRecord, packed_bits, tiles_of
-from qpalette.kernels import TILES, PackedLinear, backend_for, packed_linear, select
-from qpalette.quantizers import parse_spec
-from qpalette.rotate import Rotation, unpack_signs, unrotate_weight
+from qpalette.core.records import LinearRecord
+from qpalette.kernels import packed_linear
+from qpalette.nn.packed_module import PackedModule
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(PackedModule):
     """Stands in for an `nn.Linear` of `record`'s shape; x [..., K] -> [..., M] in x's dtype.
 
-    Buffers, as stored in the artifact: qp_codes int32 [ceil(M/16), ceil(K/16), words per tile]; qp_scales int16 [M],
-    the bits of one float16 per row; qp_signs uint8 [ceil(K/8)]. They are integers, so a cast of the model leaves them
-    alone; the optional bias [M] is an ordinary parameter. There is no `weight`: code that reads it must fail, not get
-    something else.
-
-    `prepare` lets a backend re-lay the codes in memory. A state dict always holds the stored layout, and takes it.
-    Raises SpecError when the record names an unknown quantizer or rotation.
+    The optional bias [M] is an ordinary parameter.
     """
 
-    qp_codes: torch.Tensor
-    qp_scales: torch.Tensor
-    qp_signs: torch.Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -39,118 +27,39 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        quantizer = parse_spec(record.spec)
-        Rotation.parse(record.rotation, record.in_features)
-        self.record = record
+        super().__init__(record, device)
         self.in_features = record.in_features
         self.out_features = record.out_features
-        self.layout = TILES
-        self.prepared = False
-        self.stored_shape = (tiles_of(record.out_features), tiles_of(record.in_features), quantizer.words_per_tile)
-        self.register_buffer("qp_codes", torch.zeros(self.stored_shape, dtype=torch.int32, device=device))
-        self.register_buffer("qp_scales", torch.zeros(record.out_features, dtype=torch.int16, device=device))
-        self.register_buffer("qp_signs", torch.zeros(-(-record.in_features // 8), dtype=torch.uint8, device=device))
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(record.out_features, dtype=dtype, device=device)) if bias else None
         )
 
+        self._joint: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+        self._index = 0
+
     @property
-    def packed(self) -> PackedLinear:
-        """The weight as the kernels take it; shares the buffers."""
-        return PackedLinear(
-            self.qp_codes,
-            self.qp_scales,
-            self.qp_signs,
-            self.record.spec,
-            self.record.rotation,
-            self.out_features,
-            self.in_features,
-            self.layout,
-        )
+    def fuses(self) -> bool:
+        """Whether the backend gains from computing it together with others."""
+        return self.qp_codes.device.type != "meta" and self.backend.fuses
+
+    def join(self, joint: Callable[[int, torch.Tensor], torch.Tensor], index: int) -> None:
+        """From now on `joint(index, x)` computes the product, together with those of the siblings."""
+        self._joint, self._index = joint, index
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result = packed_linear(x, self.packed)
+        result = packed_linear(x, self.packed) if self._joint is None else self._joint(self._index, x)
         return result if self.bias is None else result + self.bias
-
-    def prepare(self) -> None:
-        """Lay the codes out for the best backend on their device; again after a change of device or backend.
-
-        Nothing happens on the meta device. Raises UnsupportedError with every backend's reason when none fits, and
-        ArtifactError when a buffer was replaced by one of another type or shape.
-        """
-        if self.qp_codes.device.type == "meta":
-            return
-        self.restore()
-        self._check_buffers()
-        backend = select("linear", self.record.spec, self.qp_codes.device)
-        self.qp_codes = backend.to_layout(self.qp_codes)
-        self.layout = backend.layout
-        self.prepared = True
-
-    def restore(self) -> None:
-        """Bring the codes back to the stored layout."""
-        self.qp_codes = self.stored_codes()
-        self.layout = TILES
-        self.prepared = False
-
-    def stored_codes(self) -> torch.Tensor:
-        """The codes in the stored layout, whatever the present one is; int32 `stored_shape`."""
-        if self.layout == TILES:
-            return self.qp_codes
-        backend = backend_for(self.layout, self.record.spec, self.qp_codes.device)
-        return backend.from_layout(self.qp_codes, self.stored_shape)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """The ordinary layer that computes the same: W = W' Q diag(s) rounded once to `dtype`, and the bias."""
-        packed = self.packed
-        backend = backend_for(self.layout, self.record.spec, self.qp_codes.device)
-        rotation = Rotation.parse(self.record.rotation, self.in_features)
-        signs = unpack_signs(self.qp_signs, self.in_features)
-        weight = unrotate_weight(backend.rotated_weight(packed), rotation, signs)
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight.to(dtype))
+        linear.weight = nn.Parameter(self.dequantized_weight().to(dtype))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
-        rate = packed_bits(parse_spec(self.record.spec).rate, self.out_features, self.in_features).rate
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"spec={self.record.spec}, rotation={self.record.rotation}, bits={float(rate):.4g}, layout={self.layout}"
+            f"{self.packed_repr()}"
         )
-
-    def _check_buffers(self) -> None:
-        wanted = {
-            "qp_codes": (torch.int32, self.stored_shape),
-            "qp_scales": (torch.int16, (self.out_features,)),
-            "qp_signs": (torch.uint8, (-(-self.in_features // 8),)),
-        }
-        for name, (dtype, shape) in wanted.items():
-            buffer = self.get_buffer(name)
-            if buffer.dtype != dtype or tuple(buffer.shape) != shape:
-                raise ArtifactError(
-                    f"{name} must be {dtype} {list(shape)}, got {buffer.dtype} {list(buffer.shape)}: "
-                    "the loader changed it, or the checkpoint is not the one of this config"
-                )
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLinear:
-        """Moves go through the stored layout: another device has another backend."""
-        prepared = self.prepared
-        self.restore()
-        super()._apply(fn, recurse)
-        if prepared:
-            self.prepare()
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}qp_codes"] = self.stored_codes()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        prepared = self.prepared
-        self.restore()
-        super()._load_from_state_dict(*args, **kwargs)
-        if prepared:
-            self.prepare()

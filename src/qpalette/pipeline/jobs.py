@@ -14,6 +14,8 @@ import torch
 
 from qpalette.artifact import FORMAT_VERSION, PackedCheckpoint, QuantizationFormat, counted_bits, total_bits
 from qpalette.checkpoint import Checkpoint, Grouping, find_groups
+from qpalette.checkpoint.model_class import EXPERT
+from qpalette.core.errors import SpecError
 from qpalette.core.records import LinearGroup, LinearRecord, LinearShape, PackedBits
 from qpalette.pipeline.encode import feedback_bytes, working_bytes
 from qpalette.pipeline.hessians import HessianStore
@@ -33,6 +35,7 @@ class Job:
     group: LinearGroup  # its linears share the signs, named after it, and the Hessian
     record: LinearRecord
     digest: str
+    calibrated: bool = False  # rounding uses the group's Hessian
 
     @property
     def name(self) -> str:
@@ -59,6 +62,7 @@ class Estimate:
     tensor_bytes: int  # all tensors of the result
     disk_bytes: int  # free space that a run from the start asks for
     peak_memory_bytes: int  # of tensors, about; a backend's search tables come on top
+    seconds: float | None = None  # about, from a trial on this machine (`forecast_seconds`); None when nobody tried
 
     @property
     def rate(self) -> Fraction:
@@ -74,20 +78,38 @@ def make_jobs(
     Raises SpecError when the plan names no linear of the checkpoint or its rotation does not suit one, and
     HessianError when `hessians` belong to another model or lack a group.
     """
-    groups = find_groups(checkpoint).groups
+    grouping = find_groups(checkpoint)
+    groups = grouping.all_groups
     group_of = {linear.name: group for group in groups for linear in group.linears}
     fingerprint = checkpoint.fingerprint
     if hessians is not None:
         hessians.check_source(fingerprint)
     jobs = []
+    _check_experts(plan, groups)
     for linear in select_linears(plan, groups):
         rotation = rotation_for(linear.in_features, plan.rotation).name
         spec = plan.specs[linear.name]
         record = LinearRecord(spec, linear.out_features, linear.in_features, rotation, plan.seed)
         group = group_of[linear.name]
-        feedback: Sequence[str | float] = [] if hessians is None else [hessians.identity(group), damping]
-        jobs.append(Job(linear, group, record, _digest(linear, group.name, record, fingerprint, feedback)))
+        # Nobody measures what reads an embedding: its rows are looked up.
+        calibrated = hessians is not None and group not in grouping.optional
+        feedback: Sequence[str | float] = [hessians.identity(group), damping] if hessians and calibrated else []
+        digest = _digest(linear, group.name, record, fingerprint, feedback)
+        jobs.append(Job(linear, group, record, digest, calibrated))
     return jobs
+
+
+def _check_experts(plan: Plan, groups: Sequence[LinearGroup]) -> None:
+    """All experts of a layer are one module of the model: packed together, or not at all."""
+    named: dict[str, list[bool]] = {}
+    for linear in (linear for group in groups for linear in group.linears):
+        if match := EXPERT.fullmatch(linear.name):
+            named.setdefault(match["experts"], []).append(linear.name in plan.specs)
+    for experts, chosen in named.items():
+        if any(chosen) and not all(chosen):
+            raise SpecError(
+                f"the plan names {sum(chosen)} of {len(chosen)} linears in {experts}: name all of them, or none"
+            )
 
 
 def format_of(
@@ -110,7 +132,7 @@ def format_of(
 def estimate(checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None = None) -> Estimate:
     """The figures of a run without running it: headers only, no weight is read. Raises as `make_jobs`."""
     jobs = make_jobs(checkpoint, plan, hessians)
-    result = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), _no_tensor)
+    result = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), no_tensor)
     bits = total_bits(job.record for job in jobs)
     specs: Counter[str] = Counter()
     for job in jobs:
@@ -123,11 +145,11 @@ def estimate(checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None =
         source_bytes=checkpoint.total_bytes,
         tensor_bytes=result.total_bytes,
         disk_bytes=result.total_bytes + result.packed_bytes + HEADROOM_BYTES,
-        peak_memory_bytes=_peak_memory(checkpoint, jobs, hessians is not None),
+        peak_memory_bytes=_peak_memory(checkpoint, jobs),
     )
 
 
-def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job], calibrated: bool) -> int:
+def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job]) -> int:
     """The largest linear with its codes and one chunk in flight, or the largest tensor that is only copied.
 
     With Hessians a whole group is in flight.
@@ -135,8 +157,8 @@ def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job], calibrated: bool) 
 
     def of_job(job: Job) -> int:
         chunk = working_bytes(job.linear.weights, parse_spec(job.record.spec).rate)
-        together = feedback_bytes(job.group) if calibrated else 0
-        return checkpoint.tensors[f"{job.name}.weight"].nbytes + 2 * job.packed_bytes + chunk + together
+        together = feedback_bytes(job.group) if job.calibrated else 0
+        return checkpoint.weight_bytes(job.linear) + 2 * job.packed_bytes + chunk + together
 
     copied = max(info.nbytes for info in checkpoint.tensors.values())
     return max(copied, *map(of_job, jobs))
@@ -145,8 +167,9 @@ def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job], calibrated: bool) 
 def _left_alone(grouping: Grouping, plan: Plan) -> list[str]:
     """Modules that stay as they are; a tied output head has no tensor of its own, but is a module."""
     names = {name.removesuffix(".weight") for name in grouping.reasons if name.endswith(".weight")}
-    names |= {linear.name for group in grouping.groups for linear in group.linears} - plan.specs.keys()
-    return sorted(names | {"lm_head"})
+    names |= {linear.name for group in grouping.groups for linear in group.linears}
+    head = set() if any(group.name in plan.specs for group in grouping.optional) else {"lm_head"}
+    return sorted((names | head) - plan.specs.keys())
 
 
 def _digest(
@@ -160,5 +183,6 @@ def _digest(
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def _no_tensor(linear: str, suffix: str) -> torch.Tensor:
+def no_tensor(linear: str, suffix: str) -> torch.Tensor:
+    """Stands for the reader of packed tensors where only headers are asked for."""
     raise AssertionError("an estimate reads nothing")

@@ -47,6 +47,12 @@ def unpack_signs(packed: Tensor, dim: int) -> Tensor:
     return _signs_of(data, dim).to(packed.device)
 
 
+def signs_of_bits(packed: Tensor, dim: int) -> Tensor:
+    """`unpack_signs` without its checks and on any device alone, so that a CUDA graph can hold it: int8 [dim]."""
+    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return 1 - 2 * bits.flatten()[:dim].to(torch.int8)
+
+
 def _bytes_of(dim: int) -> int:
     return -(-dim // 8)
 

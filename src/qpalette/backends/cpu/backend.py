@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from qpalette.backends.cpu.decoders import decoder_of
-from qpalette.backends.cpu.layout import from_lanes, to_lanes
+from qpalette.backends.cpu.layout import from_lanes, tile_rows, to_lanes
 from qpalette.backends.cpu.matmul import make_kernels
 from qpalette.backends.cpu.transform import factors_of
 from qpalette.backends.cpu.viterbi import encode_states
@@ -75,6 +75,9 @@ class CpuBackend(Backend):
 
     def from_layout(self, codes: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
         return from_lanes(codes, *stored_shape)
+
+    def tile_rows(self, codes: torch.Tensor, rows: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
+        return tile_rows(codes, rows, stored_shape[1])
 
     def linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
         factors = factors_of(packed.rotation, packed.in_features)

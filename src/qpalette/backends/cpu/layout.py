@@ -31,3 +31,10 @@ def from_lanes(lanes: torch.Tensor, rows: int, columns: int, words: int) -> torc
     """Inverse of `to_lanes`, for codes of shape [rows, columns, words]."""
     blocks = lanes.reshape(blocks_of(rows), blocks_of(columns), words, SIDE, SIDE).permute(0, 3, 1, 4, 2)
     return blocks.reshape(blocks_of(rows) * SIDE, blocks_of(columns) * SIDE, words)[:rows, :columns].contiguous()
+
+
+def tile_rows(lanes: torch.Tensor, rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """Stored codes [len(rows), columns, n] of the tile rows `rows`, int64."""
+    words = lanes.shape[2]
+    blocks = lanes.reshape(*lanes.shape[:3], SIDE, SIDE)[rows // SIDE, :, :, rows % SIDE]
+    return blocks.transpose(2, 3).reshape(len(rows), -1, words)[:, :columns]

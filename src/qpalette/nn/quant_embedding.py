@@ -1,0 +1,153 @@
+"""An embedding whose table stays packed, and the output head that is tied to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from qpalette.core.records import TILE, TILE_WEIGHTS, LinearRecord, tiles_of
+from qpalette.kernels import TILES, Backend, PackedLinear, backend_for, packed_linear
+from qpalette.nn.packed_module import PackedModule
+from qpalette.pack.tiles import scan_order
+from qpalette.quantizers import parse_spec
+from qpalette.rotate import Rotation, signs_of_bits
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CHUNK_WEIGHTS = 1 << 22  # decoded at a time: whole tiles, of which a lookup keeps a sixteenth
+
+
+class QuantEmbedding(PackedModule):
+    """Stands in for an `nn.Embedding` of [M, K]; ids [...] -> rows [..., K], of the type that a cast of the model set.
+
+    A lookup decodes the tiles of its rows alone. `factor` multiplies every row, as Gemma's embedding does.
+    `multiplied`: an output head shares the table (`TiedHead`), so that it is laid out for products.
+    """
+
+    type_of: torch.Tensor
+
+    def __init__(
+        self,
+        record: LinearRecord,
+        factor: float = 1.0,
+        multiplied: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(record, device)
+        self.num_embeddings = record.out_features
+        self.embedding_dim = record.in_features
+        # Rounded to the type, as transformers does.
+        self.factors = {dtype: torch.tensor(factor, dtype=dtype, device="cpu").item() for dtype in FLOATS}
+        self.multiplied = multiplied
+        # Empty: what `model.to(dtype)` casts in place of the weight that is not there.
+        self.register_buffer("type_of", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        packed = self.packed
+        shape, names = (self.num_embeddings, self.embedding_dim), (packed.spec, packed.rotation, packed.layout)
+        rows = torch.ops.qpalette.embedding(ids, packed.codes, packed.scales, packed.signs, *names, *shape)
+        return rows.to(self.type_of.dtype) * self.factors[self.type_of.dtype]
+
+    def _lay_out(self, backend: Backend) -> None:
+        if self.multiplied:
+            super()._lay_out(backend)
+
+    def dequantize(self, dtype: torch.dtype) -> nn.Embedding:
+        """The ordinary module that computes the same, its table rounded once to `dtype`."""
+        embedding = ScaledEmbedding(self.num_embeddings, self.embedding_dim, self.factors)
+        embedding.weight = nn.Parameter(self.dequantized_weight().to(dtype))
+        return embedding.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_repr()}"
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An `nn.Embedding` whose rows are multiplied by a factor, given for each type."""
+
+    def __init__(self, rows: int, dim: int, factors: Mapping[torch.dtype, float]) -> None:
+        super().__init__(rows, dim, device="meta")
+        self.factors = factors
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * self.factors[self.weight.dtype]
+
+
+class TiedHead(nn.Module):
+    """The output head that multiplies by an embedding's table; it owns no tensor, so that none is stored twice."""
+
+    def __init__(self, embedding: QuantEmbedding) -> None:
+        super().__init__()
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self._embedding = (embedding,)  # in a tuple: not a child
+
+    @property
+    def embedding(self) -> QuantEmbedding:
+        return self._embedding[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        packed = self.embedding.packed
+        return packed_linear(x.to(packed.codes.device), packed).to(x.device)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, tied to a packed embedding"
+
+
+@torch.library.custom_op("qpalette::embedding", mutates_args=())
+def _embedding(
+    ids: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    signs: torch.Tensor,
+    spec: str,
+    rotation: str,
+    layout: str,
+    rows: int,
+    dim: int,
+) -> torch.Tensor:
+    """Rows of the packed matrix in the basis of the checkpoint, float32 [..., dim]."""
+    packed = PackedLinear(codes, scales, signs, spec, rotation, rows, dim, layout)
+    backend = backend_for(layout, spec, codes.device)
+    chunks = ids.reshape(-1).split(max(1, CHUNK_WEIGHTS // (TILE_WEIGHTS * tiles_of(dim))))
+    rotated = torch.cat([_rotated_rows(chunk, packed, backend) for chunk in chunks])
+    original = Rotation.parse(rotation, dim).inverse(rotated) * signs_of_bits(signs, dim)
+    return original.reshape(*ids.shape, dim)
+
+
+@_embedding.register_fake
+def _embedding_shape(
+    ids: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    signs: torch.Tensor,
+    spec: str,
+    rotation: str,
+    layout: str,
+    rows: int,
+    dim: int,
+) -> torch.Tensor:
+    return ids.new_empty(*ids.shape, dim, dtype=torch.float32)
+
+
+def _rotated_rows(ids: torch.Tensor, packed: PackedLinear, backend: Backend) -> torch.Tensor:
+    """Rows of W', float32 [ids, K]. No step depends on the values of `ids`, so that a CUDA graph can hold them all."""
+    columns, words = tiles_of(packed.in_features), parse_spec(packed.spec).words_per_tile
+    stored_shape = (tiles_of(packed.out_features), columns, words)
+    rows = ids // TILE
+    codes = packed.codes[rows] if packed.layout == TILES else backend.tile_rows(packed.codes, rows, stored_shape)
+    tiles = backend.decode(packed.spec, codes.reshape(-1, words)).reshape(len(ids), columns, TILE_WEIGHTS)
+    steps = _steps_of_rows(ids.device)[ids % TILE]
+    unscaled = tiles.gather(2, steps[:, None].expand(-1, columns, -1)).flatten(1)
+    return unscaled[:, : packed.in_features] * packed.scales.view(torch.float16).float()[ids, None]
+
+
+@lru_cache(maxsize=16)
+def _steps_of_rows(device: torch.device) -> torch.Tensor:
+    """Where in the scan each weight of a tile is, int64 [row, column]."""
+    row, column = scan_order(device)
+    steps = torch.empty(TILE, TILE, dtype=torch.int64, device=device)
+    steps[row, column] = torch.arange(TILE_WEIGHTS, device=device)
+    return steps
