@@ -147,7 +147,9 @@ def test_bits_and_time_hold_together():
 def test_experts_of_a_layer_share_a_spec_unless_told_otherwise():
     linears = tuple(
         SensitiveLinear(
-            LinearShape(f"m.layers.{layer}.mlp.experts.{e}.{kind}", 32, 32), f"g{layer}.{e}.{kind}", 1.0 + e
+            LinearShape(f"m.layers.{layer}.mlp.experts.{e}.{kind}", 32, 32),
+            f"m.layers.{layer}.mlp.experts.{e}.{kind}",
+            1.0 + e,
         )
         for layer in range(2)
         for e in range(5)
