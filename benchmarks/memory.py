@@ -24,20 +24,21 @@ import qpalette
 from qpalette.checkpoint import StreamingSafetensorsWriter, TensorInfo, open_checkpoint
 
 
-def write_llama(directory: Path, hidden: int, layers: int) -> None:
-    """A Llama of random bfloat16 weights, written tensor by tensor."""
-    inner, vocabulary = 2 * hidden, 256
+def write_llama(directory: Path, hidden: int, layers: int, inner: int = 0, kv: int = 0, vocabulary: int = 256) -> None:
+    """A Llama of random bfloat16 weights, written tensor by tensor; heads of 64, untied with more than 256 words."""
+    inner, kv, tied = inner or 2 * hidden, kv or hidden, vocabulary <= 256
     directory.mkdir()
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "vocab_size": vocabulary,
         "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": hidden // 64,
-        "num_key_value_heads": hidden // 64, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "num_key_value_heads": kv // 64, "tie_word_embeddings": tied, "torch_dtype": "bfloat16",
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
-    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    shapes |= {"model.norm.weight": (hidden,)} | ({} if tied else {"lm_head.weight": (vocabulary, hidden)})
     for layer in range(layers):
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"):
-            shapes[f"model.layers.{layer}.{name}.weight"] = (hidden, hidden)
+        for name, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):
+            shapes[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = (rows, hidden)
         for name in ("mlp.gate_proj", "mlp.up_proj"):
             shapes[f"model.layers.{layer}.{name}.weight"] = (inner, hidden)
         shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (hidden, inner)

@@ -20,7 +20,10 @@ from qpalette.cli import quantize as commands
 from qpalette.quantizers.feedback import DAMPING
 
 VOCABULARY = 128
-COMMANDS = ("doctor", "inspect", "palette", "calibrate", "quantize", "eval", "generate", "chat")
+COMMANDS = (
+    *("doctor", "inspect", "palette", "calibrate", "sensitivity", "plan", "quantize", "eval", "export"),
+    *("bench", "generate", "chat", "serve", "profile", "compile"),
+)
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant {% endif %}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from qpalette.checkpoint import find_groups, open_checkpoint
 from qpalette.core.errors import CheckpointError, HessianError, InputError
 from qpalette.core.records import LinearGroup, LinearShape
 from qpalette.kernels import backends
-from qpalette.pipeline import QuantizeReport, calibrated, quantize, quantize_checkpoint
+from qpalette.pipeline import QuantizeReport, calibrated, quantize, quantize_checkpoint, work
 from qpalette.pipeline.calibrated import encode_linears
 from qpalette.pipeline.hessians import Calibration, HessianStore, rotate_hessian
 from qpalette.pipeline.jobs import make_jobs
@@ -285,7 +284,7 @@ def test_files_that_are_damaged_are_named(source, tmp_path):
 
 
 def test_data_free_asks_for_no_hessian(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(import_module("qpalette.pipeline.quantize"), "encode_linears", None)
+    monkeypatch.setattr(work, "encode_linears", None)
     report = quantized(source, tmp_path / "out")
     assert all(linear.proxy is None for linear in report.linears)
     stored = json.loads((tmp_path / "out" / "qpalette_report.json").read_text())

@@ -10,7 +10,7 @@ from test_pipeline_quantize import files_of, plan_of, run, write_llama
 
 from qpalette.checkpoint import open_checkpoint
 from qpalette.core.errors import ArtifactError
-from qpalette.pipeline import quantize_checkpoint
+from qpalette.pipeline import quantize_checkpoint, work
 from qpalette.pipeline.partial import PartialResults
 from qpalette.plan import Plan
 
@@ -19,7 +19,7 @@ QUANTIZE = import_module("qpalette.pipeline.quantize")  # the folder has a funct
 # Forks one process per crash point before any thread exists. Each dies by SIGKILL at its n-th call that changes the
 # disk, so that the chain crashes in, before and after every step; the last one survives.
 DRIVER = """
-import os, pathlib, shutil, signal, sys
+import os, pathlib, shutil, signal, sys, traceback
 import qpalette.pipeline
 from qpalette.checkpoint import find_groups, open_checkpoint
 from qpalette.core.errors import ArtifactError
@@ -56,6 +56,8 @@ for point in points:
         try:
             attempt(point)
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     status = os.waitpid(pid, 0)[1]
@@ -124,13 +126,13 @@ def stop_after(count: int):
 
 def encoded_names(monkeypatch) -> list[str]:
     names: list[str] = []
-    original = QUANTIZE.encode_linear
+    original = work.encode_linear
 
     def record(name, *arguments):
         names.append(name)
         return original(name, *arguments)
 
-    monkeypatch.setattr(QUANTIZE, "encode_linear", record)
+    monkeypatch.setattr(work, "encode_linear", record)
     return names
 
 

@@ -63,13 +63,15 @@ def test_every_decoder_linear_of_the_model_class_is_grouped(model_type):
     checkpoint, model = checkpoint_of(model_type)
     grouping = find_groups(checkpoint)
     linears = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"}
-    assert set(names(grouping)) == linears
-    assert {f"{name}.weight" for name in names(grouping)} | set(grouping.untouched) == set(checkpoint.tensors)
-    assert len(names(grouping)) + len(grouping.untouched) == len(checkpoint.tensors)
+    assert {name for name in names(grouping) if ".experts." not in name} == linears
+    holding = {checkpoint.tensor_of(name) for name in names(grouping)}
+    assert holding | set(grouping.untouched) == set(checkpoint.tensors)
+    assert len(holding) + len(grouping.untouched) == len(checkpoint.tensors)
     assert grouping.reasons["model.embed_tokens.weight"] == "embedding"
     for group in grouping.groups:
         for linear in group.linears:
-            assert checkpoint.tensors[f"{linear.name}.weight"].shape == (linear.out_features, linear.in_features)
+            held = checkpoint.tensors[checkpoint.tensor_of(linear.name)].shape
+            assert sorted(held[-2:]) == sorted((linear.out_features, linear.in_features))
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -86,7 +88,63 @@ def test_grouped_linears_receive_the_same_tensor(model_type):
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3]]), use_cache=False)
     for group in find_groups(checkpoint).groups:
-        assert all(inputs[linear.name] is inputs[group.linears[0].name] for linear in group.linears)
+        if ".experts." not in group.name:  # those are no nn.Linear in the model class
+            assert all(inputs[linear.name] is inputs[group.linears[0].name] for linear in group.linears)
+
+
+def experts_of(model_type: str, names: Mapping[str, tuple[int, int]]) -> Headers:
+    """A layer with two experts under their names of the hub."""
+    prefix = "block_sparse_moe" if model_type == "mixtral" else "mlp"
+    shapes = {f"model.layers.0.{prefix}.experts.{e}.{name}.weight": s for e in (1, 0) for name, s in names.items()}
+    return Headers(shapes, AutoConfig.for_model(model_type, **SIZES).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "leaves"),
+    [("mixtral", ("w1", "w3", "w2")), ("qwen3_moe", ("gate_proj", "up_proj", "down_proj"))],
+)
+def test_first_linears_of_all_experts_are_one_group(model_type, leaves):
+    gate, up, down = leaves
+    groups = find_groups(experts_of(model_type, {down: (32, 64), up: (64, 32), gate: (64, 32)})).groups
+    members = [[linear.name.rpartition("experts.")[2] for linear in group.linears] for group in groups]
+    assert members == [[f"0.{down}"], [f"1.{down}"], [f"0.{gate}", f"0.{up}", f"1.{gate}", f"1.{up}"]]
+
+
+def test_stacked_experts_are_transposed_where_the_model_class_says_so():
+    config = AutoConfig.for_model("gpt_oss", **SIZES, num_local_experts=2).to_dict()
+    shapes = {
+        "model.layers.0.mlp.experts.gate_up_proj": (2, 32, 128),
+        "model.layers.0.mlp.experts.down_proj": (2, 64, 32),
+        "model.layers.0.mlp.experts.gate_up_proj_bias": (2, 128),
+        "model.layers.1.mlp.experts.down_proj": (3, 64, 32),
+    }
+    grouping = find_groups(Headers(shapes, config))
+    linears = [linear for group in grouping.groups for linear in group.linears]
+    found = {x.name.partition("experts.")[2]: (x.out_features, x.in_features) for x in linears}
+    assert found == {
+        "0.gate_up_proj": (128, 32),
+        "1.gate_up_proj": (128, 32),
+        "0.down_proj": (32, 64),
+        "1.down_proj": (32, 64),
+    }
+    assert grouping.reasons == {
+        "model.layers.0.mlp.experts.gate_up_proj_bias": "2 dimensions, or no weight",
+        "model.layers.1.mlp.experts.down_proj": "3 dimensions, or no weight",
+    }
+
+
+def test_without_a_table_the_model_class_decides():
+    config = AutoConfig.for_model("glm4", **SIZES).to_dict()
+    shapes = {
+        "model.layers.0.self_attn.o_proj.weight": (32, 32),
+        "model.layers.0.self_attn.q_proj.weight": (48, 32),
+        "model.layers.0.self_attn.novel.weight": (32, 32),
+        "model.layers.0.input_layernom.weight": (32, 32),
+    }
+    grouping = find_groups(Headers(shapes, config))
+    assert names(grouping) == ["model.layers.0.self_attn.o_proj"]
+    reasons = {"no module of the model class", "of another shape than the model class has"}
+    assert set(grouping.reasons.values()) == reasons
 
 
 def test_layers_and_members_are_in_the_order_of_computation():

@@ -1,6 +1,8 @@
 """The stored model: its format, its reader, its writer."""
 
 from qpalette.artifact.card import model_card
+from qpalette.artifact.checksums import check_checksums, write_checksums
+from qpalette.artifact.dequantized import DequantizedCheckpoint
 from qpalette.artifact.format import (
     FORMAT_VERSION,
     METHOD,
@@ -15,12 +17,15 @@ __all__ = [
     "FORMAT_VERSION",
     "METHOD",
     "Artifact",
+    "DequantizedCheckpoint",
     "Inspection",
     "PackedCheckpoint",
     "QuantizationFormat",
+    "check_checksums",
     "counted_bits",
     "expected_tensors",
     "model_card",
     "open_artifact",
     "total_bits",
+    "write_checksums",
 ]

@@ -35,15 +35,17 @@ class PackedCheckpoint(Checkpoint):
         self._packed: dict[str, tuple[str, str]] = {}
         tensors: dict[str, TensorInfo] = {}
         records = quantization.records
+        replaced: dict[str, list[str]] = {}  # tensor -> the linears in it: all experts may share one
+        for linear in records:
+            replaced.setdefault(source.tensor_of(linear), []).append(linear)
         for info in source.tensors.values():
-            linear = info.name.removesuffix(".weight")
-            if info.name.endswith(".weight") and linear in records:
+            if info.name not in replaced:
+                tensors[info.name] = info
+            for linear in replaced.get(info.name, []):
                 for suffix, (dtype, shape) in expected_tensors(records[linear]).items():
                     name = f"{linear}.{suffix}"
                     tensors[name] = TensorInfo(name, shape, dtype)
                     self._packed[name] = (linear, suffix)
-            else:
-                tensors[info.name] = info
         self.tensors = tensors
 
     @property

@@ -2,6 +2,7 @@
 
 from qpalette.checkpoint.export import export_checkpoint
 from qpalette.checkpoint.groups import Grouping, find_groups
+from qpalette.checkpoint.safetensors_source import copy_side_files
 from qpalette.checkpoint.safetensors_writer import StreamingSafetensorsWriter
 from qpalette.checkpoint.source import Checkpoint, TensorInfo, open_checkpoint
 
@@ -10,6 +11,7 @@ __all__ = [
     "Grouping",
     "StreamingSafetensorsWriter",
     "TensorInfo",
+    "copy_side_files",
     "export_checkpoint",
     "find_groups",
     "open_checkpoint",

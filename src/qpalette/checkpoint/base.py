@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from qpalette.checkpoint.model_class import EXPERT, stored_transposed
+from qpalette.core.records import LinearShape
+
 SAMPLE_BYTES = 4096
 SAMPLES_PER_FILE = 64
 
@@ -45,12 +48,39 @@ class Checkpoint(ABC):
         Raises CheckpointError when there is no such tensor or its bytes cannot be read.
         """
 
+    def read_part(self, name: str, index: int) -> torch.Tensor:
+        """`read(name)[index]`, without the rest where the format allows it."""
+        return self.read(name)[index].clone()
+
+    def tensor_of(self, linear: str) -> str:
+        """The name of the tensor that holds the weight of a linear: its own, or one that stacks all experts."""
+        match = EXPERT.fullmatch(linear)
+        stacked = f"{match['experts']}.{match['leaf']}" if match else ""
+        return stacked if stacked in self.tensors else f"{linear}.weight"
+
+    def weight_bytes(self, linear: LinearShape) -> int:
+        """What the weight of a linear takes on disk."""
+        return linear.weights * self.tensors[self.tensor_of(linear.name)].dtype.itemsize
+
+    def read_weight(self, linear: str) -> torch.Tensor:
+        """The weight of a linear, [out_features, in_features]. Raises CheckpointError as `read` does."""
+        tensor, match = self.tensor_of(linear), EXPERT.fullmatch(linear)
+        if tensor == f"{linear}.weight" or match is None:
+            return self.read(tensor)
+        part = self.read_part(tensor, int(match["index"]))
+        return part.T.contiguous() if stored_transposed(self.config, linear) else part
+
     @abstractmethod
     def save_side_files(self, directory: Path) -> None:
         """Write tokenizer, chat template and generation config into an existing directory.
 
         Never weights, never code, never config.json.
         """
+
+    @property
+    def location(self) -> Path:
+        """What `open_checkpoint` takes to open the same model again."""
+        return self.files[0] if self.format == "gguf" else self.files[0].parent
 
     @property
     def total_bytes(self) -> int:

@@ -6,11 +6,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from qpalette.checkpoint.base import Checkpoint, TensorInfo
+from qpalette.checkpoint.model_class import (
+    EXPERT,
+    FIRST,
+    NOT_LANGUAGE,
+    modules_of_class,
+    text_config,
+    unstack,
+    why_not_packable,
+)
 from qpalette.core.errors import CheckpointError
 from qpalette.core.records import TILE, LinearGroup, LinearShape
 
@@ -26,10 +35,13 @@ FUSED: dict[str, tuple[str, ...]] = {name: (name,) for name in SPLIT}
 ARCHITECTURES: dict[str, dict[str, tuple[str, ...]]] = {
     "llama": SPLIT,
     "mistral": SPLIT,
+    "mixtral": SPLIT,  # experts are known by their names, in every architecture
     "qwen2": SPLIT,
     "qwen3": SPLIT,
+    "qwen3_moe": SPLIT,
     "gemma3": SPLIT,
     "gemma3_text": SPLIT,
+    "gpt_oss": SPLIT,
     "olmo2": SPLIT,
     "phi3": FUSED,
 }
@@ -41,7 +53,6 @@ DECODER_LAYER = re.compile(r"(?P<layer>(?:(?:model|language_model)\.)*layers\.(?
 ANY_LAYER = re.compile(r".*?\b(?:layers|layer|blocks|block|h)\.(?P<index>\d+)\.(?P<rest>.+)")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-NOT_LANGUAGE = re.compile(r"vision|visual|audio|image|multi_modal|(^|\.)mm_")
 # (what a name looks like, why it stays as it is), first match wins
 LEFT_ALONE = (
     (re.compile(r"(^|\.)mtp\."), "multi-token-prediction head"),
@@ -76,7 +87,9 @@ def find_groups(
     `include` and `exclude` are glob patterns over linear names (no ".weight"): with `include`, only what matches one
     is quantized; what matches an `exclude` never is. Embeddings and the output head are optional: they stay as they
     are unless a pattern of `also` matches their name or its last part, such as "lm_head" or "embed_tokens". A tied
-    head is the embedding, under both names. Architectures without a table give groups of one linear each.
+    head is the embedding, under both names. Architectures without a table give groups of one linear each: what the
+    model class in transformers has as nn.Linear or as experts, or, without such a class, every matrix of a layer.
+    The first linears of all experts in a layer read the same input, and are one group.
 
     Raises CheckpointError when linears that share an input disagree about its size or a pattern of `also` matches
     nothing.
@@ -84,16 +97,17 @@ def find_groups(
     reasons: dict[str, str] = {}
     linears: list[LinearShape] = []
     for info in checkpoint.tensors.values():
-        reason = _why_not(info, checkpoint.config) or _filtered(info.name, include, exclude)
+        stack = unstack(checkpoint.config, info.name, info.shape) if info.dtype in FLOATS else []
+        reason = (None if stack else _why_not(info, checkpoint.config)) or _filtered(info.name, include, exclude)
         if reason is None:
-            linears.append(LinearShape(info.name.removesuffix(".weight"), *info.shape))
+            linears += stack or [LinearShape(info.name.removesuffix(".weight"), *info.shape)]
         elif len(info.shape) >= 2:
             reasons[info.name] = reason
     groups = _in_groups(linears, ARCHITECTURES.get(_model_type(checkpoint.config), {}))
     chosen, optional = _choose(_optional(checkpoint), also)
     groups += chosen
     reasons = {name: reason for name, reason in reasons.items() if name not in {f"{g.name}.weight" for g in chosen}}
-    grouped = {f"{linear.name}.weight" for group in groups for linear in group.linears}
+    grouped = {checkpoint.tensor_of(linear.name) for group in groups for linear in group.linears}
     untouched = tuple(name for name in checkpoint.tensors if name not in grouped)
     return Grouping(groups, untouched, reasons, optional)
 
@@ -106,8 +120,8 @@ def _optional(checkpoint: Checkpoint) -> dict[LinearGroup, tuple[str, ...]]:
         if info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype in FLOATS and min(info.shape) >= TILE
     }
     language = {name: shape for name, shape in matrices.items() if not NOT_LANGUAGE.search(name)}
-    text_config = checkpoint.config.get("text_config") or {}
-    tied = any(config.get("tie_word_embeddings") for config in (checkpoint.config, text_config))
+    configs = (checkpoint.config, text_config(checkpoint.config))
+    tied = any(config.get("tie_word_embeddings") for config in configs)
     heads = [] if tied else [name for name in language if OUTPUT_HEAD.fullmatch(name)]
     found: dict[LinearGroup, tuple[str, ...]] = {}
     for name in [*filter(EMBEDDING.fullmatch, language), *heads]:
@@ -130,7 +144,7 @@ def _choose(
 
 
 def _model_type(config: Mapping[str, Any]) -> str:
-    return config.get("model_type", "")
+    return str(config.get("model_type", ""))
 
 
 def _why_not(info: TensorInfo, config: Mapping[str, Any]) -> str | None:
@@ -145,16 +159,19 @@ def _why_not(info: TensorInfo, config: Mapping[str, Any]) -> str | None:
         return reason
     if match is None:
         return "not in a numbered layer"
-    layers = (config.get("text_config") or config).get("num_hidden_layers")
-    if layers is not None and int(match["index"]) >= layers:
+    layers = text_config(config).get("num_hidden_layers")
+    if isinstance(layers, int) and int(match["index"]) >= layers:
         return "a layer beyond the decoder's (multi-token prediction)"
     if min(info.shape) < TILE:
         return f"smaller than {TILE} x {TILE}"
-    if table and not any(match["rest"] in members for members in table.values()):
-        return f"no linear of the {_model_type(config)} table"
     if _model_type(config) in TRANSPOSED:
         return "stored transposed (Conv1D)"
-    return None
+    linear = info.name.removesuffix(".weight")
+    if table:
+        known = EXPERT.fullmatch(linear) or any(match["rest"] in members for members in table.values())
+        return None if known else f"no linear of the {_model_type(config)} table"
+    modules = modules_of_class(config)
+    return why_not_packable(modules, linear, info.shape) if modules else None
 
 
 def _filtered(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
@@ -168,21 +185,35 @@ def _filtered(name: str, include: Sequence[str], exclude: Sequence[str]) -> str 
 
 def _in_groups(linears: Iterable[LinearShape], table: Mapping[str, tuple[str, ...]]) -> tuple[LinearGroup, ...]:
     """Gather by the table; layers in numeric order, groups and members in the table's."""
-    place = {member: (name, rank) for name, members in table.items() for rank, member in enumerate(members)}
-    order = list(table)
-    members: dict[str, list[tuple[int, LinearShape]]] = {}
-    keys: dict[str, tuple[Any, ...]] = {}
+    members: dict[_Place, list[tuple[int, LinearShape]]] = {}
     for linear in linears:
-        match = DECODER_LAYER.fullmatch(linear.name) if table else None
-        if match:
-            group, rank = place[match["rest"]]
-            name, key = f"{match['layer']}.{group}", (*_natural(match["layer"]), (order.index(group),))
-        else:
-            name, rank, key = linear.name, 0, _natural(linear.name)
-        members.setdefault(name, []).append((rank, linear))
-        keys[name] = key
-    ordered = sorted(members, key=lambda name: keys[name])
-    return tuple(_group(name, [linear for _, linear in sorted(members[name], key=lambda m: m[0])]) for name in ordered)
+        place, rank = _place_of(linear.name, table)
+        members.setdefault(place, []).append((rank, linear))
+    return tuple(
+        _group(place.group, [linear for _, linear in sorted(members[place], key=lambda member: member[0])])
+        for place in sorted(members, key=lambda place: place.key)
+    )
+
+
+class _Place(NamedTuple):
+    group: str
+    key: tuple[tuple[int, int, str], ...]  # of sorting: (a number, or nothing, or a word) at each level
+
+
+def _place_of(name: str, table: Mapping[str, tuple[str, ...]]) -> tuple[_Place, int]:
+    """The group of a linear, and its rank there."""
+    expert, match = EXPERT.fullmatch(name), DECODER_LAYER.fullmatch(name) if table else None
+    if expert is not None:
+        first = next((leaves for leaves in FIRST if expert["leaf"] in leaves), None)
+        if first is None:
+            return _Place(name, _natural(name)), 0
+        group = f"{expert['experts']}.gate_up_proj"
+        return _Place(group, _natural(group)), len(first) * int(expert["index"]) + first.index(expert["leaf"])
+    if match is not None:
+        group = next(group for group, members in table.items() if match["rest"] in members)
+        key = (*_natural(match["layer"]), (0, list(table).index(group), ""))
+        return _Place(f"{match['layer']}.{group}", key), table[group].index(match["rest"])
+    return _Place(name, _natural(name)), 0
 
 
 def _group(name: str, linears: list[LinearShape]) -> LinearGroup:

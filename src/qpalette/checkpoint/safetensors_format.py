@@ -115,7 +115,7 @@ def _entry(file: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
         raise CheckpointError(
             f"{file}: tensor {name!r} has a shape or offset that is no natural number; fetch the file again"
         )
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
             f"{file}: tensor {name!r} has dtype {dtype!r}, which is not supported ({', '.join(DTYPES)}); "
             "convert the checkpoint to 16-bit floats first"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,30 @@ class SafetensorsCheckpoint(Checkpoint):
         stored = self._stored.get(name)
         if stored is None:
             raise CheckpointError(f"{self.directory}: there is no tensor {name!r}; the names are those of its headers")
-        buffer = torch.empty(stored.info.nbytes, dtype=torch.uint8)
-        with open(stored.file, "rb", buffering=0) as stream:
-            stream.seek(stored.offset)
-            _fill(stream, buffer.numpy().data, f"{stored.file}: tensor {name!r}")
-        return buffer.view(stored.info.dtype).reshape(stored.info.shape)
+        return _read(stored, 0, stored.info.shape)
+
+    def read_part(self, name: str, index: int) -> torch.Tensor:
+        stored = self._stored[name]
+        return _read(stored, index, stored.info.shape[1:])
 
     def save_side_files(self, directory: Path) -> None:
-        for file in sorted(self.directory.iterdir()):
-            if _is_side_file(file):
-                _copy_without_remote_code(file, directory / file.name)
+        copy_side_files(self.directory, directory)
+
+
+def copy_side_files(source: Path, target: Path, but: Collection[str] = ()) -> None:
+    """Tokenizer, chat template, generation config and licence from one model directory to another, `but` some names."""
+    for file in sorted(source.iterdir()):
+        if _is_side_file(file) and file.name not in but:
+            _copy_without_remote_code(file, target / file.name)
+
+
+def _read(stored: StoredTensor, index: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The `index`-th of equal parts of a tensor, each of `shape`."""
+    buffer = torch.empty(math.prod(shape) * stored.info.dtype.itemsize, dtype=torch.uint8)
+    with open(stored.file, "rb", buffering=0) as stream:
+        stream.seek(stored.offset + index * buffer.nbytes)
+        _fill(stream, buffer.numpy().data, f"{stored.file}: tensor {stored.info.name!r}")
+    return buffer.view(stored.info.dtype).reshape(shape)
 
 
 def _fill(stream: Any, view: memoryview, what: str) -> None:

@@ -27,15 +27,23 @@ def evaluate(
         int | None,
         typer.Option("--windows", metavar="N", help="Use the first N windows of 2048 tokens.  [default: all]"),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="T,T", help="Score tasks of lm-eval instead: names, or task files (.yaml)."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
-    """Measure perplexity, KL divergence from the original and top-1 agreement.
+    """Measure perplexity, KL divergence from the original and top-1 agreement, or score tasks.
 
     Example: [bold]qpalette eval OUT --reference MODEL --text wiki.test.raw --windows 16[/]
     """
     from qpalette.evaluate import evaluate as measure
     from qpalette.evaluate.windows import check_limit, read_text
 
+    if tasks is not None:
+        from qpalette.cli.tasks import score_tasks
+
+        return score_tasks(model, reference, tasks, as_json)
     check_limit(windows)
     if text is not None:
         read_text(text)  # a wrong file is told before minutes of loading

@@ -6,11 +6,12 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qpalette.cli.output import count, print_facts, print_json, print_table, size
+from qpalette.cli.output import count, print_facts, print_json, print_note, print_table, size
 from qpalette.core.errors import SpecError
 from qpalette.core.records import LinearGroup, packed_bits
 
@@ -26,6 +27,9 @@ def inspect(
     model: Annotated[
         str, typer.Argument(help="A quantized directory, a Hugging Face directory, a .gguf file or a Hub id.")
     ],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Of a quantized directory: compare every file with its SHA256SUMS.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what a model holds and what it would weigh at 2, 3 and 4 bits. Reads headers only.
@@ -34,6 +38,10 @@ def inspect(
     """
     from qpalette.evaluate import is_artifact
 
+    if verify:
+        from qpalette.artifact import check_checksums
+
+        print_note(f"{model}: {check_checksums(Path(model).expanduser())} files are as they were written")
     describe = _describe_artifact if is_artifact(model) else _describe_checkpoint
     describe(model, as_json)
 

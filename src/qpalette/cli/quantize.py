@@ -61,6 +61,10 @@ def quantize(
         typer.Option("--also", metavar="NAME", help="Quantize this too: lm_head or embed_tokens. May be repeated."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to encode, such as cuda.")] = "cpu",
+    workers: Annotated[int, typer.Option("--workers", help="Processes; with --device cuda they share the GPUs.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="Run the workers in a Ray cluster, or 'local'.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done; reads headers alone.")
     ] = False,
@@ -85,6 +89,7 @@ def quantize(
     options: dict[str, Any] = {"bits": bits, "spec": spec, "effort": effort, "rotation": rotation, "seed": seed}
     options |= {"plan": plan, "size": disk, "sensitivity": sensitivity}
     options |= {"hessians": hessians, "damping": damping, "also": also or (), "device": device}
+    options |= {"workers": workers, "ray": ray}
     if dry_run:
         estimate = run(model, out, **options, dry_run=True)
         assert isinstance(estimate, Estimate)
@@ -216,6 +221,7 @@ def _show_estimate(model: str, estimate: Estimate, as_json: bool) -> None:
                 "bytes": estimate.tensor_bytes,
                 "disk_bytes": estimate.disk_bytes,
                 "peak_memory_bytes": estimate.peak_memory_bytes,
+                "seconds": estimate.seconds,
             }
         )
         return
@@ -228,5 +234,6 @@ def _show_estimate(model: str, estimate: Estimate, as_json: bool) -> None:
             "size": f"{size(estimate.source_bytes)} before, {size(estimate.tensor_bytes)} after",
             "free disk needed": size(estimate.disk_bytes),
             "memory needed": f"about {size(estimate.peak_memory_bytes)}",
+            "time needed": f"about {estimate.seconds:.0f} s" if estimate.seconds is not None else "not tried",
         },
     )

@@ -58,7 +58,7 @@ def bits_per_weight(path: str | Path) -> float | None:
     linears = [linear for group in find_groups(checkpoint).groups for linear in group.linears]
     if checkpoint.format == "gguf" or not linears:
         return None
-    stored = sum(checkpoint.tensors[f"{linear.name}.weight"].nbytes for linear in linears)
+    stored = sum(map(checkpoint.weight_bytes, linears))
     return 8 * stored / sum(linear.weights for linear in linears)
 
 

@@ -6,9 +6,9 @@ hooks are used that are the same in every release from 5.16 on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,10 +23,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qpalette.artifact.format import FORMAT_VERSION, METHOD, QuantizationFormat
 from qpalette.artifact.reader import open_artifact
+from qpalette.checkpoint.model_class import Modules
 from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord
 from qpalette.kernels import select
-from qpalette.nn import PackedModule, QuantEmbedding, QuantLinear, TiedHead
+from qpalette.nn import PackedModule, QuantEmbedding, QuantExperts, QuantLinear, TiedHead, join_siblings
 
 
 class QPaletteConfig(QuantizationConfigMixin):
@@ -66,29 +67,41 @@ class QPaletteQuantizer(HfQuantizer):
     ) -> None:
         records = self.quantization_config.records
         stored = _check_files(Path(checkpoint_files[0]).parent, records) if checkpoint_files else set()
-        found = dict(_locate(model, records))
+        found = _locate(model, records)
         tied = dict(getattr(model, "all_tied_weights_keys", {}))
         heads = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in tied.items()}
-        for module_name, name in found.items():
-            if module_name in heads:
+        experts: dict[str, dict[str, LinearRecord]] = {}
+        for name, place in found.items():
+            if place.module in heads:
                 raise ArtifactError(f"linear '{name}' is packed, but config.json ties its weight to the embeddings")
-            _swap(model, module_name, records[name], multiplied=module_name in heads.values())
-        _share_packed_embeddings(model, {head: source for head, source in heads.items() if source in found}, stored)
+            if place.expert:
+                experts.setdefault(place.module, {})[place.expert] = records[name]
+            else:
+                _swap(model, place.module, records[name], multiplied=place.module in heads.values())
+        for module_name, packed in experts.items():
+            model.set_submodule(module_name, QuantExperts(model.get_submodule(module_name), packed, module_name))
+        swapped = {place.module for place in found.values()}
+        _share_packed_embeddings(model, {head: source for head, source in heads.items() if source in swapped}, stored)
         # A base model names its modules without the prefix; what it saves must be named alike.
-        linears = self.quantization_config.linears
-        self.quantization_config.linears = {module_name: linears[name] for module_name, name in found.items()}
+        linears, prefix = self.quantization_config.linears, f"{model.base_model_prefix}."
+        self.quantization_config.linears = {
+            place.name if place.name in (name.removeprefix(prefix), prefix + name) else name: linears[name]
+            for name, place in found.items()
+        }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for name, module in _packed_modules(model).items():
+        for name, module in _modules_of_kind(model, PackedModule).items():
             module.check_values(name)
             module.prepare()
+        join_siblings(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         before = model.dtype
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or before
-        for name, module in _packed_modules(model).items():
-            model.set_submodule(name, module.dequantize(wanted))
+        for kind in (QuantExperts, PackedModule):
+            for name, module in _modules_of_kind(model, kind).items():
+                model.set_submodule(name, module.dequantize(wanted))
         _untie(model)
         for parameter in model.parameters():  # not buffers: rotary frequencies must stay float32
             if parameter.dtype == before:
@@ -132,23 +145,34 @@ def _check_files(directory: Path, records: Mapping[str, LinearRecord]) -> set[st
     return set(artifact.stored)
 
 
-def _locate(model: Any, records: Mapping[str, LinearRecord]) -> Iterator[tuple[str, str]]:
-    """(name of the module in `model`, name in the checkpoint) of every packed linear.
+class _Place(NamedTuple):
+    """Where a packed linear goes: a module, or "3.gate_proj" and the like in a module that holds all experts."""
 
-    As transformers does with tensors, the prefix of the base model is added or dropped where the class needs it.
+    module: str
+    expert: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.expert}".rstrip(".")
+
+
+def _locate(model: Any, records: Mapping[str, LinearRecord]) -> dict[str, _Place]:
+    """The place of each packed linear, by its name in the checkpoint.
+
+    Raises ArtifactError when the model has no such module, or one that cannot be packed.
     """
-    modules = dict(model.named_modules())
-    prefix = f"{model.base_model_prefix}."
+    modules = Modules(model)
     headless = not hasattr(model, model.base_model_prefix)
+    found = {}
     for name, record in records.items():
-        candidates = (name, name.removeprefix(prefix), prefix + name)
-        module_name = next((candidate for candidate in candidates if candidate in modules), None)
-        if module_name is None:
-            if headless and not name.startswith(prefix):
-                continue  # a head, which this class does not have
+        if (holder := modules.find_experts(name)) is not None:
+            found[name] = _Place(holder, ".".join(name.split(".")[-2:]))
+        elif (module_name := modules.find(name)) is not None:
+            _check_module(name, modules.all[module_name], record)
+            found[name] = _Place(module_name)
+        elif not headless or name.startswith(f"{model.base_model_prefix}."):  # else a head, which this class lacks
             raise ArtifactError(f"{type(model).__name__} has no module '{name}', which config.json says is packed")
-        _check_module(name, modules[module_name], record)
-        yield module_name, name
+    return found
 
 
 def _check_module(name: str, module: nn.Module, record: LinearRecord) -> None:
@@ -202,7 +226,7 @@ def _share_packed_embeddings(model: Any, sources: Mapping[str, str], stored: Col
 
 def _untie(model: Any) -> None:
     """After dequantizing: heads become ordinary linears again, tied as the class says."""
-    heads = {name: module for name, module in model.named_modules() if isinstance(module, TiedHead)}
+    heads = _modules_of_kind(model, TiedHead)
     if not heads:
         return
     del model._tied_weights_keys
@@ -212,8 +236,8 @@ def _untie(model: Any) -> None:
     model.tie_weights()
 
 
-def _packed_modules(model: Any) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+def _modules_of_kind(model: Any, kind: type[nn.Module]) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 register()

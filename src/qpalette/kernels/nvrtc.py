@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,7 @@ def _load(source: str, name: str, macros: tuple[tuple[str, int], ...], device: i
     code = compile_cubin(source, f"sm_{handle.arch}", macros)
     kernel = cuda.ObjectCode.from_cubin(code).get_kernel(name)
     if shared_bytes:  # with the kernel's own, it may be above what CUDA gives unasked
-        from cuda.bindings import driver
-
+        driver = _driver()
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, int(kernel.handle), device)
         if status != driver.CUresult.CUDA_SUCCESS:
@@ -59,24 +59,50 @@ def _load(source: str, name: str, macros: tuple[tuple[str, int], ...], device: i
     return kernel
 
 
-def launch(kernel: Any, device: int, stream: int, grid: int, block: int, shared_bytes: int, *arguments: Any) -> None:
-    """Start `kernel` on the CUDA stream with handle `stream`; tensors among `arguments` pass their address."""
-    cuda = _cuda_core()
-    config = cuda.LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
-    cuda.launch(_stream(device, stream), config, kernel, *arguments)
+def launch(
+    kernel: Any,
+    stream: int,
+    grid: int | tuple[int, int],
+    block: int,
+    shared_bytes: int,
+    arguments: Sequence[Any],
+    overlap: bool = False,
+) -> None:
+    """Start `kernel` on the CUDA stream with handle `stream`, whose device must be current.
+
+    `arguments` are ctypes values, structures among them. With `overlap` the kernel may start before the one before it
+    has ended, and must wait for it itself (programmatic dependent launch).
+    """
+    driver = _driver()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY = grid if isinstance(grid, tuple) else (grid, 1)
+    config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+    config.blockDimX = block
+    config.sharedMemBytes = shared_bytes
+    config.hStream = stream
+    config.attrs = _attributes(overlap)
+    config.numAttrs = len(config.attrs)
+    places = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+    (status,) = driver.cuLaunchKernelEx(config, driver.CUfunction(int(kernel.handle)), ctypes.addressof(places), 0)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise UnsupportedError(f"a CUDA kernel does not start: {status.name} (grid {grid}, block {block})")
 
 
-@lru_cache(maxsize=64)
-def _stream(device: int, handle: int) -> Any:
-    return _cuda_core().Device(device).create_stream(_ForeignStream(handle))
+@lru_cache(maxsize=2)
+def _attributes(overlap: bool) -> list[Any]:
+    driver, attributes = _driver(), []
+    if overlap:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(attribute)
+    return attributes
 
 
-class _ForeignStream:
-    def __init__(self, handle: int) -> None:
-        self.handle = handle
+def _driver() -> Any:
+    from cuda.bindings import driver
 
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
+    return driver
 
 
 def _cuda_core() -> Any:

@@ -1,6 +1,7 @@
 """From a checkpoint and a plan to a quantized model directory."""
 
 from qpalette.pipeline.api import quantize
+from qpalette.pipeline.forecast import forecast_seconds
 from qpalette.pipeline.hessians import Calibration, HessianStore
 from qpalette.pipeline.jobs import Estimate, estimate
 from qpalette.pipeline.quantize import Progress, quantize_checkpoint
@@ -15,6 +16,7 @@ __all__ = [
     "Progress",
     "QuantizeReport",
     "estimate",
+    "forecast_seconds",
     "quantize",
     "quantize_checkpoint",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from qpalette.checkpoint import find_groups, open_checkpoint
 from qpalette.core.errors import SpecError
 from qpalette.core.rate import parse_rate
+from qpalette.pipeline.forecast import forecast_seconds
 from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import Estimate, estimate
 from qpalette.pipeline.planning import even_sensitivities, make_plan
@@ -37,6 +39,8 @@ def quantize(
     damping: float = DAMPING,
     also: Sequence[str] = (),
     device: str = "cpu",
+    workers: int = 1,
+    ray: str | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -57,7 +61,8 @@ def quantize(
 
     `hessians` is a directory that `qpalette.calibrate` has filled for this model: rounding is then calibrated, with
     `damping` times the mean diagonal added to each Hessian. `also` names what is left alone otherwise: "lm_head",
-    "embed_tokens" (`find_groups`). `device` is where weights are encoded, such as "cuda".
+    "embed_tokens" (`find_groups`). `device` is where weights are encoded, such as "cuda";
+    `workers` and `ray` as in `quantize_checkpoint`.
 
     Raises SpecError on options that mean nothing or do not fit the model, BudgetError naming the least that is possible
     on a budget that nothing fits, CheckpointError on a model that cannot be read, HessianError on Hessians that are
@@ -89,7 +94,7 @@ def quantize(
         options |= {"rotation": rotation, "seed": seed}
         ready = make_plan(known or even_sensitivities(groups), budget, space, checkpoint, **options).plan
     if dry_run:
-        return estimate(checkpoint, ready, store)
+        return replace(estimate(checkpoint, ready, store), seconds=forecast_seconds(checkpoint, ready, device))
     base_model = None if Path(model).expanduser().exists() else str(model)
     return quantize_checkpoint(
         checkpoint,
@@ -99,6 +104,8 @@ def quantize(
         damping=damping,
         progress=progress,
         device=device,
+        workers=workers,
+        ray=ray,
         overwrite=overwrite,
         base_model=base_model,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qpalette.core.records import TILE
 from qpalette.kernels import Backend, select
-from qpalette.pipeline.encode import EncodedLinear, Quality, check_finite, check_scales
+from qpalette.pipeline.encode import EncodedLinear, Quality, check_finite, check_scales, encode_tiles
 from qpalette.pipeline.hessians import rotate_hessian
 from qpalette.pipeline.jobs import Job
 from qpalette.quantizers.feedback import Feedback, encode_with_feedback, factorize, fit_row_scales
@@ -69,7 +69,7 @@ def _encode_stacked(
     padded = [height + -height % TILE for height in heights]
     stacked = torch.cat([F.pad(m.unit, (0, 0, 0, p - h)) for m, h, p in zip(members, heights, padded, strict=True)])
     rows = max(1, STACKED_WEIGHTS // (TILE * stacked.shape[1])) * TILE
-    encode, decode = partial(backend.encode, spec), partial(backend.decode, spec)
+    encode, decode = partial(encode_tiles, backend, spec), partial(backend.decode, spec)
     parts = [encode_with_feedback(chunk, feedback, encode, decode) for chunk in stacked.split(rows)]
     codes = torch.cat([part[0] for part in parts]).split([p // TILE for p in padded])
     decoded = torch.cat([part[1] for part in parts]).split(padded)

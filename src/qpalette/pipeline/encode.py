@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 
-from qpalette.core.errors import CheckpointError
+from qpalette.core.errors import CheckpointError, InputError
 from qpalette.core.records import TILE, LinearGroup, LinearRecord
 from qpalette.kernels import Backend, select
 from qpalette.pack.tiles import from_tiles, to_tiles
 from qpalette.rotate import Rotation, pack_signs, rotate_weight
+
+logger = logging.getLogger(__name__)
 
 CHUNK_WEIGHTS = 1 << 21  # encoded at a time, in whole tile rows: enough to fill a GPU, and it bounds the temporaries
 
@@ -45,6 +49,7 @@ class EncodedLinear:
     scales: torch.Tensor
     signs: torch.Tensor
     quality: Quality
+    weight_sha256: str = ""  # of the weight as it was read
 
 
 def encode_linear(
@@ -86,7 +91,7 @@ def _encode_rows(name: str, rotated: torch.Tensor, spec: str, backend: Backend) 
     check_scales(name, rms)
     unit = torch.where(rms > 0, source / rms, 0.0)
     tiles = to_tiles(unit.float())
-    codes = backend.encode(spec, tiles.reshape(-1, tiles.shape[-1]))
+    codes = encode_tiles(backend, spec, tiles.reshape(-1, tiles.shape[-1]))
     decoded = from_tiles(backend.decode(spec, codes).reshape(tiles.shape), *source.shape).double()
     gain = (unit * decoded).sum(1, keepdim=True) / decoded.square().sum(1, keepdim=True)
     # A scale below float16's smallest number rounds to 0: the row is lost, and counted so in the distortion.
@@ -95,9 +100,33 @@ def _encode_rows(name: str, rotated: torch.Tensor, spec: str, backend: Backend) 
     return _Rows(
         codes=codes.reshape(*tiles.shape[:2], -1),
         scales=scales.flatten().view(torch.int16),
-        error=float((source - scales.double() * decoded).square().sum()),
-        energy=float(source.square().sum()),
+        error=_total((source - scales.double() * decoded).square()),
+        energy=_total(source.square()),
     )
+
+
+def _total(values: torch.Tensor) -> float:
+    """Row by row, then exactly: torch's own sum over everything depends on the number of threads."""
+    return math.fsum(values.sum(1).tolist())
+
+
+def encode_tiles(backend: Backend, spec: str, tiles: torch.Tensor) -> torch.Tensor:
+    """`backend.encode`, in halves as long as the device has no room; the codes are the same.
+
+    Raises InputError when there is no room for one tile.
+    """
+    try:
+        return backend.encode(spec, tiles)
+    except torch.OutOfMemoryError as error:
+        if len(tiles) == 1:
+            raise InputError(
+                f"{tiles.device} has no memory left to encode one tile of {spec}: free some of it, or use --device cpu"
+            ) from error
+    # Outside the handler, whose traceback would keep the failed call's tensors alive.
+    if tiles.device.type == "cuda":
+        torch.cuda.empty_cache()
+    logger.info("%s is short of memory: %d tiles are encoded in halves", tiles.device, len(tiles))
+    return torch.cat([encode_tiles(backend, spec, half) for half in tiles.tensor_split(2)])
 
 
 def check_finite(name: str, weight: torch.Tensor) -> None:

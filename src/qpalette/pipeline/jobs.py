@@ -14,6 +14,8 @@ import torch
 
 from qpalette.artifact import FORMAT_VERSION, PackedCheckpoint, QuantizationFormat, counted_bits, total_bits
 from qpalette.checkpoint import Checkpoint, Grouping, find_groups
+from qpalette.checkpoint.model_class import EXPERT
+from qpalette.core.errors import SpecError
 from qpalette.core.records import LinearGroup, LinearRecord, LinearShape, PackedBits
 from qpalette.pipeline.encode import feedback_bytes, working_bytes
 from qpalette.pipeline.hessians import HessianStore
@@ -60,6 +62,7 @@ class Estimate:
     tensor_bytes: int  # all tensors of the result
     disk_bytes: int  # free space that a run from the start asks for
     peak_memory_bytes: int  # of tensors, about; a backend's search tables come on top
+    seconds: float | None = None  # about, from a trial on this machine (`forecast_seconds`); None when nobody tried
 
     @property
     def rate(self) -> Fraction:
@@ -82,6 +85,7 @@ def make_jobs(
     if hessians is not None:
         hessians.check_source(fingerprint)
     jobs = []
+    _check_experts(plan, groups)
     for linear in select_linears(plan, groups):
         rotation = rotation_for(linear.in_features, plan.rotation).name
         spec = plan.specs[linear.name]
@@ -93,6 +97,19 @@ def make_jobs(
         digest = _digest(linear, group.name, record, fingerprint, feedback)
         jobs.append(Job(linear, group, record, digest, calibrated))
     return jobs
+
+
+def _check_experts(plan: Plan, groups: Sequence[LinearGroup]) -> None:
+    """All experts of a layer are one module of the model: packed together, or not at all."""
+    named: dict[str, list[bool]] = {}
+    for linear in (linear for group in groups for linear in group.linears):
+        if match := EXPERT.fullmatch(linear.name):
+            named.setdefault(match["experts"], []).append(linear.name in plan.specs)
+    for experts, chosen in named.items():
+        if any(chosen) and not all(chosen):
+            raise SpecError(
+                f"the plan names {sum(chosen)} of {len(chosen)} linears in {experts}: name all of them, or none"
+            )
 
 
 def format_of(
@@ -141,7 +158,7 @@ def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job]) -> int:
     def of_job(job: Job) -> int:
         chunk = working_bytes(job.linear.weights, parse_spec(job.record.spec).rate)
         together = feedback_bytes(job.group) if job.calibrated else 0
-        return checkpoint.tensors[f"{job.name}.weight"].nbytes + 2 * job.packed_bytes + chunk + together
+        return checkpoint.weight_bytes(job.linear) + 2 * job.packed_bytes + chunk + together
 
     copied = max(info.nbytes for info in checkpoint.tensors.values())
     return max(copied, *map(of_job, jobs))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,59 +13,73 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qpalette.checkpoint import StreamingSafetensorsWriter, TensorInfo
+from qpalette.checkpoint import Checkpoint, StreamingSafetensorsWriter, TensorInfo
 from qpalette.core.errors import CheckpointError
 from qpalette.pipeline.encode import EncodedLinear, Quality
 from qpalette.pipeline.jobs import Job
 
 logger = logging.getLogger(__name__)
 
+TENSORS = ("qp_codes", "qp_scales", "qp_signs")
+
 
 class PartialResults:
     """A folder of finished linears, named by the digest of their job: another plan or source never meets them.
 
-    A file appears by a rename after its bytes are on disk, so what is there is whole.
+    A file appears by a rename after its bytes are on disk, so what is there is whole; its SHA-256 tells of bits that
+    the disk has lost since. A job's digest knows samples of the source alone. So when the source's files have another
+    size or time than in the run before, the weights that finished linears were made from are compared as well.
     """
 
     def __init__(self, directory: Path, jobs: Iterable[Job]) -> None:
         self.directory = directory
         self._jobs = {job.name: job for job in jobs}
         self._linears = directory / "linears"
+        self._stamps = self._linears / "source.json"
+        self._found: dict[str, Quality] = {}
         self.assembled = directory / "assembled"
         self.replaced = directory / "replaced"
 
-    def open(self) -> None:
-        """Make the folder, and drop what an interrupted run left half-written in it."""
+    def open(self, checkpoint: Checkpoint) -> None:
+        """Make the folder, drop what an interrupted run left half-written in it, and see which linears are finished."""
         self._linears.mkdir(parents=True, exist_ok=True)
         for leftover in self._linears.glob("*.tmp"):
             leftover.unlink()
         for leftover in [self.assembled, *self.directory.glob(f".{self.assembled.name}.*")]:
             shutil.rmtree(leftover, ignore_errors=True)
+        changed = self._stamps.exists() and self._stamps.read_text(encoding="utf-8") != _stamps_of(checkpoint)
+        if changed:
+            logger.warning("the source's files changed since the last run: finished linears are compared with them")
+        for job in self._jobs.values():
+            quality = self._load(job, checkpoint if changed else None)
+            if quality is not None:
+                self._found[job.name] = quality
+        temporary = self._stamps.with_suffix(".tmp")
+        temporary.write_text(_stamps_of(checkpoint), encoding="utf-8")
+        os.replace(temporary, self._stamps)
 
     def quality(self, job: Job) -> Quality | None:
         """The quality of a finished job; None when it is still to do."""
-        file = self._file(job)
-        if not file.exists():
-            return None
-        try:
-            with safe_open(file, "pt") as stored:
-                metadata = stored.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            logger.warning("%s is damaged (%s): %s is quantized again", file, error, job.name)
-            return None
-        if metadata.get("job") != job.digest:
-            return None
-        proxy = metadata.get("proxy")
-        return Quality(float(metadata["distortion"]), None if proxy is None else float(proxy))
+        return self._found.get(job.name)
+
+    def check_source(self, checkpoint: Checkpoint) -> None:
+        """Raises CheckpointError when the source's files have changed since `open`."""
+        if self._stamps.read_text(encoding="utf-8") != _stamps_of(checkpoint):
+            raise CheckpointError(
+                "the source's files changed while they were read; run the same command again: finished linears are "
+                "compared with the source, and those that differ are quantized again"
+            )
 
     def save(self, job: Job, encoded: EncodedLinear) -> None:
-        tensors = {"qp_codes": encoded.codes, "qp_scales": encoded.scales, "qp_signs": encoded.signs}
+        tensors = dict(zip(TENSORS, (encoded.codes, encoded.scales, encoded.signs), strict=True))
         infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-        metadata = {"job": job.digest, "linear": job.name}
+        metadata = {"job": job.digest, "linear": job.name, "weight": encoded.weight_sha256}
+        metadata |= {"sha256": sha256_of(*tensors.values())}
         metadata |= {key: repr(value) for key, value in encoded.quality._asdict().items() if value is not None}
         with StreamingSafetensorsWriter(self._file(job), infos, metadata) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
+        self._found[job.name] = encoded.quality
 
     def read(self, linear: str, suffix: str) -> torch.Tensor:
         """One tensor of a finished linear."""
@@ -77,5 +94,42 @@ class PartialResults:
         """After the output is in place."""
         shutil.rmtree(self.directory)
 
+    def _load(self, job: Job, changed: Checkpoint | None) -> Quality | None:
+        """What is stored of a job; None when nothing is, it is damaged, or the source has `changed` under it."""
+        file = self._file(job)
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, "pt") as stored:
+                metadata = stored.metadata() or {}
+                digest = sha256_of(*map(stored.get_tensor, TENSORS))
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s is damaged (%s): %s is quantized again", file, error, job.name)
+            return None
+        if metadata.get("job") != job.digest:
+            return None
+        if metadata.get("sha256") != digest:
+            logger.warning("%s is damaged (its SHA-256 differs): %s is quantized again", file, job.name)
+            return None
+        if changed is not None and metadata.get("weight") != sha256_of(changed.read_weight(job.name)):
+            logger.warning("%s has changed: it is quantized again", job.name)
+            return None
+        proxy = metadata.get("proxy")
+        return Quality(float(metadata["distortion"]), None if proxy is None else float(proxy))
+
     def _file(self, job: Job) -> Path:
         return self._linears / f"{job.digest[:40]}.safetensors"
+
+
+def sha256_of(*tensors: torch.Tensor) -> str:
+    """Of the bytes of some CPU tensors, one after the other."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _stamps_of(checkpoint: Checkpoint) -> str:
+    """Sizes and times of change of the source's files."""
+    stats = {file.name: file.stat() for file in checkpoint.files}
+    return json.dumps({name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()})

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import functools
+import errno
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from qpalette.artifact import PackedCheckpoint, model_card, open_artifact
+from qpalette.artifact import PackedCheckpoint, model_card, open_artifact, write_checksums
 from qpalette.checkpoint import Checkpoint, export_checkpoint
 from qpalette.checkpoint.export import MAX_SHARD_BYTES
 from qpalette.core.errors import ArtifactError, InputError
 from qpalette.kernels import select
 from qpalette.kernels.device import parse_device
-from qpalette.pipeline.calibrated import encode_linears
-from qpalette.pipeline.encode import EncodedLinear, Quality, encode_linear
+from qpalette.pipeline.encode import Quality
 from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import HEADROOM_BYTES, Job, format_of, make_jobs
 from qpalette.pipeline.partial import PartialResults
 from qpalette.pipeline.report import REPORT_FILE, LinearResult, QuantizeReport
+from qpalette.pipeline.work import Work, encode_batch
+from qpalette.pipeline.workers import Batch, Result, run_in_processes
 from qpalette.plan import PLAN_FILE, Plan
 from qpalette.quantizers.feedback import DAMPING
 
@@ -46,6 +48,8 @@ def quantize_checkpoint(
     overwrite: bool = False,
     base_model: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    workers: int = 1,
+    ray: str | None = None,
 ) -> QuantizeReport:
     """Quantize the linears that `plan` names, carry everything else over, and put the result at `output_dir`.
 
@@ -56,57 +60,83 @@ def quantize_checkpoint(
     With `hessians` rounding is calibrated: errors are fed back with `damping` (LDLQ), which lowers the error of each
     layer's output on text like the calibration's, at the same size. Without, no data is needed.
 
+    `workers` processes share the linears, and the GPUs of this host where `device` is "cuda"; with `ray`, a cluster's
+    address or "local", they run in Ray. The result is the same, to the byte.
+
     Raises SpecError when the plan does not fit the checkpoint, UnsupportedError when no backend encodes on `device`,
     ArtifactError when the output exists, InputError when the disk is too full, CheckpointError naming the tensor when a
     weight is not finite or too large, and HessianError naming the group when Hessians are missing, of another model, or
-    not usable. InputError also tells of a `device` that is not there.
+    not usable. InputError also tells of a `device` that is not there, and of workers that keep dying.
     """
     output, device = Path(output_dir).expanduser().resolve(), parse_device(device)
+    if workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}")
     jobs = make_jobs(checkpoint, plan, hessians, damping)
     for spec in set(plan.specs.values()):
         select("encode", spec, device)
     _check_output(output, overwrite)
     partial = PartialResults(output.with_name(output.name + ".partial"), jobs)
-    partial.open()
+    partial.open(checkpoint)
     packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), partial.read)
     _check_disk(packed, jobs, partial)
 
-    encode = functools.partial(_encode, checkpoint, device, hessians, damping)
-    qualities = _quantize_linears(_batches(jobs), partial, encode, progress)
+    with _full_disk_is_told(partial):
+        work = Work(checkpoint.location, checkpoint.fingerprint, hessians, damping, torch.get_num_threads())
+        qualities = _quantize_linears(
+            jobs, partial, lambda batches: _finished(work, checkpoint, batches, workers, ray, device), progress
+        )
+        partial.check_source(checkpoint)
 
-    calibration = None if hessians is None else hessians.calibration
-    results = [LinearResult(job.name, job.record, *qualities[job.name]) for job in jobs]
-    report = QuantizeReport(output, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration)
-    write_documents(packed, report, plan, base_model)
-    export_checkpoint(packed, partial.assembled, max_shard_bytes)
-    open_artifact(partial.assembled)  # what was written is read back before anything is replaced
+        calibration = None if hessians is None else hessians.calibration
+        results = [LinearResult(job.name, job.record, *qualities[job.name]) for job in jobs]
+        report = QuantizeReport(output, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration)
+        write_documents(packed, report, plan, base_model)
+        export_checkpoint(packed, partial.assembled, max_shard_bytes)
+        open_artifact(partial.assembled)  # what was written is read back before anything is replaced
+        write_checksums(partial.assembled)
     _check_output(output, overwrite)
     _put_in_place(partial, output)
     return report
 
 
-def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
+@contextmanager
+def _full_disk_is_told(partial: PartialResults) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"the disk of {partial.directory} is full; finished linears are kept there: free some space and run the "
+            "same command again"
+        ) from error
+
+
+def _batches(jobs: Sequence[Job]) -> list[Batch]:
     """Jobs that are encoded together: with Hessians those of a group, else each alone."""
-    return [list(batch) for _, batch in groupby(jobs, key=lambda job: job.group.name if job.calibrated else job.name)]
+    return [tuple(batch) for _, batch in groupby(jobs, key=lambda job: job.group.name if job.calibrated else job.name)]
 
 
-def _encode(
-    checkpoint: Checkpoint, device: torch.device, hessians: HessianStore | None, damping: float, jobs: Sequence[Job]
-) -> list[EncodedLinear]:
-    weights = [checkpoint.read(f"{job.name}.weight") for job in jobs]
-    if hessians is not None and jobs[0].calibrated:
-        return encode_linears(jobs, weights, hessians.read(jobs[0].group), damping, device)
-    return [encode_linear(job.name, w, job.record, job.signs(), device) for job, w in zip(jobs, weights, strict=True)]
+def _finished(
+    work: Work, checkpoint: Checkpoint, batches: Sequence[Batch], workers: int, ray: str | None, device: torch.device
+) -> Iterator[Result]:
+    """Batches and their packed tensors, as they are finished: here, in processes of this host, or in a Ray cluster."""
+    if ray is not None:
+        from qpalette.pipeline.ray_workers import run_in_ray
+
+        return run_in_ray(work, batches, workers, device, ray)
+    if workers > 1:
+        return run_in_processes(work, batches, workers, device)
+    return ((batch, encode_batch(work, checkpoint, batch, device)) for batch in batches)
 
 
 def _quantize_linears(
-    batches: Sequence[Sequence[Job]],
+    jobs: Sequence[Job],
     partial: PartialResults,
-    encode: Callable[[Sequence[Job]], list[EncodedLinear]],
+    finished: Callable[[Sequence[Batch]], Iterator[Result]],
     progress: Progress | None,
 ) -> dict[str, Quality]:
-    """The quality of each linear, whose tensors are then in `partial`; the jobs of a batch are encoded together."""
-    jobs = [job for batch in batches for job in batch]
+    """The quality of each linear, whose tensors are then in `partial`; `finished` runs what is still to do."""
     qualities: dict[str, Quality] = {}
     total, done = sum(job.linear.weights for job in jobs), 0
 
@@ -120,11 +150,11 @@ def _quantize_linears(
     for job in jobs:
         if (found := partial.quality(job)) is not None:
             finish(job, found)
-    to_do = [[job for job in batch if job.name not in qualities] for batch in batches]
-    for batch in filter(None, to_do):
-        for job, encoded in zip(batch, encode(batch), strict=True):
-            partial.save(job, encoded)
-            finish(job, encoded.quality)
+    results = finished(_batches([job for job in jobs if job.name not in qualities]))
+    for batch, encoded in results:
+        for job, packed in zip(batch, encoded, strict=True):
+            partial.save(job, packed)
+            finish(job, packed.quality)
     return qualities
 
 

@@ -98,10 +98,9 @@ def encode_states(sources: torch.Tensor, shifts: torch.Tensor, state_values: tor
     spilled = torch.empty(max(1, blocks * how.cost_bytes), dtype=torch.uint8, device=sources.device)
     shifts_there = shifts.to(sources.device, torch.uint8)
     kernel = load_kernel(SOURCE, "encode", dict(how.macros), device, how.shared_bytes)
-    pointers = [tensor.data_ptr() for tensor in (padded, state_values, shifts_there)]
-    scratch = [tensor.data_ptr() for tensor in (winners, spilled, states)]
+    before = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (padded, state_values, shifts_there)]
+    after = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (winners, spilled, states)]
     stream = torch.cuda.current_stream(device).cuda_stream
-    launch(
-        kernel, device, stream, blocks, how.threads, how.shared_bytes, *pointers, ctypes.c_int32(len(padded)), *scratch
-    )
+    arguments = [*before, ctypes.c_int32(len(padded)), *after]
+    launch(kernel, stream, blocks, how.threads, how.shared_bytes, arguments)
     return states[: sources.shape[0]]

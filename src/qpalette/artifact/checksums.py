@@ -1,0 +1,45 @@
+"""SHA256SUMS beside the weights, in the form that `sha256sum --check` reads: a copy may lose a bit on its way."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from qpalette.core.errors import ArtifactError
+
+CHECKSUMS = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]{1,255})")
+
+
+def write_checksums(directory: Path) -> None:
+    """One line for each file in `directory`."""
+    files = sorted(file for file in directory.iterdir() if file.is_file() and file.name != CHECKSUMS)
+    lines = [f"{_sha256(file)}  {file.name}\n" for file in files]
+    (directory / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_checksums(directory: Path) -> int:
+    """Compare every file that SHA256SUMS names; how many there are.
+
+    Raises ArtifactError naming the first file that is missing or differs, and when there is no such list.
+    """
+    file = directory / CHECKSUMS
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing: there is nothing to compare with")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise ArtifactError(f"{file}: line {number} is no SHA-256 and a file name; download it again")
+        named = directory / match[2]
+        if not named.is_file():
+            raise ArtifactError(f"{named} is missing; download it")
+        if _sha256(named) != match[1]:
+            raise ArtifactError(f"{named} is not what was written: its SHA-256 differs; download it again")
+    return len(lines)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

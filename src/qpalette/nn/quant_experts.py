@@ -1,0 +1,101 @@
+"""The experts of a mixture, each with linears of its own whose weights stay packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from qpalette.checkpoint.model_class import DOWN, FIRST
+from qpalette.core.errors import ArtifactError
+from qpalette.core.records import LinearRecord
+from qpalette.nn.quant_linear import QuantLinear
+
+
+class QuantExperts(nn.Module):
+    """Stands in for a module of transformers 5 whose parameters hold the weights of all experts, [experts, ., .].
+
+    Children are numbered, and each has a `QuantLinear` per linear of its expert, named as in the checkpoint. Biases
+    stay where they were. The gate between the two products is the original class's own.
+    """
+
+    def __init__(self, original: Any, records: Mapping[str, LinearRecord], name: str = "experts") -> None:
+        """`records` maps "3.gate_proj" and the like. Raises ArtifactError when they do not fit `original`."""
+        super().__init__()
+        self._original: tuple[Any] = (original,)  # in a tuple: not a child; its weights are not used
+        leaves = {key.partition(".")[2] for key in records}
+        self.first = next((first for first in FIRST if set(first) <= leaves), ())
+        self.down = next((down for down in DOWN if down in leaves), "")
+        shapes = _shapes(original, self.first, self.down)
+        wanted = {f"{index}.{leaf}": shape for index in range(original.num_experts) for leaf, shape in shapes.items()}
+        found = {key: (record.out_features, record.in_features) for key, record in records.items()}
+        if found != wanted:
+            key = min(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+            present, due = (_spelled(each.get(key)) for each in (found, wanted))
+            raise ArtifactError(f"expert linear '{name}.{key}' is {present}, but must be {due}")
+        weight = original.down_proj
+        for key, record in sorted(records.items(), key=lambda item: int(item[0].partition(".")[0])):
+            index, _, leaf = key.partition(".")
+            if index not in self._modules:
+                self.add_module(index, nn.Module())
+            self.get_submodule(index).add_module(leaf, QuantLinear(record, dtype=weight.dtype, device=weight.device))
+        for bias in ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias"):
+            if (parameter := getattr(original, bias, None)) is not None:
+                self.register_parameter(bias, parameter)
+
+    def forward(self, hidden_states: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """hidden_states [tokens, K]; experts int64 [tokens, top k] and their weights -> [tokens, K]."""
+        result = torch.zeros_like(hidden_states)
+        for index in experts.unique().tolist():
+            if str(index) not in self._modules:
+                continue  # the index that stands for an expert of another device
+            token, rank = torch.where(experts == index)
+            out = self._run(index, hidden_states[token]) * weights[token, rank, None]
+            result.index_add_(0, token, out.to(result.dtype))
+        return result
+
+    def _run(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        original, expert = self._original[0], self.get_submodule(str(index))
+        first = torch.cat([_linear(expert, leaf)(x) for leaf in self.first], dim=-1)
+        first = first + self._bias("gate_up_proj_bias", index) + self._bias("up_proj_bias", index)
+        inner = original._apply_gate(first) if original.has_gate else original.act_fn(first)
+        return _linear(expert, self.down)(inner) + self._bias("down_proj_bias", index)
+
+    def _bias(self, name: str, index: int) -> Any:
+        parameter = self._parameters.get(name)
+        return 0 if parameter is None else parameter[index]
+
+    def dequantize(self, dtype: torch.dtype) -> nn.Module:
+        """The original module, its parameters the decoded weights rounded once to `dtype`."""
+        original: Any = self._original[0]
+        first = "gate_up_proj" if hasattr(original, "gate_up_proj") else "up_proj"
+        for name, leaves in ((first, self.first), ("down_proj", (self.down,))):
+            experts = [
+                torch.cat([_linear(expert, leaf).dequantized_weight().to(dtype) for leaf in leaves])
+                for expert in self.children()
+            ]
+            stacked = torch.stack([weight.T if original.is_transposed else weight for weight in experts])
+            setattr(original, name, nn.Parameter(stacked))
+        for name, bias in self.named_parameters(recurse=False):
+            setattr(original, name, nn.Parameter(bias.detach().to(dtype)))
+        original.train(self.training)
+        return original
+
+
+def _spelled(shape: tuple[int, int] | None) -> str:
+    return "missing" if shape is None else f"{shape[0]} x {shape[1]}"
+
+
+def _linear(expert: nn.Module, leaf: str) -> QuantLinear:
+    return cast(QuantLinear, expert.get_submodule(leaf))
+
+
+def _shapes(module: Any, first: tuple[str, ...], down: str) -> dict[str, tuple[int, int]]:
+    """leaf -> (out_features, in_features) of one expert."""
+    weight = module.gate_up_proj if hasattr(module, "gate_up_proj") else module.up_proj
+    rows, columns = (weight.shape[axis] for axis in ((2, 1) if module.is_transposed else (1, 2)))
+    result = {leaf: (rows // len(first), columns) for leaf in first}
+    rows, columns = (module.down_proj.shape[axis] for axis in ((2, 1) if module.is_transposed else (1, 2)))
+    return result | {down: (rows, columns)}

@@ -1,0 +1,212 @@
+"""Damages a small quantized model in every way that a file can be damaged, and reads it.
+
+    python tests/hostile/fuzz_artifacts.py --cases 20000
+
+A case may be read or be refused with an ArtifactError (as a source: a CheckpointError), and nothing else: no other
+exception, and no allocation that the bytes on disk do not justify. The command prints how often each happened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from qpalette.artifact import QuantizationFormat, expected_tensors, open_artifact
+from qpalette.checkpoint import find_groups, open_checkpoint
+from qpalette.core.errors import ArtifactError, CheckpointError
+from qpalette.core.records import LinearRecord
+
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
+RECORDS = {UP: LinearRecord("tcq-3.25", 40, 36, "h36", 0), DOWN: LinearRecord("nuq-4", 36, 40, "h20xh2", 0)}
+# Reading holds a file's bytes, their JSON (some hundred bytes for each of a small number or key) and a decoded copy.
+BYTES_PER_BYTE, BYTES_AT_LEAST = 400, 4 << 20
+HOSTILE_NUMBERS = [0, -1, 1, 16, 2**31, 2**40, 2**62, 2**63, 2**64, 10**30, 1.5, 1e308, float("inf"), float("nan")]
+HOSTILE_WORDS = ["", "h2", "h1000000000", "tcq-3.25-L99", "nuq-" + "9" * 300, "F32", "I32", "../x", "\x00", "é" * 300]
+
+
+def good_weights() -> bytes:
+    tensors = {
+        f"{name}.{suffix}": torch.ones(shape, dtype=dtype)
+        for name, record in RECORDS.items()
+        for suffix, (dtype, shape) in expected_tensors(record).items()
+    }
+    return save(tensors | {f"{UP}.bias": torch.zeros(40), "model.norm.weight": torch.ones(36, dtype=torch.bfloat16)})
+
+
+def good_config() -> dict[str, Any]:
+    sizes = {"hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 1}
+    return {"model_type": "llama", **sizes, "quantization_config": QuantizationFormat.of(RECORDS).to_dict()}
+
+
+WEIGHTS, CONFIG = good_weights(), good_config()
+HEADER_BYTES = int.from_bytes(WEIGHTS[:8], "little")
+HEADER = json.loads(WEIGHTS[8 : 8 + HEADER_BYTES])
+
+plain = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20))
+scalars = plain | st.sampled_from([*HOSTILE_NUMBERS, *HOSTILE_WORDS])
+json_values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@st.composite
+def damaged_json(draw: Callable, value: Any) -> Any:
+    """A copy of `value` with one to three nodes replaced, removed, doubled or renamed."""
+    result = json.loads(json.dumps(value))
+    for _ in range(draw(st.integers(1, 3))):
+        node = result
+        while isinstance(node, (dict, list)) and len(node):
+            key = draw(st.sampled_from(list(node) if isinstance(node, dict) else range(len(node))))
+            if not isinstance(node[key], (dict, list)) or not len(node[key]) or draw(st.integers(0, 3)) == 0:
+                how = draw(st.integers(0, 4))
+                if how == 0:
+                    node.pop(key)
+                elif how == 1 and isinstance(node, dict):
+                    node[draw(st.text(max_size=12) | st.sampled_from(HOSTILE_WORDS))] = node[key]
+                elif how == 2 and isinstance(node[key], int):
+                    node[key] += draw(st.integers(-2, 2))
+                else:
+                    node[key] = draw(json_values)
+                break
+            node = node[key]
+    return result
+
+
+@st.composite
+def damaged_bytes(draw: Callable, value: bytes) -> bytes:
+    """A copy of `value`, cut short, lengthened, or with some bytes changed; most of it near the beginning."""
+    content = bytearray(value)
+    for _ in range(draw(st.integers(1, 4))):
+        end = len(content) if draw(st.booleans()) else min(len(content), 600)
+        place = draw(st.integers(0, max(0, end - 1)))
+        how = draw(st.integers(0, 3))
+        if how == 0:
+            del content[place:]
+        elif how == 1:
+            content[place:place] = draw(st.binary(max_size=24))
+        elif content:
+            content[place] = draw(st.integers(0, 255))
+    return bytes(content)
+
+
+def with_header(header: Any) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + WEIGHTS[8 + HEADER_BYTES :]
+
+
+def with_quantization(value: Any) -> bytes:
+    return json.dumps(CONFIG | {"quantization_config": value}).encode()
+
+
+config_text = st.one_of(
+    damaged_json(CONFIG).map(lambda value: json.dumps(value).encode()),
+    damaged_json(CONFIG["quantization_config"]).map(with_quantization),
+    damaged_bytes(json.dumps(CONFIG).encode()),
+    st.integers(1, 100_000).map(lambda depth: b"[" * depth),
+)
+weights = st.one_of(damaged_json(HEADER).map(with_header), damaged_bytes(WEIGHTS), st.binary(max_size=64))
+index = st.one_of(
+    damaged_json({"weight_map": {"a": "model.safetensors"}}).map(lambda value: json.dumps(value).encode()),
+    st.binary(max_size=64),
+)
+cases = st.one_of(
+    st.fixed_dictionaries({"config.json": config_text}),
+    st.fixed_dictionaries({"model.safetensors": weights}),
+    st.fixed_dictionaries({"model.safetensors": weights, "config.json": config_text}),
+    st.fixed_dictionaries({"model.safetensors.index.json": index}),
+)
+
+
+def read_everything(directory: Path) -> str:
+    """What reading it as an artifact, and then as a source, came to."""
+    result = "read"
+    try:
+        artifact = open_artifact(directory)
+        artifact.inspect()
+        for name in artifact.stored:
+            artifact.read(name)
+        for name in artifact.records:
+            artifact.read_linear(name)
+    except ArtifactError as error:
+        result = re.sub(r"'[^']*'|\d+|/[^ ]*", "..", str(error))[:60]
+    config = directory / "config.json"
+    with suppress(ValueError, RecursionError, AttributeError):  # else it stays as damaged as it is
+        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_bytes()).items() if "quant" not in k}))
+    with suppress(CheckpointError):
+        checkpoint = open_checkpoint(directory)
+        for name in checkpoint.tensors:
+            checkpoint.read(name)
+        find_groups(checkpoint)
+    return result
+
+
+def check(files: dict[str, bytes], directory: Path) -> str:
+    """Write the good model with `files` in place of its own, and read it. Raises AssertionError on what must not be."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    everything = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": WEIGHTS} | files
+    for name, content in everything.items():
+        (directory / name).write_bytes(content)
+    size = sum(map(len, everything.values()))
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    result = read_everything(directory)
+    allocated = tracemalloc.get_traced_memory()[1] - before
+    assert allocated <= BYTES_AT_LEAST + BYTES_PER_BYTE * size, f"{allocated} bytes for {size} on disk"
+    return result
+
+
+def run(count: int, derandomize: bool) -> Counter[str]:
+    """Try `count` cases; how often each thing happened."""
+    outcomes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+
+        @settings(
+            max_examples=count,
+            deadline=None,
+            database=None,
+            derandomize=derandomize,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(cases)
+        def try_one(files: dict[str, bytes]) -> None:
+            outcomes[check(files, Path(folder, "model"))] += 1
+
+        tracemalloc.start()
+        try:
+            try_one()
+        finally:
+            tracemalloc.stop()
+    return outcomes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=20_000)
+    start = time.perf_counter()
+    outcomes = run(parser.parse_args().cases, derandomize=False)
+    for outcome, count in outcomes.most_common():
+        print(f"{count:7d}  {outcome}")
+    print(f"{sum(outcomes.values())} cases, no crash, {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
