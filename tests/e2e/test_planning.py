@@ -21,7 +21,7 @@ from qpalette.pipeline.footprint import disk_bytes
 from qpalette.pipeline.gains import feedback_gain, feedback_gains, with_feedback
 from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.planning import even_sensitivities, make_plan
-from qpalette.plan import Budget, Plan, Sensitivities, Space, palette_of
+from qpalette.plan import Budget, Plan, Sensitivities, Space, palette_of, parse_size
 from qpalette.quantizers.feedback import factorize
 
 QUICK = ("nuq", "vq")  # families whose encoder has nothing to search
@@ -127,8 +127,6 @@ def test_the_least_size_is_told_and_works(model, sensitivity):
     with pytest.raises(BudgetError, match="the least is") as error:
         make_plan(known, Budget(size=1000), space, checkpoint)
     least = str(error.value).split("a size of ")[1].split(" (")[0]
-    from qpalette.plan import parse_size
-
     make_plan(known, Budget(size=parse_size(least)), space, checkpoint)
     with pytest.raises(InputError, match="give the model"):
         make_plan(known, Budget(size=10**9), space)

@@ -27,6 +27,7 @@ from qpalette.plan import (
 from qpalette.quantizers.feedback import DAMPING
 
 ATTEMPTS = 4
+DIGITS = 32  # bytes: the plan file states the budget, and the least that is told must still fit with digits of its own
 PREDICTION = (
     *("predicted_loss", "loss_over_bound", "loss_over_uniform"),
     *("average_bits", "linear_bytes", "seconds_per_token", "optimality_gap"),
@@ -128,7 +129,7 @@ class _Draft:
         disk = memory = 0
         if self.budget.size is not None:
             packed = total_bits(job.record for job in make_jobs(self.checkpoint, plan)).total // 8
-            disk = disk_bytes(self.checkpoint, plan, self.hessians) - packed
+            disk = disk_bytes(self.checkpoint, plan, self.hessians) - packed + DIGITS
         if self.budget.memory is not None:
             needed = device_bytes(self.checkpoint.config, self.context, self.space.batch)
             memory = carried_bytes(self.checkpoint, plan) + sum(needed)
