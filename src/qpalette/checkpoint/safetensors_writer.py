@@ -76,6 +76,11 @@ class StreamingSafetensorsWriter:
             self._temporary.unlink(missing_ok=True)
 
 
+def header_bytes(infos: Iterable[TensorInfo], metadata: Mapping[str, str] | None = None) -> int:
+    """Size of the file besides the tensors' own bytes."""
+    return len(_header_and_offsets(list(infos), metadata or {})[0])
+
+
 def _header_and_offsets(infos: list[TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The file's first bytes, and each tensor's position from the start of the file."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

@@ -9,12 +9,28 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qpalette.cli import calibrate, chat, doctor, evaluate, export, generate, inspection, palette, quantize
+from qpalette.cli import (
+    bench,
+    calibrate,
+    chat,
+    compile,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspection,
+    palette,
+    plan,
+    profile,
+    quantize,
+    sensitivity,
+    serve,
+)
 from qpalette.cli.output import print_error
 from qpalette.core.errors import QPaletteError
 
 DEBUG = "QPALETTE_DEBUG"
-RESUMABLE = ("calibrate", "quantize")
+RESUMABLE = ("calibrate", "quantize", "sensitivity")
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
@@ -76,8 +92,14 @@ app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspection.inspect)
 app.command("palette")(palette.palette)
 app.command("calibrate")(calibrate.calibrate)
+app.command("sensitivity")(sensitivity.sensitivity)
+app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("profile")(profile.profile)
+app.command("compile")(compile.compile_kernels)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)

@@ -27,15 +27,23 @@ def evaluate(
         int | None,
         typer.Option("--windows", metavar="N", help="Use the first N windows of 2048 tokens.  [default: all]"),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="T,T", help="Score tasks of lm-eval instead: names, or task files (.yaml)."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
-    """Measure perplexity, KL divergence from the original and top-1 agreement.
+    """Measure perplexity, KL divergence from the original and top-1 agreement, or score tasks.
 
     Example: [bold]qpalette eval OUT --reference MODEL --text wiki.test.raw --windows 16[/]
     """
     from qpalette.evaluate import evaluate as measure
     from qpalette.evaluate.windows import check_limit, read_text
 
+    if tasks is not None:
+        from qpalette.cli.tasks import score_tasks
+
+        return score_tasks(model, reference, tasks, as_json)
     check_limit(windows)
     if text is not None:
         read_text(text)  # a wrong file is told before minutes of loading
@@ -50,6 +58,13 @@ def evaluate(
         print_facts(model, _facts(result))
 
 
+def _predicted(result: Evaluation) -> str:
+    """What the plan promised, beside what was measured."""
+    if result.predicted_kl is None or not result.kl:
+        return ""
+    return f"{result.predicted_kl:.4f} by the plan; measured is {result.kl / result.predicted_kl:.2f} times as much"
+
+
 def _facts(result: Evaluation) -> dict[str, str]:
     """Only what was measured."""
     error = "" if result.kl_stderr is None else f" +- {result.kl_stderr:.4f}"
@@ -57,6 +72,7 @@ def _facts(result: Evaluation) -> dict[str, str]:
         "perplexity": f"{result.perplexity:.3f}",
         "reference perplexity": "" if result.reference_perplexity is None else f"{result.reference_perplexity:.3f}",
         "KL": "" if result.kl is None else f"{result.kl:.4f}{error} nats per token",
+        "predicted KL": _predicted(result),
         "top-1 agreement": "" if result.top1 is None else f"{100 * result.top1:.1f} %",
         "bits per weight": ""
         if result.bits_per_weight is None

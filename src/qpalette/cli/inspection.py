@@ -177,6 +177,7 @@ def _print_untouched(checkpoint: Checkpoint, grouping: Grouping) -> None:
 
 def _describe_artifact(model: str, as_json: bool) -> None:
     from qpalette.artifact.reader import open_artifact
+    from qpalette.evaluate import plan_of
 
     artifact = open_artifact(model)
     summary, kinds = artifact.inspect(), _artifact_kinds(artifact)
@@ -184,6 +185,8 @@ def _describe_artifact(model: str, as_json: bool) -> None:
         bits = {"codes": summary.bits.codes, "scales": summary.bits.scales, "signs": summary.bits.signs}
         facts = {"kind": "artifact", "model_type": summary.model_type, "bits_per_weight": summary.rate}
         facts |= {"weights": summary.weights, "bits": {**bits, "total": summary.bits.total}}
+        plan = plan_of(model)
+        facts |= {} if plan is None else {"plan": {**plan.prediction, "provenance": dict(plan.provenance)}}
         facts |= {"bytes": summary.tensor_bytes, "carried_bytes": summary.carried_bytes, "linears": kinds}
         print_json(facts | {"provenance": dict(summary.provenance), "files": list(summary.files)})
         return
@@ -196,6 +199,7 @@ def _describe_artifact(model: str, as_json: bool) -> None:
             f"signs {size(summary.bits.signs // 8)}",
             "untouched": f"{summary.carried_tensors} tensors, {size(summary.carried_bytes)}",
             "all tensors": f"{size(summary.tensor_bytes)} in {', '.join(summary.files)}",
+            **_plan_facts(model),
             **summary.provenance,
         },
     )
@@ -205,6 +209,23 @@ def _describe_artifact(model: str, as_json: bool) -> None:
         for k in kinds
     ]  # fmt: skip
     print_table("Linears", ("linear", "times", "out x in", "spec", "rotation", "bits per weight"), rows)
+
+
+def _plan_facts(model: str) -> dict[str, str]:
+    """What the plan beside the weights was for, and what it promised."""
+    from qpalette.evaluate import plan_of
+
+    plan = plan_of(model)
+    if plan is None or not plan.prediction:
+        return {}
+    known = plan.prediction
+    figures = [
+        f"predicted loss {known['predicted_loss']:.4g}",
+        *([f"{known['loss_over_bound']:.3f} over the bound"] if "loss_over_bound" in known else []),
+        *([f"{known['loss_over_uniform']:.3f} over uniform"] if "loss_over_uniform" in known else []),
+    ]
+    budget = plan.provenance.get("budget", "")
+    return {"planned for": str(budget), "plan": ", ".join(figures)}
 
 
 def _artifact_kinds(artifact: Artifact) -> list[dict[str, Any]]:

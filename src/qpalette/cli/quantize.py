@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,18 @@ def quantize(
     ] = None,
     spec: Annotated[
         str | None, typer.Option("--spec", metavar="S", help="Or the quantizer itself, such as tcq-3.25.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Or a plan, as qpalette plan --out writes it.")
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option("--size", metavar="SIZE", help="Or the size of OUT on disk, at most, such as 6GB.")
+    ] = None,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(
+            "--sensitivity", metavar="FILE", help="With --bits or --size: spend them by plan, on what matters."
+        ),
     ] = None,
     effort: Annotated[
         str | None,
@@ -63,16 +76,21 @@ def quantize(
 ) -> None:
     """Quantize a model. Interrupted, the same command goes on where it stopped.
 
-    Give exactly one of --bits and --spec.
+    Say how far by --bits, --size or both, by --spec, or by --plan.
 
     Example: [bold]qpalette quantize SmolLM2-135M-Instruct.Q4_1.gguf OUT --bits 3.25[/]
     """
-    if (bits is None) == (spec is None):
-        raise typer.BadParameter("give exactly one of --bits (such as 3.25) and --spec (such as tcq-3.25)")
+    if [bits is not None or disk is not None, spec is not None, plan is not None].count(True) != 1:
+        raise typer.BadParameter(
+            "give one of --bits (such as 3.25) or --size (6GB), --spec (tcq-3.25), and --plan FILE"
+        )
+    if sensitivity is not None and bits is None and disk is None:
+        raise typer.BadParameter("--sensitivity decides how --bits or --size are spent: give one of them")
     from qpalette.pipeline import Estimate
     from qpalette.pipeline import quantize as run
 
     options: dict[str, Any] = {"bits": bits, "spec": spec, "effort": effort, "rotation": rotation, "seed": seed}
+    options |= {"plan": plan, "size": disk, "sensitivity": sensitivity}
     options |= {"hessians": hessians, "damping": damping, "also": also or (), "device": device}
     options |= {"sign_seeds": sign_seeds, "workers": workers, "ray": ray}
     if dry_run:
@@ -140,6 +158,14 @@ def distortion_by_kind(report: QuantizeReport) -> dict[str, dict[str, Any]]:
     }
 
 
+def spec_range(specs: Sequence[str]) -> str:
+    """A few names, or the lowest and the highest rate of many."""
+    from qpalette.quantizers import parse_spec
+
+    ordered = sorted(specs, key=lambda spec: (parse_spec(spec).rate, spec))
+    return ", ".join(ordered) if len(ordered) <= 2 else f"{ordered[0]} .. {ordered[-1]} ({len(ordered)})"
+
+
 def _output_error(linear: LinearResult) -> float:
     assert linear.proxy is not None, "a calibrated run measures it"
     return linear.bits.weights * linear.proxy
@@ -165,7 +191,7 @@ def _show_report(report: QuantizeReport, source_bytes: int) -> None:
             kind,
             str(facts["linears"]),
             count(facts["weights"]),
-            ", ".join(facts["specs"]),
+            spec_range(facts["specs"]),
             f"{facts['bits_per_weight']:.4f}",
             f"{facts['distortion']:.5f}",
             *([f"{facts['proxy']:.5f}"] if "proxy" in facts else []),
@@ -206,7 +232,7 @@ def _show_estimate(model: str, estimate: Estimate, as_json: bool) -> None:
         f"{model}: nothing is written",
         {
             "linears": f"{estimate.linears}, {count(estimate.weights)} weights",
-            "quantizers": ", ".join(f"{spec} ({count(weights)} weights)" for spec, weights in estimate.specs.items()),
+            "quantizers": spec_range(list(estimate.specs)),
             "bits per weight": f"{float(estimate.rate):.4f}, everything counted",
             "size": f"{size(estimate.source_bytes)} before, {size(estimate.tensor_bytes)} after",
             "free disk needed": size(estimate.disk_bytes),

@@ -9,6 +9,14 @@ class SpecError(QPaletteError):
     """A quantizer, rate or rotation name that means nothing, or a value out of its range."""
 
 
+class BudgetError(SpecError):
+    """A budget that nothing can meet; it holds the least that is possible, where one figure tells it."""
+
+    def __init__(self, message: str, least_bits: int | None = None, least_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.least_bits, self.least_seconds = least_bits, least_seconds
+
+
 class CheckpointError(QPaletteError):
     """A source model that cannot be read: missing, truncated, or inconsistent."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qpalette.core.errors import InputError
-from qpalette.evaluate.loading import bits_per_weight, is_artifact, load_model
+from qpalette.evaluate.loading import bits_per_weight, is_artifact, load_model, plan_of, predicted_kl
 from qpalette.evaluate.metrics import Evaluation, Progress, evaluate_models
 from qpalette.evaluate.palette import Measurement, measure
 from qpalette.evaluate.sampled_text import sample_windows
@@ -24,6 +24,8 @@ __all__ = [
     "is_artifact",
     "load_model",
     "measure",
+    "plan_of",
+    "predicted_kl",
     "sample_windows",
     "token_windows",
 ]
@@ -63,6 +65,7 @@ def evaluate(
     return replace(
         evaluate_models(model, original, chosen, progress),
         bits_per_weight=bits_per_weight(model_dir),
+        predicted_kl=predicted_kl(model_dir),
     )
 
 

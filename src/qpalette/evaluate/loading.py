@@ -11,7 +11,8 @@ import torch
 from qpalette.artifact.reader import open_artifact
 from qpalette.checkpoint import Checkpoint, export_checkpoint, find_groups, open_checkpoint
 from qpalette.core.cache import CACHE, cache_directory
-from qpalette.core.errors import ArtifactError, CheckpointError
+from qpalette.core.errors import ArtifactError, CheckpointError, SpecError
+from qpalette.plan import PLAN_FILE, Plan
 
 
 def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -59,6 +60,23 @@ def bits_per_weight(path: str | Path) -> float | None:
         return None
     stored = sum(map(checkpoint.weight_bytes, linears))
     return 8 * stored / sum(linear.weights for linear in linears)
+
+
+def plan_of(path: str | Path) -> Plan | None:
+    """The plan that a quantized directory was made by; None where there is none that can be read."""
+    try:
+        return Plan.read(Path(path).expanduser() / PLAN_FILE)
+    except SpecError:
+        return None
+
+
+def predicted_kl(path: str | Path) -> float | None:
+    """KL from the original in nats per token, as the plan of a quantized directory predicts it for rounding without
+    calibration; None when it has no sensitivities of that kind."""
+    plan = plan_of(path)
+    if plan is None or "method" not in plan.provenance.get("sensitivities", {}):
+        return None
+    return plan.predicted_loss
 
 
 def plain_directory(checkpoint: Checkpoint) -> Path:

@@ -28,6 +28,7 @@ class Evaluation:
     windows: int
     tokens: int  # predictions: one less than tokens in each window
     bits_per_weight: float | None = None  # of the quantized linears, everything stored counted; None if unknown
+    predicted_kl: float | None = None  # by the plan of the quantized model; None if it has none
 
 
 @dataclass

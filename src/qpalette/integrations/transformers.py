@@ -27,7 +27,7 @@ from qpalette.checkpoint.model_class import Modules
 from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord
 from qpalette.kernels import select
-from qpalette.nn import PackedModule, QuantEmbedding, QuantExperts, QuantLinear, TiedHead
+from qpalette.nn import PackedModule, QuantEmbedding, QuantExperts, QuantLinear, TiedHead, join_siblings
 
 
 class QPaletteConfig(QuantizationConfigMixin):
@@ -93,6 +93,7 @@ class QPaletteQuantizer(HfQuantizer):
         for name, module in _modules_of_kind(model, PackedModule).items():
             module.check_values(name)
             module.prepare()
+        join_siblings(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

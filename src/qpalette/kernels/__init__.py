@@ -2,6 +2,16 @@
 
 from qpalette.kernels.contract import TILES, Backend, PackedLinear, Verdict
 from qpalette.kernels.dispatch import backends, select
-from qpalette.kernels.ops import backend_for, packed_linear
+from qpalette.kernels.ops import backend_for, packed_linear, packed_linears
 
-__all__ = ["TILES", "Backend", "PackedLinear", "Verdict", "backend_for", "backends", "packed_linear", "select"]
+__all__ = [
+    "TILES",
+    "Backend",
+    "PackedLinear",
+    "Verdict",
+    "backend_for",
+    "backends",
+    "packed_linear",
+    "packed_linears",
+    "select",
+]

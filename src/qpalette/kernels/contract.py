@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -43,6 +44,7 @@ class Backend(ABC):
     name: ClassVar[str]
     priority: ClassVar[int]  # the highest that supports a problem is used
     layout: ClassVar[str] = TILES  # how it likes its codes; `to_layout` and `from_layout` convert
+    fuses: ClassVar[bool] = False  # whether `linears` is better than `linear` one by one
 
     @abstractmethod
     def supports(self, operation: Operation, spec: str, device: torch.device) -> Verdict:
@@ -59,6 +61,11 @@ class Backend(ABC):
     @abstractmethod
     def linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
         """x [N, K], any float dtype -> [N, M] of the same dtype: the rotation of x, then the product with W'."""
+
+    def linears(self, x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
+        """`linear` of several matrices that read the same input in the same basis (equal signs and rotation), each with
+        its own spec: [N, sum of their M], side by side."""
+        return torch.cat([self.linear(x, member) for member in members], dim=1)
 
     @abstractmethod
     def rotated_weight(self, packed: PackedLinear) -> torch.Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import io
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,7 @@ def compile_cubin(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -
     Raises UnsupportedError when the compiler is missing or refuses; its own message is in the text.
     """
     cuda = _cuda_core()
-    options = cuda.ProgramOptions(arch=arch, std="c++17", define_macro=[(name, str(value)) for name, value in macros])
+    options = _options(arch, macros)
     key = hashlib.sha256(repr((source, arch, macros, cuda.__version__)).encode()).hexdigest()
     file = cache_directory() / "kernels" / f"{key}.cubin"
     if file.is_file():
@@ -34,6 +38,34 @@ def compile_cubin(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -
         raise UnsupportedError(f"a CUDA kernel does not compile for {arch}: {error}") from error
     _write(file, code)
     return code
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas reports of a kernel, per thread."""
+
+    registers: int
+    spilled_bytes: int
+
+
+def resources(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -> Resources:
+    """Registers and spills of the only kernel in `source`, compiled for `arch`. Raises as `compile_cubin`."""
+    cuda, log = _cuda_core(), io.StringIO()
+    options = _options(arch, macros, ptxas_options=["-v"])
+    try:
+        cuda.Program(source, "c++", options).compile("cubin", logs=log)
+    except Exception as error:
+        raise UnsupportedError(f"a CUDA kernel does not compile for {arch}: {error}") from error
+    registers = re.search(r"Used (\d+) registers", log.getvalue())
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    if registers is None or not spills:
+        raise UnsupportedError(f"ptxas reports no resources for {arch}: {log.getvalue()[:200]!r}")
+    return Resources(int(registers[1]), sum(map(int, spills[0])))
+
+
+def _options(arch: str, macros: tuple[tuple[str, int], ...], **more: Any) -> Any:
+    defines = [(name, str(value)) for name, value in macros] or None  # cuda.core refuses an empty list
+    return _cuda_core().ProgramOptions(arch=arch, std="c++17", define_macro=defines, **more)
 
 
 def load_kernel(source: str, name: str, macros: Mapping[str, int], device: int, shared_bytes: int = 0) -> Any:
@@ -50,8 +82,7 @@ def _load(source: str, name: str, macros: tuple[tuple[str, int], ...], device: i
     code = compile_cubin(source, f"sm_{handle.arch}", macros)
     kernel = cuda.ObjectCode.from_cubin(code).get_kernel(name)
     if shared_bytes:  # with the kernel's own, it may be above what CUDA gives unasked
-        from cuda.bindings import driver
-
+        driver = _driver()
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, int(kernel.handle), device)
         if status != driver.CUresult.CUDA_SUCCESS:
@@ -59,24 +90,50 @@ def _load(source: str, name: str, macros: tuple[tuple[str, int], ...], device: i
     return kernel
 
 
-def launch(kernel: Any, device: int, stream: int, grid: int, block: int, shared_bytes: int, *arguments: Any) -> None:
-    """Start `kernel` on the CUDA stream with handle `stream`; tensors among `arguments` pass their address."""
-    cuda = _cuda_core()
-    config = cuda.LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
-    cuda.launch(_stream(device, stream), config, kernel, *arguments)
+def launch(
+    kernel: Any,
+    stream: int,
+    grid: int | tuple[int, int],
+    block: int,
+    shared_bytes: int,
+    arguments: Sequence[Any],
+    overlap: bool = False,
+) -> None:
+    """Start `kernel` on the CUDA stream with handle `stream`, whose device must be current.
+
+    `arguments` are ctypes values, structures among them. With `overlap` the kernel may start before the one before it
+    has ended, and must wait for it itself (programmatic dependent launch).
+    """
+    driver = _driver()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY = grid if isinstance(grid, tuple) else (grid, 1)
+    config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+    config.blockDimX = block
+    config.sharedMemBytes = shared_bytes
+    config.hStream = stream
+    config.attrs = _attributes(overlap)
+    config.numAttrs = len(config.attrs)
+    places = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+    (status,) = driver.cuLaunchKernelEx(config, driver.CUfunction(int(kernel.handle)), ctypes.addressof(places), 0)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise UnsupportedError(f"a CUDA kernel does not start: {status.name} (grid {grid}, block {block})")
 
 
-@lru_cache(maxsize=64)
-def _stream(device: int, handle: int) -> Any:
-    return _cuda_core().Device(device).create_stream(_ForeignStream(handle))
+@lru_cache(maxsize=2)
+def _attributes(overlap: bool) -> list[Any]:
+    driver, attributes = _driver(), []
+    if overlap:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(attribute)
+    return attributes
 
 
-class _ForeignStream:
-    def __init__(self, handle: int) -> None:
-        self.handle = handle
+def _driver() -> Any:
+    from cuda.bindings import driver
 
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
+    return driver
 
 
 def _cuda_core() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -14,6 +15,10 @@ _LIBRARY = torch.library.Library("qpalette", "DEF")
 _LIBRARY.define(
     "linear(Tensor x, Tensor codes, Tensor scales, Tensor signs, str spec, str rotation, str layout, int out_features)"
     " -> Tensor"
+)
+_LIBRARY.define(
+    "linears(Tensor x, Tensor[] codes, Tensor[] scales, Tensor signs, str[] specs, str rotation, str layout,"
+    " int[] out_features) -> Tensor"
 )
 
 
@@ -76,4 +81,63 @@ def packed_linear(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
         return _run(x, packed)
     return torch.ops.qpalette.linear(
         x, packed.codes, packed.scales, packed.signs, packed.spec, packed.rotation, packed.layout, packed.out_features
+    )
+
+
+@torch.library.impl(_LIBRARY, "linears", "CompositeExplicitAutograd")
+def _linears(
+    x: torch.Tensor,
+    codes: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    signs: torch.Tensor,
+    specs: list[str],
+    rotation: str,
+    layout: str,
+    out_features: list[int],
+) -> torch.Tensor:
+    columns = x.shape[-1]
+    members = [
+        PackedLinear(words, row_scales, signs, spec, rotation, rows, columns, layout)
+        for words, row_scales, spec, rows in zip(codes, scales, specs, out_features, strict=True)
+    ]
+    return _run_together(x, members)
+
+
+def _run_together(x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
+    backend = backend_for(members[0].layout, members[0].spec, x.device)
+    result = backend.linears(x.reshape(-1, x.shape[-1]), members)
+    return result.reshape(*x.shape[:-1], result.shape[-1])
+
+
+@torch.library.register_fake("qpalette::linears", lib=_LIBRARY)
+def _linears_shape(
+    x: torch.Tensor,
+    codes: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    signs: torch.Tensor,
+    specs: list[str],
+    rotation: str,
+    layout: str,
+    out_features: list[int],
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], sum(out_features))
+
+
+def packed_linears(x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
+    """x [..., K] times several packed matrices in one basis, side by side: [..., sum of their M], in x's dtype.
+
+    They share signs, rotation and layout; a backend may serve them with one rotation and one launch.
+    """
+    if type(x) is torch.Tensor and not x.is_meta and not torch.compiler.is_compiling():
+        return _run_together(x, members)
+    first = members[0]
+    return torch.ops.qpalette.linears(
+        x,
+        [member.codes for member in members],
+        [member.scales for member in members],
+        first.signs,
+        [member.spec for member in members],
+        first.rotation,
+        first.layout,
+        [member.out_features for member in members],
     )

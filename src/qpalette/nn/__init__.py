@@ -4,5 +4,6 @@ from qpalette.nn.packed_module import PackedModule
 from qpalette.nn.quant_embedding import QuantEmbedding, TiedHead
 from qpalette.nn.quant_experts import QuantExperts
 from qpalette.nn.quant_linear import QuantLinear
+from qpalette.nn.siblings import join_siblings
 
-__all__ = ["PackedModule", "QuantEmbedding", "QuantExperts", "QuantLinear", "TiedHead"]
+__all__ = ["PackedModule", "QuantEmbedding", "QuantExperts", "QuantLinear", "TiedHead", "join_siblings"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -32,8 +34,20 @@ class QuantLinear(PackedModule):
             "bias", nn.Parameter(torch.zeros(record.out_features, dtype=dtype, device=device)) if bias else None
         )
 
+        self._joint: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+        self._index = 0
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the backend gains from computing it together with others."""
+        return self.qp_codes.device.type != "meta" and self.backend.fuses
+
+    def join(self, joint: Callable[[int, torch.Tensor], torch.Tensor], index: int) -> None:
+        """From now on `joint(index, x)` computes the product, together with those of the siblings."""
+        self._joint, self._index = joint, index
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result = packed_linear(x, self.packed)
+        result = packed_linear(x, self.packed) if self._joint is None else self._joint(self._index, x)
         return result if self.bias is None else result + self.bias
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:

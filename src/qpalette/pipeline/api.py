@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from qpalette.checkpoint import find_groups, open_checkpoint
 from qpalette.core.errors import SpecError
-from qpalette.core.records import LinearGroup
+from qpalette.core.rate import parse_rate
 from qpalette.pipeline.forecast import forecast_seconds
 from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import Estimate, estimate
+from qpalette.pipeline.planning import even_sensitivities, make_plan
 from qpalette.pipeline.quantize import Progress, quantize_checkpoint
 from qpalette.pipeline.report import QuantizeReport
-from qpalette.plan import spec_for_bits, uniform_plan
+from qpalette.plan import Budget, Plan, Sensitivities, Space, palette_of, parse_size, spec_for_bits, uniform_plan
 from qpalette.quantizers import parse_spec
 from qpalette.quantizers.feedback import DAMPING
 from qpalette.quantizers.trellis import EFFORT
@@ -27,6 +29,9 @@ def quantize(
     *,
     bits: str | float | Fraction | None = None,
     spec: str | None = None,
+    plan: str | Path | Plan | None = None,
+    size: str | int | None = None,
+    sensitivity: str | Path | Sensitivities | None = None,
     effort: str | None = None,
     rotation: str = "full",
     seed: int = 0,
@@ -41,42 +46,61 @@ def quantize(
     dry_run: bool = False,
     overwrite: bool = False,
 ) -> QuantizeReport | Estimate:
-    """Quantize every linear of `model` alike and put the result at `out`.
+    """Quantize the linears of `model` and put the result at `out`.
 
-    `model` is a directory, a .gguf file or a Hub id. Give either `bits`, a budget per weight in which everything
-    stored counts, or `spec`, a quantizer such as "tcq-3.25". `effort` is "fast", "standard" or "best", by default
-    "standard" with `bits` and what the name says with `spec`. `rotation` is "full", "block" or "block-64". With
-    `dry_run` nothing is written, and the Estimate of the run is returned.
+    `model` is a directory, a .gguf file or a Hub id. Say how far by one of
+
+    - `bits`: a budget per weight in which everything stored counts; alike for all linears, or with `sensitivity`
+      (a file of `qpalette sensitivity`) by the plan of least predicted loss;
+    - `size`: bytes of the whole directory, such as "6GB", never exceeded; with `sensitivity` by plan, without as if
+      every weight mattered alike; may be combined with `bits`;
+    - `spec`: one quantizer for all linears, such as "tcq-3.25";
+    - `plan`: a plan or its file, which states rotation and seed as well.
+
+    `effort` is "fast", "standard" or "best", by default what a spec or plan says and else "standard". `rotation` is
+    "full", "block" or "block-64". With `dry_run` nothing is written, and the Estimate of the run is returned.
 
     `hessians` is a directory that `qpalette.calibrate` has filled for this model: rounding is then calibrated, with
     `damping` times the mean diagonal added to each Hessian. `also` names what is left alone otherwise: "lm_head",
     "embed_tokens" (`find_groups`). `device` is where weights are encoded, such as "cuda";
     `workers`, `ray` and `sign_seeds` as in `quantize_checkpoint`.
 
-    Raises SpecError on options that mean nothing or do not fit the model, CheckpointError on a model that cannot be
-    read, HessianError on Hessians that are missing or not usable, ArtifactError when `out` exists (see
-    `quantize_checkpoint`).
+    Raises SpecError on options that mean nothing or do not fit the model, BudgetError naming the least that is possible
+    on a budget that nothing fits, CheckpointError on a model that cannot be read, HessianError on Hessians that are
+    missing or not usable, ArtifactError when `out` exists (see `quantize_checkpoint`).
     """
-    if (bits is None) == (spec is None):
-        raise SpecError("give either bits, such as 3.25, or a spec, such as tcq-3.25")
+    if [bits is not None or size is not None, spec is not None, plan is not None].count(True) != 1:
+        raise SpecError("give one of bits (such as 3.25) or size (6GB), a spec (tcq-3.25), and a plan")
     if effort is not None and effort not in EFFORT:
         raise SpecError(f"'{effort}' is not an effort: choose {', '.join(EFFORT)}")
     chosen = None if spec is None else parse_spec(spec)  # before a large model is fetched
+    ready = Plan.read(plan) if isinstance(plan, (str, Path)) else plan
+    known = Sensitivities.read(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
     store = None if hessians is None else HessianStore.open(hessians)
     checkpoint = open_checkpoint(model)
     groups = find_groups(checkpoint, also=also).groups
-    if chosen is None:
-        name = _spec_within(groups, bits, effort or "standard")
-    else:
+    if ready is not None:
+        ready = ready if effort is None else ready.with_effort(effort)
+    elif chosen is not None:
         name = chosen.name if effort is None else chosen.with_effort(effort).name
-    plan = uniform_plan(groups, name, rotation, seed)
+        ready = uniform_plan(groups, name, rotation, seed)
+    elif size is None and known is None:
+        assert bits is not None
+        name = spec_for_bits(groups, bits if isinstance(bits, Fraction) else str(bits), effort or "standard")
+        ready = uniform_plan(groups, name, rotation, seed)
+    else:
+        budget = Budget(None if bits is None else _exact(bits), None if size is None else parse_size(str(size)))
+        space = Space(palette_of(effort or "standard"))
+        options: dict[str, Any] = {"also": also, "hessians": store, "damping": damping, "device": device}
+        options |= {"rotation": rotation, "seed": seed}
+        ready = make_plan(known or even_sensitivities(groups), budget, space, checkpoint, **options).plan
     if dry_run:
-        return replace(estimate(checkpoint, plan, store), seconds=forecast_seconds(checkpoint, plan, device))
+        return replace(estimate(checkpoint, ready, store), seconds=forecast_seconds(checkpoint, ready, device))
     base_model = None if Path(model).expanduser().exists() else str(model)
     return quantize_checkpoint(
         checkpoint,
         out,
-        plan,
+        ready,
         hessians=store,
         damping=damping,
         sign_seeds=sign_seeds,
@@ -89,5 +113,5 @@ def quantize(
     )
 
 
-def _spec_within(groups: Sequence[LinearGroup], bits: str | float | Fraction | None, effort: str) -> str:
-    return spec_for_bits(groups, bits if isinstance(bits, Fraction) else str(bits), effort)
+def _exact(bits: str | float | Fraction) -> Fraction:
+    return bits if isinstance(bits, Fraction) else parse_rate(str(bits))

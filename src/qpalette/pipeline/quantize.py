@@ -27,7 +27,7 @@ from qpalette.pipeline.partial import PartialResults
 from qpalette.pipeline.report import REPORT_FILE, LinearResult, QuantizeReport
 from qpalette.pipeline.work import Work, encode_batch
 from qpalette.pipeline.workers import Batch, Result, run_in_processes
-from qpalette.plan import Plan
+from qpalette.plan import PLAN_FILE, Plan
 from qpalette.quantizers.feedback import DAMPING
 from qpalette.rotate import Rotation
 
@@ -97,7 +97,7 @@ def quantize_checkpoint(
         calibration = None if hessians is None else hessians.calibration
         results = [LinearResult(job.name, job.record, *qualities[job.name]) for job in jobs]
         report = QuantizeReport(output, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration)
-        _write_documents(packed, report, base_model)
+        write_documents(packed, report, plan, base_model)
         export_checkpoint(packed, partial.assembled, max_shard_bytes)
         open_artifact(partial.assembled)  # what was written is read back before anything is replaced
         write_checksums(partial.assembled)
@@ -175,14 +175,15 @@ def _quantize_linears(
     return qualities
 
 
-def _write_documents(packed: PackedCheckpoint, report: QuantizeReport, base_model: str | None) -> None:
+def write_documents(packed: PackedCheckpoint, report: QuantizeReport, plan: Plan, base_model: str | None) -> None:
+    """Report, plan and model card, to lie beside the tokenizer."""
     records = {linear.name: linear.record for linear in report.linears}
     distortions = {linear.name: linear.distortion for linear in report.linears}
     carried_bytes = packed.total_bytes - packed.packed_bytes
     measured = report.calibration
     calibration = None if measured is None else (measured.tokens, measured.text_sha256)
     card = model_card(report.output.name, packed.config, records, distortions, carried_bytes, base_model, calibration)
-    packed.documents.update({REPORT_FILE: report.to_json(), "README.md": card})
+    packed.documents.update({REPORT_FILE: report.to_json(), PLAN_FILE: plan.to_json(), "README.md": card})
 
 
 def _put_in_place(partial: PartialResults, output: Path) -> None:

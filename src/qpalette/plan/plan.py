@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from qpalette.core.errors import SpecError
@@ -14,20 +16,30 @@ from qpalette.core.records import LinearGroup, LinearShape, PackedBits, packed_b
 from qpalette.quantizers import parse_spec
 from qpalette.quantizers.trellis import EFFORT
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+PLAN_FILE = "qpalette_plan.json"  # in a quantized model's directory
+_FIELDS = {"plan_version", "rotation", "seed", "linears"}
+_NOTES = {"prediction", "provenance", "launches"}
 
 
 @dataclass(frozen=True)
 class Plan:
     """Linear name -> canonical spec, and what all linears share: the rotation option and the seed of its signs.
 
-    Linears that the plan does not name stay as they are. Raises SpecError on an empty plan, a spec that means nothing
-    or a seed that is no natural number below 2^63.
+    Linears that the plan does not name stay as they are. What a planner knew may come along: the sensitivity of each
+    linear, its prediction, where it comes from, and which linears share a launch. None of it changes what is stored.
+
+    Raises SpecError on an empty plan, a spec that means nothing, a seed that is no natural number below 2^63, or a
+    sensitivity or launch of a linear that the plan does not name.
     """
 
     specs: Mapping[str, str]
     rotation: str = "full"  # "full", "block" or "block-64": turned into factors for each input size
     seed: int = 0
+    sensitivities: Mapping[str, float] = field(default_factory=dict)
+    prediction: Mapping[str, Any] = field(default_factory=dict)  # for readers; `predicted_loss` is computed
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    launches: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.specs:
@@ -36,6 +48,9 @@ class Plan:
             raise SpecError(f"seed {self.seed!r} must be a whole number from 0 to 2^63 - 1")
         canonical = {name: parse_spec(spec).name for name, spec in self.specs.items()}
         object.__setattr__(self, "specs", canonical)
+        named = [*self.sensitivities, *(name for launch in self.launches for name in launch)]
+        if strange := sorted(set(named) - canonical.keys()):
+            raise SpecError(f"the plan has a sensitivity or launch of '{strange[0]}', but no spec for it")
 
     @property
     def effort(self) -> str:
@@ -47,29 +62,76 @@ class Plan:
         return "mixed"
 
     @property
+    def predicted_loss(self) -> float | None:
+        """Sum of sensitivity * distortion, in the unit of the sensitivities; None unless every linear has one."""
+        if self.specs.keys() != self.sensitivities.keys():
+            return None
+        return sum(self.sensitivities[name] * parse_spec(spec).claimed_distortion for name, spec in self.specs.items())
+
+    @property
     def digest(self) -> str:
-        """sha256 of the canonical JSON: equal plans, and only those, have equal digests."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """sha256 of what decides the stored bytes: specs, rotation and seed."""
+        content = {"rotation": self.rotation, "seed": self.seed, "specs": dict(self.specs)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def with_effort(self, effort: str) -> Plan:
+        """The same rates, searched another way; what was predicted no longer holds."""
+        specs = {name: parse_spec(spec).with_effort(effort).name for name, spec in self.specs.items()}
+        return self if specs == self.specs else replace(self, specs=specs, prediction={})
 
     def to_json(self) -> str:
-        """Canonical text: sorted keys, no spaces. `from_json` of it gives an equal plan."""
-        content = {
-            "plan_version": PLAN_VERSION,
-            "rotation": self.rotation,
-            "seed": self.seed,
-            "specs": dict(self.specs),
-        }
-        return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        """The plan file: one line per linear, made to be read, compared and edited. `from_json` gives an equal plan."""
+        notes = {"prediction": dict(self.prediction), "provenance": dict(self.provenance)}
+        head = {"plan_version": PLAN_VERSION, "rotation": self.rotation, "seed": self.seed}
+        lines = [f"{_text(key)}: {_text(value)}" for key, value in head.items()]
+        lines += [f"{_text(key)}: {_text(value, indent=1)}" for key, value in notes.items() if value]
+        if self.launches:
+            lines.append(f'"launches": [\n  {_joined(map(_text, self.launches))}\n ]')
+        linears = (f"{_text(name)}: {_text(self._entry(name))}" for name in self.specs)
+        lines.append(f'"linears": {{\n  {_joined(linears)}\n }}')
+        return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+    def _entry(self, name: str) -> dict[str, str | float]:
+        entry: dict[str, str | float] = {"spec": self.specs[name]}
+        return entry | ({"sensitivity": self.sensitivities[name]} if name in self.sensitivities else {})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Raises SpecError when `text` is no plan of a version that this release reads."""
+        """Raises SpecError when `text` is no plan of a version that this release reads, naming what is wrong.
+
+        The prediction of a plan whose specs were edited afterwards is dropped.
+        """
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise SpecError(f"the plan is no valid JSON ({error})") from error
         _check_content(content)
-        return cls(content["specs"], content["rotation"], content["seed"])
+        linears = content["linears"]
+        plan = cls(
+            {name: entry["spec"] for name, entry in linears.items()},
+            content["rotation"],
+            content["seed"],
+            {name: float(entry["sensitivity"]) for name, entry in linears.items() if "sensitivity" in entry},
+            content.get("prediction", {}),
+            content.get("provenance", {}),
+            tuple(tuple(launch) for launch in content.get("launches", [])),
+        )
+        loss, written = plan.predicted_loss, plan.prediction.get("predicted_loss")
+        stale = loss is not None and written is not None and not math.isclose(loss, written, rel_tol=1e-6)
+        return replace(plan, prediction={}) if stale else plan
+
+    @classmethod
+    def read(cls, file: str | Path) -> Plan:
+        """A plan file. Raises SpecError naming the file and what is wrong with it."""
+        path = Path(file).expanduser()
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise SpecError(f"{path} does not exist; `qpalette plan MODEL --out {path}` writes one") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"{path} cannot be read: {error}") from error
+        except SpecError as error:
+            raise SpecError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -138,12 +200,42 @@ def _sum_bits(linears: Iterable[tuple[LinearShape, Fraction]]) -> PackedBits:
 
 
 def _check_content(content: Any) -> None:
-    if not isinstance(content, dict) or set(content) != {"plan_version", "rotation", "seed", "specs"}:
-        raise SpecError("a plan is a JSON object of plan_version, rotation, seed and specs, and nothing else")
+    if not isinstance(content, dict) or not _FIELDS <= content.keys() <= _FIELDS | _NOTES:
+        known = ", ".join(sorted(_FIELDS))
+        raise SpecError(f"a plan is a JSON object of {known}, may have {', '.join(sorted(_NOTES))}, and nothing else")
     if type(content["plan_version"]) is not int or content["plan_version"] != PLAN_VERSION:
         raise SpecError(f"plan_version is {content['plan_version']!r}, and this release reads {PLAN_VERSION}")
-    specs = content["specs"]
-    if not isinstance(specs, dict) or not all(isinstance(spec, str) for spec in specs.values()):
-        raise SpecError("specs of a plan is an object of linear names and quantizer names")
     if not isinstance(content["rotation"], str):
         raise SpecError("rotation of a plan is a string, such as full")
+    if not isinstance(content["linears"], dict):
+        raise SpecError("linears of a plan is an object of linear names and their spec")
+    for name, entry in content["linears"].items():
+        _check_entry(name, entry)
+    if not all(isinstance(content.get(key, {}), dict) for key in ("prediction", "provenance")):
+        raise SpecError("prediction and provenance of a plan are objects")
+    launches = content.get("launches", [])
+    if not isinstance(launches, list) or not all(
+        isinstance(launch, list) and all(isinstance(name, str) for name in launch) for launch in launches
+    ):
+        raise SpecError("launches of a plan is a list of lists of linear names")
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    if not isinstance(entry, dict) or not {"spec"} <= entry.keys() <= {"spec", "sensitivity"}:
+        raise SpecError(f"{name}: an entry of a plan is an object of spec and, if known, sensitivity")
+    if not isinstance(entry["spec"], str):
+        raise SpecError(f"{name}: spec is {entry['spec']!r}, not the name of a quantizer")
+    sensitivity = entry.get("sensitivity", 0)
+    if type(sensitivity) not in (int, float) or not 0 <= sensitivity < math.inf:
+        raise SpecError(f"{name}: sensitivity is {sensitivity!r}, not a number of at least 0")
+
+
+def _text(value: Any, indent: int | None = None) -> str:
+    """JSON; `indent` spaces before what stands on lines of its own, one level down."""
+    if indent is None:
+        return json.dumps(value)
+    return json.dumps(value, indent=1).replace("\n", "\n" + " " * indent)
+
+
+def _joined(lines: Iterable[str]) -> str:
+    return ",\n  ".join(lines)

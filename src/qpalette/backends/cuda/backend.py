@@ -1,12 +1,20 @@
-"""The contract on a CUDA device. Encodes trellis codes; products are still left to the reference backend."""
+"""The contract on a CUDA device: trellis search, rotation, and products with packed weights."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from qpalette.backends.cuda.decoder import decoder_spec
+from qpalette.backends.cuda.layout import LAYOUT, from_chunks, to_chunks
+from qpalette.backends.cuda.multiply import MOST_BATCH, MOST_SEGMENTS, batch_columns, multiply
+from qpalette.backends.cuda.rotate import rotate
 from qpalette.backends.cuda.trellis_encoder import encode_states
-from qpalette.core.errors import UnsupportedError
+from qpalette.backends.cuda.unpack import unpack
+from qpalette.core.records import tiles_of
 from qpalette.kernels import Backend, PackedLinear, Verdict
+from qpalette.pack.tiles import from_tiles
 from qpalette.quantizers import parse_spec
 from qpalette.quantizers.trellis import Trellis
 
@@ -14,14 +22,16 @@ from qpalette.quantizers.trellis import Trellis
 class CudaBackend(Backend):
     name = "cuda"
     priority = 20
+    layout = LAYOUT
+    fuses = True
 
     def supports(self, operation: str, spec: str, device: torch.device) -> Verdict:
         if device.type != "cuda":
             return Verdict(False, f"runs on cuda, not on {device.type}")
-        if operation != "encode":
-            return Verdict(False, f"has no kernel for '{operation}'")
-        if not isinstance(parse_spec(spec), Trellis):
+        if operation == "encode" and not isinstance(parse_spec(spec), Trellis):
             return Verdict(False, f"has no encoder for the family '{parse_spec(spec).family}'")
+        if operation == "linear" and decoder_spec(spec) is None:
+            return Verdict(False, f"has no decoder for the family '{parse_spec(spec).family}'")
         return Verdict(True)
 
     def encode(self, spec: str, tiles: torch.Tensor) -> torch.Tensor:
@@ -36,7 +46,42 @@ class CudaBackend(Backend):
         return parse_spec(spec).decode(codes)
 
     def linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
-        raise UnsupportedError("the cuda backend has no kernel for 'linear'")
+        return self.linears(x, [packed])
+
+    def linears(self, x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
+        signs, rotation, tokens = members[0].signs, members[0].rotation, len(x)
+        if tokens == 0:
+            return x.new_empty(0, sum(member.out_features for member in members))
+        if tokens > MOST_BATCH:
+            return self._by_library(x, members)
+        rotated = rotate(x, signs, rotation, batch_columns(tokens))
+        parts = [
+            multiply(rotated, tokens, members[i : i + MOST_SEGMENTS], x.dtype)
+            for i in range(0, len(members), MOST_SEGMENTS)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _by_library(self, x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
+        """Each matrix decoded to float16, then cuBLAS. Rotated tokens have a norm below 256 and rows of W' are near
+        unit variance, so no product passes float16."""
+        rotated = rotate(x, members[0].signs, members[0].rotation, None)
+        parts = []
+        for member in members:
+            product = (rotated.values @ unpack(member).T)[:, : member.out_features].float()
+            scales = member.scales.view(torch.float16).float()
+            parts.append((product * rotated.scales[:, None] * scales).to(x.dtype))
+        return torch.cat(parts, dim=1)
 
     def rotated_weight(self, packed: PackedLinear) -> torch.Tensor:
-        raise UnsupportedError("the cuda backend has no kernel for 'linear'")
+        quantizer = parse_spec(packed.spec)
+        rows, columns, words = len(packed.codes), tiles_of(packed.in_features), quantizer.words_per_tile
+        codes = self.from_layout(packed.codes, (rows, columns, words)).reshape(-1, words)
+        tiles = self.decode(packed.spec, codes).reshape(rows, columns, -1)
+        unscaled = from_tiles(tiles, packed.out_features, packed.in_features)
+        return unscaled * packed.scales.view(torch.float16).float()[:, None]
+
+    def to_layout(self, codes: torch.Tensor) -> torch.Tensor:
+        return to_chunks(codes)
+
+    def from_layout(self, codes: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
+        return from_chunks(codes, stored_shape)

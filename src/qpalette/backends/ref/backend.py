@@ -13,6 +13,7 @@ from qpalette.rotate import Rotation, unpack_signs
 class ReferenceBackend(Backend):
     name = "ref"
     priority = 0
+    fuses = True
 
     def supports(self, operation: str, spec: str, device: torch.device) -> Verdict:
         return Verdict(True)

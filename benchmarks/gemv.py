@@ -1,0 +1,162 @@
+"""Fused products beside cuBLAS and the packages that are installed, on a GPU, in one run: microseconds per launch.
+
+    python benchmarks/gemv.py
+
+Shapes are those of a Llama-3.1-8B layer; "layer" is their sum, rotations apart. Graph replay, weights out of the cache.
+"read" is the time that a kernel takes which only reads the bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from report import report
+from rich.console import Console
+
+from qpalette.backends.cuda.probe import launch_seconds, rotation_seconds
+from qpalette.kernels.nvrtc import load_kernel
+from qpalette.kernels.timing import cold_copies, graph_seconds
+
+LAYER = {"qkv": (6144, 4096), "o": (4096, 4096), "gate/up": (28672, 4096), "down": (4096, 14336)}
+SMALL = {"1024x4096": (1024, 4096)}
+SPECS = ("tcq2-2", "tcq2-3", "tcq2-3.25", "tcq2-4", "tcq-3.25", "tcq-4", "vq-3", "vq-4", "nuq-3")
+BATCHES = (1, 8, 16)
+
+
+def cublas(rows: int, columns: int, batch: int) -> float:
+    x = torch.randn(batch, columns, dtype=torch.float16, device="cuda")
+    weights = [
+        torch.randn(rows, columns, dtype=torch.float16, device="cuda") for _ in range(cold_copies(2 * rows * columns))
+    ]
+    return graph_seconds([lambda w=w: x @ w.T for w in weights])
+
+
+def tinygemm(rows: int, columns: int, batch: int) -> float:
+    """torch's int4 product, groups of 128, bfloat16."""
+    x = torch.randn(batch, columns, dtype=torch.bfloat16, device="cuda")
+    copies = []
+    for _ in range(cold_copies(rows * columns // 2)):
+        plain = torch.randint(0, 256, (rows, columns // 2), device="cuda").to(torch.uint8)
+        packed = torch.ops.aten._convert_weight_to_int4pack(plain, 8)
+        copies.append((packed, torch.rand(columns // 128, rows, 2, dtype=torch.bfloat16, device="cuda")))
+    return graph_seconds([lambda w=w, s=s: torch.ops.aten._weight_int4pack_mm(x, w, 128, s) for w, s in copies])
+
+
+def bitsandbytes(rows: int, columns: int, batch: int) -> float:
+    """NF4, blocks of 64."""
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import quantize_4bit
+
+    x = torch.randn(batch, columns, dtype=torch.float16, device="cuda")
+    copies = []
+    for _ in range(cold_copies(rows * columns // 2)):
+        weight = torch.randn(rows, columns, dtype=torch.float16, device="cuda")
+        copies.append(quantize_4bit(weight, blocksize=64, quant_type="nf4"))
+    return graph_seconds([lambda w=w, s=s: bnb.matmul_4bit(x, w.t(), quant_state=s) for w, s in copies])
+
+
+def gemlite(rows: int, columns: int, batch: int) -> float:
+    """Four bits, groups of 64."""
+    from gemlite.core import DType, GemLiteLinear
+
+    x = torch.randn(batch, columns, dtype=torch.float16, device="cuda")
+    copies = []
+    for _ in range(cold_copies(rows * columns // 2)):
+        layer = GemLiteLinear(4, 64, columns, rows, input_dtype=DType.FP16, output_dtype=DType.FP16)
+        codes = torch.randint(0, 16, (rows, columns), device="cuda").to(torch.uint8)
+        scales = torch.rand(rows * columns // 64, 1, dtype=torch.float16, device="cuda")
+        layer.pack(codes, scales, torch.full_like(scales, 8), None)
+        copies.append(layer)
+    return graph_seconds([lambda layer=layer: layer(x) for layer in copies])
+
+
+READ = r"""
+extern "C" __global__ void read(const uint4 *data, long long count, unsigned *out) {
+    unsigned sum = 0;
+    for (long long i = blockIdx.x * 1024ll + threadIdx.x; i < count; i += gridDim.x * 1024ll) {
+        unsigned a, b, c, d;
+        asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+            : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "l"(data + i));
+        sum += a ^ b ^ c ^ d;
+    }
+    if (sum == 0x12345678u) *out = sum;
+}
+"""
+
+
+def read_only(size: int) -> float:
+    """Seconds to read `size` bytes once, 16 at a time."""
+    import ctypes
+
+    from qpalette.kernels.nvrtc import launch
+
+    kernel = load_kernel(READ, "read", {}, 0)
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    copies = [torch.zeros(size // 16 * 16, dtype=torch.uint8, device="cuda") for _ in range(min(60, cold_copies(size)))]
+
+    def start(data: torch.Tensor) -> None:
+        arguments = [ctypes.c_void_p(data.data_ptr()), ctypes.c_longlong(size // 16), ctypes.c_void_p(out.data_ptr())]
+        launch(kernel, torch.cuda.current_stream().cuda_stream, 264, 1024, 0, arguments)
+
+    return graph_seconds([lambda data=data: start(data) for data in copies])
+
+
+def microseconds(measure: Callable[[], float]) -> float | str:
+    try:
+        return measure() * 1e6
+    except Exception as error:  # a peer that is missing or fails is a line in the table
+        return f"{type(error).__name__}: {error}"[:40]
+
+
+def row_of(name: str, batch: int, measure: Callable[[int, int], float]) -> dict[str, Any]:
+    times = {shape: microseconds(lambda size=size: measure(*size)) for shape, size in {**LAYER, **SMALL}.items()}
+    layer = [times[shape] for shape in LAYER]
+    total = sum(layer) if all(isinstance(time, float) for time in layer) else ""
+    return {"kernel": name, "batch": batch, **times, "layer": total}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--spec", action="append", help="only these")
+    options = parser.parse_args()
+    device = torch.device("cuda", 0)
+    console, rows = Console(width=150), []
+    peers = {
+        "cuBLAS fp16": cublas,
+        "tinygemm int4 g128": tinygemm,
+        "gemlite int4 g64": gemlite,
+        "bitsandbytes nf4": bitsandbytes,
+    }
+    for batch in BATCHES:
+        for name, peer in peers.items():
+            rows.append(row_of(name, batch, lambda m, k, peer=peer, batch=batch: peer(m, k, batch)))
+        for spec in options.spec or SPECS:
+            rows.append(row_of(spec, batch, lambda m, k, s=spec, n=batch: launch_seconds([(s, m, k)], n, device)))
+            console.print(rows[-1])
+    for bits in (2, 3, 3.25, 4):
+        rows.append(row_of(f"read {bits} bits", 1, lambda m, k, bits=bits: read_only(int(m * k * bits / 8))))
+    for row in rows:
+        base = next(r for r in rows if r["kernel"] == "cuBLAS fp16" and r["batch"] == row["batch"])
+        row["over cuBLAS"] = base["layer"] / row["layer"] if row["layer"] else ""
+    segments = {
+        "q/k/v at tcq2-3.25": [("tcq2-3.25", m, 4096) for m in (4096, 1024, 1024)],
+        "q/k/v at tcq2-3, -3.25, -3.5": [("tcq2-3", 4096, 4096), ("tcq2-3.25", 1024, 4096), ("tcq2-3.5", 1024, 4096)],
+    }
+    facts: dict[str, Any] = {name: launch_seconds(parts, 1, device) * 1e6 for name, parts in segments.items()}
+    facts |= {f"rotation of {n} x {k}": rotation_seconds(k, n, device) * 1e6 for k in (4096, 14336) for n in BATCHES}
+    facts |= {
+        f"crossover, tcq2-3.25 4096x4096, batch {n}, rotation included": {
+            "ours": launch_seconds([("tcq2-3.25", 4096, 4096)], n, device, with_rotation=True) * 1e6,
+            "cuBLAS fp16": cublas(4096, 4096, n) * 1e6,
+        }
+        for n in (1, 16, 17, 32, 64, 128, 256)
+    }
+    console.print(facts)
+    report("gemv", torch.cuda.get_device_name(), rows, unit="microseconds", **facts)
+
+
+if __name__ == "__main__":
+    main()

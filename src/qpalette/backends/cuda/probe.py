@@ -1,0 +1,69 @@
+"""Timings of the products on this device, on random codes: the speed does not depend on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from qpalette.backends.cuda.backend import CudaBackend
+from qpalette.backends.cuda.layout import to_chunks
+from qpalette.backends.cuda.multiply import MOST_BATCH, batch_columns, multiply
+from qpalette.backends.cuda.rotate import rotate
+from qpalette.core.records import tiles_of
+from qpalette.kernels import PackedLinear
+from qpalette.kernels.timing import cold_copies, graph_seconds
+from qpalette.quantizers import parse_spec
+from qpalette.rotate import full_rotation
+
+MOST_COPIES = 60
+_BACKEND = CudaBackend()
+Part = tuple[str, int, int]  # spec, out-features, in-features
+
+
+def random_member(spec: str, rows: int, columns: int, device: torch.device) -> PackedLinear:
+    """A matrix of random codes, laid out for the kernels; all of `columns` inputs share signs and rotation."""
+    words = parse_spec(spec).words_per_tile
+    shape = (tiles_of(rows), tiles_of(columns), words)
+    codes = torch.randint(-(2**31), 2**31, shape, dtype=torch.int64, device=device).to(torch.int32)
+    scales = torch.full((rows,), 0.02, device=device).half().view(torch.int16)
+    signs = torch.zeros(-(-columns // 8), dtype=torch.uint8, device=device)
+    rotation = full_rotation(columns).name
+    return PackedLinear(to_chunks(codes), scales, signs, spec, rotation, rows, columns, _BACKEND.layout)
+
+
+def launch_seconds(parts: Sequence[Part], batch: int, device: torch.device, with_rotation: bool = False) -> float:
+    """Seconds of one fused launch over `parts`, which read one input, cold weights; the rotation of the input apart, or
+    counted. Above the largest fused batch the matrices are decoded and multiplied by cuBLAS, rotation included."""
+    members = [random_member(spec, rows, columns, device) for spec, rows, columns in parts]
+    size = sum(4 * member.codes.numel() for member in members)
+    copies = [members]
+    for _ in range(min(MOST_COPIES, cold_copies(size)) - 1):
+        copies.append([_copy(member) for member in members])
+    x = torch.randn(batch, parts[0][2], dtype=torch.float16, device=device)
+    if with_rotation or batch > MOST_BATCH:
+        return graph_seconds([partial(_BACKEND.linears, x, these) for these in copies])
+    rotated = rotate(x, members[0].signs, members[0].rotation, batch_columns(batch))
+    return graph_seconds([partial(multiply, rotated, batch, these, x.dtype) for these in copies])
+
+
+def rotation_seconds(columns: int, batch: int, device: torch.device) -> float:
+    """Seconds to rotate `batch` tokens of `columns` values."""
+    member = random_member("nuq-2", 16, columns, device)
+    inputs = [torch.randn(batch, columns, dtype=torch.float16, device=device) for _ in range(20)]
+    columns_of_batch = batch_columns(batch) if batch <= MOST_BATCH else None
+    return graph_seconds([partial(rotate, x, member.signs, member.rotation, columns_of_batch) for x in inputs])
+
+
+def _copy(member: PackedLinear) -> PackedLinear:
+    return PackedLinear(
+        member.codes.clone(),
+        member.scales,
+        member.signs,
+        member.spec,
+        member.rotation,
+        member.out_features,
+        member.in_features,
+        member.layout,
+    )

@@ -1,0 +1,20 @@
+"""Tokens per second, latency and memory of a model, measured the same way for a quantized one and its original."""
+
+from qpalette.bench.breakdown import Share, breakdown
+from qpalette.bench.decode import RUNNERS, Decoder, Speed, default_runner, measure_speed
+from qpalette.bench.models import PRESETS, Candidate, from_config, from_directory, read_config
+
+__all__ = [
+    "PRESETS",
+    "RUNNERS",
+    "Candidate",
+    "Decoder",
+    "Share",
+    "Speed",
+    "breakdown",
+    "default_runner",
+    "from_config",
+    "from_directory",
+    "measure_speed",
+    "read_config",
+]

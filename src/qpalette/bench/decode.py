@@ -1,0 +1,202 @@
+"""The timing harness: one function for every model, so that a ratio compares the weights and nothing else."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from qpalette.core.errors import InputError, UnsupportedError
+
+RUNNERS = ("eager", "graph", "compile", "compile-graph")
+WARMUP = 6  # steps: compilation, the allocator's first requests, three replays that CUDA graph trees record on
+PROFILED = 8  # steps for a look at where the time goes: enough to see the spread, few enough for a profiler's buffers
+ALIGNMENT = 64  # of the cache's length: masked attention kernels copy a mask whose rows are not aligned
+CAPTURE_WARMUP = 3  # steps on the side stream, as torch's documentation of CUDA graphs asks for
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one model at one batch size. Times are medians."""
+
+    model: str
+    random_weights: bool
+    bits_per_weight: float | None
+    runner: str
+    batch: int
+    context: int  # tokens in the cache before the first step
+    decode_seconds: float  # one step, one token for every sequence of the batch
+    prefill_seconds: float  # all `context` tokens of every sequence, until the first new token is on the host
+    weight_bytes: int
+    peak_bytes: int | None  # on a CUDA device, weights and cache included; None elsewhere
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.batch / self.decode_seconds
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.batch * self.context / self.prefill_seconds
+
+
+class Decoder:
+    """Greedy decoding over a static cache that is filled to `context` tokens; every `step` adds one token.
+
+    The runner says how a step runs: "eager"; "graph", one captured CUDA graph of the eager step; "compile", as
+    transformers' generate does it: torch.compile(mode="reduce-overhead", fullgraph=True); "compile-graph", the step
+    compiled without CUDA graphs and captured into one here.
+
+    Raises InputError when the cache is longer than the model's context, and UnsupportedError for a graph without CUDA.
+    """
+
+    def __init__(self, model: Any, batch: int, context: int, steps: int, runner: str = "eager") -> None:
+        from transformers import StaticCache
+
+        self.model, self.batch, self.context, self.runner = model, batch, context, runner
+        self.device = model.device
+        self.left = steps + WARMUP + (CAPTURE_WARMUP + 1 if "graph" in runner else 0)
+        positions = context + self.left + 1
+        _check(model, positions, runner)
+        self.cache = StaticCache(config=model.config, max_cache_len=-(-positions // ALIGNMENT) * ALIGNMENT)
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+        self.forward = _compiled(model, runner)
+        self.graph: Any = None
+
+    @torch.no_grad()
+    def prefill(self) -> float:
+        """Seconds until the first token is known on the host, after random prompts of `context` tokens."""
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        prompts = torch.randint(vocabulary, (self.batch, self.context), device=self.device)
+        self.cache.reset()
+        self._wait()
+        start = time.perf_counter()
+        logits = self.model(input_ids=prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        self.token.tolist()
+        return time.perf_counter() - start
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Compile, capture, and run until nothing is done for the first time."""
+        if "graph" in self.runner:
+            self._capture()
+        for _ in range(WARMUP):
+            self.step()
+        self._wait()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One token more for every sequence. Does not wait for the device."""
+        if self.left == 0:
+            raise InputError(f"the cache is full after {self.context} tokens and all steps: make it longer")
+        self.left -= 1
+        if self.graph is None:
+            self._step()
+        else:
+            self.graph.replay()
+
+    def time_steps(self, steps: int) -> float:
+        """Median seconds of a step, each timed by events on the device, or by the clock on a CPU."""
+        if self.device.type != "cuda":
+            return statistics.median(_clock(self.step) for _ in range(steps))
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            self.step()
+            mark.record()
+        torch.cuda.synchronize()
+        return statistics.median(one.elapsed_time(next_) for one, next_ in pairwise(marks)) / 1e3
+
+    def _step(self) -> None:
+        if self.runner == "compile":
+            torch.compiler.cudagraph_mark_step_begin()
+        logits = self.forward(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits
+        self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(CAPTURE_WARMUP):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self.graph = graph
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure_speed(
+    candidate: Any, model: Any, batch: int, context: int, steps: int, runner: str, prefills: int = 3
+) -> tuple[Speed, Decoder]:
+    """Prefill and decode at one batch size; the decoder comes back for a look at where the time goes."""
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    decoder = Decoder(model, batch, context, steps + PROFILED, runner)
+    decoder.prefill()  # compiles kernels, and allocates
+    prefill = statistics.median(decoder.prefill() for _ in range(prefills))
+    decoder.warm_up()
+    decode = decoder.time_steps(steps)
+    speed = Speed(
+        model=candidate.name,
+        random_weights=candidate.random_weights,
+        bits_per_weight=candidate.bits_per_weight,
+        runner=runner,
+        batch=batch,
+        context=context,
+        decode_seconds=decode,
+        prefill_seconds=prefill,
+        weight_bytes=weight_bytes(model),
+        peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+    )
+    return speed, decoder
+
+
+def weight_bytes(model: Any) -> int:
+    """Parameters and buffers, tied ones once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def default_runner(device: torch.device) -> str:
+    """As transformers' generate would run a static cache there."""
+    return "compile" if device.type == "cuda" else "eager"
+
+
+def _compiled(model: Any, runner: str) -> Callable[..., Any]:
+    if not runner.startswith("compile"):
+        return model
+    torch._dynamo.reset()  # another model's graphs count towards the limit of recompilations
+    mode = "reduce-overhead" if runner == "compile" else None
+    return torch.compile(model.__call__, mode=mode, fullgraph=True, dynamic=False)
+
+
+def _check(model: Any, positions: int, runner: str) -> None:
+    if runner not in RUNNERS:
+        raise InputError(f"'{runner}' is not a runner: choose {', '.join(RUNNERS)}")
+    if "graph" in runner and model.device.type != "cuda":
+        raise UnsupportedError(
+            f"runner '{runner}' captures a CUDA graph, which needs a CUDA device: use eager or compile"
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and positions > longest:
+        raise InputError(
+            f"context and steps need {positions} positions, but the model has {longest}: make them smaller"
+        )
+
+
+def _clock(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -1,0 +1,243 @@
+"""What is timed: a model from disk, or one of random weights built from a config: speed does not depend on them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpalette.artifact.format import CODES, SCALES, SIGNS, QuantizationFormat, expected_tensors
+from qpalette.artifact.reader import total_bits
+from qpalette.checkpoint import Checkpoint, Grouping, TensorInfo, find_groups
+from qpalette.checkpoint.base import layout_of
+from qpalette.core.errors import InputError, SpecError
+from qpalette.core.records import LinearRecord
+from qpalette.plan import Plan
+from qpalette.rotate import pack_signs, random_signs, rotation_for
+
+_LLAMA_3 = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+# The shapes of public checkpoints' config.json; what does not touch the speed is left at transformers' defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": _LLAMA_3
+    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    | {"head_dim": 64, "tie_word_embeddings": True},
+    "llama-3.2-3b": _LLAMA_3
+    | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
+    | {"tie_word_embeddings": True},
+    "llama-3.1-8b": _LLAMA_3
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-3.1-70b": _LLAMA_3
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "mistral-7b": {
+        "model_type": "mistral",
+        "vocab_size": 32768,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "sliding_window": None,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+    },
+    "qwen3-8b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+    },
+}
+SCALE = 0.02  # of random weights: the usual initialization, so that activations stay finite
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to time. `build` allocates it; nothing is kept, so that two candidates never share the device."""
+
+    name: str
+    build: Callable[[], Any]
+    random_weights: bool
+    bits_per_weight: float | None = None  # of the quantized linears, everything counted; None where none is
+
+    @contextmanager
+    def on_device(self) -> Iterator[Any]:
+        """The model in evaluation mode; its memory is free again afterwards."""
+        model = self.build().eval()
+        try:
+            yield model
+        finally:
+            del model
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+class _Sketch(Checkpoint):
+    """A checkpoint that was never written: the tensors that a config implies."""
+
+    format = "safetensors"
+    files = ()
+
+    def __init__(self, config: Any) -> None:
+        self.config = config.to_dict()
+        self.tensors = layout_of(
+            TensorInfo(name, tuple(tensor.shape), torch.float16)
+            for name, tensor in _skeleton(config).state_dict().items()
+        )
+
+    def read(self, name: str) -> torch.Tensor:
+        raise NotImplementedError("there is nothing to read")
+
+    def save_side_files(self, directory: Path) -> None:
+        raise NotImplementedError("there is nothing to save")
+
+
+def read_config(name: str) -> Any:
+    """The transformers config of a preset ("llama-3.1-8b"), a config.json or a directory with one.
+
+    A quantization_config in it is dropped: what is measured is said elsewhere. Raises InputError.
+    """
+    from transformers import AutoConfig
+
+    path = Path(name).expanduser()
+    try:
+        if name in PRESETS:
+            fields = dict(PRESETS[name])
+            return AutoConfig.for_model(fields.pop("model_type"), **fields)
+        if not path.exists():
+            raise InputError(f"'{name}' is neither a config.json nor a preset: known are {', '.join(PRESETS)}")
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"transformers cannot read the config {name} ({reason})") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def groups_of(config: Any) -> Grouping:
+    """The linears of a model with this config, as `find_groups` finds them in its checkpoint."""
+    return find_groups(_Sketch(config))
+
+
+def records_of(config: Any, plan: Plan) -> dict[str, LinearRecord]:
+    """Every linear of the plan; it may name the head, too. Raises SpecError on a name that is no matrix."""
+    skeleton = _skeleton(config).state_dict()
+    records = {}
+    for name, spec in plan.specs.items():
+        weight = skeleton.get(f"{name}.weight")
+        if weight is None or weight.ndim != 2:
+            raise SpecError(f"the plan names '{name}', which is no linear of this config")
+        out_features, in_features = weight.shape
+        rotation = rotation_for(in_features, plan.rotation).name
+        records[name] = LinearRecord(spec, out_features, in_features, rotation, plan.seed)
+    return records
+
+
+def from_directory(name: str, path: str, dtype: torch.dtype, device: torch.device, attention: str | None) -> Candidate:
+    """A quantized directory, a checkpoint, a GGUF file or a Hub id, as `load_model` opens it."""
+    from qpalette.evaluate import bits_per_weight, is_artifact, load_model
+
+    def build() -> Any:
+        model, _ = load_model(path, str(device), dtype)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        return model
+
+    return Candidate(
+        name, build, random_weights=False, bits_per_weight=bits_per_weight(path) if is_artifact(path) else None
+    )
+
+
+def from_config(
+    name: str, config: Any, plan: Plan | None, dtype: torch.dtype, device: torch.device, attention: str | None
+) -> Candidate:
+    """Random weights: packed codes for the linears of `plan`, `dtype` for everything else."""
+    if plan is None:
+        return Candidate(name, lambda: _plain(config, dtype, device, attention), random_weights=True)
+    records = records_of(config, plan)
+    groups = {linear.name: group.name for group in groups_of(config).groups for linear in group.linears}
+    return Candidate(
+        name,
+        lambda: _packed(config, records, groups, dtype, device, attention),
+        random_weights=True,
+        bits_per_weight=float(total_bits(records.values()).rate),
+    )
+
+
+def _skeleton(config: Any) -> Any:
+    """The model on the meta device: names and shapes."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _plain(config: Any, dtype: torch.dtype, device: torch.device, attention: str | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(attention))
+
+
+def _packed(
+    config: Any,
+    records: Mapping[str, LinearRecord],
+    groups: Mapping[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None,
+) -> Any:
+    """Through the loader that a checkpoint goes through: its tensors are random, nothing else differs."""
+    config = copy.deepcopy(config)
+    config.quantization_config = QuantizationFormat.of(records, {"source": "random weights"}).to_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, record in records.items():
+        tensors |= _random_tensors(name, groups.get(name, name), record, device)
+    place = {"": device.index or 0} if device.type == "cuda" else {"": str(device)}
+    return type(_skeleton(config)).from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, device_map=place, **_attention(attention)
+    )
+
+
+def _attention(name: str | None) -> dict[str, Any]:
+    return {} if name is None else {"attn_implementation": name}
+
+
+def _random_tensors(name: str, group: str, record: LinearRecord, device: torch.device) -> dict[str, torch.Tensor]:
+    """Any bits are a valid code of every quantizer."""
+    _, shape = expected_tensors(record)[CODES]
+    scales = torch.full((record.out_features,), SCALE, dtype=torch.float16, device=device)
+    return {
+        f"{name}.{CODES}": torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int32, device=device),
+        f"{name}.{SCALES}": scales.view(torch.int16),
+        f"{name}.{SIGNS}": pack_signs(random_signs(record.in_features, record.seed, group)).to(device),
+    }

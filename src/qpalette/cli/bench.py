@@ -1,0 +1,278 @@
+"""qpalette bench: tokens per second, latency and memory, beside the original in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qpalette.cli.output import print_json, print_note, print_table, quiet_transformers, size, step_bar
+
+if TYPE_CHECKING:
+    from qpalette.bench import Candidate, Share, Speed
+    from qpalette.plan import Plan
+
+BATCHES = (1, 2, 4, 8, 16)
+
+
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[OUT]", help="The quantized directory (or any other model).")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", metavar="C", help="Or random weights: llama-3.1-8b, another preset, a config.json."),
+    ] = None,
+    spec: Annotated[
+        str | None, typer.Option("--spec", metavar="S", help="With --config: the quantizer, such as tcq-3.25.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="With --config: or a plan.")] = None,
+    head: Annotated[
+        str | None, typer.Option("--head", metavar="S", help="With --config: quantize the output head, too.")
+    ] = None,
+    rotation: Annotated[str, typer.Option("--rotation", help="With --spec: full, block or block-64.")] = "full",
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="MODEL", help="The original.  [default: random weights of its config]"),
+    ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Do not time the original.")] = False,
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", metavar="N", help="Repeatable.  [default: 1, 2, 4, 8, 16]")
+    ] = None,
+    context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens in the cache.")] = 1024,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Timed steps; the median counts.")] = 64,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="Of the original and of what is not quantized.  [default: float16 on a GPU, bfloat16 on a CPU]",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Such as cpu or cuda.")] = "cpu",
+    runner: Annotated[
+        str | None,
+        typer.Option(
+            "--runner", help="eager, graph, compile or compile-graph.  [default: compile on a GPU, eager on a CPU]"
+        ),
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation.")
+    ] = None,
+    with_breakdown: Annotated[
+        bool, typer.Option("--breakdown", help="Where the time of a step goes, at the first batch size.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="A .png, .svg or .pdf.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+) -> None:
+    """Time decoding and prefill with a static cache, and the original the same way.
+
+    A --config without quantizers times the original by itself.
+
+    Example: [bold]qpalette bench --config llama-3.1-8b --spec tcq-3.25 --device cuda --breakdown[/]
+    """
+    from qpalette.bench import default_runner
+    from qpalette.cli.answer import parse_dtype
+    from qpalette.core.errors import InputError
+    from qpalette.kernels.device import parse_device
+
+    batches = tuple(batch or BATCHES)
+    if min(*batches, context, steps, 1) < 1:
+        raise InputError("batch sizes, --context and --steps must be at least 1")
+    if plot is not None:
+        from qpalette.cli.bench_plot import check_plot
+
+        check_plot(plot)
+    quiet_transformers()
+    where = parse_device(device)
+    kind = dtype or ("float16" if where.type == "cuda" else "bfloat16")
+    common = (parse_dtype(kind), where, attention)
+    quantized = _quantized(model, config, spec, plan, head, rotation, common)
+    original = None if alone else _original(model, config, reference, kind, common)
+    candidates = [candidate for candidate in (original, quantized) if candidate is not None]
+    if not candidates:
+        raise InputError("--alone with a bare --config leaves nothing to time: add --spec or --plan")
+    chosen = runner or default_runner(where)
+    speeds: list[Speed] = []
+    shares: dict[str, list[Share]] = {}
+    with step_bar("models x batches") as bar:
+        for result, parts in _measure(candidates, batches, context, steps, chosen, with_breakdown):
+            speeds.append(result)
+            if parts:
+                shares[result.model] = parts
+            bar.show(len(speeds), len(candidates) * len(batches))
+    if plot is not None:
+        from qpalette.cli.bench_plot import draw_speeds
+
+        draw_speeds(speeds, plot, where)
+    if as_json:
+        print_json(_report(speeds, shares, where))
+    else:
+        _print(speeds, shares, where)
+
+
+def _measure(
+    candidates: list[Candidate], batches: tuple[int, ...], context: int, steps: int, runner: str, look: bool
+) -> Iterator[tuple[Speed, list[Share] | None]]:
+    from qpalette.bench import breakdown, measure_speed
+
+    for candidate in candidates:
+        with candidate.on_device() as loaded:
+            for batch in batches:
+                speed, decoder = measure_speed(candidate, loaded, batch, context, steps, runner)
+                yield speed, breakdown(decoder) if look and batch == batches[0] else None
+                del decoder
+
+
+def _quantized(
+    model: str | None,
+    config: str | None,
+    spec: str | None,
+    plan: Path | None,
+    head: str | None,
+    rotation: str,
+    common: tuple[Any, ...],
+) -> Candidate | None:
+    """None when a config comes without quantizers: the original is timed by itself then."""
+    from qpalette.bench import from_config, from_directory, read_config
+    from qpalette.core.errors import InputError
+
+    if (model is None) == (config is None):
+        raise InputError("give either a model or --config, such as --config llama-3.1-8b")
+    if model is not None:
+        if spec or plan or head:
+            raise InputError("--spec, --plan and --head go with --config: a model on disk has its own quantizers")
+        return from_directory(model, model, *common)
+    if spec is not None and plan is not None:
+        raise InputError("give either --spec, such as tcq-3.25, or --plan")
+    if spec is None and plan is None:
+        return None
+    shape = read_config(str(config))
+    chosen = _plan(shape, spec, plan, head, rotation)
+    return from_config(f"{config} {spec or plan}", shape, chosen, *common)
+
+
+def _plan(shape: Any, spec: str | None, plan: Path | None, head: str | None, rotation: str) -> Plan:
+    from dataclasses import replace
+
+    from qpalette.bench.models import groups_of
+    from qpalette.evaluate.windows import read_text
+    from qpalette.plan import Plan, uniform_plan
+
+    if plan is not None:
+        chosen = Plan.from_json(read_text(plan))
+    else:
+        chosen = uniform_plan(groups_of(shape).groups, str(spec), rotation)
+    return chosen if head is None else replace(chosen, specs={**chosen.specs, "lm_head": head})
+
+
+def _original(
+    model: str | None, config: str | None, reference: str | None, dtype: str, common: tuple[Any, ...]
+) -> Candidate:
+    """The speed of the original does not depend on its weights: without a reference, they are random."""
+    from qpalette.bench import from_config, from_directory, read_config
+
+    if reference is not None:
+        return from_directory(f"{reference} {dtype}", reference, *common)
+    if model is not None:
+        from qpalette.evaluate.loading import is_artifact, plain_directory
+
+        if not is_artifact(model):
+            from qpalette.checkpoint import open_checkpoint
+
+            return from_directory(f"{model} {dtype}", str(plain_directory(open_checkpoint(model))), *common)
+    name = str(config or model)
+    return from_config(f"{name} {dtype}", read_config(name), None, *common)
+
+
+def _report(speeds: list[Speed], shares: dict[str, list[Share]], device: Any) -> dict[str, Any]:
+    return {
+        "device": device_name(device),
+        "versions": _versions(),
+        "speeds": [
+            _fields(speed)
+            | {"tokens_per_second": speed.tokens_per_second}
+            | {"prefill_tokens_per_second": speed.prefill_tokens_per_second, "ratio": _ratio(speed, speeds)}
+            for speed in speeds
+        ],
+        "breakdown": shares,
+    }
+
+
+def _fields(speed: Speed) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(speed)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("qpalette", "torch", "transformers")}
+
+
+def device_name(device: Any) -> str:
+    """The GPU's name, or the processor's."""
+    import platform
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def _ratio(speed: Speed, speeds: list[Speed]) -> float | None:
+    """Tokens per second over the first model's at the same batch size; None for that one itself."""
+    first = next(other for other in speeds if other.batch == speed.batch)
+    return None if first is speed else speed.tokens_per_second / first.tokens_per_second
+
+
+def _print(speeds: list[Speed], shares: dict[str, list[Share]], device: Any) -> None:
+    columns = (
+        "model",
+        "batch",
+        "tokens/s",
+        "ratio",
+        "ms per step",
+        "prefill tokens/s",
+        "first token",
+        "weights",
+        "peak",
+    )
+    rows = []
+    for speed in speeds:
+        ratio = _ratio(speed, speeds)
+        rows.append(
+            (
+                speed.model + (" (random weights)" if speed.random_weights else ""),
+                str(speed.batch),
+                f"{speed.tokens_per_second:.1f}",
+                "" if ratio is None else f"{ratio:.2f}",
+                f"{1e3 * speed.decode_seconds:.3f}",
+                f"{speed.prefill_tokens_per_second:.0f}",
+                f"{1e3 * speed.prefill_seconds:.0f} ms",
+                size(speed.weight_bytes),
+                "" if speed.peak_bytes is None else size(speed.peak_bytes),
+            )
+        )
+    first = speeds[0]
+    title = f"Decoding after {first.context} tokens on {device_name(device)}, runner {first.runner}"
+    print_table(title, columns, rows, caption="ratio: tokens/s over the first model's at the same batch size; medians")
+    for name, parts in shares.items():
+        _print_breakdown(name, parts)
+
+
+def _print_breakdown(name: str, parts: list[Share]) -> None:
+    total = sum(part.seconds for part in parts)
+    rows = []
+    for part in parts:
+        longest = ", ".join(f"{kernel[:60]} {1e6 * seconds:.0f}" for kernel, seconds in list(part.kernels.items())[:3])
+        rows.append((part.part, f"{1e6 * part.seconds:.0f}", f"{100 * part.seconds / total:.1f} %", longest))
+    print_table(f"Where a step goes: {name}", ("part", "us", "share", "longest kernels, us"), rows)
+    if total == 0:
+        print_note("the profiler saw no kernel: is another profiler attached to the device?")

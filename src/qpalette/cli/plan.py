@@ -1,0 +1,288 @@
+"""qpalette plan: what a budget buys, exactly."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qpalette.cli.output import count, print_facts, print_json, print_note, print_table, size
+
+if TYPE_CHECKING:
+    from qpalette.checkpoint import Checkpoint
+    from qpalette.pipeline.planning import BudgetPlan
+    from qpalette.plan import Budget, Sensitivities, Space
+
+FRONT_POINTS = 48
+
+
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="A Hugging Face directory, a .gguf file or a Hub id; not needed for --bits.")
+    ] = None,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(
+            "--sensitivity",
+            metavar="FILE",
+            help="JSON of qpalette sensitivity, or CSV: layer,linear,out_features,in_features,sensitivity.",
+        ),
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option("--bits", metavar="R", help="At most R bits per weight, everything counted.")
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option("--size", metavar="SIZE", help="At most so many bytes on disk in all, such as 6GB.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="At most so much device memory: weights, KV cache, activations."),
+    ] = None,
+    context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens that --memory must hold.")] = 4096,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Sequences at once.")] = 1,
+    tokens_per_second: Annotated[
+        float | None,
+        typer.Option("--tokens-per-second", metavar="N", help="At least so fast, by --profile, each sequence."),
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", metavar="FILE", help="Measured seconds of launches (docs/plan.md).")
+    ] = None,
+    fusion: Annotated[
+        str, typer.Option("--fusion", help="Siblings in one launch: none, same (one spec), free (each its own).")
+    ] = "free",
+    effort: Annotated[str, typer.Option("--effort", help="fast, standard or best.")] = "standard",
+    family: Annotated[
+        list[str] | None,
+        typer.Option("--family", metavar="F", help="Only this family; may be repeated.  [default: all]"),
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", metavar="NAME", help="Plan this too: lm_head or embed_tokens. May be repeated."),
+    ] = None,
+    free_experts: Annotated[
+        bool, typer.Option("--free-experts", help="Each expert its own specs; else those of a layer share them.")
+    ] = False,
+    rotation: Annotated[str, typer.Option("--rotation", help="full, block or block-N.")] = "full",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the rotation's signs.")] = 0,
+    solver: Annotated[str, typer.Option("--solver", help="exact or lagrangian.")] = "exact",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the plan, for quantize --plan.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw bits per linear and the Pareto front (.png).")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write one self-contained HTML page.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+) -> None:
+    """Choose a quantizer for every linear: the least predicted loss within hard limits, any combination of them.
+
+    Example: [bold]qpalette plan MODEL --sensitivity sensitivity.json --bits 3.25 --out plan.json[/]
+    """
+    from qpalette.plan import FUSIONS, LatencyProfile, Space, palette_of
+
+    if fusion not in FUSIONS:
+        raise typer.BadParameter(f"--fusion is one of {', '.join(FUSIONS)}")
+    budget = _budget(bits, disk, memory, tokens_per_second)
+    measured = None if profile is None else LatencyProfile.read(profile)
+    space = Space(palette_of(effort, family or ()), measured, batch, fusion, not free_experts)
+    checkpoint = _checkpoint(model)
+    known = _sensitivities(model, sensitivity, checkpoint)
+    found = _made(known, budget, space, checkpoint, also or (), context, solver, rotation, seed)
+    if out is not None:
+        _write(out, found.plan.to_json())
+    if plot is not None:
+        from qpalette.cli.plan_plot import draw_plan
+
+        draw_plan(found, plot, FRONT_POINTS)
+    if report is not None:
+        from qpalette.cli.plan_report import plan_page
+
+        command = shlex.join(["qpalette", *sys.argv[1:]])
+        _write(report, plan_page(found, str(budget), command, model or str(sensitivity), FRONT_POINTS))
+    if as_json:
+        print_json(plan_json(found))
+    else:
+        show_plan(found, str(budget))
+        _say_next(model, out)
+
+
+def _budget(bits: str | None, disk: str | None, memory: str | None, tokens_per_second: float | None) -> Budget:
+    from qpalette.core.rate import parse_rate
+    from qpalette.plan import Budget, parse_size
+
+    return Budget(
+        None if bits is None else parse_rate(bits),
+        None if disk is None else parse_size(disk),
+        None if memory is None else parse_size(memory),
+        tokens_per_second,
+    )
+
+
+def _checkpoint(model: str | None) -> Checkpoint | None:
+    if model is None:
+        return None
+    from qpalette.checkpoint import open_checkpoint
+
+    return open_checkpoint(model)
+
+
+def _sensitivities(model: str | None, file: Path | None, checkpoint: Checkpoint | None) -> Sensitivities:
+    """From the file, or measured now and kept: one Fisher pass over text that the model writes."""
+    from qpalette.plan import Sensitivities
+
+    if file is not None:
+        found = Sensitivities.read(file)
+        source = found.provenance.get("source")
+        if checkpoint is not None and source not in (None, checkpoint.fingerprint) and "method" in found.provenance:
+            print_note(f"{file} was measured on another checkpoint than {model}")
+        return found
+    if model is None or checkpoint is None:
+        raise typer.BadParameter("give a MODEL, a --sensitivity file, or both")
+    from qpalette.api import measure_sensitivities
+    from qpalette.cli.output import quiet_transformers, step_bar
+    from qpalette.core.cache import cache_directory
+
+    kept = cache_directory() / "sensitivities" / f"{checkpoint.fingerprint}.json"
+    if kept.exists():
+        return Sensitivities.read(kept)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    print_note("no --sensitivity: measured now on text that the model writes, and kept; this takes minutes")
+    quiet_transformers()
+    with step_bar("sensitivities") as bar:
+        return measure_sensitivities(model, kept, tokens=4096, progress=bar.show)
+
+
+def _made(
+    known: Sensitivities,
+    budget: Budget,
+    space: Space,
+    checkpoint: Checkpoint | None,
+    also: Any,
+    context: int,
+    solver: str,
+    rotation: str,
+    seed: int,
+) -> BudgetPlan:
+    from qpalette.pipeline.planning import make_plan
+
+    options: dict[str, Any] = {"also": also, "context": context, "solver": solver, "rotation": rotation, "seed": seed}
+    return make_plan(known, budget, space, checkpoint, **options)
+
+
+def plan_json(found: BudgetPlan) -> dict[str, Any]:
+    """Keys that stay: predicted_loss, loss_over_bound, loss_over_uniform, average_bits, bytes, optimality_gap,
+    assignments."""
+    planned, choice = found.planned, found.planned.choice
+    uniform = planned.uniform
+    return {
+        "predicted_loss": choice.loss,
+        "loss_over_bound": planned.loss_over_bound,
+        "loss_over_uniform": planned.loss_over_uniform,
+        "average_bits": planned.average_bits,
+        "bytes": choice.bits // 8 if found.disk_bytes is None else found.disk_bytes,
+        "linear_bytes": choice.bits // 8,
+        "memory_bytes": found.memory_bytes,
+        "seconds_per_token": choice.seconds,
+        "tokens_per_second": None if choice.seconds is None else 1 / choice.seconds,
+        "optimality_gap": planned.optimality_gap,
+        "uniform": None if uniform is None else {"spec": _only(uniform.specs), "predicted_loss": uniform.loss},
+        "launches": [list(launch) for launch in choice.launches],
+        "assignments": dict(found.plan.specs),
+    }
+
+
+def _only(specs: Any) -> str:
+    return next(iter(specs.values()))
+
+
+def kinds_of(found: BudgetPlan) -> list[dict[str, Any]]:
+    """Linears of all layers together: how many, their weights, mean counted bits, specs and share of the loss."""
+    from qpalette.cli.inspection import linear_kind
+    from qpalette.plan import candidate_of
+    from qpalette.quantizers import parse_spec
+
+    space = found.planner.space
+    by_spec = {candidate.spec: candidate for candidate in space.palette}
+    kinds: dict[str, dict[str, Any]] = {}
+    for linear in found.planner.sensitivities.linears:
+        spec = found.plan.specs[linear.name]
+        candidate = by_spec.get(spec) or candidate_of(parse_spec(spec))
+        row = kinds.setdefault(
+            linear_kind(linear.name), {"linears": 0, "weights": 0, "bits": 0, "rates": [], "loss": 0.0}
+        )
+        row["linears"] += 1
+        row["weights"] += linear.shape.weights
+        row["bits"] += space.count_bits(candidate.rate, linear.shape.out_features, linear.shape.in_features)
+        row["rates"].append((candidate.rate, spec))
+        row["loss"] += linear.sensitivity * candidate.distortion
+    return [
+        {
+            "kind": kind,
+            **row,
+            "bits_per_weight": row["bits"] / row["weights"],
+            "least": min(row["rates"])[1],
+            "most": max(row["rates"])[1],
+        }
+        for kind, row in kinds.items()
+    ]
+
+
+def facts_of(found: BudgetPlan, budget: str) -> dict[str, str]:
+    planned, choice = found.planned, found.planned.choice
+    uniform = planned.uniform
+    facts = {
+        "budget": budget,
+        "bits per weight": f"{float(planned.average_bits):.4f} in {count(planned.weights)} weights, everything counted",
+        "size": f"{size(choice.bits // 8)} of linears"
+        + ("" if found.disk_bytes is None else f", {size(found.disk_bytes)} on disk with everything"),
+        "memory": "" if found.memory_bytes is None else f"{size(found.memory_bytes)}, cache and activations included",
+        "speed": ""
+        if choice.seconds is None
+        else f"{1 / choice.seconds:.1f} tokens/s in {len(choice.launches)} launches",
+        "predicted loss": f"{choice.loss:.4g}",
+        "over the bound": f"{planned.loss_over_bound:.4f} (reverse water-filling, same bits)",
+        "over uniform": "no uniform plan is within the budget"
+        if uniform is None
+        else f"{planned.loss_over_uniform:.4f} ({_only(uniform.specs)} everywhere: {uniform.loss:.4g})",
+        "optimality gap": f"{planned.optimality_gap:.1e}" if planned.optimality_gap else "0, proven optimal",
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def show_plan(found: BudgetPlan, budget: str) -> None:
+    total = found.planned.choice.loss or 1.0
+    rows = [
+        (
+            kind["kind"],
+            str(kind["linears"]),
+            count(kind["weights"]),
+            kind["least"] if kind["least"] == kind["most"] else f"{kind['least']} .. {kind['most']}",
+            f"{kind['bits_per_weight']:.4f}",
+            f"{100 * kind['loss'] / total:.1f} %",
+        )
+        for kind in kinds_of(found)
+    ]
+    print_table("Plan", ("linear", "times", "weights", "specs", "bits per weight", "of the loss"), rows)
+    print_facts("What the budget buys", facts_of(found, budget))
+
+
+def _say_next(model: str | None, out: Path | None) -> None:
+    if out is not None:
+        print_note(f"now: qpalette quantize {model or 'MODEL'} OUT --plan {out}")
+
+
+def _write(file: Path, text: str) -> None:
+    import os
+
+    from qpalette.core.errors import InputError
+
+    if not file.absolute().parent.is_dir():
+        raise InputError(f"{file.absolute().parent} does not exist; make it, or choose another place")
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)

@@ -1,0 +1,46 @@
+"""qpalette serve: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qpalette.cli.output import print_note
+
+LOCAL = "127.0.0.1"
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="OUT", help="The quantized directory (or any other model).")],
+    engine: Annotated[str, typer.Option("--engine", help="transformers or vllm.")] = "transformers",
+    host: Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0 lets the network in.")] = LOCAL,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port to listen on.")] = 8000,
+) -> None:
+    """Serve /v1/chat/completions, streaming too, and /v1/models. Options after -- are the engine's own.
+
+    Example: [bold]qpalette serve OUT --port 8001 -- --device cuda[/]
+    """
+    from qpalette.integrations import serving
+
+    serving.check_engine(engine)
+    serving.check_port(host, port)
+    directory = _directory(model)
+    print_note(f"{directory} at http://{host}:{port}/v1, {engine}; Ctrl-C stops")
+    run = serving.serve_vllm if engine == "vllm" else serving.serve_transformers
+    run(directory, host, port, context.args)
+
+
+def _directory(model: str) -> str:
+    """What the engines open: a quantized directory, checked; a checkpoint's directory; a GGUF file dequantized."""
+    from pathlib import Path
+
+    from qpalette.artifact import open_artifact
+    from qpalette.checkpoint import open_checkpoint
+    from qpalette.evaluate.loading import is_artifact, plain_directory
+
+    if not is_artifact(model):
+        return str(plain_directory(open_checkpoint(model)))
+    open_artifact(Path(model).expanduser())
+    return str(Path(model).expanduser())

@@ -1,0 +1,330 @@
+"""vLLM: serves packed checkpoints through the entry point group `vllm.general_plugins`; vLLM itself stays as it is.
+
+A layer that vLLM fuses (q/k/v, gate/up) keeps one packed part for each linear of the checkpoint, so that each may have
+a quantizer of its own. Under tensor parallelism a part holds this rank's tiles: whole rows of tiles where vLLM splits
+the outputs, whole columns where it splits the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import Parameter
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from qpalette.artifact.format import CODES, METHOD, SCALES, SUFFIXES, QuantizationFormat
+from qpalette.artifact.reader import open_artifact
+from qpalette.core.errors import ArtifactError, UnsupportedError
+from qpalette.core.records import TILE, LinearRecord
+from qpalette.kernels import select
+from qpalette.nn import QuantLinear
+from qpalette.rotate import Rotation
+
+QKV = {"q": 0, "k": 1, "v": 2}
+WEIGHT = "weight"
+
+
+class QPaletteVllmConfig(QuantizationConfig):
+    """`quantization_config` of config.json for vLLM. Of module level: vLLM pickles it for its workers."""
+
+    def __init__(self, records: dict[str, LinearRecord]) -> None:
+        super().__init__()
+        self.records = records
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QPaletteVllmConfig:
+        """Raises ArtifactError naming the field that is wrong."""
+        return cls(QuantizationFormat.parse(config).records)
+
+    @classmethod
+    def get_name(cls) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # config.json has it
+
+    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
+        """Checks the headers of a local directory. Raises ArtifactError naming the tensor that is wrong."""
+        if Path(model_name).is_dir():
+            open_artifact(model_name)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Checkpoint names become vLLM's where the two differ, as in multimodal models."""
+        self.records = hf_to_vllm_mapper.apply_dict(self.records)
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        """The method of a layer that holds a packed linear; the ordinary one for other linears, None for the rest.
+
+        Raises UnsupportedError for a packed embedding or expert, which vLLM cannot run here.
+        """
+        names = self._checkpoint_names(prefix)
+        packed = [name for name in names if name in self.records]
+        if isinstance(layer, (LinearBase, ParallelLMHead)) and packed:
+            return QPaletteLinearMethod([(name, self.records.get(name)) for name in names])
+        if isinstance(layer, LinearBase):
+            return UnquantizedLinearMethod()
+        experts = [name for name in self.records if name.startswith(f"{prefix}.")]
+        if isinstance(layer, RoutedExperts) and experts:
+            raise UnsupportedError(f"{experts[0]} is packed, but packed experts do not run in vLLM: use transformers")
+        if isinstance(layer, VocabParallelEmbedding) and packed:
+            raise UnsupportedError(f"{packed[0]} is packed, but packed embeddings do not run in vLLM: use transformers")
+        return None
+
+    def _checkpoint_names(self, prefix: str) -> list[str]:
+        """The linears of the checkpoint that a layer of vLLM's is made of."""
+        parent, dot, last = prefix.rpartition(".")
+        if prefix in self.records:  # fused in the checkpoint, too
+            return [prefix]
+        return [f"{parent}{dot}{name}" for name in self.packed_modules_mapping.get(last, [last])]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank holds of a linear: some of its rows, and a range of its columns."""
+
+    rows: tuple[tuple[int, int], ...]  # (first, count), one after the other
+    column: int
+    columns: int
+
+    @property
+    def out_features(self) -> int:
+        return sum(count for _, count in self.rows)
+
+    def of_rows(self, tensor: torch.Tensor, unit: int = 1) -> torch.Tensor:
+        """Those rows of `tensor`, which holds `unit` rows in one; what lies beyond its end is left out."""
+        pieces = [tensor[first // unit : -(-(first + count) // unit)] for first, count in self.rows]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def of_columns(self, tensor: torch.Tensor, dim: int, unit: int = 1) -> torch.Tensor:
+        """Those columns along `dim`, which holds `unit` columns in one."""
+        end = -(-(self.column + self.columns) // unit)
+        return tensor.narrow(dim, self.column // unit, end - self.column // unit)
+
+    def check(self, name: str, record: LinearRecord) -> None:
+        """Raises UnsupportedError when the share does not consist of whole tiles and whole blocks of the rotation."""
+        whole_rows = self.rows == ((0, self.out_features),) and self.out_features >= record.out_features
+        if not whole_rows and any(number % TILE for rows in self.rows for number in rows):
+            raise UnsupportedError(
+                f"{name}: a rank's {self.out_features} of {record.out_features} rows are not whole tiles of {TILE}; "
+                "use a smaller tensor_parallel_size"
+            )
+        if self.columns == record.in_features:
+            return
+        block = Rotation.parse(record.rotation, record.in_features).block
+        if self.columns % block or self.columns % TILE:
+            raise UnsupportedError(
+                f"{name}: tensor parallelism gives each rank {self.columns} of {record.in_features} inputs, which "
+                f"rotation '{record.rotation}' mixes in blocks of {block}; use tensor_parallel_size=1, or quantize "
+                f"with --rotation block-{largest_block(self.columns)}"
+            )
+
+
+def largest_block(columns: int) -> int:
+    """The largest power of two that divides `columns`."""
+    return columns & -columns
+
+
+class PlainPart(nn.Module):
+    """A linear that the plan left as it is, beside packed ones in the same fused layer."""
+
+    weight: torch.Tensor
+
+    def __init__(self, share: Share, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer(WEIGHT, torch.zeros(share.out_features, share.columns, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight)
+
+    def prepare(self) -> None:
+        """Nothing to lay out."""
+
+
+class QPaletteLinearMethod(LinearMethodBase):
+    """Runs one layer of vLLM's, made of the linears `members`: (checkpoint name, record, None for a plain one)."""
+
+    def __init__(self, members: Sequence[tuple[str, LinearRecord | None]]) -> None:
+        self.members = members
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Raises UnsupportedError when this tensor parallelism cannot cut the tiles or the rotation."""
+        self.shares = _shares(layer, self.members, input_size_per_partition, output_partition_sizes, input_size)
+        self.missing = {part: _tensors(record) for part, (_, record) in enumerate(self.members)}
+        layer.packed_parts = nn.ModuleList(
+            _part(name, record, share, params_dtype)
+            for (name, record), share in zip(self.members, self.shares, strict=True)
+        )
+        _add_to_compile_cache_key({part.record.spec for part in layer.packed_parts if hasattr(part, "record")})
+        for suffix in {suffix for suffixes in self.missing.values() for suffix in suffixes}:
+            layer.register_parameter(suffix, _Door(self._loader(layer, suffix)))
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Lay the codes out for the best backend. Raises ArtifactError when only some tensors were loaded."""
+        absent = [f"{self.members[part][0]}.{suffix}" for part, left in self.missing.items() for suffix in left]
+        total = sum(len(_tensors(record)) for _, record in self.members)
+        if 0 < len(absent) < total:  # all of them are absent when vLLM loads dummy weights
+            raise ArtifactError(f"tensor '{sorted(absent)[0]}' was not loaded; download the model again")
+        for part in layer.packed_parts:
+            part.prepare()
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K of this rank] -> [..., M of this rank]: the parts' outputs side by side."""
+        outputs = [part(x) for part in layer.packed_parts]
+        result = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return result if bias is None else result + bias
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        raise ArtifactError(f"linear '{self.members[0][0]}' is packed, but config.json ties it to the embeddings")
+
+    def _loader(self, layer: Any, suffix: str) -> Callable[..., None]:
+        def load(parameter: Parameter, loaded: torch.Tensor, shard_id: Any = None) -> None:
+            part = self._part_of(layer, shard_id)
+            share, module = self.shares[part], layer.packed_parts[part]
+            _copy(f"{self.members[part][0]}.{suffix}", getattr(module, suffix), _cut(suffix, loaded, share))
+            self.missing[part].discard(suffix)
+
+        return load
+
+    def _part_of(self, layer: Any, shard_id: Any) -> int:
+        """vLLM says which linear a tensor belongs to as "q", as a place, as a tuple of places, or not at all."""
+        if shard_id is None or len(self.members) == 1:
+            return 0
+        place = QKV.get(shard_id, shard_id) if isinstance(shard_id, str) else shard_id
+        place = place[0] if isinstance(place, tuple) else place
+        return next(part for part, places in enumerate(self._places(layer)) if place in places)
+
+    def _places(self, layer: Any) -> Iterator[range]:
+        """The output partitions that each member covers."""
+        first = 0
+        for share in self.shares:
+            yield range(first, first + len(share.rows))
+            first += len(share.rows)
+
+
+class _Door(Parameter):
+    """Holds nothing: vLLM finds tensors by the parameters' names, and this one passes them to the parts."""
+
+    def __new__(cls, load: Callable[..., None]) -> _Door:
+        return super().__new__(cls, torch.empty(0, dtype=torch.uint8), requires_grad=False)
+
+    def __init__(self, load: Callable[..., None]) -> None:
+        self.weight_loader = load
+
+
+def _part(name: str, record: LinearRecord | None, share: Share, dtype: torch.dtype) -> nn.Module:
+    if record is None:
+        return PlainPart(share, dtype)
+    share.check(name, record)
+    return QuantLinear(replace(record, out_features=share.out_features, in_features=share.columns))
+
+
+def _tensors(record: LinearRecord | None) -> set[str]:
+    return {WEIGHT} if record is None else set(SUFFIXES)
+
+
+def _shares(
+    layer: Any,
+    members: Sequence[tuple[str, LinearRecord | None]],
+    columns: int,
+    sizes: Sequence[int],
+    in_features: int,
+) -> list[Share]:
+    """One for each member, which takes as many of the layer's output partitions as its rows fill.
+
+    Raises ArtifactError when the layer has another shape than the record.
+    """
+    replicas = (
+        [1, layer.num_kv_head_replicas, layer.num_kv_head_replicas] if isinstance(layer, QKVParallelLinear) else []
+    )
+    split = isinstance(layer, (ColumnParallelLinear, ParallelLMHead))
+    rank, ranks = (layer.tp_rank, layer.tp_size) if split else (0, 1)
+    column = layer.tp_rank * columns if columns < in_features else 0
+    partitions = list(zip(sizes, replicas or [1] * len(sizes), strict=True))
+    shares: list[Share] = []
+    for name, record in members:
+        last = len(shares) == len(members) - 1
+        rows: list[tuple[int, int]] = []
+        start = 0
+        while partitions and (last or not rows or (record is not None and start < record.out_features)):
+            size, copies = partitions.pop(0)
+            rows.append((start + rank // copies * size, size))
+            start += size * ranks // copies
+        padded = isinstance(layer, ParallelLMHead)  # vLLM rounds the vocabulary up
+        if record is not None and (record.in_features != in_features or not (padded or start == record.out_features)):
+            raise ArtifactError(
+                f"linear '{name}' is {start} x {in_features} in vLLM's model, but {record.out_features} x "
+                f"{record.in_features} in quantization_config"
+            )
+        shares.append(Share(tuple(rows), column, columns))
+    return shares
+
+
+def _cut(suffix: str, loaded: torch.Tensor, share: Share) -> torch.Tensor:
+    """This rank's share of a stored tensor."""
+    if suffix == CODES:
+        return share.of_columns(share.of_rows(loaded, TILE), 1, TILE)
+    if suffix == SCALES:
+        if not bool(loaded.view(torch.float16).isfinite().all()):
+            raise ArtifactError(f"a tensor {SCALES} has a scale that is not finite; download the model again")
+        return share.of_rows(loaded)
+    if suffix == WEIGHT:
+        return share.of_columns(share.of_rows(loaded), 1)
+    return share.of_columns(loaded, 0, 8)
+
+
+def _copy(name: str, target: torch.Tensor, source: torch.Tensor) -> None:
+    """Rows that the source lacks stay zero: they are vLLM's padding of the vocabulary."""
+    if (
+        source.shape[1:] != target.shape[1:]
+        or len(source) > len(target)
+        or source.dtype.is_floating_point != target.dtype.is_floating_point
+    ):
+        raise ArtifactError(f"tensor '{name}' must be {target.dtype} {list(target.shape)}, got {list(source.shape)}")
+    target[: len(source)].copy_(source)
+
+
+def _add_to_compile_cache_key(specs: set[str]) -> None:
+    """Compiled graphs hold the codes' layout as a constant: one that is cached must not serve another backend."""
+    config = get_current_vllm_config()
+    device = torch.get_default_device() if config.device_config is None else torch.device(config.device_config.device)
+    layouts = {spec: select("linear", spec, device).layout for spec in specs}
+    if isinstance(config.additional_config, dict):
+        config.additional_config.setdefault(METHOD, {}).update(layouts)
+
+
+def register() -> None:
+    """The entry point. vLLM calls it in every process; a second call changes nothing."""
+    register_quantization_config(METHOD)(QPaletteVllmConfig)

@@ -1,0 +1,44 @@
+"""Bytes on disk and in memory of a quantized model that does not exist yet."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from qpalette.artifact import PackedCheckpoint, total_bits
+from qpalette.checkpoint import Checkpoint
+from qpalette.checkpoint.export import exported_bytes
+from qpalette.pipeline.hessians import HessianStore
+from qpalette.pipeline.jobs import format_of, make_jobs, no_tensor
+from qpalette.pipeline.quantize import write_documents
+from qpalette.pipeline.report import LinearResult, QuantizeReport
+from qpalette.plan import Plan
+
+LONGEST = 1.2345678901234567e-05  # as many digits as a measured figure of the report can have
+
+
+def disk_bytes(checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None = None) -> int:
+    """All files of the directory that `quantize_checkpoint` writes, from headers alone; never too few.
+
+    Exact but for the figures that are measured on the way: their digits are counted as long as they can be.
+    Raises as `make_jobs`.
+    """
+    jobs = make_jobs(checkpoint, plan, hessians)
+    packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), no_tensor)
+    proxy = None if hessians is None else LONGEST
+    results = [LinearResult(job.name, job.record, LONGEST, proxy) for job in jobs]
+    calibration = None if hessians is None else hessians.calibration
+    output = Path("m" * 255)  # the longest name, which the model card repeats
+    report = QuantizeReport(output, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration)
+    write_documents(packed, report, plan, base_model=None)
+    with tempfile.TemporaryDirectory() as directory:
+        packed.save_side_files(Path(directory))
+        beside = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
+    return exported_bytes(packed) + beside
+
+
+def carried_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
+    """All tensors but those of the quantized linears."""
+    jobs = make_jobs(checkpoint, plan)
+    packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs), no_tensor)
+    return packed.total_bytes - total_bits(job.record for job in jobs).total // 8

@@ -1,0 +1,162 @@
+"""From sensitivities and a budget to a plan for a model, its every byte counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from qpalette.artifact import total_bits
+from qpalette.checkpoint import Checkpoint, find_groups
+from qpalette.core.errors import BudgetError, InputError
+from qpalette.core.records import LinearGroup
+from qpalette.pipeline.footprint import LONGEST, carried_bytes, disk_bytes
+from qpalette.pipeline.gains import feedback_gains, with_feedback
+from qpalette.pipeline.hessians import HessianStore
+from qpalette.pipeline.jobs import make_jobs
+from qpalette.plan import (
+    Budget,
+    Overhead,
+    Plan,
+    Planned,
+    Planner,
+    SensitiveLinear,
+    Sensitivities,
+    Space,
+    device_bytes,
+)
+from qpalette.quantizers.feedback import DAMPING
+
+ATTEMPTS = 4
+DIGITS = 32  # bytes: the plan file states the budget, and the least that is told must still fit with digits of its own
+PREDICTION = (
+    *("predicted_loss", "loss_over_bound", "loss_over_uniform"),
+    *("average_bits", "linear_bytes", "seconds_per_token", "optimality_gap"),
+)
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """A plan, the answer it comes from, and what lies beside the linears; sizes are None without a model."""
+
+    plan: Plan
+    planned: Planned
+    planner: Planner
+    overhead: Overhead
+    disk_bytes: int | None  # of all files, never less than what is written
+    memory_bytes: int | None  # weights, key-value cache, activations; None unless a memory was asked for
+
+
+def make_plan(
+    sensitivities: Sensitivities,
+    budget: Budget,
+    space: Space,
+    checkpoint: Checkpoint | None = None,
+    *,
+    also: Sequence[str] = (),
+    hessians: HessianStore | None = None,
+    damping: float = DAMPING,
+    device: str = "cpu",
+    context: int = 4096,
+    solver: str = "exact",
+    rotation: str = "full",
+    seed: int = 0,
+) -> BudgetPlan:
+    """The plan of least predicted loss within `budget`, for `checkpoint` or for the linears of the sensitivities alone.
+
+    `also` names optional linears to quantize ("lm_head", "embed_tokens"), as in `find_groups`. A memory budget is for
+    `space.batch` sequences of `context` tokens. With `hessians` the plan is for calibrated rounding: what feedback
+    takes off the error of each group is known from its Hessian.
+
+    Raises BudgetError naming the least that is possible, InputError when sensitivities lack a linear of the checkpoint
+    or a size or memory is asked for without one, SpecError for options that mean nothing.
+    """
+    if checkpoint is None:
+        if budget.size is not None or budget.memory is not None:
+            raise InputError("a size or memory counts the whole model: give the model as well, or bits")
+        chosen = sensitivities.of_listed
+    else:
+        chosen = sensitivities.of_groups(find_groups(checkpoint, also=also).groups)
+    if hessians is not None and checkpoint is not None:
+        measured = find_groups(checkpoint).groups
+        chosen = with_feedback(chosen, feedback_gains(hessians, measured, rotation, seed, damping, device))
+    draft = _Draft(chosen, budget, space, checkpoint, hessians, context, rotation, seed)
+    return draft.plan(solver)
+
+
+def even_sensitivities(groups: Sequence[LinearGroup]) -> Sensitivities:
+    """Every weight counts alike: what to minimise when nothing is known of the model."""
+    return Sensitivities(
+        tuple(SensitiveLinear(shape, group.name, float(shape.weights)) for group in groups for shape in group.linears),
+        {"method": "every weight alike"},
+    )
+
+
+@dataclass(frozen=True)
+class _Draft:
+    sensitivities: Sensitivities
+    budget: Budget
+    space: Space
+    checkpoint: Checkpoint | None
+    hessians: HessianStore | None
+    context: int
+    rotation: str
+    seed: int
+
+    def plan(self, solver: str) -> BudgetPlan:
+        planner = Planner(self.sensitivities, self.space)
+        overhead = self._overhead(solver)
+        for _ in range(ATTEMPTS):
+            try:
+                planned = planner.plan(self.budget.limits(planner.weights, overhead), solver)
+            except BudgetError as error:
+                raise self.budget.explain(error, planner.weights, overhead) from error
+            plan = self._described(planned.choice.specs, _prediction(planned), solver, planned.choice.launches)
+            size = None if self.checkpoint is None else disk_bytes(self.checkpoint, plan, self.hessians)
+            excess = 0 if size is None or self.budget.size is None else size - self.budget.size
+            if excess <= 0:
+                break
+            overhead = replace(overhead, disk=overhead.disk + excess)  # a header whose offsets have a digit more
+        memory = None if self.budget.memory is None else planned.choice.bits // 8 + overhead.memory
+        return BudgetPlan(plan, planned, planner, overhead, size, memory)
+
+    def _overhead(self, solver: str) -> Overhead:
+        """Measured on a plan whose spec names are the longest there are."""
+        if self.checkpoint is None:
+            return Overhead()
+        longest = max(self.space.palette, key=lambda candidate: (len(candidate.spec), candidate.rate)).spec
+        specs = {linear.name: longest for linear in self.sensitivities.linears}
+        plan = self._described(specs, dict.fromkeys(PREDICTION, LONGEST), solver)
+        disk = memory = 0
+        if self.budget.size is not None:
+            packed = total_bits(job.record for job in make_jobs(self.checkpoint, plan)).total // 8
+            disk = disk_bytes(self.checkpoint, plan, self.hessians) - packed + DIGITS
+        if self.budget.memory is not None:
+            needed = device_bytes(self.checkpoint.config, self.context, self.space.batch)
+            memory = carried_bytes(self.checkpoint, plan) + sum(needed)
+        return Overhead(disk, memory)
+
+    def _described(
+        self,
+        specs: Mapping[str, str],
+        prediction: Mapping[str, float | None],
+        solver: str,
+        launches: tuple[tuple[str, ...], ...] = (),
+    ) -> Plan:
+        space = self.space
+        provenance = {
+            "budget": str(self.budget),
+            "solver": solver,
+            "sensitivities": dict(self.sensitivities.provenance),
+            **({} if space.profile is None else {"latency": space.profile.device, "fusion": space.fusion}),
+        }
+        known = {name: value for name, value in prediction.items() if value is not None}
+        return Plan(specs, self.rotation, self.seed, self.sensitivities.values, known, provenance, launches)
+
+
+def _prediction(planned: Planned) -> dict[str, float | None]:
+    choice = planned.choice
+    figures = (
+        *(choice.loss, planned.loss_over_bound, planned.loss_over_uniform),
+        *(float(planned.average_bits), choice.bits // 8, choice.seconds, planned.optimality_gap),
+    )
+    return dict(zip(PREDICTION, figures, strict=True))

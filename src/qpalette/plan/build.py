@@ -1,0 +1,255 @@
+"""From linears, a palette and a latency profile to the arrays of a problem."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from qpalette.core.errors import InputError, SpecError
+from qpalette.core.records import packed_bits
+from qpalette.plan.problem import Block, Problem, Segment, Variant
+from qpalette.plan.profile import LatencyProfile
+from qpalette.plan.sensitivities import SensitiveLinear, Sensitivities
+from qpalette.quantizers import FAMILIES, Quantizer
+from qpalette.quantizers.trellis import EFFORT
+
+FUSIONS = ("none", "same", "free")
+MOST_FUSED = 4  # linears of one group; partitions grow fast, and no known layer has more
+BITS, SECONDS = "bits", "seconds"
+_EXPERT = re.compile(r"\bexperts\.\d+\b")
+
+CountBits = Callable[[Fraction, int, int], int]
+
+
+class Candidate(NamedTuple):
+    """One member of a palette."""
+
+    spec: str
+    rate: Fraction  # of the codes alone
+    distortion: float
+
+
+class Limits(NamedTuple):
+    """Hard limits: stored bits of all linears, and seconds per token, constants included. None: no limit."""
+
+    bits: int | None = None
+    seconds: float | None = None
+
+
+def stored_bits(rate: Fraction, out_features: int, in_features: int) -> int:
+    """Codes, scales, signs and padding."""
+    return packed_bits(rate, out_features, in_features).total
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may be chosen: a palette, how bits are counted, and with a profile how launches are fused.
+
+    `fusion`: "none" launches each linear alone; "same" lets siblings share a launch when they share a spec (the
+    published restriction); "free" gives each segment of a launch its own spec. A fused launch of several specs costs,
+    for each segment, the time measured for the launch when all of it has that segment's spec, times the segment's share
+    of the weights: exact where the specs agree, linear between. All segments of a launch use one kind of kernel.
+
+    Raises SpecError for another fusion or an empty palette.
+    """
+
+    palette: tuple[Candidate, ...]
+    profile: LatencyProfile | None = None
+    batch: int = 1
+    fusion: str = "none"
+    group_experts: bool = True  # the experts of a layer share a spec, linear by linear
+    count_bits: CountBits = stored_bits
+
+    def __post_init__(self) -> None:
+        if self.fusion not in FUSIONS:
+            raise SpecError(f"'{self.fusion}' is no fusion: choose {', '.join(FUSIONS)}")
+        if not self.palette:
+            raise SpecError("the palette is empty: name at least one quantizer")
+        if self.profile is not None and self.batch not in self.profile.batches:
+            known = ", ".join(map(str, self.profile.batches))
+            raise InputError(f"the profile of {self.profile.device} has no batch of {self.batch}: it has {known}")
+
+
+def palette_of(effort: str = "standard", families: Sequence[str] = ()) -> tuple[Candidate, ...]:
+    """Every registered quantizer at `effort`, of `families` if named. Raises SpecError for unknown names."""
+    if effort not in EFFORT:
+        raise SpecError(f"'{effort}' is not an effort: choose {', '.join(EFFORT)}")
+    if unknown := [name for name in families if name not in FAMILIES]:
+        raise SpecError(f"'{unknown[0]}' is no family of quantizers: choose {', '.join(FAMILIES)}")
+    members = [q.with_effort(effort) for name in families or FAMILIES for q in FAMILIES[name].palette()]
+    return tuple(map(candidate_of, members))
+
+
+def candidate_of(quantizer: Quantizer) -> Candidate:
+    return Candidate(quantizer.name, quantizer.rate, quantizer.claimed_distortion)
+
+
+def build_problem(sensitivities: Sensitivities, space: Space, limits: Limits) -> Problem:
+    """The problem of `limits`, its resources in the order bits, seconds where they are limited.
+
+    Options that another one beats in everything are left out. Raises InputError when the profile lacks every spec of a
+    linear, and SpecError when there is no linear.
+    """
+    if not sensitivities.linears:
+        raise SpecError("there is no linear to quantize: check include and exclude")
+    limited = {BITS: limits.bits, SECONDS: limits.seconds}
+    if limits.seconds is not None:
+        if space.profile is None:
+            raise InputError("a limit on time needs a latency profile")
+        limited[SECONDS] = max(0.0, limits.seconds - space.profile.constant_seconds)
+    values = {name: float(limit) for name, limit in limited.items() if limit is not None}
+    builder = _Builder(space, list(values))
+    blocks = [block for units in _units_by_group(sensitivities, space) for block in builder.blocks(units)]
+    return Problem(blocks, list(values), list(values.values()))
+
+
+class _Unit(NamedTuple):
+    """Linears of one shape that share a spec: one, or the same linear of all experts of a layer."""
+
+    linears: tuple[SensitiveLinear, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.linears[0].shape.out_features, self.linears[0].shape.in_features
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(linear.name for linear in self.linears)
+
+    @property
+    def sensitivity(self) -> float:
+        return sum(linear.sensitivity for linear in self.linears)
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1] * len(self.linears)
+
+
+def _units_by_group(sensitivities: Sensitivities, space: Space) -> list[list[_Unit]]:
+    groups: dict[str, dict[tuple[str, tuple[int, int]], list[SensitiveLinear]]] = {}
+    for linear in sensitivities.linears:
+        group, name = linear.group, linear.name
+        if space.group_experts:
+            group, name = _EXPERT.sub("experts.*", group), _EXPERT.sub("experts.*", name)
+        shape = (linear.shape.out_features, linear.shape.in_features)
+        groups.setdefault(group, {}).setdefault((name, shape), []).append(linear)
+    return [[_Unit(tuple(linears)) for linears in units.values()] for units in groups.values()]
+
+
+class _Options(NamedTuple):
+    """What a segment's choices have in common whatever its sensitivity."""
+
+    specs: tuple[str, ...]
+    distortion: np.ndarray  # [options]
+    costs: np.ndarray  # [options, resources]
+
+
+class _Builder:
+    def __init__(self, space: Space, resources: Sequence[str]) -> None:
+        self.space, self.resources = space, tuple(resources)
+        self.options = lru_cache(maxsize=None)(self._options)
+
+    def blocks(self, units: list[_Unit]) -> Iterator[Block]:
+        """One block for a group that may fuse; one for each unit otherwise."""
+        fuses = SECONDS in self.resources and self.space.fusion != "none" and 1 < len(units) <= MOST_FUSED
+        if not fuses or any(len(unit.linears) > 1 for unit in units):
+            for unit in units:
+                yield (self._alone([unit]),)
+            return
+        yield tuple(variant for parts in _partitions(units) for variant in self._variants(parts))
+
+    def _alone(self, units: list[_Unit]) -> Variant:
+        segments = []
+        for unit in units:
+            options = self.options((unit.shape,), len(unit.linears))
+            if not options.specs:
+                out, inputs = unit.shape
+                raise InputError(f"the profile has no launch of {unit.names[0]} ({out} x {inputs}) in this palette")
+            segments.append(_segment([unit], options))
+        return Variant(tuple(segments), tuple(unit.names for unit in units) if SECONDS in self.resources else ())
+
+    def _variants(self, parts: list[list[_Unit]]) -> Iterator[Variant]:
+        """The ways to launch `parts`, each of which is one launch; a fused one takes any of the device's kernels."""
+        alone = self._alone([part[0] for part in parts if len(part) == 1]) if min(map(len, parts)) == 1 else None
+        ways: list[tuple[Segment, ...]] = [alone.segments if alone else ()]
+        for part in (part for part in parts if len(part) > 1):
+            ways = [way + more for way in ways for more in self._fused(part)]
+        for segments in ways:
+            yield Variant(segments, tuple(tuple(n for unit in part for n in unit.names) for part in parts))
+
+    def _fused(self, part: list[_Unit]) -> Iterator[tuple[Segment, ...]]:
+        shapes = tuple(unit.shape for unit in part)
+        if self.space.fusion == "same":
+            options = self.options(shapes, 1)
+            if options.specs:
+                yield (_segment(part, options),)
+            return
+        assert self.space.profile is not None
+        weights = sum(unit.weights for unit in part)
+        for kernel in self.space.profile.seconds(shapes, self.space.batch):
+            found = [self.options(shapes, 1, unit.shape, unit.weights / weights, kernel) for unit in part]
+            if all(options.specs for options in found):
+                yield tuple(_segment([unit], options) for unit, options in zip(part, found, strict=True))
+
+    def _options(
+        self,
+        launch: tuple[tuple[int, int], ...],
+        times: int,
+        segment: tuple[int, int] | None = None,
+        share: float = 1.0,
+        kernel: str | None = None,
+    ) -> _Options:
+        """Choices of one spec for `launch`, or for one `segment` of it that takes `share` of its time."""
+        seconds: dict[str, float] = {}
+        if SECONDS in self.resources:
+            assert self.space.profile is not None
+            for name, measured in self.space.profile.seconds(launch, self.space.batch).items():
+                if kernel is None or name == kernel:
+                    seconds |= {spec: min(time, seconds.get(spec, np.inf)) for spec, time in measured.items()}
+        rows = []
+        for candidate in self.space.palette:
+            if SECONDS in self.resources and candidate.spec not in seconds:
+                continue
+            shapes = launch if segment is None else (segment,)
+            costs = {
+                BITS: times * sum(self.space.count_bits(candidate.rate, *shape) for shape in shapes),
+                SECONDS: times * share * seconds.get(candidate.spec, 0.0),
+            }
+            rows.append((candidate, [float(costs[name]) for name in self.resources]))
+        if not rows:
+            return _Options((), np.zeros(0), np.zeros((0, len(self.resources))))
+        distortion = np.array([candidate.distortion for candidate, _ in rows])
+        matrix = np.array([costs for _, costs in rows])
+        kept = _undominated(np.column_stack([distortion, matrix]))
+        return _Options(tuple(rows[i][0].spec for i in kept), distortion[kept], matrix[kept])
+
+
+def _segment(units: list[_Unit], options: _Options) -> Segment:
+    loss = sum(unit.sensitivity for unit in units) * options.distortion
+    return Segment(tuple(name for unit in units for name in unit.names), options.specs, loss, options.costs)
+
+
+def _undominated(figures: np.ndarray) -> np.ndarray:
+    """Rows of `figures` [options, columns] that no other row beats; of equal rows the first."""
+    no_worse = (figures[:, None] <= figures[None]).all(-1)
+    better = no_worse & ((figures[:, None] < figures[None]).any(-1))
+    first = no_worse & no_worse.T & (np.arange(len(figures))[:, None] < np.arange(len(figures))[None])
+    return np.flatnonzero(~(better | first).any(0))
+
+
+def _partitions(units: list[_Unit]) -> Iterator[list[list[_Unit]]]:
+    """Every way to cut `units` into launches."""
+    if not units:
+        yield []
+        return
+    first, rest = units[0], units[1:]
+    for parts in _partitions(rest):
+        yield [[first], *parts]
+        for index, part in enumerate(parts):
+            yield [*parts[:index], [first, *part], *parts[index + 1 :]]

@@ -1,0 +1,58 @@
+"""What a model needs on a device besides its weights: the key-value cache and the activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qpalette.core.errors import InputError
+
+ELEMENT_BYTES = 2  # float16 or bfloat16
+PROMPT_TOKENS = 2048  # of each sequence that are in flight together; servers cut longer prompts
+LIVE_STREAMS = 4  # copies of the hidden state alive at once: residual, normalised, rotated, output
+
+
+def device_bytes(config: Mapping[str, Any], context: int, batch: int) -> tuple[int, int]:
+    """(key-value cache, activations) in bytes for `batch` sequences of `context` tokens, from a Hugging Face config.
+
+    The cache holds keys and values in 16 bits, of a sliding window no more than the window, of latent attention the
+    latents; layers without attention keep none. Activations are an estimate: a prompt of at most 2048 tokens per
+    sequence in flight, the largest layer's intermediate, and one position's logits in float32 per sequence.
+
+    Raises InputError when a number is below 1 or the config lacks a size.
+    """
+    if context < 1 or batch < 1:
+        raise InputError(f"context and batch must be at least 1, got {context} and {batch}")
+    text = config.get("text_config") or config
+    try:
+        return batch * _cache_per_sequence(text, context), batch * _activations_per_sequence(text, context)
+    except KeyError as error:
+        raise InputError(f"the model's config has no {error}: its memory cannot be counted") from error
+
+
+def _cache_per_sequence(text: Mapping[str, Any], context: int) -> int:
+    if "kv_lora_rank" in text:
+        per_token = text["kv_lora_rank"] + text["qk_rope_head_dim"]
+    else:
+        heads = text.get("num_key_value_heads") or text["num_attention_heads"]
+        per_token = 2 * heads * (text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
+    return ELEMENT_BYTES * per_token * sum(_tokens_kept(text, context))
+
+
+def _tokens_kept(text: Mapping[str, Any], context: int) -> list[int]:
+    """By layer."""
+    layers = text["num_hidden_layers"]
+    window = text.get("sliding_window")
+    kinds = text.get("layer_types")
+    if not kinds:
+        uses = window is not None and text.get("use_sliding_window", True)
+        kinds = ["sliding_attention" if uses else "full_attention"] * layers
+    kept = {"full_attention": context, "sliding_attention": min(context, window or context)}
+    return [kept.get(kind, 0) for kind in kinds]
+
+
+def _activations_per_sequence(text: Mapping[str, Any], context: int) -> int:
+    hidden = text["hidden_size"]
+    intermediate = max(text.get("intermediate_size") or 0, text.get("moe_intermediate_size") or 0, hidden)
+    streams = LIVE_STREAMS * hidden + 3 * intermediate
+    return ELEMENT_BYTES * streams * min(context, PROMPT_TOKENS) + 4 * text["vocab_size"]

@@ -1,0 +1,200 @@
+"""The plan of least predicted loss within hard limits, with what theory and the best uniform plan say beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from qpalette.core.errors import BudgetError
+from qpalette.plan.build import BITS, SECONDS, Candidate, CountBits, Limits, Space, build_problem
+from qpalette.plan.exact import Solved, solve
+from qpalette.plan.lagrangian import pareto_front
+from qpalette.plan.problem import Problem, Selection
+from qpalette.plan.sensitivities import Sensitivities
+from qpalette.theory import reverse_water_filling
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A spec for each linear, and the launches that a latency profile asked for (none without one)."""
+
+    specs: Mapping[str, str]
+    launches: tuple[tuple[str, ...], ...]
+    loss: float  # predicted: sum of sensitivity * distortion
+    bits: int  # stored, of all linears
+    seconds: float | None  # per token, constants included; None without a profile
+
+    def weights_by_spec(self, sensitivities: Sensitivities) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for linear in sensitivities.linears:
+            spec = self.specs[linear.name]
+            found[spec] = found.get(spec, 0) + linear.shape.weights
+        return dict(sorted(found.items()))
+
+
+class FrontPoint(NamedTuple):
+    """A plan on the Pareto front, and the bound for its bits."""
+
+    bits_per_weight: float
+    loss: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The answer to a budget. `optimality_gap` is (loss - lower bound of any choice) / loss: 0 is proven optimal."""
+
+    choice: Choice
+    optimality_gap: float
+    uniform: Choice | None  # the best of one spec that is within the limits
+    bound: float  # least loss that information theory allows for the same bits
+    weights: int
+
+    @property
+    def average_bits(self) -> Fraction:
+        return Fraction(self.choice.bits, self.weights)
+
+    @property
+    def loss_over_bound(self) -> float:
+        return self.choice.loss / self.bound if self.bound > 0 else 1.0
+
+    @property
+    def loss_over_uniform(self) -> float | None:
+        """None when no uniform plan is within the limits."""
+        if self.uniform is None:
+            return None
+        return self.choice.loss / self.uniform.loss if self.uniform.loss > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Answers any number of budgets for the same linears and the same space of choices."""
+
+    sensitivities: Sensitivities
+    space: Space
+
+    def plan(self, limits: Limits, solver: str = "exact") -> Planned:
+        """The choice of least loss within `limits`, never worse than the best uniform one.
+
+        Raises BudgetError, which holds the least that is possible, when nothing is within the limits; SpecError and
+        InputError as `build_problem`.
+        """
+        problem = build_problem(self.sensitivities, self.space, limits)
+        self._check(problem, limits)
+        uniform = self.best_uniform(limits)
+        solved = solve(problem, solver)
+        if solved is None and uniform is None:
+            raise self._together(problem, limits)
+        choice, gap = self._better(problem, solved, uniform)
+        return Planned(choice, gap, uniform, self.bound(choice.bits), self.weights)
+
+    @cached_property
+    def weights(self) -> int:
+        return sum(linear.shape.weights for linear in self.sensitivities.linears)
+
+    def bound(self, bits: int) -> float:
+        """Reverse water-filling over all linears: no code of whatever rate has less loss at so many bits."""
+        linears = self.sensitivities.linears
+        rates = reverse_water_filling(
+            [linear.sensitivity for linear in linears], [x.shape.weights for x in linears], bits
+        )
+        return rates.predicted_loss
+
+    def best_uniform(self, limits: Limits) -> Choice | None:
+        """One spec for all linears, launched as fast as fusion allows."""
+        choices = (self.uniform(candidate, timed=limits.seconds is not None) for candidate in self.space.palette)
+        within = [choice for choice in choices if choice is not None and _within(choice, limits)]
+        return min(within, key=lambda choice: (choice.loss, choice.bits), default=None)
+
+    def uniform(self, candidate: Candidate, timed: bool) -> Choice | None:
+        """`candidate` everywhere; None when the profile does not have it for every linear."""
+        if not timed:
+            return self._choice({linear.name: candidate.spec for linear in self.sensitivities.linears})
+        shapes = {(x.shape.out_features, x.shape.in_features) for x in self.sensitivities.linears}
+        if not all(self._measured(candidate.spec, shape) for shape in shapes):
+            return None
+        problem = build_problem(self.sensitivities, replace(self.space, palette=(candidate,)), Limits(seconds=np.inf))
+        return self._described(problem, problem.relax(np.ones(1)).selection)
+
+    def _measured(self, spec: str, shape: tuple[int, int]) -> bool:
+        assert self.space.profile is not None
+        return any(spec in kernel for kernel in self.space.profile.seconds((shape,), self.space.batch).values())
+
+    def front(self, points: int = 64) -> list[FrontPoint]:
+        """Plans of least loss for their bits, by rising bits; launches take no part in it."""
+        problem = build_problem(self.sensitivities, self.space, Limits(bits=0))
+        return [
+            FrontPoint(s.costs[0] / self.weights, s.loss, self.bound(int(s.costs[0])))
+            for s in pareto_front(problem, points=points)
+        ]
+
+    def _better(self, problem: Problem, solved: Solved | None, uniform: Choice | None) -> tuple[Choice, float]:
+        if solved is None:
+            assert uniform is not None
+            return uniform, 1.0
+        choice = self._described(problem, solved.selection)
+        if uniform is not None and uniform.loss < choice.loss:
+            return uniform, max(0.0, 1 - solved.bound / uniform.loss)
+        return choice, solved.gap
+
+    def _described(self, problem: Problem, selection: Selection) -> Choice:
+        specs: dict[str, str] = {}
+        chosen = np.unique(problem.segment_of_option[selection.options])
+        first_option = problem.segment_start[chosen]
+        for segment, option in zip(chosen, selection.options - first_option, strict=True):
+            part = problem.segments[segment]
+            specs |= dict.fromkeys(part.linears, part.specs[option])
+        variants = np.unique(problem.variant_of_segment[chosen])
+        launches = tuple(launch for v in variants for launch in problem.variants[v].launches)
+        seconds = None
+        if SECONDS in problem.resources:
+            seconds = float(selection.costs[-1]) + self.constant_seconds
+        order = {linear.name: specs[linear.name] for linear in self.sensitivities.linears}
+        return self._choice(order, launches, seconds)
+
+    def _choice(
+        self, specs: Mapping[str, str], launches: tuple[tuple[str, ...], ...] = (), seconds: float | None = None
+    ) -> Choice:
+        by_spec = {candidate.spec: candidate for candidate in self.space.palette}
+        loss, bits = 0.0, 0
+        for linear in self.sensitivities.linears:
+            candidate = by_spec[specs[linear.name]]
+            loss += linear.sensitivity * candidate.distortion
+            bits += self._count_bits(candidate.rate, linear.shape.out_features, linear.shape.in_features)
+        return Choice(specs, launches, loss, bits, seconds)
+
+    @cached_property
+    def _count_bits(self) -> CountBits:
+        """Exact fractions are slow, and experts have few shapes."""
+        return lru_cache(maxsize=None)(self.space.count_bits)
+
+    def _check(self, problem: Problem, limits: Limits) -> None:
+        """Raises BudgetError when one limit alone is below what the cheapest choice needs."""
+        for resource, least, limit in zip(problem.resources, problem.least, problem.limits, strict=True):
+            if least > limit and resource == BITS:
+                raise BudgetError(
+                    f"{limits.bits} bits cannot hold these linears: the least is {int(least)}", least_bits=int(least)
+                )
+            if least > limit:
+                seconds = float(least) + self.constant_seconds
+                raise BudgetError(f"no plan takes less than {seconds:.3g} s per token", least_seconds=seconds)
+
+    def _together(self, problem: Problem, limits: Limits) -> BudgetError:
+        """Each limit can be met, but not both: the least bits within the time."""
+        cheapest = solve(problem.minimising(0))
+        bits = None if cheapest is None else int(cheapest.selection.loss)
+        return BudgetError(f"within {limits.seconds:.3g} s per token the least is {bits} bits", least_bits=bits)
+
+    @property
+    def constant_seconds(self) -> float:
+        return 0.0 if self.space.profile is None else self.space.profile.constant_seconds
+
+
+def _within(choice: Choice, limits: Limits) -> bool:
+    in_bits = limits.bits is None or choice.bits <= limits.bits
+    return in_bits and (limits.seconds is None or (choice.seconds or 0.0) <= limits.seconds)

@@ -1,0 +1,127 @@
+"""Measured seconds of launches: plain data, from any benchmark of any device."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qpalette.core.errors import InputError
+
+PROFILE_VERSION = 1
+Shape = tuple[int, int]  # out_features, in_features
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: its segments (spec, out_features, in_features), and how long it took at a batch size."""
+
+    segments: tuple[tuple[str, int, int], ...]
+    batch: int
+    seconds: float
+    kernel: str = ""  # kind of kernel, where a device has several; a launch has one
+
+
+@dataclass(frozen=True)
+class LatencyProfile:
+    """Launches measured on one device. `constant_seconds` is what a token costs besides its linears.
+
+    A fused launch is known by its shapes, in any order, and the one spec of all its segments.
+    """
+
+    device: str
+    constant_seconds: float
+    launches: tuple[Launch, ...]
+    _known: Mapping[tuple[tuple[Shape, ...], int], dict[str, dict[str, float]]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        known: dict[tuple[tuple[Shape, ...], int], dict[str, dict[str, float]]] = {}
+        for launch in self.launches:
+            specs = {spec for spec, _, _ in launch.segments}
+            if len(specs) > 1:
+                continue
+            shapes = tuple(sorted((out, inputs) for _, out, inputs in launch.segments))
+            kernels = known.setdefault((shapes, launch.batch), {}).setdefault(launch.kernel, {})
+            spec = specs.pop()
+            kernels[spec] = min(launch.seconds, kernels.get(spec, math.inf))
+        object.__setattr__(self, "_known", known)
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        return tuple(sorted({launch.batch for launch in self.launches}))
+
+    @property
+    def specs(self) -> frozenset[str]:
+        return frozenset(spec for launch in self.launches for spec, _, _ in launch.segments)
+
+    def seconds(self, shapes: Iterable[Shape], batch: int) -> dict[str, dict[str, float]]:
+        """Kernel -> spec -> seconds of one launch of `shapes` that all have that spec; empty when none was measured."""
+        return self._known.get((tuple(sorted(shapes)), batch), {})
+
+    def to_json(self) -> str:
+        launches = ",\n".join(f"  {json.dumps(_entry(launch))}" for launch in self.launches)
+        return (
+            f'{{\n "profile_version": {PROFILE_VERSION},\n "device": {json.dumps(self.device)},\n'
+            f' "constant_seconds": {json.dumps(self.constant_seconds)},\n "launches": [\n{launches}\n ]\n}}\n'
+        )
+
+    @classmethod
+    def read(cls, file: str | Path) -> LatencyProfile:
+        """Raises InputError naming the file and what is wrong with it."""
+        path = Path(file).expanduser()
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path} cannot be read as a latency profile: {error}") from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, content: Any) -> LatencyProfile:
+        """Raises InputError naming the field that is wrong."""
+        if not isinstance(content, dict) or content.get("profile_version") != PROFILE_VERSION:
+            raise InputError(f"a latency profile is a JSON object with profile_version {PROFILE_VERSION}")
+        launches = content.get("launches")
+        if not isinstance(launches, list) or not launches:
+            raise InputError("launches must be a list of at least one launch")
+        parsed = tuple(_launch(index, entry) for index, entry in enumerate(launches))
+        return cls(str(content.get("device", "unknown")), _seconds(content, "constant_seconds", least=True), parsed)
+
+
+def _entry(launch: Launch) -> dict[str, Any]:
+    entry = {"segments": [list(part) for part in launch.segments], "batch": launch.batch, "seconds": launch.seconds}
+    return entry | ({"kernel": launch.kernel} if launch.kernel else {})
+
+
+def _launch(index: int, entry: Any) -> Launch:
+    if not isinstance(entry, dict) or type(entry.get("batch")) is not int or entry["batch"] < 1:
+        raise InputError(f"launch {index} must be an object with segments, a batch of at least 1, and seconds")
+    segments = entry.get("segments")
+    if not isinstance(segments, list) or not segments or not all(map(_is_segment, segments)):
+        raise InputError(f"launch {index}: segments must be a list of [spec, out_features, in_features]")
+    seconds = _seconds(entry, "seconds", f"launch {index}: ")
+    return Launch(tuple(map(tuple, segments)), entry["batch"], seconds, str(entry.get("kernel", "")))
+
+
+def _is_segment(part: Sequence[Any]) -> bool:
+    return (
+        isinstance(part, list)
+        and len(part) == 3
+        and isinstance(part[0], str)
+        and all(type(size) is int and size > 0 for size in part[1:])
+    )
+
+
+def _seconds(entry: Mapping[str, Any], name: str, where: str = "", least: bool = False) -> float:
+    value = entry.get(name)
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not 0 <= value < math.inf
+        or not (value or least)
+    ):
+        raise InputError(f"{where}{name} must be a positive number, got {value!r}")
+    return float(value)

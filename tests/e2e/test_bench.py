@@ -1,0 +1,269 @@
+"""`qpalette bench`: the harness decodes what generate decodes, and counts what it claims to count."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_cli import run, save_model  # noqa: F401 - a fixture
+from transformers import LlamaConfig
+
+from qpalette.bench import Decoder, breakdown, from_config, measure_speed, read_config
+from qpalette.bench.breakdown import PARTS, Kernel, part_of, shares_of
+from qpalette.bench.models import PRESETS, groups_of, records_of
+from qpalette.cli import main
+from qpalette.core.errors import InputError, SpecError, UnsupportedError
+from qpalette.core.records import packed_bits
+from qpalette.evaluate import bits_per_weight
+from qpalette.nn import QuantLinear
+from qpalette.plan import Plan, uniform_plan
+from qpalette.quantizers import parse_spec
+
+CPU = torch.device("cpu")
+CONFIG = LlamaConfig(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.3,
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_to_compile(monkeypatch):
+    monkeypatch.setenv("QPALETTE_BACKEND", "ref")
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return uniform_plan(groups_of(CONFIG).groups, "nuq-4")
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("config") / "config.json"
+    CONFIG.architectures = ["LlamaForCausalLM"]
+    file.write_text(CONFIG.to_json_string(use_diff=False))
+    return str(file)
+
+
+def test_the_decoder_generates_what_generate_does():
+    with from_config("x", CONFIG, None, torch.float32, CPU, None).on_device() as model:
+        decoder = Decoder(model, batch=2, context=9, steps=5)
+        torch.manual_seed(3)
+        decoder.prefill()
+        tokens = [decoder.token.clone()]
+        for _ in range(5):
+            decoder.step()
+            tokens.append(decoder.token.clone())
+        torch.manual_seed(3)
+        prompt = torch.randint(128, (2, 9))
+        options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+        wanted = model.generate(prompt, max_new_tokens=6, eos_token_id=None, **options)
+    assert torch.equal(torch.cat(tokens, 1), wanted[:, 9:])
+
+
+def test_the_cache_holds_no_more_steps_than_asked_for():
+    with from_config("x", CONFIG, None, torch.float32, CPU, None).on_device() as model:
+        decoder = Decoder(model, batch=1, context=4, steps=1)
+        decoder.prefill()
+        decoder.warm_up()
+        decoder.step()
+        with pytest.raises(InputError, match="the cache is full"):
+            decoder.step()
+
+
+def test_random_packed_weights_take_the_loaders_way(plan):
+    with from_config("x", CONFIG, plan, torch.float16, CPU, None).on_device() as model:
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        assert layers.keys() == plan.specs.keys()
+        assert all(layer.prepared for layer in layers.values())
+        assert torch.equal(
+            layers["model.layers.0.self_attn.q_proj"].qp_signs, layers["model.layers.0.self_attn.k_proj"].qp_signs
+        )
+        weight = layers["model.layers.1.mlp.up_proj"].dequantize(torch.float32).weight.detach()
+        # A root mean square within five standard errors: 6144 weights, and Lloyd-Max levels taken with equal chance.
+        levels = parse_spec("nuq-4").decode(torch.randint(-(1 << 31), 1 << 31, (500, 32), dtype=torch.int32))
+        assert float(weight.square().mean().sqrt()) == pytest.approx(
+            0.02 * float(levels.square().mean().sqrt()), rel=0.06
+        )
+
+
+def test_memory_is_that_of_the_tensors(plan):
+    speeds = []
+    for chosen in (None, plan):
+        candidate = from_config("x", CONFIG, chosen, torch.float16, CPU, None)
+        with candidate.on_device() as model:
+            speed, _ = measure_speed(candidate, model, batch=3, context=8, steps=2, runner="eager")
+        speeds.append(speed)
+    plain, packed = speeds
+    linears = [linear for group in groups_of(CONFIG).groups for linear in group.linears]
+    saved = sum(
+        2 * linear.weights - packed_bits(parse_spec("nuq-4").rate, linear.out_features, linear.in_features).total // 8
+        for linear in linears
+    )
+    assert plain.weight_bytes - packed.weight_bytes == saved
+    assert packed.tokens_per_second == 3 / packed.decode_seconds
+    assert packed.prefill_tokens_per_second == 24 / packed.prefill_seconds
+    assert (plain.bits_per_weight, packed.random_weights, packed.peak_bytes) == (None, True, None)
+
+
+def test_the_head_can_be_packed_too(plan):
+    both = Plan({**plan.specs, "lm_head": "nuq-8"})
+    with from_config("x", CONFIG, both, torch.float32, CPU, None).on_device() as model:
+        assert isinstance(model.lm_head, QuantLinear)
+    with pytest.raises(SpecError, match=r"model\.norm"):
+        records_of(CONFIG, Plan({"model.norm": "nuq-8"}))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_published_sizes(name):
+    published = {
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-3.2-3b": 3_212_749_824,
+        "llama-3.1-8b": 8_030_261_248,
+        "llama-3.1-70b": 70_553_706_496,
+        "mistral-7b": 7_248_023_552,
+        "qwen2.5-7b": 7_615_616_512,
+        "qwen3-8b": 8_190_735_360,
+    }
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(read_config(name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == published[name]
+
+
+# --- where the time goes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("qpalette_rotate_h4096", "rotation"),
+        ("packed_linear_tcq", "linears"),
+        ("sm90_xmma_gemm_f16f16_f16f32_f32_tn_n", "linears"),
+        ("void gemvx::kernel<int, int, __half>", "linears"),
+        ("nvjet_hsh_64x8_64x16_4x1_v_bz_TNT", "linears"),
+        ("fmha_cutlassF_f16_aligned_64x128_rf_sm80", "attention"),
+        ("pytorch_flash::flash_fwd_splitkv_kernel", "attention"),
+        ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0", "norms"),
+        ("triton_poi_fused_add_cat_cos_mul_sin_1", "attention"),
+        ("triton_poi_fused_mul_silu_3", "other"),
+    ],
+)
+def test_kernels_are_known_by_name(name, part):
+    assert part_of(name) == part
+
+
+def test_shares_sum_to_the_time_and_gaps_are_what_is_left():
+    names = ["rsqrt_norm", "packed_linear", "flash_fwd", "packed_linear", "rsqrt_norm", "gemv_head", "argmax"]
+    kernels = [Kernel(name, 10.0 * step + 1.0 * place, 0.75) for step in range(2) for place, name in enumerate(names)]
+    shares = {share.part: share for share in shares_of(kernels, seconds=20.0, steps=2)}
+    assert tuple(shares) == PARTS
+    assert sum(share.seconds for share in shares.values()) == pytest.approx(10.0)
+    assert shares["gaps"].seconds == pytest.approx(10 - 7 * 0.75)
+    assert shares["lm_head"].kernels == {"gemv_head": 0.75}
+    assert shares["linears"].seconds == pytest.approx(1.5)
+
+
+def test_overlapping_kernels_leave_no_gap_between_them():
+    kernels = [Kernel("packed_a", 0.0, 2.0), Kernel("packed_b", 1.0, 2.0)]
+    (gaps,) = [share for share in shares_of(kernels, seconds=3.0, steps=1) if share.part == "gaps"]
+    assert gaps.seconds == 0
+
+
+def test_on_a_cpu_modules_are_timed(plan):
+    candidate = from_config("x", CONFIG, plan, torch.float32, CPU, None)
+    with candidate.on_device() as model:
+        _, decoder = measure_speed(candidate, model, batch=1, context=8, steps=2, runner="eager")
+        shares = {share.part: share.seconds for share in breakdown(decoder)}
+    assert tuple(shares) == PARTS
+    assert all(shares[part] > 0 for part in ("linears", "lm_head", "attention", "norms", "other"))
+    assert shares["rotation"] == shares["gaps"] == 0
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def test_bench_prints_a_ratio_in_the_same_run(run, config_file, tmp_path):  # noqa: F811
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "speed.png"
+    options = ("--batch", 1, "--batch", 2, "--context", 8, "--steps", 2, "--dtype", "float32")
+    command = ("bench", "--config", config_file, "--spec", "nuq-4", "--head", "nuq-8", *options)
+    result = run(*command, "--breakdown", "--plot", picture, "--json")
+    report = json.loads(result.out)
+    assert [(speed["batch"], speed["ratio"] is None) for speed in report["speeds"]] == [
+        (1, True),
+        (2, True),
+        (1, False),
+        (2, False),
+    ]
+    first, _, third, _ = report["speeds"]
+    assert third["ratio"] == pytest.approx(third["tokens_per_second"] / first["tokens_per_second"])
+    assert all(speed["random_weights"] for speed in report["speeds"])
+    assert set(report["breakdown"]) == {first["model"], third["model"]}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = run(*command, "--breakdown")
+    assert "(random weights)" in shown.out
+    assert "Where a step goes" in shown.out
+
+
+def test_bench_a_model_on_disk(run, tmp_path):  # noqa: F811
+    save_model(tmp_path / "tiny")
+    with pytest.raises(SystemExit):
+        main(["quantize", str(tmp_path / "tiny"), str(tmp_path / "packed"), "--spec", "nuq-4"])
+    options = ("--batch", 1, "--context", 8, "--steps", 2, "--dtype", "float32", "--json")
+    run("doctor")  # takes what quantize has printed
+    speeds = json.loads(run("bench", tmp_path / "packed", "--reference", tmp_path / "tiny", *options).out)["speeds"]
+    assert [speed["random_weights"] for speed in speeds] == [False, False]
+    assert speeds[0]["bits_per_weight"] is None
+    assert speeds[1]["bits_per_weight"] == bits_per_weight(tmp_path / "packed")
+    (alone,) = json.loads(run("bench", tmp_path / "packed", "--alone", *options).out)["speeds"]
+    assert alone["weight_bytes"] == speeds[1]["weight_bytes"] < speeds[0]["weight_bytes"]
+    bare = json.loads(run("bench", tmp_path / "packed", *options).out)["speeds"]
+    assert [speed["random_weights"] for speed in bare] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give either a model or --config"),
+        (("--config", "no-such-model", "--spec", "nuq-4"), "known are llama-3.2-1b"),
+        (("--config", "{config}", "--spec", "nuq-4", "--plan", "x"), "give either --spec"),
+        (("--config", "{config}", "--alone"), "leaves nothing to time"),
+        (("--config", "{config}", "--spec", "abc-4"), "'abc-4' is not a quantizer"),
+        (("--config", "{config}", "--spec", "nuq-4", "--head", "nuq-99"), "nuq takes"),
+        (("--config", "{config}", "--spec", "nuq-4", "--batch", "0"), "must be at least 1"),
+        (("--config", "{config}", "--spec", "nuq-4", "--dtype", "int8"), "choose float16"),
+        (("--config", "{config}", "--spec", "nuq-4", "--runner", "fast"), "choose eager, graph"),
+        (("--config", "{config}", "--spec", "nuq-4", "--runner", "graph"), "needs a CUDA device"),
+        (("--config", "{config}", "--spec", "nuq-4", "--context", "300"), "but the model has 256"),
+        (("--config", "{config}", "--spec", "nuq-4", "--plot", "x.jpeg"), "must end in .png"),
+        (("{config}", "--spec", "nuq-4"), "a model on disk has its own quantizers"),
+    ],
+)
+def test_mistakes_are_one_clear_line(run, config_file, arguments, message):  # noqa: F811
+    result = run("bench", *(argument.format(config=config_file) for argument in arguments))
+    assert result.code == 1
+    assert message in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_without_matplotlib(run, config_file, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    result = run("bench", "--config", config_file, "--spec", "nuq-4", "--plot", tmp_path / "x.png")
+    assert (result.code, 'pip install "qpalette[plot]"' in result.err) == (1, True)
+
+
+def test_a_graph_needs_cuda():
+    with (
+        from_config("x", CONFIG, None, torch.float32, CPU, None).on_device() as model,
+        pytest.raises(UnsupportedError, match="use eager or compile"),
+    ):
+        Decoder(model, 1, 8, 1, "compile-graph")
