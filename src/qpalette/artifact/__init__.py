@@ -1,7 +1,7 @@
 """The stored model: its format, its reader, its writer."""
 
 from qpalette.artifact.card import model_card
-from qpalette.artifact.checksums import check_checksums, write_checksums
+from qpalette.artifact.checksums import check_checksums, checksums_bytes, write_checksums
 from qpalette.artifact.dequantized import DequantizedCheckpoint
 from qpalette.artifact.format import (
     FORMAT_VERSION,
@@ -22,6 +22,7 @@ __all__ = [
     "PackedCheckpoint",
     "QuantizationFormat",
     "check_checksums",
+    "checksums_bytes",
     "counted_bits",
     "expected_tensors",
     "model_card",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from qpalette.core.errors import ArtifactError
@@ -17,6 +18,11 @@ def write_checksums(directory: Path) -> None:
     files = sorted(file for file in directory.iterdir() if file.is_file() and file.name != CHECKSUMS)
     lines = [f"{_sha256(file)}  {file.name}\n" for file in files]
     (directory / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def checksums_bytes(names: Iterable[str]) -> int:
+    """Size of SHA256SUMS for files of these names."""
+    return sum(len(f"{'0' * 64}  {name}\n".encode()) for name in names)
 
 
 def check_checksums(directory: Path) -> int:

@@ -51,6 +51,12 @@ def exported_bytes(checkpoint: Checkpoint, max_shard_bytes: int = MAX_SHARD_BYTE
     return total
 
 
+def exported_names(checkpoint: Checkpoint, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[str]:
+    """The files that `exported_bytes` counts."""
+    shards = _shard_names(len(_split(checkpoint.tensors.values(), max_shard_bytes)))
+    return ["config.json", *shards, *(["model.safetensors.index.json"] if len(shards) > 1 else [])]
+
+
 def _config_text(checkpoint: Checkpoint) -> str:
     return json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from qpalette.artifact import PackedCheckpoint, total_bits
+from qpalette.artifact import PackedCheckpoint, checksums_bytes, total_bits
 from qpalette.checkpoint import Checkpoint
-from qpalette.checkpoint.export import exported_bytes
+from qpalette.checkpoint.export import exported_bytes, exported_names
 from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import format_of, make_jobs, no_tensor
 from qpalette.pipeline.quantize import write_documents
@@ -33,8 +33,10 @@ def disk_bytes(checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None
     write_documents(packed, report, plan, base_model=None)
     with tempfile.TemporaryDirectory() as directory:
         packed.save_side_files(Path(directory))
-        beside = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
-    return exported_bytes(packed) + beside
+        files = [file for file in Path(directory).rglob("*") if file.is_file()]
+        beside = sum(file.stat().st_size for file in files)
+    names = [*(file.name for file in files), *exported_names(packed)]
+    return exported_bytes(packed) + beside + checksums_bytes(names)
 
 
 def carried_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
