@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qpalette.artifact import total_bits
 from qpalette.checkpoint import Checkpoint, find_groups
 from qpalette.core.errors import BudgetError, InputError
 from qpalette.core.records import LinearGroup
-from qpalette.pipeline.footprint import carried_bytes, disk_bytes
+from qpalette.pipeline.footprint import LONGEST, carried_bytes, disk_bytes
 from qpalette.pipeline.gains import feedback_gains, with_feedback
 from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import make_jobs
@@ -27,6 +27,11 @@ from qpalette.plan import (
 from qpalette.quantizers.feedback import DAMPING
 
 ATTEMPTS = 4
+DIGITS = 32  # bytes: the plan file states the budget, and the least that is told must still fit with digits of its own
+PREDICTION = (
+    *("predicted_loss", "loss_over_bound", "loss_over_uniform"),
+    *("average_bits", "linear_bytes", "seconds_per_token", "optimality_gap"),
+)
 
 
 @dataclass(frozen=True)
@@ -99,13 +104,13 @@ class _Draft:
 
     def plan(self, solver: str) -> BudgetPlan:
         planner = Planner(self.sensitivities, self.space)
-        overhead = self._overhead()
+        overhead = self._overhead(solver)
         for _ in range(ATTEMPTS):
             try:
                 planned = planner.plan(self.budget.limits(planner.weights, overhead), solver)
             except BudgetError as error:
                 raise self.budget.explain(error, planner.weights, overhead) from error
-            plan = self._described(planned, solver)
+            plan = self._described(planned.choice.specs, _prediction(planned), solver, planned.choice.launches)
             size = None if self.checkpoint is None else disk_bytes(self.checkpoint, plan, self.hessians)
             excess = 0 if size is None or self.budget.size is None else size - self.budget.size
             if excess <= 0:
@@ -114,43 +119,44 @@ class _Draft:
         memory = None if self.budget.memory is None else planned.choice.bits // 8 + overhead.memory
         return BudgetPlan(plan, planned, planner, overhead, size, memory)
 
-    def _overhead(self) -> Overhead:
+    def _overhead(self, solver: str) -> Overhead:
         """Measured on a plan whose spec names are the longest there are."""
         if self.checkpoint is None:
             return Overhead()
         longest = max(self.space.palette, key=lambda candidate: (len(candidate.spec), candidate.rate)).spec
         specs = {linear.name: longest for linear in self.sensitivities.linears}
-        plan = Plan(specs, self.rotation, self.seed, self.sensitivities.values)
+        plan = self._described(specs, dict.fromkeys(PREDICTION, LONGEST), solver)
         disk = memory = 0
         if self.budget.size is not None:
             packed = total_bits(job.record for job in make_jobs(self.checkpoint, plan)).total // 8
-            disk = disk_bytes(self.checkpoint, plan, self.hessians) - packed
+            disk = disk_bytes(self.checkpoint, plan, self.hessians) - packed + DIGITS
         if self.budget.memory is not None:
             needed = device_bytes(self.checkpoint.config, self.context, self.space.batch)
             memory = carried_bytes(self.checkpoint, plan) + sum(needed)
         return Overhead(disk, memory)
 
-    def _described(self, planned: Planned, solver: str) -> Plan:
-        choice = planned.choice
-        prediction = {
-            "predicted_loss": choice.loss,
-            "loss_over_bound": planned.loss_over_bound,
-            "loss_over_uniform": planned.loss_over_uniform,
-            "average_bits": float(planned.average_bits),
-            "linear_bytes": choice.bits // 8,
-            "seconds_per_token": choice.seconds,
-            "optimality_gap": planned.optimality_gap,
-        }
+    def _described(
+        self,
+        specs: Mapping[str, str],
+        prediction: Mapping[str, float | None],
+        solver: str,
+        launches: tuple[tuple[str, ...], ...] = (),
+    ) -> Plan:
+        space = self.space
         provenance = {
             "budget": str(self.budget),
             "solver": solver,
             "sensitivities": dict(self.sensitivities.provenance),
-            **(
-                {}
-                if self.space.profile is None
-                else {"latency": self.space.profile.device, "fusion": self.space.fusion}
-            ),
+            **({} if space.profile is None else {"latency": space.profile.device, "fusion": space.fusion}),
         }
         known = {name: value for name, value in prediction.items() if value is not None}
-        values = self.sensitivities.values
-        return Plan(choice.specs, self.rotation, self.seed, values, known, provenance, choice.launches)
+        return Plan(specs, self.rotation, self.seed, self.sensitivities.values, known, provenance, launches)
+
+
+def _prediction(planned: Planned) -> dict[str, float | None]:
+    choice = planned.choice
+    figures = (
+        *(choice.loss, planned.loss_over_bound, planned.loss_over_uniform),
+        *(float(planned.average_bits), choice.bits // 8, choice.seconds, planned.optimality_gap),
+    )
+    return dict(zip(PREDICTION, figures, strict=True))

@@ -98,19 +98,15 @@ def build_problem(sensitivities: Sensitivities, space: Space, limits: Limits) ->
     """
     if not sensitivities.linears:
         raise SpecError("there is no linear to quantize: check include and exclude")
-    resources = [name for name, limit in zip((BITS, SECONDS), limits, strict=True) if limit is not None]
-    builder = _Builder(space, resources)
+    limited = {BITS: limits.bits, SECONDS: limits.seconds}
+    if limits.seconds is not None:
+        if space.profile is None:
+            raise InputError("a limit on time needs a latency profile")
+        limited[SECONDS] = max(0.0, limits.seconds - space.profile.constant_seconds)
+    values = {name: float(limit) for name, limit in limited.items() if limit is not None}
+    builder = _Builder(space, list(values))
     blocks = [block for units in _units_by_group(sensitivities, space) for block in builder.blocks(units)]
-    values = {BITS: limits.bits, SECONDS: _without_constant(limits, space)}
-    return Problem(blocks, resources, [float(values[name] or 0) for name in resources])
-
-
-def _without_constant(limits: Limits, space: Space) -> float | None:
-    if limits.seconds is None:
-        return None
-    if space.profile is None:
-        raise InputError("a limit on time needs a latency profile")
-    return max(0.0, limits.seconds - space.profile.constant_seconds)
+    return Problem(blocks, list(values), list(values.values()))
 
 
 class _Unit(NamedTuple):

@@ -20,7 +20,7 @@ from qpalette.plan.lagrangian import Relaxation, solve_lagrangian
 from qpalette.plan.problem import Floats, Problem, Selection
 
 SOLVERS = ("exact", "lagrangian")
-GAP = 1e-5  # at which the search may stop
+GAP = 9e-5  # at which the search may stop: far below what a prediction is worth
 SECONDS = 30.0  # after which it must; what was found by then is returned with its gap
 TIGHTENINGS = 8
 ROUNDING = 1e-9  # of sums of losses, relative
@@ -43,7 +43,7 @@ class Solved:
 def solve(problem: Problem, solver: str = "exact") -> Solved | None:
     """The selection of least loss within the limits; None when there is none (or "lagrangian" found none).
 
-    `solver` is "exact" (dynamic programming to a gap of 0, or HiGHS to one of 1e-5 or for 30 s) or "lagrangian"
+    `solver` is "exact" (dynamic programming to a gap of 0, or HiGHS to one of 1e-4 or for 30 s) or "lagrangian"
     (bisection alone, whose gap is small with many linears). Raises SpecError for another solver.
     """
     if solver not in SOLVERS:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from qpalette.core.errors import BudgetError
-from qpalette.plan.build import BITS, SECONDS, Candidate, Limits, Space, build_problem
+from qpalette.plan.build import BITS, SECONDS, Candidate, CountBits, Limits, Space, build_problem
 from qpalette.plan.exact import Solved, solve
 from qpalette.plan.lagrangian import pareto_front
 from qpalette.plan.problem import Problem, Selection
@@ -165,8 +165,13 @@ class Planner:
         for linear in self.sensitivities.linears:
             candidate = by_spec[specs[linear.name]]
             loss += linear.sensitivity * candidate.distortion
-            bits += self.space.count_bits(candidate.rate, linear.shape.out_features, linear.shape.in_features)
+            bits += self._count_bits(candidate.rate, linear.shape.out_features, linear.shape.in_features)
         return Choice(specs, launches, loss, bits, seconds)
+
+    @cached_property
+    def _count_bits(self) -> CountBits:
+        """Exact fractions are slow, and experts have few shapes."""
+        return lru_cache(maxsize=None)(self.space.count_bits)
 
     def _check(self, problem: Problem, limits: Limits) -> None:
         """Raises BudgetError when one limit alone is below what the cheapest choice needs."""
