@@ -18,6 +18,7 @@ from qpalette.checkpoint import Checkpoint, Grouping, TensorInfo, find_groups
 from qpalette.checkpoint.base import layout_of
 from qpalette.core.errors import InputError, SpecError
 from qpalette.core.records import LinearRecord
+from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
 from qpalette.plan import Plan
 from qpalette.rotate import pack_signs, random_signs, rotation_for
 

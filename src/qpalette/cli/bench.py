@@ -58,7 +58,7 @@ def bench(
         ),
     ] = None,
     attention: Annotated[
-        str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation.")
+        str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation, or grouped.")
     ] = None,
     with_breakdown: Annotated[
         bool, typer.Option("--breakdown", help="Where the time of a step goes, at the first batch size.")
