@@ -11,12 +11,12 @@ from transformers import LlamaConfig
 
 from qpalette.bench import Decoder, breakdown, from_config, measure_speed, read_config
 from qpalette.bench.breakdown import PARTS, Kernel, part_of, shares_of
-from qpalette.bench.models import PRESETS, groups_of, records_of
+from qpalette.bench.models import PRESETS, groups_of, records_of, with_head
 from qpalette.cli import main
 from qpalette.core.errors import InputError, SpecError, UnsupportedError
 from qpalette.core.records import packed_bits
 from qpalette.evaluate import bits_per_weight
-from qpalette.nn import QuantLinear
+from qpalette.nn import PackedModule, QuantLinear
 from qpalette.plan import Plan, uniform_plan
 from qpalette.quantizers import parse_spec
 
@@ -113,9 +113,13 @@ def test_memory_is_that_of_the_tensors(plan):
 
 
 def test_the_head_can_be_packed_too(plan):
-    both = Plan({**plan.specs, "lm_head": "nuq-8"})
-    with from_config("x", CONFIG, both, torch.float32, CPU, None).on_device() as model:
-        assert isinstance(model.lm_head, QuantLinear)
+    for tied, packed in ((False, "lm_head"), (True, "model.embed_tokens")):
+        config = LlamaConfig(**CONFIG.to_dict() | {"tie_word_embeddings": tied})
+        both = with_head(plan, config, "nuq-8")
+        assert both.specs == {**plan.specs, packed: "nuq-8"}
+        with from_config("x", config, both, torch.float32, CPU, None).on_device() as model:
+            assert isinstance(model.get_submodule(packed), PackedModule)
+            assert Decoder(model, batch=1, context=4, steps=1).prefill() > 0
     with pytest.raises(SpecError, match=r"model\.norm"):
         records_of(CONFIG, Plan({"model.norm": "nuq-8"}))
 
@@ -144,8 +148,9 @@ def test_presets_have_the_published_sizes(name):
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("qpalette_rotate_h4096", "rotation"),
-        ("packed_linear_tcq", "linears"),
+        ("rotate", "rotation"),
+        ("multiply", "linears"),
+        ("unpack", "linears"),
         ("sm90_xmma_gemm_f16f16_f16f32_f32_tn_n", "linears"),
         ("void gemvx::kernel<int, int, __half>", "linears"),
         ("nvjet_hsh_64x8_64x16_4x1_v_bz_TNT", "linears"),
@@ -161,7 +166,7 @@ def test_kernels_are_known_by_name(name, part):
 
 
 def test_shares_sum_to_the_time_and_gaps_are_what_is_left():
-    names = ["rsqrt_norm", "packed_linear", "flash_fwd", "packed_linear", "rsqrt_norm", "gemv_head", "argmax"]
+    names = ["rsqrt_norm", "multiply", "flash_fwd", "multiply", "rsqrt_norm", "gemv_head", "argmax"]
     kernels = [Kernel(name, 10.0 * step + 1.0 * place, 0.75) for step in range(2) for place, name in enumerate(names)]
     shares = {share.part: share for share in shares_of(kernels, seconds=20.0, steps=2)}
     assert tuple(shares) == PARTS
@@ -172,9 +177,9 @@ def test_shares_sum_to_the_time_and_gaps_are_what_is_left():
 
 
 def test_overlapping_kernels_leave_no_gap_between_them():
-    kernels = [Kernel("packed_a", 0.0, 2.0), Kernel("packed_b", 1.0, 2.0)]
-    (gaps,) = [share for share in shares_of(kernels, seconds=3.0, steps=1) if share.part == "gaps"]
-    assert gaps.seconds == 0
+    kernels = [Kernel("rotate", 0.0, 2.0), Kernel("multiply", 1.0, 2.0)]
+    shares = {share.part: share.seconds for share in shares_of(kernels, seconds=3.0, steps=1)}
+    assert (shares["rotation"], shares["lm_head"], shares["gaps"]) == (2, 1, 0)
 
 
 def test_on_a_cpu_modules_are_timed(plan):

@@ -70,7 +70,7 @@ class Decoder:
     @torch.no_grad()
     def prefill(self) -> float:
         """Seconds until the first token is known on the host, after random prompts of `context` tokens."""
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        vocabulary = self.model.config.get_text_config().vocab_size
         prompts = torch.randint(vocabulary, (self.batch, self.context), device=self.device)
         self.cache.reset()
         self._wait()

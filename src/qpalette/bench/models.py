@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from qpalette.checkpoint import Checkpoint, Grouping, TensorInfo, find_groups
 from qpalette.checkpoint.base import layout_of
 from qpalette.core.errors import InputError, SpecError
 from qpalette.core.records import LinearRecord
+from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
 from qpalette.plan import Plan
 from qpalette.rotate import pack_signs, random_signs, rotation_for
 
@@ -143,9 +144,16 @@ def read_config(name: str) -> Any:
     return config
 
 
-def groups_of(config: Any) -> Grouping:
+def groups_of(config: Any, also: Sequence[str] = ()) -> Grouping:
     """The linears of a model with this config, as `find_groups` finds them in its checkpoint."""
-    return find_groups(_Sketch(config))
+    return find_groups(_Sketch(config), also=also)
+
+
+def with_head(plan: Plan, config: Any, spec: str) -> Plan:
+    """The plan, and `spec` for the output head: for the embedding, where the two are one."""
+    inner = {linear.name for group in groups_of(config).groups for linear in group.linears}
+    every = {linear.name for group in groups_of(config, ["lm_head"]).groups for linear in group.linears}
+    return Plan({**plan.specs, **dict.fromkeys(every - inner, spec)}, plan.rotation, plan.seed)
 
 
 def records_of(config: Any, plan: Plan) -> dict[str, LinearRecord]:

@@ -58,7 +58,7 @@ def bench(
         ),
     ] = None,
     attention: Annotated[
-        str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation.")
+        str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation, or grouped.")
     ] = None,
     with_breakdown: Annotated[
         bool, typer.Option("--breakdown", help="Where the time of a step goes, at the first batch size.")
@@ -154,9 +154,7 @@ def _quantized(
 
 
 def _plan(shape: Any, spec: str | None, plan: Path | None, head: str | None, rotation: str) -> Plan:
-    from dataclasses import replace
-
-    from qpalette.bench.models import groups_of
+    from qpalette.bench.models import groups_of, with_head
     from qpalette.evaluate.windows import read_text
     from qpalette.plan import Plan, uniform_plan
 
@@ -164,7 +162,7 @@ def _plan(shape: Any, spec: str | None, plan: Path | None, head: str | None, rot
         chosen = Plan.from_json(read_text(plan))
     else:
         chosen = uniform_plan(groups_of(shape).groups, str(spec), rotation)
-    return chosen if head is None else replace(chosen, specs={**chosen.specs, "lm_head": head})
+    return chosen if head is None else with_head(chosen, shape, head)
 
 
 def _original(
