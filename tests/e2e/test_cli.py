@@ -172,6 +172,9 @@ def test_version(run):
         (("generate", "{packed}", "hello", "--temperature", "nan"), "at least 0, got nan"),
         (("generate", "{packed}", "x" * 300), "the model's context is 256"),
         (("chat", "{missing}"), "does not exist"),
+        (("chat", "{packed}", "--engine", "vllm"), "other engines have `qpalette serve`"),
+        (("generate", "{packed}", "hello", "--device", "gpu"), "'gpu' is not a device"),
+        (("generate", "{packed}", "hello", "--dtype", "int4"), "choose float16, bfloat16, float32"),
     ],
 )
 def test_a_mistake_is_one_clear_line(run, model, packed, text, tmp_path, arguments, message):

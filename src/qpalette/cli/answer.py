@@ -42,6 +42,30 @@ def check_sampling(max_new_tokens: int, temperature: float) -> None:
         raise InputError(f"--temperature must be a finite number of at least 0, got {temperature}")
 
 
+def open_model(model: str, engine: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+    """The model on `device` and its tokenizer; `dtype` by default float16 on a GPU and float32 on a CPU.
+
+    Raises InputError for an engine, device or type that cannot be used here, and as `load_model` does.
+    """
+    from qpalette.evaluate import load_model
+    from qpalette.kernels.device import parse_device
+
+    if engine != "transformers":
+        raise InputError(f"--engine {engine}: answers here come from transformers; other engines have `qpalette serve`")
+    where = parse_device(device)
+    return load_model(model, str(where), parse_dtype(dtype or ("float16" if where.type == "cuda" else "float32")))
+
+
+def parse_dtype(name: str) -> Any:
+    """The torch type. Raises InputError for what no model computes in."""
+    import torch
+
+    known = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name not in known:
+        raise InputError(f"'{name}' is not a type to compute in: choose {', '.join(known)}")
+    return known[name]
+
+
 def prompt_of(tokenizer: Any, messages: Sequence[Message]) -> Any:
     """int64 [1, tokens]: the conversation as the tokenizer's chat template writes it."""
     encoded = tokenizer.apply_chat_template(

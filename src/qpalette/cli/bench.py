@@ -73,6 +73,7 @@ def bench(
     Example: [bold]qpalette bench --config llama-3.1-8b --spec tcq-3.25 --device cuda --breakdown[/]
     """
     from qpalette.bench import default_runner
+    from qpalette.cli.answer import parse_dtype
     from qpalette.core.errors import InputError
     from qpalette.kernels.device import parse_device
 
@@ -86,7 +87,7 @@ def bench(
     quiet_transformers()
     where = parse_device(device)
     kind = dtype or ("float16" if where.type == "cuda" else "bfloat16")
-    common = (_dtype(kind), where, attention)
+    common = (parse_dtype(kind), where, attention)
     quantized = _quantized(model, config, spec, plan, head, rotation, common)
     original = None if alone else _original(model, config, reference, kind, common)
     candidates = [candidate for candidate in (original, quantized) if candidate is not None]
@@ -183,17 +184,6 @@ def _original(
             return from_directory(f"{model} {dtype}", str(plain_directory(open_checkpoint(model))), *common)
     name = str(config or model)
     return from_config(f"{name} {dtype}", read_config(name), None, *common)
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    from qpalette.core.errors import InputError
-
-    known = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    if name not in known:
-        raise InputError(f"'{name}' is not a type to compute in: choose {', '.join(known)}")
-    return known[name]
 
 
 def _report(speeds: list[Speed], shares: dict[str, list[Share]], device: Any) -> dict[str, Any]:

@@ -20,19 +20,25 @@ def chat(
         int, typer.Option("--max-new-tokens", metavar="N", help="Longest answer, in tokens.")
     ] = 512,
     temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the most likely token.")] = 0.0,
+    engine: Annotated[
+        str, typer.Option("--engine", help="transformers; other engines have `qpalette serve`.")
+    ] = "transformers",
+    device: Annotated[str, typer.Option("--device", help="Such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="To compute in.  [default: float16 on a GPU, float32 on a CPU]")
+    ] = None,
 ) -> None:
     """Talk to a model. It remembers the conversation until /reset; /exit leaves.
 
     Example: [bold]qpalette chat OUT --temperature 0.7[/]
     """
-    from qpalette.cli.answer import check_sampling
+    from qpalette.cli.answer import check_sampling, open_model
     from qpalette.core.errors import InputError
 
     check_sampling(max_new_tokens, temperature)
     quiet_transformers()
-    from qpalette.evaluate import load_model
 
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = open_model(model, engine, device, dtype)
     if tokenizer.chat_template is None:
         raise InputError(f"{model} has no chat template; use `qpalette generate`")
     with suppress(ImportError):  # where it exists, it gives `input` line editing and a history

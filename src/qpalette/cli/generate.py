@@ -15,6 +15,13 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Stop after N tokens.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the most likely token.")] = 0.0,
+    engine: Annotated[
+        str, typer.Option("--engine", help="transformers; other engines have `qpalette serve`.")
+    ] = "transformers",
+    device: Annotated[str, typer.Option("--device", help="Such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="To compute in.  [default: float16 on a GPU, float32 on a CPU]")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling, when the temperature is above 0.")] = 0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
@@ -27,7 +34,7 @@ def generate(
 
     Example: [bold]qpalette generate OUT "Why is the sky blue?" --max-new-tokens 100[/]
     """
-    from qpalette.cli.answer import check_sampling, stream_answer
+    from qpalette.cli.answer import check_sampling, open_model, stream_answer
     from qpalette.core.errors import InputError
 
     check_sampling(max_new_tokens, temperature)
@@ -36,9 +43,7 @@ def generate(
     quiet_transformers()
     import torch
 
-    from qpalette.evaluate import load_model
-
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = open_model(model, engine, device, dtype)
     torch.manual_seed(seed)
     tokens = _tokens(tokenizer, prompt, raw)
     answer = stream_answer(loaded, tokenizer, tokens, max_new_tokens, temperature, _silent if as_json else _to_stdout)

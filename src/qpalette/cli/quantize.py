@@ -56,6 +56,9 @@ def quantize(
         ),
     ] = None,
     damping: Annotated[float, typer.Option("--damping", help="Added to each Hessian, times its mean diagonal.")] = 0.01,
+    sign_seeds: Annotated[
+        int, typer.Option("--sign-seeds", metavar="N", help="With Hessians: fit each rotation, the best of N.")
+    ] = 1,
     also: Annotated[
         list[str] | None,
         typer.Option("--also", metavar="NAME", help="Quantize this too: lm_head or embed_tokens. May be repeated."),
@@ -89,7 +92,7 @@ def quantize(
     options: dict[str, Any] = {"bits": bits, "spec": spec, "effort": effort, "rotation": rotation, "seed": seed}
     options |= {"plan": plan, "size": disk, "sensitivity": sensitivity}
     options |= {"hessians": hessians, "damping": damping, "also": also or (), "device": device}
-    options |= {"workers": workers, "ray": ray}
+    options |= {"sign_seeds": sign_seeds, "workers": workers, "ray": ray}
     if dry_run:
         estimate = run(model, out, **options, dry_run=True)
         assert isinstance(estimate, Estimate)

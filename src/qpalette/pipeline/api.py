@@ -37,6 +37,7 @@ def quantize(
     seed: int = 0,
     hessians: str | Path | None = None,
     damping: float = DAMPING,
+    sign_seeds: int = 1,
     also: Sequence[str] = (),
     device: str = "cpu",
     workers: int = 1,
@@ -62,7 +63,7 @@ def quantize(
     `hessians` is a directory that `qpalette.calibrate` has filled for this model: rounding is then calibrated, with
     `damping` times the mean diagonal added to each Hessian. `also` names what is left alone otherwise: "lm_head",
     "embed_tokens" (`find_groups`). `device` is where weights are encoded, such as "cuda";
-    `workers` and `ray` as in `quantize_checkpoint`.
+    `workers`, `ray` and `sign_seeds` as in `quantize_checkpoint`.
 
     Raises SpecError on options that mean nothing or do not fit the model, BudgetError naming the least that is possible
     on a budget that nothing fits, CheckpointError on a model that cannot be read, HessianError on Hessians that are
@@ -102,6 +103,7 @@ def quantize(
         ready,
         hessians=store,
         damping=damping,
+        sign_seeds=sign_seeds,
         progress=progress,
         device=device,
         workers=workers,

@@ -71,9 +71,13 @@ class Estimate:
 
 
 def make_jobs(
-    checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None = None, damping: float = DAMPING
+    checkpoint: Checkpoint,
+    plan: Plan,
+    hessians: HessianStore | None = None,
+    damping: float = DAMPING,
+    seeds: Mapping[str, int] | None = None,
 ) -> list[Job]:
-    """One job per linear of the plan, in layer order.
+    """One job per linear of the plan, in layer order. `seeds` has those of groups that do not take the plan's.
 
     Raises SpecError when the plan names no linear of the checkpoint or its rotation does not suit one, and
     HessianError when `hessians` belong to another model or lack a group.
@@ -89,8 +93,9 @@ def make_jobs(
     for linear in select_linears(plan, groups):
         rotation = rotation_for(linear.in_features, plan.rotation).name
         spec = plan.specs[linear.name]
-        record = LinearRecord(spec, linear.out_features, linear.in_features, rotation, plan.seed)
         group = group_of[linear.name]
+        seed = (seeds or {}).get(group.name, plan.seed)
+        record = LinearRecord(spec, linear.out_features, linear.in_features, rotation, seed)
         # Nobody measures what reads an embedding: its rows are looked up.
         calibrated = hessians is not None and group not in grouping.optional
         feedback: Sequence[str | float] = [hessians.identity(group), damping] if hessians and calibrated else []

@@ -22,12 +22,14 @@ from qpalette.kernels.device import parse_device
 from qpalette.pipeline.encode import Quality
 from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import HEADROOM_BYTES, Job, format_of, make_jobs
+from qpalette.pipeline.learned_signs import learn_seeds
 from qpalette.pipeline.partial import PartialResults
 from qpalette.pipeline.report import REPORT_FILE, LinearResult, QuantizeReport
 from qpalette.pipeline.work import Work, encode_batch
 from qpalette.pipeline.workers import Batch, Result, run_in_processes
 from qpalette.plan import PLAN_FILE, Plan
 from qpalette.quantizers.feedback import DAMPING
+from qpalette.rotate import Rotation
 
 
 class Progress(Protocol):
@@ -50,6 +52,7 @@ def quantize_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     workers: int = 1,
     ray: str | None = None,
+    sign_seeds: int = 1,
 ) -> QuantizeReport:
     """Quantize the linears that `plan` names, carry everything else over, and put the result at `output_dir`.
 
@@ -60,6 +63,7 @@ def quantize_checkpoint(
     With `hessians` rounding is calibrated: errors are fed back with `damping` (LDLQ), which lowers the error of each
     layer's output on text like the calibration's, at the same size. Without, no data is needed.
 
+    With `sign_seeds` N, which needs Hessians, each group's rotation has the best of N seeds for its signs.
     `workers` processes share the linears, and the GPUs of this host where `device` is "cuda"; with `ray`, a cluster's
     address or "local", they run in Ray. The result is the same, to the byte.
 
@@ -72,6 +76,9 @@ def quantize_checkpoint(
     if workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
     jobs = make_jobs(checkpoint, plan, hessians, damping)
+    if sign_seeds > 1:
+        seeds = _learned(jobs, hessians, plan, sign_seeds, damping, device)
+        jobs = make_jobs(checkpoint, plan, hessians, damping, seeds)
     for spec in set(plan.specs.values()):
         select("encode", spec, device)
     _check_output(output, overwrite)
@@ -97,6 +104,16 @@ def quantize_checkpoint(
     _check_output(output, overwrite)
     _put_in_place(partial, output)
     return report
+
+
+def _learned(
+    jobs: Sequence[Job], hessians: HessianStore | None, plan: Plan, count: int, damping: float, device: torch.device
+) -> dict[str, int]:
+    if hessians is None:
+        raise InputError("signs can be fitted to Hessians only; collect them with `qpalette calibrate`")
+    groups = {job.group.name: job for job in jobs if job.calibrated}
+    rotations = [(job.group, Rotation.parse(job.record.rotation, job.record.in_features)) for job in groups.values()]
+    return learn_seeds(rotations, hessians, plan.seed, count, damping, device)
 
 
 @contextmanager

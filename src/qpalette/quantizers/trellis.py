@@ -15,7 +15,6 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from math import floor
 from typing import ClassVar, Self
 
 import torch
@@ -87,8 +86,7 @@ class Trellis(Quantizer):
 
     def shifts(self) -> torch.Tensor:
         """Bits shifted in at each step, int64 [steps]; the pattern repeats every eight weights."""
-        total = [floor(step * self.values_per_step * self.rate) for step in range(self.steps + 1)]
-        return torch.tensor(total).diff()
+        return _shifts_on(self, torch.device("cpu"))
 
     @abstractmethod
     def state_values(self) -> torch.Tensor:
@@ -104,14 +102,12 @@ class Trellis(Quantizer):
         return state * (2 * state + 1) & ((1 << self.memory) - 1)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        ends = self.shifts().cumsum(0).to(codes.device)
-        states = windows(codes, ends, self.memory)
+        states = windows(codes, _ends_on(self, codes.device), self.memory)
         return self.state_values_on(codes.device)[states].reshape(codes.shape[0], TILE_WEIGHTS)
 
     def pack_states(self, states: torch.Tensor) -> torch.Tensor:
         """Trellis states [tiles, steps] -> int32 codes: each step adds the k_t lowest bits of its state."""
-        shifts = self.shifts()
-        return pack_fields(states & ((1 << shifts) - 1).to(states.device), shifts)
+        return pack_fields(states & ((1 << _shifts_on(self, states.device)) - 1), self.shifts())
 
     def encode(self, tiles: torch.Tensor) -> torch.Tensor:
         """Viterbi over all 2^L states. The circle is first cut and searched at its middle; the state that this path has
@@ -153,6 +149,19 @@ class Trellis(Quantizer):
 @lru_cache(maxsize=64)
 def _state_values_on(quantizer: Trellis, device: torch.device) -> torch.Tensor:
     return quantizer.state_values().to(device).contiguous()
+
+
+# Calibrated rounding encodes 16 columns at a time: what follows is asked for thousands of times per matrix.
+@lru_cache(maxsize=256)
+def _shifts_on(quantizer: Trellis, device: torch.device) -> torch.Tensor:
+    total = [step * quantizer.values_per_step * quantizer.eighths // 8 for step in range(quantizer.steps + 1)]
+    return torch.tensor(total).diff().to(device)
+
+
+@lru_cache(maxsize=256)
+def _ends_on(quantizer: Trellis, device: torch.device) -> torch.Tensor:
+    """Where each step ends in the stream, in bits."""
+    return quantizer.shifts().cumsum(0).to(device)
 
 
 def at_rate(at_whole_bits: tuple[float, ...], rate: Fraction) -> float:

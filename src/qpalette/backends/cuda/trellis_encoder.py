@@ -16,7 +16,8 @@ MOST_TILES = 16
 MOST_LANES = 4
 MOST_SIBLINGS = 4
 MOST_THREADS = 1024
-SCRATCH_SHARE = 0.5  # of the device's free memory, at most, for the winners of every step
+SCRATCH_SHARE = 0.5  # of the device's free memory, for the winners of every step, where all blocks' do not fit
+BUSY_THREADS = 1024  # a block should have: with few tiles a thread then takes fewer siblings
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,27 @@ class Launch:
     cost_bytes: int  # in global memory; 0 where both cost buffers fit in shared memory
 
 
-def plan_launch(memory: int, values: int, steps: int, low: int, high: int, shared_limit: int) -> Launch:
+def plan_launch(
+    memory: int, values: int, steps: int, low: int, high: int, shared_limit: int, most_tiles: int = MOST_TILES
+) -> Launch:
     """One block per multiprocessor, with as many tiles as fit in `shared_limit` bytes: a loaded value serves them all.
 
     Four siblings by four lanes per thread and the most threads that have work were the fastest of those tried on an
-    H100 at 2, 3, 3.25 and 4 bits, one and two values per step.
+    H100 at 2, 3, 3.25 and 4 bits, one and two values per step. `most_tiles` leaves work for every multiprocessor when
+    there are few tiles, as in a step of calibrated rounding.
     """
     groups = 1 << (memory - low)
 
     def needed(tiles: int) -> int:
         return 4 * tiles * (2 * groups + steps * values)
 
-    fitting = [1 << i for i in range(MOST_TILES.bit_length()) if needed(1 << i) <= shared_limit]
+    fitting = [1 << i for i in range(most_tiles.bit_length()) if needed(1 << i) <= shared_limit]
     tiles = fitting[-1] if fitting else 1
     lanes = min(tiles, MOST_LANES)
-    items = groups // MOST_SIBLINGS * (tiles // lanes)
+    siblings = MOST_SIBLINGS
+    while siblings > 1 and groups // siblings * (tiles // lanes) < BUSY_THREADS:
+        siblings //= 2
+    items = groups // siblings * (tiles // lanes)
     threads = min(MOST_THREADS, max(128, 1 << (items.bit_length() - 1)))
     macros = {
         "MEMORY": memory,
@@ -55,7 +62,7 @@ def plan_launch(memory: int, values: int, steps: int, low: int, high: int, share
         "SHIFT_HIGH": high,
         "TILES": tiles,
         "LANES": lanes,
-        "MOST_SIBLINGS": MOST_SIBLINGS,
+        "MOST_SIBLINGS": siblings,
         "THREADS": threads,
         "COSTS_IN_SHARED": int(bool(fitting)),
     }
@@ -86,17 +93,21 @@ def encode_states(sources: torch.Tensor, shifts: torch.Tensor, state_values: tor
     steps, values = shifts.numel(), state_values.shape[1]
     device = sources.device.index or 0
     multiprocessors, shared_limit = _limits(device)
-    how = plan_launch(memory, values, steps, int(shifts.min()), int(shifts.max()), shared_limit)
-    free, _ = torch.cuda.mem_get_info(device)
-    affordable = int(free * SCRATCH_SHARE) // (how.winner_bytes + how.cost_bytes)
+    share = -(-sources.shape[0] // multiprocessors)
+    most_tiles = min(MOST_TILES, 1 << (share - 1).bit_length())
+    low, high, shifts_there = _shifts_on(tuple(shifts.tolist()), sources.device)
+    how = plan_launch(memory, values, steps, low, high, shared_limit, most_tiles)
     batches = -(-sources.shape[0] // how.tiles)
-    blocks = max(1, min(multiprocessors, batches, affordable))
+    blocks = min(multiprocessors, batches)
     padded = sources.new_zeros(batches * how.tiles, sources.shape[1])
     padded[: sources.shape[0]] = sources
     states = torch.empty(batches * how.tiles, steps, dtype=torch.int32, device=sources.device)
-    winners = torch.empty(blocks * how.winner_bytes, dtype=torch.uint8, device=sources.device)
-    spilled = torch.empty(max(1, blocks * how.cost_bytes), dtype=torch.uint8, device=sources.device)
-    shifts_there = shifts.to(sources.device, torch.uint8)
+    try:
+        winners, spilled = _scratch(how, blocks, sources.device)
+    except torch.OutOfMemoryError:  # fewer blocks then; asking how many first would cost as much as a small search
+        free, _ = torch.cuda.mem_get_info(device)
+        blocks = max(1, min(blocks, int(free * SCRATCH_SHARE) // (how.winner_bytes + how.cost_bytes)))
+        winners, spilled = _scratch(how, blocks, sources.device)
     kernel = load_kernel(SOURCE, "encode", dict(how.macros), device, how.shared_bytes)
     before = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (padded, state_values, shifts_there)]
     after = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (winners, spilled, states)]
@@ -104,3 +115,16 @@ def encode_states(sources: torch.Tensor, shifts: torch.Tensor, state_values: tor
     arguments = [*before, ctypes.c_int32(len(padded)), *after]
     launch(kernel, stream, blocks, how.threads, how.shared_bytes, arguments)
     return states[: sources.shape[0]]
+
+
+def _scratch(how: Launch, blocks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(winners of every step, costs that do not fit in shared memory), as bytes."""
+    sizes = blocks * how.winner_bytes, max(1, blocks * how.cost_bytes)
+    winners, spilled = (torch.empty(size, dtype=torch.uint8, device=device) for size in sizes)
+    return winners, spilled
+
+
+@lru_cache(maxsize=64)
+def _shifts_on(shifts: tuple[int, ...], device: torch.device) -> tuple[int, int, torch.Tensor]:
+    """(least, most, all of them on the device)."""
+    return min(shifts), max(shifts), torch.tensor(shifts, dtype=torch.uint8, device=device)
