@@ -77,8 +77,10 @@ READ = r"""
 extern "C" __global__ void read(const uint4 *data, long long count, unsigned *out) {
     unsigned sum = 0;
     for (long long i = blockIdx.x * 1024ll + threadIdx.x; i < count; i += gridDim.x * 1024ll) {
-        const uint4 part = __ldcs(data + i);
-        sum += part.x ^ part.y ^ part.z ^ part.w;
+        unsigned a, b, c, d;
+        asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+            : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "l"(data + i));
+        sum += a ^ b ^ c ^ d;
     }
     if (sum == 0x12345678u) *out = sum;
 }
