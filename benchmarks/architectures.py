@@ -97,6 +97,7 @@ CASES = (
             "n_group": 1,
             "topk_group": 1,
         },
+        also=("embeddings", "lm_head"),
     ),
 )
 

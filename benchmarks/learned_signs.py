@@ -1,6 +1,6 @@
 """Fixed signs against the best of N seeds, calibrated, in one run: error of the weights and of the outputs, KL, time.
 
-    python benchmarks/learned_signs.py MODEL HESSIANS --text FILE [--spec tcq-2-L12 ...] [--seeds 8] [--windows 16]
+    python benchmarks/learned_signs.py MODEL HESSIANS --text FILE [--spec tcq-2-L12 ...] [--seeds 8] [--every 1]
 
 Beside them the bound: with the best of all orthogonal transforms (the geometric mean decomposition of Jiang, Hager and
 Li, 2005) the error of the outputs would be that of equal blocks, K det(H)^(1/K). No fast transform reaches it.
@@ -17,19 +17,26 @@ import torch
 import typer
 from report import device_name, report
 
-import qpalette
 from qpalette.checkpoint import find_groups, open_checkpoint
+from qpalette.core.records import LinearGroup
 from qpalette.evaluate import evaluate_models, load_model, token_windows
-from qpalette.pipeline import HessianStore
+from qpalette.pipeline import HessianStore, quantize_checkpoint
 from qpalette.pipeline.learned_signs import learn_seeds, predicted_loss
+from qpalette.plan import uniform_plan
 from qpalette.quantizers.feedback import DAMPING, factorize
 from qpalette.rotate import rotation_for
 
 
-def predictions(model: str, hessians: Path, seeds: int, device: str) -> dict[str, Any]:
+def groups_of(model: str, every: int) -> list[LinearGroup]:
+    """Those of every `every`-th layer; the others stay in 16 bits."""
+    found = find_groups(open_checkpoint(model)).groups
+    return [group for group in found if int(group.name.partition("layers.")[2].partition(".")[0]) % every == 0]
+
+
+def predictions(groups: list[LinearGroup], hessians: Path, seeds: int, device: str) -> dict[str, Any]:
     """Mean over groups of the predicted loss of the outputs, over that of fixed signs: the best seed, the bound."""
     store, best, bound, seconds = HessianStore.open(hessians), [], [], 0.0
-    for group in find_groups(open_checkpoint(model)).groups:
+    for group in groups:
         rotation = rotation_for(group.in_features, "full")
         start = time.perf_counter()
         chosen = learn_seeds([(group, rotation)], store, 0, seeds, DAMPING, torch.device(device))[group.name]
@@ -54,11 +61,13 @@ def main(
     seeds: int = 8,
     windows: int = 16,
     length: int = 512,
+    every: Annotated[int, typer.Option(help="Quantize every N-th layer alone.")] = 1,
     device: str = "cpu",
     name: str = "learned_signs",
 ) -> None:
-    predicted = predictions(model, hessians, seeds, device)
-    print(predicted)
+    groups = groups_of(model, every)
+    predicted = predictions(groups, hessians, seeds, device)
+    print(predicted, flush=True)
     reference, tokenizer = load_model(model, device)
     chosen = token_windows(text, tokenizer, length, windows)
     rows = []
@@ -67,8 +76,13 @@ def main(
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder, "out")
                 start = time.perf_counter()
-                made: Any = qpalette.quantize(
-                    model, out, spec=quantizer, hessians=hessians, sign_seeds=count, device=device
+                made: Any = quantize_checkpoint(
+                    open_checkpoint(model),
+                    out,
+                    uniform_plan(groups, quantizer),
+                    hessians=HessianStore.open(hessians),
+                    sign_seeds=count,
+                    device=device,
                 )
                 seconds = time.perf_counter() - start
                 measured = evaluate_models(load_model(out, device)[0], reference, chosen)
@@ -85,9 +99,10 @@ def main(
                     "quantize s": round(seconds, 1),
                 }
             )
+            tokens = HessianStore.open(hessians).calibration.tokens
             report(
                 name, device_name(device), rows, model=Path(model).name, text=text.name, windows=len(chosen),
-                window=length, calibration_tokens=HessianStore.open(hessians).calibration.tokens, **predicted,
+                window=length, every=every, calibration_tokens=tokens, **predicted,
             )  # fmt: skip
 
 

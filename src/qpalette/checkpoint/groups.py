@@ -47,7 +47,7 @@ ARCHITECTURES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt"))  # their Conv1D weights are in x out
 
-EMBEDDING = re.compile(r"(?:\w+\.)*(?:embed_tokens|wte|word_embeddings|tok_embeddings)")
+EMBEDDING = re.compile(r"(?:\w+\.)*(?:embed_tokens|embeddings|embed_in|wte|word_embeddings|tok_embeddings)")
 OUTPUT_HEAD = re.compile(r"(?:\w+\.)*(?:lm_head|output_layer|embed_out)")
 DECODER_LAYER = re.compile(r"(?P<layer>(?:(?:model|language_model)\.)*layers\.(?P<index>\d+))\.(?P<rest>.+)")
 ANY_LAYER = re.compile(r".*?\b(?:layers|layer|blocks|block|h)\.(?P<index>\d+)\.(?P<rest>.+)")

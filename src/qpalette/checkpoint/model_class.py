@@ -60,9 +60,14 @@ class Modules:
         self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self._by_path: dict[str, str] = {}
         self._experts_of: dict[str, list[str]] = {}
+        self._outside: dict[str, list[str]] = {}  # last part of the name -> embeddings and heads
         for name, module in self.all.items():
             match = LAYER_PATH.fullmatch(name)
-            if match is None or NOT_LANGUAGE.search(name):
+            if NOT_LANGUAGE.search(name):
+                continue
+            if match is None and isinstance(module, nn.Embedding | nn.Linear):
+                self._outside.setdefault(name.rpartition(".")[2], []).append(name)
+            if match is None:
                 continue
             self._by_path.setdefault(match["path"], name)
             if holds_experts(module):
@@ -72,8 +77,12 @@ class Modules:
         """The module whose weight the checkpoint calls `name` + ".weight"."""
         candidates = (name, name.removeprefix(self._prefix), self._prefix + name)
         found = next((candidate for candidate in candidates if candidate in self.all), None)
-        match = LAYER_PATH.fullmatch(name)
-        return found or (self._by_path.get(match["path"]) if match else None)
+        if found is not None:
+            return found
+        if match := LAYER_PATH.fullmatch(name):
+            return self._by_path.get(match["path"])
+        alike = self._outside.get(name.rpartition(".")[2], [])
+        return alike[0] if len(alike) == 1 and not NOT_LANGUAGE.search(name) else None
 
     def find_experts(self, name: str) -> str | None:
         """The module that holds the expert's linear `name`."""
