@@ -78,7 +78,8 @@ extern "C" __global__ void read(const uint4 *data, long long count, unsigned *ou
     unsigned sum = 0;
     for (long long i = blockIdx.x * 1024ll + threadIdx.x; i < count; i += gridDim.x * 1024ll) {
         unsigned a, b, c, d;
-        asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "l"(data + i));
+        asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+            : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "l"(data + i));
         sum += a ^ b ^ c ^ d;
     }
     if (sum == 0x12345678u) *out = sum;

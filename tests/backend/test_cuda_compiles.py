@@ -8,8 +8,13 @@ from qpalette.quantizers.trellis import Trellis
 
 pytest.importorskip("cuda.core", reason="needs qpalette[cuda]")
 
+from qpalette.backends.cuda.decoder import SOURCE as DECODER_SOURCE
+from qpalette.backends.cuda.decoder import decoder_spec
+from qpalette.backends.cuda.multiply import THREADS, DeviceLimits, kernel_macros, source_for
+from qpalette.backends.cuda.rotate import SOURCE as ROTATE_SOURCE
 from qpalette.backends.cuda.trellis_encoder import SOURCE, plan_launch
-from qpalette.kernels.nvrtc import compile_cubin
+from qpalette.backends.cuda.unpack import SOURCE as UNPACK_SOURCE
+from qpalette.kernels.nvrtc import compile_cubin, resources
 
 # Dynamic shared memory that a block may ask for (CUDA C++ Programming Guide, technical specifications), in KiB.
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
@@ -55,3 +60,57 @@ def test_compiled_code_is_kept_and_found_again(tmp_path) -> None:
 def test_a_refusal_of_the_compiler_is_told() -> None:
     with pytest.raises(UnsupportedError, match="does not compile for sm_90"):
         compile_cubin("this is not C++", "sm_90", ())
+
+
+LIMITS = {arch: DeviceLimits(100, kib * 1024, (int(arch[3:-1]), int(arch[-1]))) for arch, kib in SHARED.items()}
+# Every family, whole and fractional rates, odd numbers of eighths, every length of trellis memory, tables of all sizes.
+PRODUCTS = [
+    *("tcq-1", "tcq-2.125", "tcq-3.25", "tcq-4.5", "tcq-8", "tcq-2-L12", "tcq-3-L18", "tcq-3-L20"),
+    *("tcq2-1", "tcq2-2", "tcq2-3.25", "tcq2-4", "tcq2-5", "tcq2-3.125-L18", "tcq2-2-L20"),
+    *("vq-1.5", "vq-3", "vq-6", "nuq-2", "nuq-3", "nuq-6", "nuq-8"),
+]
+
+
+def product_macros(arch: str, batch: int) -> tuple[tuple[str, int], ...]:
+    limits = LIMITS[arch]
+    assert limits.table_bytes + limits.sum_bytes <= SHARED[arch] * 1024
+    return tuple(sorted(kernel_macros(limits, batch).items()))
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("spec", ["tcq2-3.25", "tcq-4.5", "vq-3", "nuq-8"])
+def test_products_compile_for_every_architecture(spec: str, arch: str) -> None:
+    decoder = decoder_spec(spec)
+    assert decoder is not None
+    assert compile_cubin(source_for([decoder]), arch, product_macros(arch, 8)).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("spec", PRODUCTS)
+def test_products_of_every_family_compile_without_spills(spec: str, batch: int) -> None:
+    decoder = decoder_spec(spec)
+    assert decoder is not None
+    usage = resources(source_for([decoder]), "sm_90", product_macros("sm_90", batch))
+    assert usage.registers <= 65536 // THREADS
+    if decoder.eighths <= 40:  # 64 words of x' and 32 of codes, at 8 bits and batch 16, are more than there are
+        assert usage.spilled_bytes == 0
+
+
+def test_segments_of_different_decoders_compile_together() -> None:
+    decoders = [decoder for decoder in map(decoder_spec, ["tcq2-3.25", "vq-3", "tcq-4"]) if decoder is not None]
+    assert compile_cubin(source_for(decoders), "sm_90", product_macros("sm_90", 1)).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize(("dense", "log_h", "group"), [(8, 9, 1), (28, 9, 1), (180, 4, 16), (125, 1, 128), (1, 6, 4)])
+def test_rotations_compile(dense: int, log_h: int, group: int, arch: str) -> None:
+    macros = {"BATCH": 1, "DENSE": dense, "GROUP": group, "IN_TYPE": 0, "LOG_H": log_h, "NORM": 1}
+    assert compile_cubin(ROTATE_SOURCE, arch, tuple(sorted(macros.items()))).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("spec", ["tcq-3.25", "vq-6"])
+def test_unpacking_compiles(spec: str) -> None:
+    decoder = decoder_spec(spec)
+    assert decoder is not None
+    source = f"#define DECODERS {decoder.type_name}\n{DECODER_SOURCE}\n{UNPACK_SOURCE}"
+    assert compile_cubin(source, "sm_80", (("TABLE_BYTES", 1 << 17), ("THREADS", THREADS))).startswith(b"\x7fELF")

@@ -19,7 +19,7 @@ def test_a_scalar_quantizer_measures_as_theory_says():
     assert result.gap == pytest.approx(result.distortion * 2**8)
     assert (result.spec, result.rate, result.claimed_distortion) == ("nuq-4", Fraction(4), lloyd_max(16).distortion)
     assert result.gap_db == pytest.approx(6.0206 * result.gap_bits, rel=1e-4)
-    assert result.encode_weights_per_second > 0
+    assert min(result.encode_weights_per_second, result.decode_weights_per_second) > 0
 
 
 def test_chunks_do_not_change_the_figures(monkeypatch):

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qpalette.cli.output import print_json, print_note, print_table, speed, step_bar
+from qpalette.cli.output import print_json, print_note, print_table, size, speed, step_bar
 
 if TYPE_CHECKING:
     from qpalette.evaluate import Measurement
     from qpalette.quantizers import Quantizer
+
+CAPTION = "gap: distortion over Shannon's bound 2^(-2 rate); look-ups per weight into a table, when it is decoded"
 
 
 def palette(
@@ -88,9 +90,18 @@ def _measured(quantizers: list[Quantizer], weights: int, seed: int, device: str)
     return results
 
 
+def _decode_cost(quantizer: Quantizer) -> dict[str, Any]:
+    """Look-ups per weight, and the bytes of the table in float16."""
+    entries, weights = quantizer.table_shape
+    return {"lookups_per_weight": 1 / weights, "table_bytes": 2 * entries * weights}
+
+
 def _measured_row(result: Measurement) -> dict[str, Any]:
+    from qpalette.quantizers import parse_spec
+
     return {
         "spec": result.spec,
+        **_decode_cost(parse_spec(result.spec)),
         "rate": float(result.rate),
         "claimed_distortion": result.claimed_distortion,
         "distortion": result.distortion,
@@ -98,6 +109,7 @@ def _measured_row(result: Measurement) -> dict[str, Any]:
         "gap_bits": result.gap_bits,
         "gap_db": result.gap_db,
         "encode_weights_per_second": result.encode_weights_per_second,
+        "decode_weights_per_second": result.decode_weights_per_second,
         "weights": result.weights,
     }
 
@@ -108,6 +120,7 @@ def _claimed_row(quantizer: Quantizer) -> dict[str, Any]:
     claimed = quantizer.claimed_distortion
     return {
         "spec": quantizer.name,
+        **_decode_cost(quantizer),
         "rate": float(quantizer.rate),
         "claimed_distortion": claimed,
         "distortion": None,  # not measured
@@ -121,12 +134,15 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     columns = ["spec", "rate (bits)", "claimed distortion"]
     measured = rows[0]["distortion"] is not None
     columns += ["measured distortion"] if measured else []
-    columns += ["gap", "gap (bits)", "gap (dB)"] + (["encoding"] if measured else [])
+    columns += ["gap", "gap (bits)", "gap (dB)", "look-ups", "table"]
+    columns += ["encoding", "decoding"] if measured else []
     cells = []
     for row in rows:
         line = [row["spec"], f"{row['rate']:g}", f"{row['claimed_distortion']:.4g}"]
         line += [f"{row['distortion']:.4g}"] if measured else []
         line += [f"{row['gap']:.3f}", f"{row['gap_bits']:.3f}", f"{row['gap_db']:.2f}"]
-        cells.append(line + ([speed(row["encode_weights_per_second"])] if measured else []))
+        line += [f"{row['lookups_per_weight']:g}", size(row["table_bytes"])]
+        line += [speed(row["encode_weights_per_second"]), speed(row["decode_weights_per_second"])] if measured else []
+        cells.append(line)
     source = f"a Gaussian source of {rows[0]['weights']} weights" if measured else "claimed"
-    print_table(f"Palette, {source}", columns, cells, caption="gap: distortion over Shannon's bound 2^(-2 rate)")
+    print_table(f"Palette, {source}", columns, cells, caption=CAPTION)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 
 from qpalette.core.errors import InputError
-from qpalette.core.records import TILE_WEIGHTS
-from qpalette.kernels import Backend, select
+from qpalette.core.records import TILE, TILE_WEIGHTS
+from qpalette.kernels import Backend, PackedLinear, select
 from qpalette.kernels.device import parse_device
+from qpalette.kernels.timing import graph_seconds
 from qpalette.quantizers import Quantizer
+from qpalette.rotate import full_rotation
 from qpalette.theory import gap, gap_bits, gap_db
 
 CHUNK_TILES = 8192
 WARM_UP_TILES = 16  # compiles the encoder, so that its speed does not include that
 WORD_BITS = 32
+DECODED_SIDE = 4096  # rows and columns of the matrix whose product is timed
+PRODUCTS = 7
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Measurement:
     gap_bits: float
     gap_db: float
     encode_weights_per_second: float
+    decode_weights_per_second: float  # while one vector is multiplied
     weights: int
 
 
@@ -71,6 +78,7 @@ def measure(quantizer: Quantizer, weights: int = 1_000_000, seed: int = 0, devic
         gap_bits=gap_bits(distortion, rate),
         gap_db=gap_db(distortion, rate),
         encode_weights_per_second=tiles * TILE_WEIGHTS / seconds,
+        decode_weights_per_second=DECODED_SIDE**2 / _product_seconds(quantizer, where),
         weights=tiles * TILE_WEIGHTS,
     )
 
@@ -81,3 +89,33 @@ def _timed_encode(backend: Backend, quantizer: Quantizer, source: torch.Tensor) 
     if source.is_cuda:
         torch.cuda.synchronize(source.device)
     return codes, time.perf_counter() - start
+
+
+def _product_seconds(quantizer: Quantizer, device: torch.device) -> float:
+    """Median seconds of a product with one vector, rotation included: random codes, laid out for the best backend."""
+    backend = select("linear", quantizer.name, device)
+    side = DECODED_SIDE // TILE
+    random, shape = torch.Generator().manual_seed(0), (side, side, quantizer.words_per_tile)
+    codes = torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int64, generator=random).to(device)
+    scales = torch.ones(DECODED_SIDE, dtype=torch.float16, device=device).view(torch.int16)
+    signs = torch.zeros(DECODED_SIDE // 8, dtype=torch.uint8, device=device)
+    rotation = full_rotation(DECODED_SIDE).name
+    packed = PackedLinear(
+        backend.to_layout(codes.to(torch.int32)),
+        scales,
+        signs,
+        quantizer.name,
+        rotation,
+        DECODED_SIDE,
+        DECODED_SIDE,
+        backend.layout,
+    )
+    x = torch.randn(1, DECODED_SIDE, generator=random).to(device)
+    if device.type == "cuda":
+        return graph_seconds([partial(backend.linear, x, packed)])
+    seconds = []
+    for _ in range(PRODUCTS + 1):
+        start = time.perf_counter()
+        backend.linear(x, packed)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])  # the first one compiles

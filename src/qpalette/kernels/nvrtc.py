@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import io
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ def compile_cubin(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -
     Raises UnsupportedError when the compiler is missing or refuses; its own message is in the text.
     """
     cuda = _cuda_core()
-    options = cuda.ProgramOptions(arch=arch, std="c++17", define_macro=[(name, str(value)) for name, value in macros])
+    options = _options(arch, macros)
     key = hashlib.sha256(repr((source, arch, macros, cuda.__version__)).encode()).hexdigest()
     file = cache_directory() / "kernels" / f"{key}.cubin"
     if file.is_file():
@@ -35,6 +38,34 @@ def compile_cubin(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -
         raise UnsupportedError(f"a CUDA kernel does not compile for {arch}: {error}") from error
     _write(file, code)
     return code
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas reports of a kernel, per thread."""
+
+    registers: int
+    spilled_bytes: int
+
+
+def resources(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -> Resources:
+    """Registers and spills of the only kernel in `source`, compiled for `arch`. Raises as `compile_cubin`."""
+    cuda, log = _cuda_core(), io.StringIO()
+    options = _options(arch, macros, ptxas_options=["-v"])
+    try:
+        cuda.Program(source, "c++", options).compile("cubin", logs=log)
+    except Exception as error:
+        raise UnsupportedError(f"a CUDA kernel does not compile for {arch}: {error}") from error
+    registers = re.search(r"Used (\d+) registers", log.getvalue())
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    if registers is None or not spills:
+        raise UnsupportedError(f"ptxas reports no resources for {arch}: {log.getvalue()[:200]!r}")
+    return Resources(int(registers[1]), sum(map(int, spills[0])))
+
+
+def _options(arch: str, macros: tuple[tuple[str, int], ...], **more: Any) -> Any:
+    defines = [(name, str(value)) for name, value in macros] or None  # cuda.core refuses an empty list
+    return _cuda_core().ProgramOptions(arch=arch, std="c++17", define_macro=defines, **more)
 
 
 def load_kernel(source: str, name: str, macros: Mapping[str, int], device: int, shared_bytes: int = 0) -> Any:

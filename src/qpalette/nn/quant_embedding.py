@@ -111,10 +111,13 @@ def _embedding(
     """Rows of the packed matrix in the basis of the checkpoint, float32 [..., dim]."""
     packed = PackedLinear(codes, scales, signs, spec, rotation, rows, dim, layout)
     backend = backend_for(layout, spec, codes.device)
-    chunks = ids.reshape(-1).split(max(1, CHUNK_WEIGHTS // (TILE_WEIGHTS * tiles_of(dim))))
+    wanted, place = ids.reshape(-1), None
+    if ids.device.type == "cpu":  # words repeat; elsewhere a size that depends on values would stop a CUDA graph
+        wanted, place = wanted.unique(return_inverse=True)
+    chunks = wanted.split(max(1, CHUNK_WEIGHTS // (TILE_WEIGHTS * tiles_of(dim))))
     rotated = torch.cat([_rotated_rows(chunk, packed, backend) for chunk in chunks])
     original = Rotation.parse(rotation, dim).inverse(rotated) * signs_of_bits(signs, dim)
-    return original.reshape(*ids.shape, dim)
+    return (original if place is None else original[place]).reshape(*ids.shape, dim)
 
 
 @_embedding.register_fake

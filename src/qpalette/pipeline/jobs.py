@@ -155,9 +155,8 @@ def estimate(checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None =
 
 
 def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job]) -> int:
-    """The largest linear with its codes and one chunk in flight, or the largest tensor that is only copied.
-
-    With Hessians a whole group is in flight.
+    """The largest linear with its codes and one chunk in flight, and the largest tensor that is only copied: what one
+    has used stays with the allocator. With Hessians a whole group is in flight.
     """
 
     def of_job(job: Job) -> int:
@@ -166,7 +165,7 @@ def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job]) -> int:
         return checkpoint.weight_bytes(job.linear) + 2 * job.packed_bytes + chunk + together
 
     copied = max(info.nbytes for info in checkpoint.tensors.values())
-    return max(copied, *map(of_job, jobs))
+    return copied + max(map(of_job, jobs))
 
 
 def _left_alone(grouping: Grouping, plan: Plan) -> list[str]:

@@ -59,6 +59,12 @@ class Quantizer(ABC):
         return self
 
     @property
+    @abstractmethod
+    def table_shape(self) -> tuple[int, int]:
+        """(entries, weights per entry) of the table that a decoder looks weights up in: what decoding costs. A weight
+        takes one look-up over weights per entry; a table that is too large for a GPU's 32 banks costs conflicts."""
+
+    @property
     def words_per_tile(self) -> int:
         words = self.rate * TILE_WEIGHTS / 32
         assert words.denominator == 1

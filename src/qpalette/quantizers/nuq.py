@@ -47,6 +47,10 @@ class NonUniform(Quantizer):
     def palette(cls) -> tuple[NonUniform, ...]:
         return tuple(cls(bits) for bits in range(LEAST_BITS, MOST_BITS + 1))
 
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        return 1 << self.bits, 1
+
     def codebook(self) -> torch.Tensor:
         """The levels, rising, float32 [2^bits]."""
         return torch.tensor(lloyd_max(1 << self.bits).codebook, dtype=torch.float32)

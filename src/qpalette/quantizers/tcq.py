@@ -46,6 +46,10 @@ class TrellisCoded(Trellis):
         wanted = 10 if self.rate <= 4 else 12 if self.rate <= 5 else 14
         return min(wanted, self.memory)
 
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        return 1 << self.codebook_bits, 1
+
     def segments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(slope, intercept), float32 [32] each: |value| = slope[i] * f + intercept[i] where f = 2 v + 1 is the odd
         float made of the index's low bits v, and i the five bits of f above mantissa bit 22."""

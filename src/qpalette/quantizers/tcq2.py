@@ -46,6 +46,10 @@ class TrellisCodedPairs(Trellis):
         wanted = 9 if self.eighths <= 26 else 11 if self.eighths <= 32 else 13
         return min(wanted, self.memory - 1)
 
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        return 1 << (self.codebook_bits + 1), 2  # with the sign
+
     def codebook(self) -> torch.Tensor:
         """float32 [2^codebook_bits, 2]: points with a positive first coordinate, scaled for the rate."""
         return _spiral(self.codebook_bits) * (round(at_rate(_SCALE, self.rate)) / _SCALE_GRID)

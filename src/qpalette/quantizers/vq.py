@@ -68,6 +68,10 @@ class VectorQuantized(Quantizer):
     def palette(cls) -> tuple[VectorQuantized, ...]:
         return tuple(cls(bits) for bits in range(LEAST_INDEX_BITS, MOST_INDEX_BITS + 1))
 
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        return 1 << self.index_bits, 2
+
     def codebook(self) -> torch.Tensor:
         """float32 [2^index_bits, 2]."""
         return _codebooks()[str(self.index_bits)].float()

@@ -21,7 +21,8 @@ MOST_SEGMENTS = 8
 MOST_BATCH = 16
 THREADS = 512  # of 128 registers; x' takes 32 of them, 64 above a batch of 8
 MOST_TABLE_BYTES = 1 << 17
-SUM_BYTES = 96 << 10  # of shared memory, for the warps' sums; a round takes as many row tiles as fit
+MOST_SUM_BYTES = 96 << 10
+SUM_GRAIN = 32 << 10  # of the sums of two row tiles at a batch of 16
 
 
 class Segment(ctypes.Structure):
@@ -77,6 +78,12 @@ class DeviceLimits:
         return MOST_TABLE_BYTES if self.shared_bytes >= 160 << 10 else MOST_TABLE_BYTES // 2
 
     @property
+    def sum_bytes(self) -> int:
+        """For the warps' sums, beside the table: a round takes as many row tiles as fit."""
+        left = (self.shared_bytes - self.table_bytes) // SUM_GRAIN * SUM_GRAIN
+        return min(MOST_SUM_BYTES, left)
+
+    @property
     def overlap(self) -> bool:
         """Whether a kernel can start before the one before it has ended."""
         return self.capability >= (9, 0)
@@ -129,6 +136,11 @@ def source_for(decoders: Sequence[DecoderSpec]) -> str:
     return f"#define DECODERS {names}\n{DECODER_SOURCE}\n{SOURCE}"
 
 
+def kernel_macros(limits: DeviceLimits, batch: int) -> dict[str, int]:
+    """The compile-time constants of multiply.cu, beside the decoders."""
+    return {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes, "SUM_BYTES": limits.sum_bytes, "BATCH": batch}
+
+
 def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: torch.dtype) -> torch.Tensor:
     """[tokens, sum of out_features] of `dtype`: every member's product, side by side. Codes are in the chunk layout."""
     device = x.values.device
@@ -166,10 +178,8 @@ def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: to
         )
         first += grid.blocks[i]
         offset += member.out_features
-    sum_bytes = SUM_BYTES if limits.table_bytes == MOST_TABLE_BYTES else SUM_BYTES // 3
-    macros = {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes, "SUM_BYTES": sum_bytes, "BATCH": batch}
-    room = limits.table_bytes + sum_bytes
-    kernel = load_kernel(source_for(decoders), "multiply", macros, device.index or 0, room)
+    room = limits.table_bytes + limits.sum_bytes
+    kernel = load_kernel(source_for(decoders), "multiply", kernel_macros(limits, batch), device.index or 0, room)
     stream = torch.cuda.current_stream(device).cuda_stream
     launch(kernel, stream, first, THREADS, room, [problem], overlap=limits.overlap)
     return y
