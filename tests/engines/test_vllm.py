@@ -24,7 +24,16 @@ from qpalette.nn import QuantLinear
 from qpalette.rotate import rotation_for
 
 pytest.importorskip("vllm.config", reason="vllm has an environment of its own: python3 dev.py test-vllm")
-from qpalette.integrations.vllm import QPaletteLinearMethod, QPaletteVllmConfig, Share, _cut, _fuse
+from vllm.config import VllmConfig, set_current_vllm_config
+
+from qpalette.integrations.vllm import (
+    QPaletteLinearMethod,
+    QPaletteVllmConfig,
+    Share,
+    _add_to_compile_cache_key,
+    _cut,
+    _fuse,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -83,11 +92,20 @@ def test_two_ranks_and_one_fused_layer_of_several_quantizers(mixed, wanted):
     assert tokens_of(engine(mixed, tensor_parallel_size=2)) == wanted
 
 
-def test_compiled_and_from_the_cache_of_another_backend(mixed, wanted, tmp_path, monkeypatch):
-    """The codes' layout is a constant of the compiled graph; the cache must tell the two apart."""
+def test_compiled_and_on_the_fast_backend(mixed, wanted, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    assert tokens_of(engine(mixed, enforce_eager=False)) == wanted
     assert tokens_of(engine(mixed, enforce_eager=False, backend="cpu")) == wanted
+
+
+def test_a_compiled_graph_is_not_taken_for_another_backends(monkeypatch):
+    keys = set()
+    for backend in ("ref", "cpu", "cpu"):
+        monkeypatch.setenv("QPALETTE_BACKEND", backend)
+        config = VllmConfig()
+        with set_current_vllm_config(config):
+            _add_to_compile_cache_key({"nuq-4"})
+        keys.add(config.compute_hash())
+    assert len(keys) == 2
 
 
 def test_a_packed_embedding_and_the_head_tied_to_it(tmp_path):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,24 +79,16 @@ SCALE = 0.02  # of random weights: the usual initialization, so that activations
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to time. `build` allocates it; nothing is kept, so that two candidates never share the device."""
+    """A model to time. It is not kept: two candidates need not fit on the device together."""
 
     name: str
-    build: Callable[[], Any]
+    make: Callable[[], Any]
     random_weights: bool
     bits_per_weight: float | None = None  # of the quantized linears, everything counted; None where none is
 
-    @contextmanager
-    def on_device(self) -> Iterator[Any]:
-        """The model in evaluation mode; its memory is free again afterwards."""
-        model = self.build().eval()
-        try:
-            yield model
-        finally:
-            del model
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+    def build(self) -> Any:
+        """The model on its device, in evaluation mode."""
+        return self.make().eval()
 
 
 class _Sketch(Checkpoint):

@@ -205,7 +205,8 @@ class QPaletteLinearMethod(LinearMethodBase):
         layer.one_launch = False
         _add_to_compile_cache_key({part.record.spec for part in layer.packed_parts if isinstance(part, PackedModule)})
         for suffix in {suffix for suffixes in self.missing.values() for suffix in suffixes}:
-            layer.register_parameter(suffix, _Door(self._loader(layer, suffix)))
+            dtype = next(getattr(part, suffix).dtype for part in layer.packed_parts if hasattr(part, suffix))
+            layer.register_parameter(suffix, _Door(self._loader(layer, suffix), dtype))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Lay the codes out for the best backend. Raises ArtifactError when only some tensors were loaded."""
@@ -306,10 +307,10 @@ def _fuse(parts: list[Any]) -> bool:
 class _Door(Parameter):
     """Holds nothing: vLLM finds tensors by the parameters' names, and this one passes them to the parts."""
 
-    def __new__(cls, load: Callable[..., None]) -> _Door:
-        return super().__new__(cls, torch.empty(0, dtype=torch.uint8), requires_grad=False)
+    def __new__(cls, load: Callable[..., None], dtype: torch.dtype) -> _Door:
+        return super().__new__(cls, torch.empty(0, dtype=dtype), requires_grad=False)
 
-    def __init__(self, load: Callable[..., None]) -> None:
+    def __init__(self, load: Callable[..., None], dtype: torch.dtype) -> None:
         self.weight_loader = load
 
 
@@ -377,7 +378,7 @@ def _copy(name: str, target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _add_to_compile_cache_key(specs: set[str]) -> None:
-    """Compiled graphs hold the codes' layout as a constant: one that is cached must not serve another backend."""
+    """Compiled graphs hold the codes' layout as a constant, and vLLM loads cached ones without their guards."""
     config = get_current_vllm_config()
     device = torch.get_default_device() if config.device_config is None else torch.device(config.device_config.device)
     layouts = {spec: select("linear", spec, device).layout for spec in specs}
