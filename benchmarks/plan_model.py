@@ -11,6 +11,7 @@ that a rerun is quick.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,10 +24,8 @@ import qpalette
 from qpalette.checkpoint import open_checkpoint
 from qpalette.evaluate import bits_per_weight, evaluate_models, load_model, token_windows
 from qpalette.pipeline.hessians import HessianStore
-from qpalette.pipeline.planning import make_plan
+from qpalette.pipeline.planning import BudgetPlan, make_plan
 from qpalette.plan import Budget, Plan, Space, palette_of
-
-Facts = dict[str, Any]
 
 
 def main(
@@ -50,73 +49,82 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     tokens = {"fisher": fisher_tokens, "perturbation": perturbation_tokens}
     methods = method or ["fisher"]
-    sensitivities = {m: measured(m, model, calibration, tokens[m], window, device, work) for m in methods}
-    print("sensitivities: done", flush=True)
+    known = {m: measured(m, model, calibration, tokens[m], window, device, work) for m in methods}
     reference, tokenizer = load_model(model, device)
     chosen = token_windows(text, tokenizer, window, windows)
-    hessians = work / "hessians"
-    if calibrated_bits:
-        start = time.perf_counter()
-        qpalette.calibrate(model, hessians, calibration, tokens=calibration_tokens, window=window, device=device)
-        print(f"Hessians: {time.perf_counter() - start:.0f} s", flush=True)
+    texts = {"text": text.name, "calibration": calibration.name, "windows": len(chosen), "window": window}
+    trial = Trial(model, device, effort, work, reference, chosen, name, {"effort": effort, **texts})
     checkpoint, space = open_checkpoint(model), Space(palette_of(effort))
-    rows: list[dict[str, Any]] = []
+    for budget in bits or []:
+        for m in methods:
+            found = make_plan(known[m], Budget(Fraction(budget)), space, checkpoint, solver=solver)
+            if m == methods[0]:
+                trial.run_uniform(found, budget)
+            trial.run(found.plan, f"planned, {m}", budget, found.planned.choice.loss, found.planned.loss_over_bound)
+    if not calibrated_bits:
+        return
+    hessians = work / "hessians"
+    qpalette.calibrate(model, hessians, calibration, tokens=calibration_tokens, window=window, device=device)
+    trial.hessians = hessians
+    for budget in calibrated_bits:
+        for m in methods:
+            options: dict[str, Any] = {"solver": solver, "hessians": HessianStore.open(hessians), "device": device}
+            found = make_plan(known[m], Budget(Fraction(budget)), space, checkpoint, **options)
+            if m == methods[0]:
+                free = make_plan(known[m], Budget(Fraction(budget)), space, checkpoint, solver=solver)
+                trial.run_uniform(found, budget)
+                trial.run(free.plan, f"planned as data-free, {m}", budget, None, free.planned.loss_over_bound)
+            trial.run(found.plan, f"planned, {m}", budget, found.planned.choice.loss, found.planned.loss_over_bound)
 
-    def run(plan: Plan, label: str, budget: str, calibrated: bool, facts: dict[str, Any]) -> None:
-        out = work / f"{label}-{budget}{'-ldlq' if calibrated else ''}-{effort}"
+
+@dataclass
+class Trial:
+    """Quantizes, measures, and reports a row for each plan."""
+
+    model: str
+    device: str
+    effort: str
+    work: Path
+    reference: Any
+    windows: list[Any]
+    name: str
+    facts: dict[str, Any]
+    hessians: Path | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def run_uniform(self, found: BudgetPlan, budget: str) -> None:
+        uniform = found.planned.uniform
+        assert uniform is not None, f"no uniform plan has {budget} bits"
+        self.run(Plan(uniform.specs), "uniform", budget, uniform.loss, uniform.loss / found.planned.bound)
+
+    def run(self, plan: Plan, label: str, budget: str, predicted: float | None, over_bound: float) -> None:
+        rounding = "data-free" if self.hessians is None else "LDLQ"
+        out = self.work / f"{label}-{budget}-{rounding}-{self.effort}"
         start = time.perf_counter()
-        qpalette.quantize(
-            model, out, plan=plan, hessians=hessians if calibrated else None, device=device, overwrite=True
-        )
+        qpalette.quantize(self.model, out, plan=plan, hessians=self.hessians, device=self.device, overwrite=True)
         seconds = time.perf_counter() - start
-        found = evaluate_models(load_model(out, device)[0], reference, chosen)
-        rounding = "LDLQ" if calibrated else "data-free"
-        alike = [row for row in rows if (row["budget"], row["rounding"], row["plan"]) == (budget, rounding, "uniform")]
-        uniform = alike[0]["KL"] if alike else None
-        rows.append(
+        found = evaluate_models(load_model(out, self.device)[0], self.reference, self.windows)
+        assert found.kl is not None
+        alike = [
+            row for row in self.rows if (row["budget"], row["plan"], row["rounding"]) == (budget, "uniform", rounding)
+        ]
+        self.rows.append(
             {
                 "budget": budget,
                 "plan": label,
                 "rounding": rounding,
                 "bits": bits_per_weight(out),
-                "predicted KL": facts["predicted"],
+                "predicted KL": "" if predicted is None else predicted,
                 "KL": found.kl,
                 "KL stderr": found.kl_stderr,
-                "below uniform": "" if uniform is None else f"{100 * (1 - found.kl / uniform):.1f} %",
+                "below uniform": f"{100 * (1 - found.kl / alike[0]['KL']):.1f} %" if alike else "",
                 "top-1": found.top1,
                 "perplexity": found.perplexity,
-                "over bound": facts["over_bound"],
+                "over bound": over_bound,
                 "quantize s": round(seconds, 1),
             }
         )
-        texts = {"text": text.name, "calibration": calibration.name, "windows": len(chosen), "window": window}
-        report(name, device_name(device), rows, model=Path(model).name, effort=effort, **texts)
-
-    def planned(
-        method: str, budget: str, calibrated: bool = False
-    ) -> tuple[Plan, Plan, dict[str, Any], dict[str, Any]]:
-        store = HessianStore.open(hessians) if calibrated else None
-        options = {"solver": solver, "hessians": store, "device": device}
-        found = make_plan(sensitivities[method], Budget(Fraction(budget)), space, checkpoint, **options)
-        uniform = found.planned.uniform
-        assert uniform is not None
-        facts = {"predicted": found.planned.choice.loss, "over_bound": found.planned.loss_over_bound}
-        even_facts = {"predicted": uniform.loss, "over_bound": uniform.loss / found.planned.bound}
-        return found.plan, Plan(uniform.specs), facts, even_facts
-
-    for budget in bits or []:
-        for m in methods:
-            plan, even, facts, even_facts = planned(m, budget)
-            if m == methods[0]:
-                run(even, "uniform", budget, False, even_facts)
-            run(plan, f"planned, {m}", budget, False, facts)
-    for budget in calibrated_bits or []:
-        for m in methods:
-            plan, even, facts, even_facts = planned(m, budget, calibrated=True)
-            if m == methods[0]:
-                run(even, "uniform", budget, True, even_facts)
-                run(planned(m, budget)[0], f"planned as data-free, {m}", budget, True, {**facts, "predicted": ""})
-            run(plan, f"planned, {m}", budget, True, facts)
+        report(self.name, device_name(self.device), self.rows, model=Path(self.model).name, **self.facts)
 
 
 if __name__ == "__main__":

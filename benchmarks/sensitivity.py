@@ -16,7 +16,7 @@ from report import RESULTS, device_name, report
 
 from qpalette.api import measure_sensitivities
 from qpalette.evaluate import load_model, token_windows
-from qpalette.evaluate.sensitivity import Divergence, add_noise, noise_generator, parameters_of
+from qpalette.evaluate.sensitivity import Divergence, add_noise, noise_generator, weights_of
 from qpalette.plan import Sensitivities
 
 METHODS = ("fisher", "perturbation")
@@ -80,12 +80,12 @@ def _linearity(
     """Noise of one distortion in all linears at once."""
     network, windows = loaded
     divergence = Divergence(network, windows)
-    weights = parameters_of(network, names)
-    originals = {name: weight.detach().clone() for name, weight in weights.items()}
+    weights = {name: weight.values for name, weight in weights_of(network, names).items()}
+    originals = {name: weight.clone() for name, weight in weights.items()}
     rows = []
     for distortion in DISTORTIONS:
         for name, weight in weights.items():
-            weight.data.copy_(originals[name])
+            weight.copy_(originals[name])
             add_noise(weight, distortion, noise_generator(1, name))
         rise = divergence.measure()
         predicted = {

@@ -23,8 +23,8 @@ from qpalette.evaluate.sensitivity import (
     PartialFigures,
     embeddings_of,
     fisher_sensitivities,
-    parameters_of,
     perturbation_sensitivities,
+    weights_of,
 )
 from qpalette.evaluate.windows import WINDOW, read_text, token_windows
 from qpalette.kernels.device import parse_device
@@ -163,6 +163,6 @@ def _measurable(model: object, checkpoint: Checkpoint) -> list[SensitiveLinear]:
     listed = {linear.name for linear in linears}
     for name in embeddings_of(model):
         if name not in listed:
-            rows, columns = parameters_of(model, [name])[name].shape  # type: ignore[arg-type]
+            rows, columns = weights_of(model, [name])[name].values.shape  # type: ignore[arg-type]
             linears.append(SensitiveLinear(LinearShape(name, rows, columns), name, 0.0, listed=False))
     return linears

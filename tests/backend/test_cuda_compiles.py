@@ -10,7 +10,7 @@ pytest.importorskip("cuda.core", reason="needs qpalette[cuda]")
 
 from qpalette.backends.cuda.decoder import SOURCE as DECODER_SOURCE
 from qpalette.backends.cuda.decoder import decoder_spec
-from qpalette.backends.cuda.multiply import THREADS, DeviceLimits, source_for
+from qpalette.backends.cuda.multiply import THREADS, DeviceLimits, kernel_macros, source_for
 from qpalette.backends.cuda.rotate import SOURCE as ROTATE_SOURCE
 from qpalette.backends.cuda.trellis_encoder import SOURCE, plan_launch
 from qpalette.backends.cuda.unpack import SOURCE as UNPACK_SOURCE
@@ -74,8 +74,7 @@ PRODUCTS = [
 def product_macros(arch: str, batch: int) -> tuple[tuple[str, int], ...]:
     limits = LIMITS[arch]
     assert limits.table_bytes + limits.sum_bytes <= SHARED[arch] * 1024
-    sizes = ("SUM_BYTES", limits.sum_bytes), ("TABLE_BYTES", limits.table_bytes)
-    return (("BATCH", batch), *sizes, ("THREADS", THREADS))
+    return tuple(sorted(kernel_macros(limits, batch).items()))
 
 
 @pytest.mark.parametrize("arch", SHARED)

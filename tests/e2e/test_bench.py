@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
 from test_cli import run, save_model  # noqa: F401 - a fixture
 from transformers import LlamaConfig
 
-from qpalette.bench import Decoder, breakdown, from_config, measure_speed, read_config
+from qpalette.bench import Candidate, Decoder, breakdown, from_config, measure, measure_speed, read_config
 from qpalette.bench.breakdown import PARTS, Kernel, part_of, shares_of
-from qpalette.bench.models import PRESETS, groups_of, records_of
+from qpalette.bench.models import PRESETS, groups_of, records_of, with_head
 from qpalette.cli import main
 from qpalette.core.errors import InputError, SpecError, UnsupportedError
 from qpalette.core.records import packed_bits
 from qpalette.evaluate import bits_per_weight
-from qpalette.nn import QuantLinear
+from qpalette.nn import PackedModule, QuantLinear
 from qpalette.plan import Plan, uniform_plan
 from qpalette.quantizers import parse_spec
 
@@ -52,53 +53,51 @@ def config_file(tmp_path_factory) -> str:
 
 
 def test_the_decoder_generates_what_generate_does():
-    with from_config("x", CONFIG, None, torch.float32, CPU, None).on_device() as model:
-        decoder = Decoder(model, batch=2, context=9, steps=5)
-        torch.manual_seed(3)
-        decoder.prefill()
-        tokens = [decoder.token.clone()]
-        for _ in range(5):
-            decoder.step()
-            tokens.append(decoder.token.clone())
-        torch.manual_seed(3)
-        prompt = torch.randint(128, (2, 9))
-        options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
-        wanted = model.generate(prompt, max_new_tokens=6, eos_token_id=None, **options)
+    model = from_config("x", CONFIG, None, torch.float32, CPU, None).build()
+    decoder = Decoder(model, batch=2, context=9, steps=5)
+    torch.manual_seed(3)
+    decoder.prefill()
+    tokens = [decoder.token.clone()]
+    for _ in range(5):
+        decoder.step()
+        tokens.append(decoder.token.clone())
+    torch.manual_seed(3)
+    prompt = torch.randint(128, (2, 9))
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(prompt, max_new_tokens=6, eos_token_id=None, **options)
     assert torch.equal(torch.cat(tokens, 1), wanted[:, 9:])
 
 
 def test_the_cache_holds_no_more_steps_than_asked_for():
-    with from_config("x", CONFIG, None, torch.float32, CPU, None).on_device() as model:
-        decoder = Decoder(model, batch=1, context=4, steps=1)
-        decoder.prefill()
-        decoder.warm_up()
+    model = from_config("x", CONFIG, None, torch.float32, CPU, None).build()
+    decoder = Decoder(model, batch=1, context=4, steps=1)
+    decoder.prefill()
+    decoder.warm_up()
+    decoder.step()
+    with pytest.raises(InputError, match="the cache is full"):
         decoder.step()
-        with pytest.raises(InputError, match="the cache is full"):
-            decoder.step()
 
 
 def test_random_packed_weights_take_the_loaders_way(plan):
-    with from_config("x", CONFIG, plan, torch.float16, CPU, None).on_device() as model:
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-        assert layers.keys() == plan.specs.keys()
-        assert all(layer.prepared for layer in layers.values())
-        assert torch.equal(
-            layers["model.layers.0.self_attn.q_proj"].qp_signs, layers["model.layers.0.self_attn.k_proj"].qp_signs
-        )
-        weight = layers["model.layers.1.mlp.up_proj"].dequantize(torch.float32).weight.detach()
-        # A root mean square within five standard errors: 6144 weights, and Lloyd-Max levels taken with equal chance.
-        levels = parse_spec("nuq-4").decode(torch.randint(-(1 << 31), 1 << 31, (500, 32), dtype=torch.int32))
-        assert float(weight.square().mean().sqrt()) == pytest.approx(
-            0.02 * float(levels.square().mean().sqrt()), rel=0.06
-        )
+    model = from_config("x", CONFIG, plan, torch.float16, CPU, None).build()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    assert layers.keys() == plan.specs.keys()
+    assert all(layer.prepared for layer in layers.values())
+    assert torch.equal(
+        layers["model.layers.0.self_attn.q_proj"].qp_signs, layers["model.layers.0.self_attn.k_proj"].qp_signs
+    )
+    weight = layers["model.layers.1.mlp.up_proj"].dequantize(torch.float32).weight.detach()
+    # A root mean square within five standard errors: 6144 weights, and Lloyd-Max levels taken with equal chance.
+    levels = parse_spec("nuq-4").decode(torch.randint(-(1 << 31), 1 << 31, (500, 32), dtype=torch.int32))
+    assert float(weight.square().mean().sqrt()) == pytest.approx(0.02 * float(levels.square().mean().sqrt()), rel=0.06)
 
 
 def test_memory_is_that_of_the_tensors(plan):
     speeds = []
     for chosen in (None, plan):
         candidate = from_config("x", CONFIG, chosen, torch.float16, CPU, None)
-        with candidate.on_device() as model:
-            speed, _ = measure_speed(candidate, model, batch=3, context=8, steps=2, runner="eager")
+        model = candidate.build()
+        speed, _ = measure_speed(candidate, model, batch=3, context=8, steps=2, runner="eager")
         speeds.append(speed)
     plain, packed = speeds
     linears = [linear for group in groups_of(CONFIG).groups for linear in group.linears]
@@ -113,9 +112,13 @@ def test_memory_is_that_of_the_tensors(plan):
 
 
 def test_the_head_can_be_packed_too(plan):
-    both = Plan({**plan.specs, "lm_head": "nuq-8"})
-    with from_config("x", CONFIG, both, torch.float32, CPU, None).on_device() as model:
-        assert isinstance(model.lm_head, QuantLinear)
+    for tied, packed in ((False, "lm_head"), (True, "model.embed_tokens")):
+        config = LlamaConfig(**CONFIG.to_dict() | {"tie_word_embeddings": tied})
+        both = with_head(plan, config, "nuq-8")
+        assert both.specs == {**plan.specs, packed: "nuq-8"}
+        model = from_config("x", config, both, torch.float32, CPU, None).build()
+        assert isinstance(model.get_submodule(packed), PackedModule)
+        assert Decoder(model, batch=1, context=4, steps=1).prefill() > 0
     with pytest.raises(SpecError, match=r"model\.norm"):
         records_of(CONFIG, Plan({"model.norm": "nuq-8"}))
 
@@ -138,14 +141,30 @@ def test_presets_have_the_published_sizes(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == published[name]
 
 
+def test_one_model_is_gone_before_the_next_is_built(monkeypatch):
+    alive, built = [], []
+
+    def build(self):
+        alive.append(sum(reference() is not None for reference in built))
+        model = from_config("x", CONFIG, None, torch.float32, CPU, None).make()
+        built.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(Candidate, "build", build)
+    one, other = (from_config(name, CONFIG, None, torch.float32, CPU, None) for name in ("one", "other"))
+    assert len(list(measure([one, other], (1, 2), 8, 2, "eager", look=True))) == 4
+    assert alive == [0, 0]
+
+
 # --- where the time goes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("qpalette_rotate_h4096", "rotation"),
-        ("packed_linear_tcq", "linears"),
+        ("rotate", "rotation"),
+        ("multiply", "linears"),
+        ("unpack", "linears"),
         ("sm90_xmma_gemm_f16f16_f16f32_f32_tn_n", "linears"),
         ("void gemvx::kernel<int, int, __half>", "linears"),
         ("nvjet_hsh_64x8_64x16_4x1_v_bz_TNT", "linears"),
@@ -161,7 +180,7 @@ def test_kernels_are_known_by_name(name, part):
 
 
 def test_shares_sum_to_the_time_and_gaps_are_what_is_left():
-    names = ["rsqrt_norm", "packed_linear", "flash_fwd", "packed_linear", "rsqrt_norm", "gemv_head", "argmax"]
+    names = ["rsqrt_norm", "multiply", "flash_fwd", "multiply", "rsqrt_norm", "gemv_head", "argmax"]
     kernels = [Kernel(name, 10.0 * step + 1.0 * place, 0.75) for step in range(2) for place, name in enumerate(names)]
     shares = {share.part: share for share in shares_of(kernels, seconds=20.0, steps=2)}
     assert tuple(shares) == PARTS
@@ -172,16 +191,16 @@ def test_shares_sum_to_the_time_and_gaps_are_what_is_left():
 
 
 def test_overlapping_kernels_leave_no_gap_between_them():
-    kernels = [Kernel("packed_a", 0.0, 2.0), Kernel("packed_b", 1.0, 2.0)]
-    (gaps,) = [share for share in shares_of(kernels, seconds=3.0, steps=1) if share.part == "gaps"]
-    assert gaps.seconds == 0
+    kernels = [Kernel("rotate", 0.0, 2.0), Kernel("multiply", 1.0, 2.0)]
+    shares = {share.part: share.seconds for share in shares_of(kernels, seconds=3.0, steps=1)}
+    assert (shares["rotation"], shares["lm_head"], shares["gaps"]) == (2, 1, 0)
 
 
 def test_on_a_cpu_modules_are_timed(plan):
     candidate = from_config("x", CONFIG, plan, torch.float32, CPU, None)
-    with candidate.on_device() as model:
-        _, decoder = measure_speed(candidate, model, batch=1, context=8, steps=2, runner="eager")
-        shares = {share.part: share.seconds for share in breakdown(decoder)}
+    model = candidate.build()
+    _, decoder = measure_speed(candidate, model, batch=1, context=8, steps=2, runner="eager")
+    shares = {share.part: share.seconds for share in breakdown(decoder)}
     assert tuple(shares) == PARTS
     assert all(shares[part] > 0 for part in ("linears", "lm_head", "attention", "norms", "other"))
     assert shares["rotation"] == shares["gaps"] == 0
@@ -262,8 +281,6 @@ def test_without_matplotlib(run, config_file, tmp_path, monkeypatch):  # noqa: F
 
 
 def test_a_graph_needs_cuda():
-    with (
-        from_config("x", CONFIG, None, torch.float32, CPU, None).on_device() as model,
-        pytest.raises(UnsupportedError, match="use eager or compile"),
-    ):
+    model = from_config("x", CONFIG, None, torch.float32, CPU, None).build()
+    with pytest.raises(UnsupportedError, match="use eager or compile"):
         Decoder(model, 1, 8, 1, "compile-graph")

@@ -51,11 +51,11 @@ def run(capsys):
     return call
 
 
-def save_model(directory, template: str | None = CHAT_TEMPLATE) -> None:
+def save_model(directory, template: str | None = CHAT_TEMPLATE, hidden_size: int = 64) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,

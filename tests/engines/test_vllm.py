@@ -11,22 +11,34 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import edit_config, pack, save_pair
+from test_cli import save_model
+from test_serve import ASKED, generated, running
+from tiny_model import build, edit_config, pack, save_pair
 from transformers import AutoModelForCausalLM
 
-import qpalette  # noqa: F401 - registers the method
+import qpalette
+from qpalette.artifact import open_artifact
 from qpalette.core.errors import ArtifactError, UnsupportedError
 from qpalette.core.records import LinearRecord
 from qpalette.nn import QuantLinear
 from qpalette.rotate import rotation_for
 
 pytest.importorskip("vllm.config", reason="vllm has an environment of its own: python3 dev.py test-vllm")
-from qpalette.integrations.vllm import QPaletteVllmConfig, Share, _cut
+from vllm.config import VllmConfig, set_current_vllm_config
+
+from qpalette.integrations.vllm import (
+    QPaletteLinearMethod,
+    QPaletteVllmConfig,
+    Share,
+    _add_to_compile_cache_key,
+    _cut,
+    _fuse,
+)
 
 pytestmark = pytest.mark.vllm
 
 TOKENS = 12
-PROMPTS = [list(range(1, 13)), [7, 3, 150], [99, 5, 5, 5, 31, 2, 140], list(range(60, 20, -1))]
+PROMPTS = [list(range(1, 13)), [7, 3, 149], [99, 5, 5, 5, 31, 2, 140], list(range(60, 20, -1))]
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "vocab_size": 160, "tie_word_embeddings": False}
 # One fused layer holds three families, and a linear that stays as it is.
 SPECS = {"q_proj": "nuq-4", "k_proj": "tcq-2-L12", "v_proj": None, "gate_proj": "nuq-4", "up_proj": "vq-2"}
@@ -58,31 +70,84 @@ def tokens_of(result: subprocess.CompletedProcess) -> list[list[int]]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def wanted(mixed) -> list[list[int]]:
-    """By transformers with the plain definitions."""
-    os.environ["QPALETTE_BACKEND"] = "ref"
-    model = AutoModelForCausalLM.from_pretrained(mixed)
-    del os.environ["QPALETTE_BACKEND"]
+def by_transformers(model_directory: Path) -> list[list[int]]:
+    """With the plain definitions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QPALETTE_BACKEND", "ref")
+        model = AutoModelForCausalLM.from_pretrained(model_directory)
     return [
-        model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False)[0, len(prompt) :].tolist()
+        model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=TOKENS, do_sample=False
+        )[0, len(prompt) :].tolist()
         for prompt in PROMPTS
     ]
 
 
-def test_one_fused_layer_of_several_quantizers(mixed, wanted):
-    assert tokens_of(engine(mixed)) == wanted
+@pytest.fixture(scope="module")
+def wanted(mixed) -> list[list[int]]:
+    return by_transformers(mixed)
 
 
-def test_two_ranks(mixed, wanted):
+def test_two_ranks_and_one_fused_layer_of_several_quantizers(mixed, wanted):
     assert tokens_of(engine(mixed, tensor_parallel_size=2)) == wanted
 
 
-def test_compiled_and_from_the_cache_of_another_backend(mixed, wanted, tmp_path, monkeypatch):
-    """The codes' layout is a constant of the compiled graph; the cache must tell the two apart."""
+def test_compiled_and_on_the_fast_backend(mixed, wanted, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    assert tokens_of(engine(mixed, enforce_eager=False)) == wanted
     assert tokens_of(engine(mixed, enforce_eager=False, backend="cpu")) == wanted
+
+
+def test_a_compiled_graph_is_not_taken_for_another_backends(monkeypatch):
+    keys = set()
+    for backend in ("ref", "cpu", "cpu"):
+        monkeypatch.setenv("QPALETTE_BACKEND", backend)
+        config = VllmConfig()
+        with set_current_vllm_config(config):
+            _add_to_compile_cache_key({"nuq-4"})
+        keys.add(config.compute_hash())
+    assert len(keys) == 2
+
+
+def test_a_packed_embedding_and_the_head_tied_to_it(tmp_path):
+    """A vocabulary of 150 is neither whole tiles nor what vLLM rounds it up to; the second rank has the rest of it."""
+    sizes = SIZES | {"vocab_size": 150, "tie_word_embeddings": True}
+    build("llama", **sizes).save_pretrained(tmp_path / "plain")
+    out = tmp_path / "out"
+    qpalette.quantize(tmp_path / "plain", out, spec="nuq-4", rotation="block-32", also=["lm_head"])
+    assert "model.embed_tokens" in open_artifact(out).records
+    assert tokens_of(engine(out, tensor_parallel_size=2, skip_tokenizer_init=True)) == by_transformers(out)
+
+
+def test_parts_of_one_basis_run_as_one_launch(monkeypatch):
+    torch.manual_seed(0)
+    members = [pack(torch.randn(32, 64), "group", spec) for spec in ("nuq-4", "nuq-3")]
+    layer = torch.nn.Module()
+    layer.packed_parts = torch.nn.ModuleList(QuantLinear(member.record) for member in members)
+    for part, member in zip(layer.packed_parts, members, strict=True):
+        part.load_state_dict(member.tensors)
+    monkeypatch.setattr(QuantLinear, "fuses", True)
+    assert _fuse(list(layer.packed_parts))
+    method, x, bias = QPaletteLinearMethod([]), torch.randn(3, 64), torch.randn(64)
+    results = []
+    for layer.one_launch in (False, True):
+        results.append(method.apply(layer, x, bias))
+    assert torch.equal(*results)
+    layer.packed_parts[1].qp_signs[0] ^= 1
+    assert not _fuse(list(layer.packed_parts))
+
+
+def test_serve_answers_a_client(tmp_path):
+    save_model(tmp_path / "plain", hidden_size=128)  # heads of 32: the least that vLLM's attention takes on a CPU
+    qpalette.quantize(tmp_path / "plain", tmp_path / "out", spec="nuq-4")
+    options = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
+    with running(tmp_path / "out", "--engine", "vllm", "--", *options) as server:
+        (model,) = [model.id for model in server.client.models.list().data]
+        whole = server.client.chat.completions.create(model=model, **ASKED)
+        chunks = list(server.client.chat.completions.create(model=model, stream=True, **ASKED))
+    text = whole.choices[0].message.content
+    assert text == generated(tmp_path / "out")
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
+    assert len(chunks) > 2, "streamed means in pieces"
 
 
 def test_a_rank_holds_its_own_tiles():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from qpalette.core.errors import CheckpointError, InputError
 from qpalette.core.records import LinearShape
@@ -19,6 +19,7 @@ from qpalette.evaluate.sensitivity import (
     fisher_sensitivities,
     noise_generator,
     perturbation_sensitivities,
+    weights_of,
 )
 from qpalette.plan import SensitiveLinear, Sensitivities
 
@@ -112,7 +113,7 @@ def test_divergence_is_that_of_the_definition(model, window, monkeypatch):
     original = weight.detach().clone()
     before = model(window[None]).logits[0, :-1].log_softmax(-1)
     try:
-        add_noise(weight, 0.1, noise_generator(0, "x"))
+        add_noise(weight.data, 0.1, noise_generator(0, "x"))
         after = model(window[None]).logits[0, :-1].log_softmax(-1)
         direct = float((before.exp() * (before - after)).sum(-1).mean().detach())
         assert divergence.measure() == pytest.approx(direct, rel=1e-4)
@@ -221,3 +222,37 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         Sensitivities.read(tmp_path / "none.json")
     with pytest.raises(InputError, match="no valid JSON"):
         Sensitivities.from_json("{")
+
+
+def test_experts_that_transformers_stacks_are_measured_one_by_one():
+    """An expert's part of the stacked parameter, by the names of the checkpoint; none is missed, none counted twice."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        initializer_range=0.4,
+    )
+    mixtral = MixtralForCausalLM(config).eval()
+    prefix = "model.layers.0.block_sparse_moe.experts"
+    names = [f"{prefix}.{expert}.{leaf}" for expert in range(3) for leaf in ("w1", "w3", "w2")]
+    weights = weights_of(mixtral, names)
+    assert {tuple(weight.values.shape) for name, weight in weights.items() if name.endswith("w2")} == {(16, 8)}
+    assert {tuple(weight.values.shape) for name, weight in weights.items() if not name.endswith("w2")} == {(8, 16)}
+    stacked = {weight.parameter for weight in weights.values()}
+    assert sum(weight.values.numel() for weight in weights.values()) == sum(p.numel() for p in stacked)
+    window = torch.randint(0, VOCABULARY, (12,), generator=torch.Generator().manual_seed(1))
+    draws = [fisher_sensitivities(mixtral, [window], names, seed=seed) for seed in range(200)]
+    for name in (f"{prefix}.0.w1", f"{prefix}.1.w3", f"{prefix}.2.w2"):
+        rises = [
+            perturbation_sensitivities(mixtral, [window], [name], distortion=1e-5, seed=s)[name] for s in range(60)
+        ]
+        fisher, noise = torch.tensor([draw[name] for draw in draws]), torch.tensor(rises)
+        error = float((fisher.var() / len(fisher) + noise.var() / len(noise)).sqrt())
+        assert abs(float(fisher.mean() - noise.mean())) < STANDARD_ERRORS * error + 0.01 * float(noise.mean())
+        assert error < 0.2 * float(noise.mean()), "the comparison says something"

@@ -3,6 +3,7 @@
 from qpalette.bench.breakdown import Share, breakdown
 from qpalette.bench.decode import RUNNERS, Decoder, Speed, default_runner, measure_speed
 from qpalette.bench.models import PRESETS, Candidate, from_config, from_directory, read_config
+from qpalette.bench.run import measure
 
 __all__ = [
     "PRESETS",
@@ -15,6 +16,7 @@ __all__ = [
     "default_runner",
     "from_config",
     "from_directory",
+    "measure",
     "measure_speed",
     "read_config",
 ]

@@ -18,9 +18,9 @@ from qpalette.nn import QuantLinear
 PARTS = ("linears", "rotation", "lm_head", "attention", "norms", "other", "gaps")
 # (what a kernel's name looks like, part), first match wins. Fused kernels of torch.compile name the operators in them.
 KERNELS = (
-    (re.compile(r"rotat|hadamard|fwht", re.I), "rotation"),
+    (re.compile(r"^rotate\b|hadamard", re.I), "rotation"),
+    (re.compile(r"^(multiply|unpack)\b"), "linears"),  # this package's own
     (re.compile(r"flash|fmha|attention|attn|softmax|index_copy|index_put|sdpa", re.I), "attention"),
-    (re.compile(r"qpalette|packed|trellis|decode_linear|linear_kernel|segments", re.I), "linears"),
     (re.compile(r"gemm|gemv|cutlass|cublas|nvjet|splitk|dot_kernel|reduce_1Block|triton_tem|_mm_", re.I), "linears"),
     (re.compile(r"norm|rsqrt|mean_pow|pow_mean", re.I), "norms"),
     (re.compile(r"(?=.*(cos|sin|repeat|expand|where|bitwise_and|_le_|ge_scalar))triton", re.I), "attention"),
@@ -63,9 +63,10 @@ def shares_of(kernels: Sequence[Kernel], seconds: float, steps: int) -> list[Sha
     parts = [part_of(kernel.name) for kernel in ordered]
     _mark_head(ordered, parts, steps)
     by_part: dict[str, dict[str, float]] = {part: defaultdict(float) for part in PARTS}
-    for kernel, part in zip(ordered, parts, strict=True):
-        by_part[part][kernel.name] += kernel.seconds / steps
-    by_part["gaps"]["(no kernel ran)"] = max(0.0, seconds - _covered(ordered)) / steps
+    alone = _time_alone(ordered)
+    for kernel, part, own in zip(ordered, parts, alone, strict=True):
+        by_part[part][kernel.name] += own / steps
+    by_part["gaps"]["(no kernel ran)"] = max(0.0, seconds - sum(alone)) / steps
     return [Share(part, sum(names.values()), _longest(names)) for part, names in by_part.items()]
 
 
@@ -88,14 +89,17 @@ def _mark_head(kernels: Sequence[Kernel], parts: list[str], steps: int) -> None:
             place -= 1
 
 
-def _covered(kernels: Sequence[Kernel]) -> float:
-    """Seconds in which at least one kernel ran: launches may overlap."""
-    total, until = 0.0, float("-inf")
+def _time_alone(kernels: Sequence[Kernel]) -> list[float]:
+    """Seconds of each kernel after the earlier ones have ended.
+
+    A dependent launch starts early, and waits: that time belongs to the kernel that it waits for.
+    """
+    alone, until = [], float("-inf")
     for kernel in kernels:
         end = kernel.start + kernel.seconds
-        total += max(0.0, end - max(kernel.start, until))
+        alone.append(max(0.0, end - max(kernel.start, until)))
         until = max(until, end)
-    return total
+    return alone
 
 
 def _longest(names: dict[str, float], count: int = 6) -> dict[str, float]:

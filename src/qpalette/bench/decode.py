@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -70,7 +71,7 @@ class Decoder:
     @torch.no_grad()
     def prefill(self) -> float:
         """Seconds until the first token is known on the host, after random prompts of `context` tokens."""
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        vocabulary = self.model.config.get_text_config().vocab_size
         prompts = torch.randint(vocabulary, (self.batch, self.context), device=self.device)
         self.cache.reset()
         self._wait()
@@ -140,8 +141,8 @@ def measure_speed(
 ) -> tuple[Speed, Decoder]:
     """Prefill and decode at one batch size; the decoder comes back for a look at where the time goes."""
     cuda = model.device.type == "cuda"
+    release()
     if cuda:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     decoder = Decoder(model, batch, context, steps + PROFILED, runner)
     decoder.prefill()  # compiles kernels, and allocates
@@ -163,6 +164,14 @@ def measure_speed(
     return speed, decoder
 
 
+def release() -> None:
+    """Gives back what nothing refers to any more: the memory of compiled and captured graphs, too."""
+    torch._dynamo.reset()  # another model's graphs would also count towards the limit of recompilations
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def weight_bytes(model: Any) -> int:
     """Parameters and buffers, tied ones once."""
     tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -177,7 +186,6 @@ def default_runner(device: torch.device) -> str:
 def _compiled(model: Any, runner: str) -> Callable[..., Any]:
     if not runner.startswith("compile"):
         return model
-    torch._dynamo.reset()  # another model's graphs count towards the limit of recompilations
     mode = "reduce-overhead" if runner == "compile" else None
     return torch.compile(model.__call__, mode=mode, fullgraph=True, dynamic=False)
 

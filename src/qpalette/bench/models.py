@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from qpalette.checkpoint import Checkpoint, Grouping, TensorInfo, find_groups
 from qpalette.checkpoint.base import layout_of
 from qpalette.core.errors import InputError, SpecError
 from qpalette.core.records import LinearRecord
+from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
 from qpalette.plan import Plan
 from qpalette.rotate import pack_signs, random_signs, rotation_for
 
@@ -80,24 +79,16 @@ SCALE = 0.02  # of random weights: the usual initialization, so that activations
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to time. `build` allocates it; nothing is kept, so that two candidates never share the device."""
+    """A model to time. It is not kept: two candidates need not fit on the device together."""
 
     name: str
-    build: Callable[[], Any]
+    make: Callable[[], Any]
     random_weights: bool
     bits_per_weight: float | None = None  # of the quantized linears, everything counted; None where none is
 
-    @contextmanager
-    def on_device(self) -> Iterator[Any]:
-        """The model in evaluation mode; its memory is free again afterwards."""
-        model = self.build().eval()
-        try:
-            yield model
-        finally:
-            del model
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+    def build(self) -> Any:
+        """The model on its device, in evaluation mode."""
+        return self.make().eval()
 
 
 class _Sketch(Checkpoint):
@@ -143,9 +134,16 @@ def read_config(name: str) -> Any:
     return config
 
 
-def groups_of(config: Any) -> Grouping:
+def groups_of(config: Any, also: Sequence[str] = ()) -> Grouping:
     """The linears of a model with this config, as `find_groups` finds them in its checkpoint."""
-    return find_groups(_Sketch(config))
+    return find_groups(_Sketch(config), also=also)
+
+
+def with_head(plan: Plan, config: Any, spec: str) -> Plan:
+    """The plan, and `spec` for the output head: for the embedding, where the two are one."""
+    inner = {linear.name for group in groups_of(config).groups for linear in group.linears}
+    every = {linear.name for group in groups_of(config, ["lm_head"]).groups for linear in group.linears}
+    return Plan({**plan.specs, **dict.fromkeys(every - inner, spec)}, plan.rotation, plan.seed)
 
 
 def records_of(config: Any, plan: Plan) -> dict[str, LinearRecord]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +57,7 @@ def bench(
         ),
     ] = None,
     attention: Annotated[
-        str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation.")
+        str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation, or grouped.")
     ] = None,
     with_breakdown: Annotated[
         bool, typer.Option("--breakdown", help="Where the time of a step goes, at the first batch size.")
@@ -72,7 +71,7 @@ def bench(
 
     Example: [bold]qpalette bench --config llama-3.1-8b --spec tcq-3.25 --device cuda --breakdown[/]
     """
-    from qpalette.bench import default_runner
+    from qpalette.bench import default_runner, measure
     from qpalette.cli.answer import parse_dtype
     from qpalette.core.errors import InputError
     from qpalette.kernels.device import parse_device
@@ -97,32 +96,23 @@ def bench(
     speeds: list[Speed] = []
     shares: dict[str, list[Share]] = {}
     with step_bar("models x batches") as bar:
-        for result, parts in _measure(candidates, batches, context, steps, chosen, with_breakdown):
+        for result, parts in measure(candidates, batches, context, steps, chosen, with_breakdown):
             speeds.append(result)
             if parts:
                 shares[result.model] = parts
             bar.show(len(speeds), len(candidates) * len(batches))
+    _tell(speeds, shares, where, plot, as_json)
+
+
+def _tell(speeds: list[Speed], shares: dict[str, list[Share]], device: Any, plot: Path | None, as_json: bool) -> None:
     if plot is not None:
         from qpalette.cli.bench_plot import draw_speeds
 
-        draw_speeds(speeds, plot, where)
+        draw_speeds(speeds, plot, device)
     if as_json:
-        print_json(_report(speeds, shares, where))
+        print_json(_report(speeds, shares, device))
     else:
-        _print(speeds, shares, where)
-
-
-def _measure(
-    candidates: list[Candidate], batches: tuple[int, ...], context: int, steps: int, runner: str, look: bool
-) -> Iterator[tuple[Speed, list[Share] | None]]:
-    from qpalette.bench import breakdown, measure_speed
-
-    for candidate in candidates:
-        with candidate.on_device() as loaded:
-            for batch in batches:
-                speed, decoder = measure_speed(candidate, loaded, batch, context, steps, runner)
-                yield speed, breakdown(decoder) if look and batch == batches[0] else None
-                del decoder
+        _print(speeds, shares, device)
 
 
 def _quantized(
@@ -154,9 +144,7 @@ def _quantized(
 
 
 def _plan(shape: Any, spec: str | None, plan: Path | None, head: str | None, rotation: str) -> Plan:
-    from dataclasses import replace
-
-    from qpalette.bench.models import groups_of
+    from qpalette.bench.models import groups_of, with_head
     from qpalette.evaluate.windows import read_text
     from qpalette.plan import Plan, uniform_plan
 
@@ -164,7 +152,7 @@ def _plan(shape: Any, spec: str | None, plan: Path | None, head: str | None, rot
         chosen = Plan.from_json(read_text(plan))
     else:
         chosen = uniform_plan(groups_of(shape).groups, str(spec), rotation)
-    return chosen if head is None else replace(chosen, specs={**chosen.specs, "lm_head": head})
+    return chosen if head is None else with_head(chosen, shape, head)
 
 
 def _original(

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qpalette.core.errors import UnsupportedError
+
 if TYPE_CHECKING:
     import torch
 
     from qpalette.kernels import Backend
 
 SELF_TEST_SPEC = "tcq-2-L12"  # quick to compile
+CUDA_SPEC = "tcq2-3.25"
 ROWS, COLUMNS, VECTORS = 64, 64, 3  # 16 tiles
 TOLERANCE = 1e-4
 CPU_FEATURES = ("avx512f", "avx512vnni", "avx2", "fma", "f16c", "neon")
@@ -66,6 +69,7 @@ def run_checks() -> list[Check]:
         _disk,
         _backends,
         _cuda,
+        _cuda_compiler,
         _self_test,
     )
     return [_guarded(make) for make in makers]
@@ -152,6 +156,31 @@ def _cuda() -> Check:
     if torch.cuda.is_available():
         return Check("cuda", True, torch.cuda.get_device_name(), required=False)
     return Check("cuda", True, "no CUDA device; not needed: everything works on the CPU", required=False)
+
+
+def _cuda_compiler() -> Check:
+    """Does the run-time compiler make a fused product, for the device that is here or else for an H100?"""
+    import torch
+
+    from qpalette.backends.cuda.decoder import decoder_spec
+    from qpalette.backends.cuda.multiply import DeviceLimits, device_limits, kernel_macros, source_for
+    from qpalette.kernels.nvrtc import compile_cubin
+
+    present = torch.cuda.is_available()
+    limits = device_limits(0) if present else DeviceLimits(132, 227 << 10, (9, 0))
+    arch, decoder = "sm_{}{}".format(*limits.capability), decoder_spec(CUDA_SPEC)
+    assert decoder is not None
+    fix = "pip install 'qpalette[cuda]' (cuda.core and NVRTC with its headers); QPALETTE_BACKEND=ref works without"
+    start = time.perf_counter()
+    try:
+        compile_cubin(source_for([decoder]), arch, tuple(sorted(kernel_macros(limits, 1).items())))
+    except UnsupportedError as error:
+        # Without a GPU nothing is missing.
+        return Check("cuda compiler", not present, str(error), required=present, fix=fix)
+    seconds = time.perf_counter() - start
+    return Check(
+        "cuda compiler", True, f"{CUDA_SPEC} for {arch}, {seconds:.1f} s (later from the cache)", required=present
+    )
 
 
 def _self_test() -> Check:

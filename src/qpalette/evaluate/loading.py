@@ -71,8 +71,8 @@ def plan_of(path: str | Path) -> Plan | None:
 
 
 def predicted_kl(path: str | Path) -> float | None:
-    """KL from the original in nats per token, as the plan of a quantized directory predicts it for rounding without
-    calibration; None when it has no sensitivities of that kind."""
+    """KL from the original in nats per token, as the plan of a quantized directory predicts it; None when it has no
+    sensitivities of that kind."""
     plan = plan_of(path)
     if plan is None or "method" not in plan.provenance.get("sensitivities", {}):
         return None

@@ -13,12 +13,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qpalette.checkpoint.model_class import DOWN, EXPERT, FIRST, Modules
 from qpalette.core.errors import CheckpointError, InputError
 from qpalette.evaluate.metrics import CHUNK
 
@@ -50,17 +51,61 @@ class PartialFigures:
         self.file.unlink(missing_ok=True)
 
 
-def parameters_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The weight of each linear or embedding. Raises CheckpointError naming one that the model does not have."""
+class Weight(NamedTuple):
+    """The matrix of one linear: a parameter, or the part of one that stacks all experts of a layer."""
+
+    parameter: nn.Parameter
+    expert: int | None = None
+    rows: slice = slice(None)
+    transposed: bool = False  # the parameter holds in_features x out_features
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This linear's [out_features, in_features] view of the parameter, or of a tensor like it."""
+        if self.expert is None:
+            return tensor
+        matrix = tensor[self.expert]
+        return (matrix.T if self.transposed else matrix)[self.rows]
+
+    @property
+    def values(self) -> Tensor:
+        return self.of(self.parameter.data)
+
+
+def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Weight]:
+    """The weight of each linear or embedding, by its name in the checkpoint.
+
+    Raises CheckpointError naming one that the model does not have.
+    """
+    modules = Modules(model)
     found = {}
     for name in names:
-        try:
-            found[name] = model.get_submodule(name).get_parameter("weight")
-        except AttributeError as error:
+        place = modules.find(name)
+        weight = None if place is None else getattr(modules.all[place], "weight", None)
+        if isinstance(weight, nn.Parameter):
+            found[name] = Weight(weight)
+        elif (holder := modules.find_experts(name)) is not None:
+            found[name] = _expert_weight(modules.all[holder], name)
+        else:
             raise CheckpointError(
                 f"the model that transformers builds has no weight '{name}.weight': its sensitivity cannot be measured"
-            ) from error
+            )
     return found
+
+
+def _expert_weight(module: Any, name: str) -> Weight:
+    """transformers stacks gate above up, whatever the checkpoint calls them."""
+    expert = EXPERT.fullmatch(name)
+    assert expert is not None
+    leaf, index = expert["leaf"], int(expert["index"])
+    if leaf in DOWN:
+        return Weight(module.down_proj, index, transposed=module.is_transposed)
+    parameter = getattr(module, "gate_up_proj", None)
+    if parameter is None:
+        return Weight(module.up_proj, index, transposed=module.is_transposed)
+    half = parameter.shape[2 if module.is_transposed else 1] // 2
+    place = next((pair.index(leaf) for pair in FIRST if leaf in pair and len(pair) == 2), None)
+    rows = slice(None) if place is None else slice(place * half, (place + 1) * half)
+    return Weight(parameter, index, rows, module.is_transposed)
 
 
 def embeddings_of(model: Any) -> list[str]:
@@ -89,19 +134,19 @@ def fisher_sensitivities(
     window are drawn from the model's own predictions. A gradient is reduced to one number and freed as soon
     as it is known.
 
-    Raises InputError when there is no window or a gradient is not finite, CheckpointError as `parameters_of`.
+    Raises InputError when there is no window or a gradient is not finite, CheckpointError as `weights_of`.
     """
     if not windows:
         raise InputError("there is no text to measure sensitivities on")
-    parameters = parameters_of(model, names)
+    parts: dict[nn.Parameter, dict[str, Weight]] = {}
+    for name, weight in weights_of(model, names).items():
+        parts.setdefault(weight.parameter, {})[name] = weight
     figures = {} if partial is None else partial.figures
     sums = figures.setdefault("sums", dict.fromkeys(names, 0.0))
-    hooks = [_reduce_gradient(parameter, name, sums) for name, parameter in parameters.items()]
+    hooks = [_reduce_gradient(parameter, weights, sums) for parameter, weights in parts.items()]
     requires = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for parameter in requires:
-        parameter.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(parameter in parts)
     try:
         for index in range(figures.get("windows", 0), len(windows)):
             _backward(model, windows[index], torch.Generator().manual_seed(seed + index))
@@ -119,11 +164,12 @@ def fisher_sensitivities(
     return {name: _finite(name, sums[name] / tokens) for name in names}
 
 
-def _reduce_gradient(parameter: nn.Parameter, name: str, sums: dict[str, float]) -> Any:
+def _reduce_gradient(parameter: nn.Parameter, weights: Mapping[str, Weight], sums: dict[str, float]) -> Any:
     def hook(reached: Tensor) -> None:
         assert reached.grad is not None
-        square = reached.grad.float().square().sum(1)
-        sums[name] += 0.5 * float((square * _row_mean_square(reached)).double().sum())
+        for name, weight in weights.items():
+            square = weight.of(reached.grad).float().square().sum(1)
+            sums[name] += 0.5 * float((square * _row_mean_square(weight.values)).double().sum())
         reached.grad = None
 
     return parameter.register_post_accumulate_grad_hook(hook)
@@ -188,27 +234,28 @@ def perturbation_sensitivities(
 
     Takes one pass over `windows` per linear. Raises as `fisher_sensitivities`.
     """
-    parameters = parameters_of(model, names)
+    weights = weights_of(model, names)
     figures = {} if partial is None else partial.figures
     divergence: Divergence | None = None
-    for done, (name, parameter) in enumerate(parameters.items(), start=1):
+    for done, (name, weight) in enumerate(weights.items(), start=1):
         if name not in figures:
             divergence = divergence or Divergence(model, windows)
-            original = parameter.detach().clone()
-            add_noise(parameter, distortion, noise_generator(seed, name))
+            original = weight.values.clone()
+            add_noise(weight.values, distortion, noise_generator(seed, name))
             figures[name] = _finite(name, max(0.0, divergence.measure()) / distortion)
-            parameter.data.copy_(original)
+            weight.values.copy_(original)
             if partial is not None:
                 partial.save()
         if progress is not None:
-            progress(done, len(parameters))
+            progress(done, len(weights))
     return {name: figures[name] for name in names}
 
 
+@torch.no_grad()
 def add_noise(weight: Tensor, distortion: float, generator: torch.Generator) -> None:
-    """Add what a rotated quantizer of that distortion adds: Gaussian, white along each row of `weight` [M, K]."""
+    """Add what a rotated quantizer of that distortion adds: white along each row of `weight` [M, K], in place."""
     noise = torch.randn(weight.shape, generator=generator).to(weight.device)
-    weight.data += (noise * (distortion * _row_mean_square(weight)).sqrt()[:, None]).to(weight.dtype)
+    weight += (noise * (distortion * _row_mean_square(weight)).sqrt()[:, None]).to(weight.dtype)
 
 
 def noise_generator(seed: int, name: str) -> torch.Generator:

@@ -25,15 +25,15 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from qpalette.artifact.format import CODES, METHOD, SCALES, SUFFIXES, QuantizationFormat
 from qpalette.artifact.reader import open_artifact
 from qpalette.core.errors import ArtifactError, UnsupportedError
 from qpalette.core.records import TILE, LinearRecord
-from qpalette.kernels import select
-from qpalette.nn import QuantLinear
+from qpalette.kernels import packed_linear, packed_linears, select
+from qpalette.nn import PackedModule, QuantEmbedding, QuantLinear
 from qpalette.rotate import Rotation
 
 QKV = {"q": 0, "k": 1, "v": 2}
@@ -46,6 +46,8 @@ class QPaletteVllmConfig(QuantizationConfig):
     def __init__(self, records: dict[str, LinearRecord]) -> None:
         super().__init__()
         self.records = records
+        self.ties_packed_embedding = False  # as soon as the embedding is met, which comes before the head
+        self.tied = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QPaletteVllmConfig:
@@ -67,8 +69,9 @@ class QPaletteVllmConfig(QuantizationConfig):
     def get_config_filenames() -> list[str]:
         return []  # config.json has it
 
-    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, *args: Any, **kwargs: Any) -> None:
         """Checks the headers of a local directory. Raises ArtifactError naming the tensor that is wrong."""
+        self.tied = bool(getattr(hf_config, "tie_word_embeddings", False))
         if Path(model_name).is_dir():
             open_artifact(model_name)
 
@@ -76,13 +79,17 @@ class QPaletteVllmConfig(QuantizationConfig):
         """Checkpoint names become vLLM's where the two differ, as in multimodal models."""
         self.records = hf_to_vllm_mapper.apply_dict(self.records)
 
-    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """The method of a layer that holds a packed linear; the ordinary one for other linears, None for the rest.
 
-        Raises UnsupportedError for a packed embedding or expert, which vLLM cannot run here.
+        Raises UnsupportedError for packed experts, which vLLM cannot run here.
         """
         names = self._checkpoint_names(prefix)
         packed = [name for name in names if name in self.records]
+        if isinstance(layer, ParallelLMHead) and self.ties_packed_embedding and not packed:
+            return TiedHeadMethod()
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            return self._embedding_method(packed)
         if isinstance(layer, (LinearBase, ParallelLMHead)) and packed:
             return QPaletteLinearMethod([(name, self.records.get(name)) for name in names])
         if isinstance(layer, LinearBase):
@@ -90,9 +97,15 @@ class QPaletteVllmConfig(QuantizationConfig):
         experts = [name for name in self.records if name.startswith(f"{prefix}.")]
         if isinstance(layer, RoutedExperts) and experts:
             raise UnsupportedError(f"{experts[0]} is packed, but packed experts do not run in vLLM: use transformers")
-        if isinstance(layer, VocabParallelEmbedding) and packed:
-            raise UnsupportedError(f"{packed[0]} is packed, but packed embeddings do not run in vLLM: use transformers")
         return None
+
+    def _embedding_method(self, packed: list[str]) -> Any:
+        """Llama's embedding has no prefix in vLLM; the only packed table that is called one is meant then."""
+        named = packed or [name for name in self.records if "embed" in name.rpartition(".")[2]]
+        if len(named) != 1:
+            return None
+        self.ties_packed_embedding = self.tied
+        return QPaletteEmbeddingMethod((named[0], self.records[named[0]]), self.tied)
 
     def _checkpoint_names(self, prefix: str) -> list[str]:
         """The linears of the checkpoint that a layer of vLLM's is made of."""
@@ -123,6 +136,11 @@ class Share:
         """Those columns along `dim`, which holds `unit` columns in one."""
         end = -(-(self.column + self.columns) // unit)
         return tensor.narrow(dim, self.column // unit, end - self.column // unit)
+
+    def record_of(self, name: str, record: LinearRecord) -> LinearRecord:
+        """What is held, as a matrix of its own. Raises as `check`."""
+        self.check(name, record)
+        return replace(record, out_features=self.out_features, in_features=self.columns)
 
     def check(self, name: str, record: LinearRecord) -> None:
         """Raises UnsupportedError when the share does not consist of whole tiles and whole blocks of the rotation."""
@@ -160,9 +178,6 @@ class PlainPart(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight)
 
-    def prepare(self) -> None:
-        """Nothing to lay out."""
-
 
 class QPaletteLinearMethod(LinearMethodBase):
     """Runs one layer of vLLM's, made of the linears `members`: (checkpoint name, record, None for a plain one)."""
@@ -184,12 +199,14 @@ class QPaletteLinearMethod(LinearMethodBase):
         self.shares = _shares(layer, self.members, input_size_per_partition, output_partition_sizes, input_size)
         self.missing = {part: _tensors(record) for part, (_, record) in enumerate(self.members)}
         layer.packed_parts = nn.ModuleList(
-            _part(name, record, share, params_dtype)
+            self._part(name, record, share, params_dtype)
             for (name, record), share in zip(self.members, self.shares, strict=True)
         )
-        _add_to_compile_cache_key({part.record.spec for part in layer.packed_parts if hasattr(part, "record")})
+        layer.one_launch = False
+        _add_to_compile_cache_key({part.record.spec for part in layer.packed_parts if isinstance(part, PackedModule)})
         for suffix in {suffix for suffixes in self.missing.values() for suffix in suffixes}:
-            layer.register_parameter(suffix, _Door(self._loader(layer, suffix)))
+            dtype = next(getattr(part, suffix).dtype for part in layer.packed_parts if hasattr(part, suffix))
+            layer.register_parameter(suffix, _Door(self._loader(layer, suffix), dtype))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Lay the codes out for the best backend. Raises ArtifactError when only some tensors were loaded."""
@@ -197,17 +214,28 @@ class QPaletteLinearMethod(LinearMethodBase):
         total = sum(len(_tensors(record)) for _, record in self.members)
         if 0 < len(absent) < total:  # all of them are absent when vLLM loads dummy weights
             raise ArtifactError(f"tensor '{sorted(absent)[0]}' was not loaded; download the model again")
-        for part in layer.packed_parts:
-            part.prepare()
+        for (name, _), part in zip(self.members, layer.packed_parts, strict=True):
+            if isinstance(part, PackedModule):
+                part.check_values(name)
+                part.prepare()
+        layer.one_launch = _fuse(list(layer.packed_parts))
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K of this rank] -> [..., M of this rank]: the parts' outputs side by side."""
-        outputs = [part(x) for part in layer.packed_parts]
-        result = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if layer.one_launch:
+            result = packed_linears(x, [part.packed for part in layer.packed_parts])
+        else:
+            outputs = [part(x) for part in layer.packed_parts]
+            result = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return result if bias is None else result + bias
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         raise ArtifactError(f"linear '{self.members[0][0]}' is packed, but config.json ties it to the embeddings")
+
+    def _part(self, name: str, record: LinearRecord | None, share: Share, dtype: torch.dtype) -> nn.Module:
+        if record is None:
+            return PlainPart(share, dtype)
+        return QuantLinear(share.record_of(name, record))
 
     def _loader(self, layer: Any, suffix: str) -> Callable[..., None]:
         def load(parameter: Parameter, loaded: torch.Tensor, shard_id: Any = None) -> None:
@@ -234,21 +262,56 @@ class QPaletteLinearMethod(LinearMethodBase):
             first += len(share.rows)
 
 
+class QPaletteEmbeddingMethod(QPaletteLinearMethod):
+    """Looks rows up in a packed table; `tied` lays it out for the head, too, which multiplies by it."""
+
+    def __init__(self, member: tuple[str, LinearRecord], tied: bool) -> None:
+        super().__init__([member])
+        self.tied = tied
+
+    def embedding(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
+        return layer.packed_parts[0](ids)
+
+    def _part(self, name: str, record: LinearRecord | None, share: Share, dtype: torch.dtype) -> nn.Module:
+        assert record is not None, "a method of a packed table"
+        return QuantEmbedding(share.record_of(name, record), multiplied=self.tied, dtype=dtype)
+
+
+class TiedHeadMethod(QuantizeMethodBase):
+    """An output head that multiplies by the packed table of the embedding; it has no tensor of its own."""
+
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
+        """Nothing: `tie_weights` says where the table is."""
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        layer.table = (embed_tokens.packed_parts[0],)  # in a tuple: not a child
+        return layer
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        result = packed_linear(x, layer.table[0].packed)
+        return result if bias is None else result + bias
+
+
+def _fuse(parts: list[Any]) -> bool:
+    """Whether one launch can serve all: one rotation, one layout, and a backend that gains from it."""
+    first = parts[0]
+    return len(parts) > 1 and all(
+        isinstance(part, QuantLinear)
+        and part.fuses
+        and (part.record.rotation, part.layout) == (first.record.rotation, first.layout)
+        and torch.equal(part.qp_signs, first.qp_signs)
+        for part in parts
+    )
+
+
 class _Door(Parameter):
     """Holds nothing: vLLM finds tensors by the parameters' names, and this one passes them to the parts."""
 
-    def __new__(cls, load: Callable[..., None]) -> _Door:
-        return super().__new__(cls, torch.empty(0, dtype=torch.uint8), requires_grad=False)
+    def __new__(cls, load: Callable[..., None], dtype: torch.dtype) -> _Door:
+        return super().__new__(cls, torch.empty(0, dtype=dtype), requires_grad=False)
 
-    def __init__(self, load: Callable[..., None]) -> None:
+    def __init__(self, load: Callable[..., None], dtype: torch.dtype) -> None:
         self.weight_loader = load
-
-
-def _part(name: str, record: LinearRecord | None, share: Share, dtype: torch.dtype) -> nn.Module:
-    if record is None:
-        return PlainPart(share, dtype)
-    share.check(name, record)
-    return QuantLinear(replace(record, out_features=share.out_features, in_features=share.columns))
 
 
 def _tensors(record: LinearRecord | None) -> set[str]:
@@ -269,7 +332,7 @@ def _shares(
     replicas = (
         [1, layer.num_kv_head_replicas, layer.num_kv_head_replicas] if isinstance(layer, QKVParallelLinear) else []
     )
-    split = isinstance(layer, (ColumnParallelLinear, ParallelLMHead))
+    split = isinstance(layer, (ColumnParallelLinear, VocabParallelEmbedding))
     rank, ranks = (layer.tp_rank, layer.tp_size) if split else (0, 1)
     column = layer.tp_rank * columns if columns < in_features else 0
     partitions = list(zip(sizes, replicas or [1] * len(sizes), strict=True))
@@ -282,7 +345,7 @@ def _shares(
             size, copies = partitions.pop(0)
             rows.append((start + rank // copies * size, size))
             start += size * ranks // copies
-        padded = isinstance(layer, ParallelLMHead)  # vLLM rounds the vocabulary up
+        padded = isinstance(layer, VocabParallelEmbedding)  # vLLM rounds the vocabulary up
         if record is not None and (record.in_features != in_features or not (padded or start == record.out_features)):
             raise ArtifactError(
                 f"linear '{name}' is {start} x {in_features} in vLLM's model, but {record.out_features} x "
@@ -297,8 +360,6 @@ def _cut(suffix: str, loaded: torch.Tensor, share: Share) -> torch.Tensor:
     if suffix == CODES:
         return share.of_columns(share.of_rows(loaded, TILE), 1, TILE)
     if suffix == SCALES:
-        if not bool(loaded.view(torch.float16).isfinite().all()):
-            raise ArtifactError(f"a tensor {SCALES} has a scale that is not finite; download the model again")
         return share.of_rows(loaded)
     if suffix == WEIGHT:
         return share.of_columns(share.of_rows(loaded), 1)
@@ -317,7 +378,7 @@ def _copy(name: str, target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _add_to_compile_cache_key(specs: set[str]) -> None:
-    """Compiled graphs hold the codes' layout as a constant: one that is cached must not serve another backend."""
+    """Compiled graphs hold the codes' layout as a constant, and vLLM loads cached ones without their guards."""
     config = get_current_vllm_config()
     device = torch.get_default_device() if config.device_config is None else torch.device(config.device_config.device)
     layouts = {spec: select("linear", spec, device).layout for spec in specs}

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from qpalette.checkpoint import find_groups, open_checkpoint
+from qpalette.checkpoint import Checkpoint, find_groups, open_checkpoint
 from qpalette.core.errors import SpecError
 from qpalette.core.rate import parse_rate
 from qpalette.pipeline.forecast import forecast_seconds
@@ -78,22 +78,15 @@ def quantize(
     known = Sensitivities.read(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
     store = None if hessians is None else HessianStore.open(hessians)
     checkpoint = open_checkpoint(model)
-    groups = find_groups(checkpoint, also=also).groups
     if ready is not None:
         ready = ready if effort is None else ready.with_effort(effort)
     elif chosen is not None:
         name = chosen.name if effort is None else chosen.with_effort(effort).name
-        ready = uniform_plan(groups, name, rotation, seed)
-    elif size is None and known is None:
-        assert bits is not None
-        name = spec_for_bits(groups, bits if isinstance(bits, Fraction) else str(bits), effort or "standard")
-        ready = uniform_plan(groups, name, rotation, seed)
+        ready = uniform_plan(find_groups(checkpoint, also=also).groups, name, rotation, seed)
     else:
-        budget = Budget(None if bits is None else _exact(bits), None if size is None else parse_size(str(size)))
-        space = Space(palette_of(effort or "standard"))
-        options: dict[str, Any] = {"also": also, "hessians": store, "damping": damping, "device": device}
+        options = {"also": also, "hessians": store, "damping": damping, "device": device}
         options |= {"rotation": rotation, "seed": seed}
-        ready = make_plan(known or even_sensitivities(groups), budget, space, checkpoint, **options).plan
+        ready = _plan_within(checkpoint, bits, size, known, effort or "standard", options)
     if dry_run:
         return replace(estimate(checkpoint, ready, store), seconds=forecast_seconds(checkpoint, ready, device))
     base_model = None if Path(model).expanduser().exists() else str(model)
@@ -113,5 +106,18 @@ def quantize(
     )
 
 
-def _exact(bits: str | float | Fraction) -> Fraction:
-    return bits if isinstance(bits, Fraction) else parse_rate(str(bits))
+def _plan_within(
+    checkpoint: Checkpoint,
+    bits: str | float | Fraction | None,
+    size: str | int | None,
+    known: Sensitivities | None,
+    effort: str,
+    options: dict[str, Any],
+) -> Plan:
+    """Uniform for bits alone; else as `make_plan` finds it, with every weight alike where nothing is known."""
+    rate = None if bits is None else bits if isinstance(bits, Fraction) else parse_rate(str(bits))
+    groups = find_groups(checkpoint, also=options["also"]).groups
+    if rate is not None and size is None and known is None:
+        return uniform_plan(groups, spec_for_bits(groups, rate, effort), options["rotation"], options["seed"])
+    budget = Budget(rate, None if size is None else parse_size(str(size)))
+    return make_plan(known or even_sensitivities(groups), budget, Space(palette_of(effort)), checkpoint, **options).plan

@@ -27,7 +27,7 @@ from qpalette.plan import (
 from qpalette.quantizers.feedback import DAMPING
 
 ATTEMPTS = 4
-DIGITS = 32  # bytes: the plan file states the budget, and the least that is told must still fit with digits of its own
+LONGEST_BUDGET = "9" * 120  # characters of a budget with every limit: what is told as the least holds any other text
 PREDICTION = (
     *("predicted_loss", "loss_over_bound", "loss_over_uniform"),
     *("average_bits", "linear_bytes", "seconds_per_token", "optimality_gap"),
@@ -110,7 +110,9 @@ class _Draft:
                 planned = planner.plan(self.budget.limits(planner.weights, overhead), solver)
             except BudgetError as error:
                 raise self.budget.explain(error, planner.weights, overhead) from error
-            plan = self._described(planned.choice.specs, _prediction(planned), solver, planned.choice.launches)
+            plan = self._described(
+                planned.choice.specs, _prediction(planned), solver, str(self.budget), planned.choice.launches
+            )
             size = None if self.checkpoint is None else disk_bytes(self.checkpoint, plan, self.hessians)
             excess = 0 if size is None or self.budget.size is None else size - self.budget.size
             if excess <= 0:
@@ -125,11 +127,11 @@ class _Draft:
             return Overhead()
         longest = max(self.space.palette, key=lambda candidate: (len(candidate.spec), candidate.rate)).spec
         specs = {linear.name: longest for linear in self.sensitivities.linears}
-        plan = self._described(specs, dict.fromkeys(PREDICTION, LONGEST), solver)
+        plan = self._described(specs, dict.fromkeys(PREDICTION, LONGEST), solver, LONGEST_BUDGET)
         disk = memory = 0
         if self.budget.size is not None:
             packed = total_bits(job.record for job in make_jobs(self.checkpoint, plan)).total // 8
-            disk = disk_bytes(self.checkpoint, plan, self.hessians) - packed + DIGITS
+            disk = disk_bytes(self.checkpoint, plan, self.hessians) - packed
         if self.budget.memory is not None:
             needed = device_bytes(self.checkpoint.config, self.context, self.space.batch)
             memory = carried_bytes(self.checkpoint, plan) + sum(needed)
@@ -140,11 +142,12 @@ class _Draft:
         specs: Mapping[str, str],
         prediction: Mapping[str, float | None],
         solver: str,
+        budget: str,
         launches: tuple[tuple[str, ...], ...] = (),
     ) -> Plan:
         space = self.space
         provenance = {
-            "budget": str(self.budget),
+            "budget": budget,
             "solver": solver,
             "sensitivities": dict(self.sensitivities.provenance),
             **({} if space.profile is None else {"latency": space.profile.device, "fusion": space.fusion}),

@@ -157,8 +157,10 @@ class _Builder:
 
     def blocks(self, units: list[_Unit]) -> Iterator[Block]:
         """One block for a group that may fuse; one for each unit otherwise."""
+        if SECONDS in self.resources and any(_EXPERT.search(name) for unit in units for name in unit.names):
+            raise InputError("a limit on time does not know yet which experts a token takes: give bits or a size")
         fuses = SECONDS in self.resources and self.space.fusion != "none" and 1 < len(units) <= MOST_FUSED
-        if not fuses or any(len(unit.linears) > 1 for unit in units):
+        if not fuses:
             for unit in units:
                 yield (self._alone([unit]),)
             return

@@ -136,6 +136,11 @@ def source_for(decoders: Sequence[DecoderSpec]) -> str:
     return f"#define DECODERS {names}\n{DECODER_SOURCE}\n{SOURCE}"
 
 
+def kernel_macros(limits: DeviceLimits, batch: int) -> dict[str, int]:
+    """The compile-time constants of multiply.cu, beside the decoders."""
+    return {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes, "SUM_BYTES": limits.sum_bytes, "BATCH": batch}
+
+
 def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: torch.dtype) -> torch.Tensor:
     """[tokens, sum of out_features] of `dtype`: every member's product, side by side. Codes are in the chunk layout."""
     device = x.values.device
@@ -173,9 +178,8 @@ def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: to
         )
         first += grid.blocks[i]
         offset += member.out_features
-    macros = {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes, "SUM_BYTES": limits.sum_bytes, "BATCH": batch}
     room = limits.table_bytes + limits.sum_bytes
-    kernel = load_kernel(source_for(decoders), "multiply", macros, device.index or 0, room)
+    kernel = load_kernel(source_for(decoders), "multiply", kernel_macros(limits, batch), device.index or 0, room)
     stream = torch.cuda.current_stream(device).cuda_stream
     launch(kernel, stream, first, THREADS, room, [problem], overlap=limits.overlap)
     return y

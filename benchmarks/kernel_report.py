@@ -1,0 +1,99 @@
+"""What the compiler makes of the fused products, for every architecture; needs no GPU.
+
+    python benchmarks/kernel_report.py
+
+Registers and spills are ptxas' own. Instructions per weight are counted in the disassembly (pip package
+nvidia-cuda-nvdisasm): those of the loop that decodes and multiplies a chunk of 16 tiles, over the 128 weights that a
+lane has of it. That loop holds some fifty instructions that seldom run.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from report import report
+
+from qpalette.backends.cuda.decoder import decoder_spec
+from qpalette.backends.cuda.layout import CHUNK
+from qpalette.backends.cuda.multiply import DeviceLimits, kernel_macros, source_for
+from qpalette.kernels.nvrtc import compile_cubin, resources
+
+# Dynamic shared memory that a block may ask for, in KiB (CUDA C++ Programming Guide, technical specifications).
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+SPECS = (
+    "tcq2-2",
+    "tcq2-3",
+    "tcq2-3.25",
+    "tcq2-4",
+    "tcq-2",
+    "tcq-3.25",
+    "tcq-4",
+    "tcq-8",
+    "vq-3",
+    "vq-4",
+    "nuq-3",
+    "nuq-8",
+)
+WEIGHTS_OF_LANE = 8 * CHUNK
+
+
+def disassembler() -> Path | None:
+    packages = Path(sysconfig.get_paths()["purelib"])
+    return next((path for path in packages.glob("nvidia/**/nvdisasm") if path.is_file()), None)
+
+
+def loop_instructions(code: bytes) -> int | None:
+    """Of the shortest loop with a matrix product for every tile; None without the disassembler."""
+    tool = disassembler()
+    if tool is None:
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        text = subprocess.run([tool, "-hex", file.name], capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(found[1])
+    lengths = []
+    for at, line in enumerate(lines):
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if target and labels.get(target[1], at) < at:
+            body = lines[labels[target[1]] : at + 1]
+            if sum("HMMA" in instruction for instruction in body) >= CHUNK:
+                lengths.append(len(body))
+    return min(lengths, default=None)
+
+
+def row_of(spec: str, arch: str, batch: int) -> dict[str, Any]:
+    decoder = decoder_spec(spec)
+    assert decoder is not None
+    limits = DeviceLimits(1, SHARED[arch] * 1024, (int(arch[3:-1]), int(arch[-1])))
+    macros = tuple(sorted(kernel_macros(limits, batch).items()))
+    used = resources(source_for([decoder]), arch, macros)
+    loop = loop_instructions(compile_cubin(source_for([decoder]), arch, macros))
+    return {
+        "spec": spec,
+        "arch": arch,
+        "batch": batch,
+        "registers": used.registers,
+        "spilled bytes": used.spilled_bytes,
+        "instructions per weight": "" if loop is None else loop / WEIGHTS_OF_LANE,
+    }
+
+
+def main() -> None:
+    rows = [row_of(spec, arch, batch) for spec in SPECS for arch in SHARED for batch in (1, 16)]
+    report("kernel_report", "compiler alone", rows)
+
+
+if __name__ == "__main__":
+    main()
