@@ -83,5 +83,8 @@ class CudaBackend(Backend):
     def to_layout(self, codes: torch.Tensor) -> torch.Tensor:
         return to_chunks(codes)
 
+    def tile_rows(self, codes: torch.Tensor, rows: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
+        return from_chunks(codes[rows], (len(rows), *stored_shape[1:]))
+
     def from_layout(self, codes: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
         return from_chunks(codes, stored_shape)
