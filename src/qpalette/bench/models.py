@@ -14,7 +14,7 @@ from qpalette.artifact.format import CODES, SCALES, SIGNS, QuantizationFormat, e
 from qpalette.artifact.reader import total_bits
 from qpalette.checkpoint import Checkpoint, Grouping, TensorInfo, find_groups
 from qpalette.checkpoint.base import layout_of
-from qpalette.core.errors import InputError, SpecError
+from qpalette.core.errors import CheckpointError, InputError, SpecError
 from qpalette.core.records import LinearRecord
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
 from qpalette.plan import Plan
@@ -105,10 +105,10 @@ class _Sketch(Checkpoint):
         )
 
     def read(self, name: str) -> torch.Tensor:
-        raise NotImplementedError("there is nothing to read")
+        raise CheckpointError(f"{name} was never written: this checkpoint is a config alone")
 
     def save_side_files(self, directory: Path) -> None:
-        raise NotImplementedError("there is nothing to save")
+        raise CheckpointError("there is nothing to save: this checkpoint is a config alone")
 
 
 def read_config(name: str) -> Any:
