@@ -2,6 +2,7 @@
 
 python benchmarks/plan_model.py MODEL --text TEST --calibration TRAIN [--device cuda] [--bits 2.5 --bits 3 ...]
                                 [--calibrated-bits 3.25 ...] [--windows 16] [--effort standard] [--solver exact]
+                                [--planned-only]
 
 Data-free at each of `--bits`: the best uniform quantizer within the budget, and the plan. With LDLQ at each of
 `--calibrated-bits`: the same, and the plan that knows what feedback gains. The sensitivities are kept in `--work`, so
@@ -43,6 +44,7 @@ def main(
     device: str = "cpu",
     effort: str = "standard",
     solver: str = "exact",
+    planned_only: Annotated[bool, typer.Option(help="Leave out what plans are compared with.")] = False,
     work: Path = Path("out/plan_model"),
     name: str = "plan_model",
 ) -> None:
@@ -58,7 +60,7 @@ def main(
     for budget in bits or []:
         for m in methods:
             found = make_plan(known[m], Budget(Fraction(budget)), space, checkpoint, solver=solver)
-            if m == methods[0]:
+            if m == methods[0] and not planned_only:
                 trial.run_uniform(found, budget)
             trial.run(found.plan, f"planned, {m}", budget, found.planned.choice.loss, found.planned.loss_over_bound)
     if not calibrated_bits:
@@ -70,7 +72,7 @@ def main(
         for m in methods:
             options: dict[str, Any] = {"solver": solver, "hessians": HessianStore.open(hessians), "device": device}
             found = make_plan(known[m], Budget(Fraction(budget)), space, checkpoint, **options)
-            if m == methods[0]:
+            if m == methods[0] and not planned_only:
                 free = make_plan(known[m], Budget(Fraction(budget)), space, checkpoint, solver=solver)
                 trial.run_uniform(found, budget)
                 trial.run(free.plan, f"planned as data-free, {m}", budget, None, free.planned.loss_over_bound)

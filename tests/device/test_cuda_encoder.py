@@ -12,7 +12,7 @@ pytestmark = [
 ]
 SPECS = [
     *("tcq-1", "tcq-1.5-L12", "tcq-2", "tcq-2.375", "tcq-3.25", "tcq-4", "tcq-5.5-L12", "tcq-8", "tcq-8-L12"),
-    *("tcq2-1", "tcq2-1.125-L12", "tcq2-2", "tcq2-3.25", "tcq2-4.5", "tcq2-5", "tcq2-5-L12"),
+    *("tcq2-1", "tcq2-1.125-L12", "tcq2-2", "tcq2-2-L12", "tcq2-3.25", "tcq2-4.5", "tcq2-5", "tcq2-5-L12"),
 ]
 
 

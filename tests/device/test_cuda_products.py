@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qpalette.backends.cuda.probe import random_member
+from qpalette.backends.cuda.rotate import rotate
 from qpalette.kernels import PackedLinear, backends
 from qpalette.rotate import Rotation, full_rotation, unpack_signs
 
@@ -101,3 +102,16 @@ def test_block_and_full_rotations(columns: int) -> None:
         x = torch.randn(3, columns, device="cuda", dtype=torch.float16)
         result, wanted = backends()["cuda"].linears(x, found).double(), expected(x, found)
         assert (result - wanted).norm() <= TOLERANCE[torch.float16] * wanted.norm()
+
+
+@pytest.mark.parametrize("columns", [576, 4096, 14336])
+@pytest.mark.parametrize("name", ["full", "h64"])
+def test_rms_norm_before_the_rotation(columns: int, name: str) -> None:
+    rotation = full_rotation(columns).name if name == "full" else name
+    signs = torch.randint(0, 256, (columns // 8,), device="cuda").to(torch.uint8)
+    x, weight = torch.randn(3, columns, device="cuda").half() * 5, torch.rand(columns, device="cuda").half() + 0.5
+    found = rotate(x, signs, rotation, None, norm=(weight, 1e-5))
+    normed = torch.nn.functional.rms_norm(x.double(), (columns,), weight.double(), 1e-5)
+    wanted = Rotation.parse(rotation, columns).apply(normed * unpack_signs(signs, columns))
+    result = found.values[:, :columns].double() * found.scales[:, None].double()
+    assert (result - wanted).norm() <= TOLERANCE[torch.float16] * wanted.norm()

@@ -15,15 +15,10 @@ from statistics import NormalDist
 import torch
 
 from qpalette.quantizers.base import register
-from qpalette.quantizers.trellis import Trellis, at_rate
+from qpalette.quantizers.trellis import Trellis
 
 SEGMENTS = 32
 _KNOT_GRID = 1 << 14  # dyadic knots make slopes and intercepts exact in float32: the same codebook on every machine
-_SCALE_GRID = 64
-
-# Scale of the codebook in 1/64 at 1 .. 8 bits: the least distortion found on a grid of scales (L = 16).
-_SCALE = (56, 64, 67, 69, 70, 71, 74, 76)
-
 
 @register
 @dataclass(frozen=True)
@@ -33,6 +28,7 @@ class TrellisCoded(Trellis):
     family = "tcq"
     values_per_step = 1
     most_eighths = 64
+    best_scale = (56, 64, 67, 69, 70, 71, 74, 76)  # the least distortion found on a grid of scales (L = 16)
     measured_gap = {  # noqa: RUF012 - a table, never changed
         12: (1.090, 1.138, 1.179, 1.225, 1.289, 1.355, 1.476, 1.658),
         16: (1.061, 1.081, 1.097, 1.123, 1.137, 1.160, 1.197, 1.251),
@@ -53,7 +49,6 @@ class TrellisCoded(Trellis):
     def segments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(slope, intercept), float32 [32] each: |value| = slope[i] * f + intercept[i] where f = 2 v + 1 is the odd
         float made of the index's low bits v, and i the five bits of f above mantissa bit 22."""
-        scale = Fraction(round(at_rate(_SCALE, self.rate)), _SCALE_GRID)
         slopes, intercepts = torch.zeros(SEGMENTS), torch.zeros(SEGMENTS)
         for octave in range(self.codebook_bits):
             for half in range(2):
@@ -61,8 +56,8 @@ class TrellisCoded(Trellis):
                 ends = [_tail_quantile(f / 2**self.codebook_bits) for f in (low, low + width)]
                 slope = (ends[1] - ends[0]) / width
                 index = ((127 + octave) * 2 + half) % SEGMENTS
-                slopes[index] = float(scale * slope)
-                intercepts[index] = float(scale * (ends[0] - slope * low))
+                slopes[index] = float(self.scale * slope)
+                intercepts[index] = float(self.scale * (ends[0] - slope * low))
         return slopes, intercepts
 
     def codebook(self) -> torch.Tensor:

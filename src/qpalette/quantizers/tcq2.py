@@ -15,14 +15,9 @@ from math import cos, log1p, pi, sin, sqrt
 import torch
 
 from qpalette.quantizers.base import register
-from qpalette.quantizers.trellis import Trellis, at_rate
+from qpalette.quantizers.trellis import Trellis
 
 _GOLDEN = (sqrt(5) - 1) / 2
-_SCALE_GRID = 64
-
-# Scale of the codebook in 1/64 at 1 .. 5 bits: the least distortion found on a grid of scales (L = 16).
-_SCALE = (57, 64, 70, 72, 74)
-
 
 @register
 @dataclass(frozen=True)
@@ -32,6 +27,7 @@ class TrellisCodedPairs(Trellis):
     family = "tcq2"
     values_per_step = 2
     most_eighths = 40
+    best_scale = (57, 64, 70, 72, 74)  # the least distortion found on a grid of scales (L = 16)
     measured_gap = {  # noqa: RUF012 - a table, never changed
         12: (1.091, 1.171, 1.261, 1.470, 1.647),
         16: (1.061, 1.095, 1.149, 1.220, 1.430),
@@ -52,7 +48,7 @@ class TrellisCodedPairs(Trellis):
 
     def codebook(self) -> torch.Tensor:
         """float32 [2^codebook_bits, 2]: points with a positive first coordinate, scaled for the rate."""
-        return _spiral(self.codebook_bits) * (round(at_rate(_SCALE, self.rate)) / _SCALE_GRID)
+        return _spiral(self.codebook_bits) * float(self.scale)
 
     def state_values(self) -> torch.Tensor:
         index = self.hashed_states() >> (self.memory - 1 - self.codebook_bits)

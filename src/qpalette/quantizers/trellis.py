@@ -29,6 +29,7 @@ from qpalette.theory.gaussian import distortion_bound
 EFFORT = {"fast": 12, "standard": 16, "best": 18}  # names of trellis memories
 MEMORIES = (12, 16, 18, 20)
 STANDARD = EFFORT["standard"]
+SCALE_GRID = 64
 _UNREACHABLE = 1e30
 
 
@@ -40,12 +41,18 @@ class Trellis(Quantizer):
     least_eighths: ClassVar[int] = 8
     most_eighths: ClassVar[int]
     measured_gap: ClassVar[dict[int, tuple[float, ...]]]  # by memory: distortion over the bound at 1, 2, .. bits
+    best_scale: ClassVar[tuple[int, ...]]  # of the codebook, in 1/64, at 1, 2, .. bits
     eighths: int
     memory: int = STANDARD
 
     @property
     def rate(self) -> Fraction:
         return Fraction(self.eighths, 8)
+
+    @property
+    def scale(self) -> Fraction:
+        """Of the codebook at this rate; a small fraction, so that products with it are the same on every machine."""
+        return Fraction(round(at_rate(self.best_scale, self.rate)), SCALE_GRID)
 
     @property
     def name(self) -> str:

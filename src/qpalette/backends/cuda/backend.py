@@ -37,9 +37,8 @@ class CudaBackend(Backend):
     def encode(self, spec: str, tiles: torch.Tensor) -> torch.Tensor:
         quantizer = parse_spec(spec)
         assert isinstance(quantizer, Trellis), "supports() said no"
-        states = encode_states(
-            tiles.contiguous(), quantizer.shifts(), quantizer.state_values_on(tiles.device), quantizer.memory
-        )
+        values = quantizer.state_values_on(tiles.device)
+        states = encode_states(tiles.contiguous(), quantizer.shifts(), values, float(quantizer.scale), quantizer.memory)
         return quantizer.pack_states(states.long())
 
     def decode(self, spec: str, codes: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ typedef unsigned int u32;
 
 constexpr int H = 1 << LOG_H, THREADS = H * GROUP < 64 ? 64 : H * GROUP, BLOCK = DENSE * H;
 constexpr int COLUMNS = BATCH > 8 ? 8 : BATCH;
+constexpr int PART = DENSE < 32 ? DENSE : 32;  // of a row of A, in registers
 constexpr float TARGET_NORM = 128;  // of a scaled token: typical values near 1, none above 128
 
 __device__ __forceinline__ float load(const void *x, size_t i) {
@@ -32,15 +33,25 @@ __device__ __forceinline__ u16 to_half(float value) {
     return bits;
 }
 
-// The sum over the block, for every thread.
-__device__ float sum_of_block(float value, float *room) {
+// `value` summed over a warp, left in `room` by each; `sum_of_warps` adds them, after a barrier.
+__device__ __forceinline__ void leave_sum_of_warp(float value, float *room) {
     for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
     if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = value;
-    __syncthreads();
+}
+
+__device__ __forceinline__ float sum_of_warps(const float *room) {
     float sum = 0;
+#pragma unroll
     for (int warp = 0; warp < THREADS / 32; warp++) sum += room[warp];
-    __syncthreads();
     return sum;
+}
+
+__device__ __forceinline__ float squared(float value) { return value * value; }
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Butterflies over the bits [from, to) of the thread's number, all within a warp.
@@ -63,57 +74,65 @@ __device__ __forceinline__ size_t place(int k, int column, int padded) {
 extern "C" __global__ void __launch_bounds__(THREADS)
 rotate(const void *x, long long x_stride, const u8 *signs, const float *dense, const void *weight, float epsilon, int inputs,
        int padded, u16 *out, float *scales) {
-    __shared__ float room[THREADS > 1024 ? 1 : THREADS];
+    __shared__ float room[THREADS], squares[THREADS / 32], weighted_squares[THREADS / 32];
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
     const int token = blockIdx.y, thread = threadIdx.x;
     const size_t start = token * x_stride;
     const int row = blockIdx.x * GROUP + thread / H;  // of all blocks' dense rows
     const int base = row / DENSE * BLOCK, column = thread % H;
     const bool working = thread < H * GROUP && base < inputs;
+    const int safe_base = working ? base : 0;         // the others load something, and throw it away
+    const float *line = dense + row % DENSE;          // transposed: consecutive rows of A lie side by side
     float value = 0, square = 0, weighted = 0;
-    if (working) {
-        const float *line = dense + row % DENSE;  // transposed: consecutive rows of A lie side by side
-#pragma unroll(DENSE < 32 ? DENSE : 16)
-        for (int a = 0; a < DENSE; a++) {
-            const int k = base + a * H + column;
-            float element = load(x, start + k);
-            if (thread < H) square += element * element;  // the threads of one dense row read the whole block of x
-            if (NORM) element *= load(weight, k);
-            if (NORM && thread < H) weighted += element * element;
-            value += (signs[k / 8] >> k % 8 & 1 ? -element : element) * line[a * DENSE];
+    for (int part = 0; part < DENSE; part += PART) {
+        float factors[PART], elements[PART];
+#pragma unroll
+        for (int i = 0; i < PART; i++) {
+            const int a = min(part + i, DENSE - 1), k = safe_base + a * H + column;
+            const float factor = working && part + i < DENSE ? line[a * DENSE] : 0;
+            factors[i] = signs[k / 8] >> k % 8 & 1 ? -factor : factor;
+            if (NORM) factors[i] *= load(weight, k);
+        }
+        if (part == 0) wait_for_previous_kernel();  // nothing above depends on it
+#pragma unroll
+        for (int i = 0; i < PART; i++) elements[i] = load(x, start + safe_base + min(part + i, DENSE - 1) * H + column);
+#pragma unroll
+        for (int i = 0; i < PART; i++) {
+            value += elements[i] * factors[i];
+            if (working && thread < H && part + i < DENSE) {  // the threads of one dense row read the whole block of x
+                square += elements[i] * elements[i];
+                if (NORM) weighted += squared(elements[i] * load(weight, safe_base + (part + i) * H + column));
+            }
         }
     }
     const int own = blockIdx.x * GROUP / DENSE * BLOCK;  // where the block of x begins that the first H threads have read
     for (int i = thread; i < inputs - BLOCK; i += THREADS) {  // block-diagonal rotations: the others count in the norm
         const int k = i < own ? i : i + BLOCK;
-        float element = load(x, start + k);
-        square += element * element;
-        if (NORM) element *= load(weight, k), weighted += element * element;
+        const float element = load(x, start + k);
+        square += squared(element);
+        if (NORM) weighted += squared(element * load(weight, k));
     }
-    square = sum_of_block(square, room);
-    float factor = 1, norm = sqrtf(square);
+    leave_sum_of_warp(square, squares);
+    if (NORM) leave_sum_of_warp(weighted, weighted_squares);
+    room[thread] = value = butterflies(value, 0, LOG_H < 5 ? LOG_H : 5);
+    __syncthreads();
+    int position = column;
+    if (LOG_H > 5) {  // swap the five low bits of the thread's number with the five above
+        constexpr int high = LOG_H > 5 ? LOG_H - 5 : 0, rest = 1 << high;
+        position = thread % H / rest + thread % rest * 32;
+        value = butterflies(room[thread / H * H + position], 0, high);
+    }
+    float factor = 1, norm = sqrtf(sum_of_warps(squares));
     if (NORM) {
-        factor = rsqrtf(square / inputs + epsilon);
-        norm = sqrtf(sum_of_block(weighted, room)) * factor;
+        factor = rsqrtf(squared(norm) / inputs + epsilon);
+        norm = sqrtf(sum_of_warps(weighted_squares)) * factor;
     }
     // The power of two that brings the norm to [TARGET_NORM / 2, TARGET_NORM), from its exponent alone.
     const float power = norm > 0 ? __uint_as_float(min(max(__float_as_uint(norm) & 0x7f800000u, 0x08000000u), 0x7e000000u)) : 1;
     const float scale = power * (2 / TARGET_NORM);
-    value *= factor / scale;
-    value = butterflies(value, 0, LOG_H < 5 ? LOG_H : 5);
-    int position = column;
-    if (LOG_H > 5) {  // swap the five low bits of the thread's number with the five above
-        constexpr int high = LOG_H > 5 ? LOG_H - 5 : 0, rest = 1 << high;
-        room[thread] = value;
-        __syncthreads();
-        const int group = thread / H * H;
-        position = thread % H / rest + thread % rest * 32;
-        value = butterflies(room[group + position], 0, high);
-    }
-    if (working) out[place(base + row % DENSE * H + position, token, padded)] = to_half(value);
+    if (working) out[place(base + row % DENSE * H + position, token, padded)] = to_half(value * (factor / scale));
     if (blockIdx.x == 0) {
         for (int k = inputs + thread; k < padded; k += THREADS) out[place(k, token, padded)] = 0;
         if (thread == 0) scales[token] = scale;

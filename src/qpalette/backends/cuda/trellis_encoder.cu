@@ -7,8 +7,12 @@
 //
 // Flipping a state's oldest bit negates its value: a value is loaded once for two candidates.
 //
+// Values come from L2, or from shared memory where few tiles leave room for them: with two tiles per block, reading them
+// from L2 at every step would take as long as the search. Pairs of values lie there as half2, to be multiplied by `factor`:
+// exact, see quantizers/tcq2.py.
+//
 // Compile-time constants: MEMORY (bits of a state), VALUES (weights per step), STEPS, SHIFT_LOW, SHIFT_HIGH (bits that
-// enter at a step), TILES, LANES, MOST_SIBLINGS, THREADS, COSTS_IN_SHARED.
+// enter at a step), TILES, LANES, MOST_SIBLINGS, THREADS, COSTS_IN_SHARED, VALUES_IN_SHARED.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -42,10 +46,48 @@ __device__ __forceinline__ void load(float (&out)[N], const float *source) {
 
 struct Search {
     const float *__restrict__ values;  // [2^MEMORY][VALUES]
+    const u32 *shared_values;          // [2^(MEMORY - 1)], float or half2
+    float factor;
     const u8 *shifts;     // [STEPS]
     Winner *winners;      // [TILES][STEPS][MOST_GROUPS]
     float *sources;       // shared, [STEPS][VALUES][TILES]
 };
+
+__device__ __forceinline__ float half_to_float(u32 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((u16)bits));
+    return value;
+}
+
+__device__ __forceinline__ u32 to_half(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+// The values of SIBLINGS states from `state` on, which is below 2^(MEMORY - 1).
+template <int SIBLINGS>
+__device__ __forceinline__ void load_values(float (&value)[SIBLINGS * VALUES], const Search &search, u32 state) {
+    if constexpr (!VALUES_IN_SHARED) {
+        load(value, search.values + state * VALUES);
+    } else if constexpr (VALUES == 1) {
+        load(value, (const float *)search.shared_values + state);
+    } else {
+        float pairs[SIBLINGS];
+        load(pairs, (const float *)search.shared_values + state);
+        for (int b = 0; b < SIBLINGS; b++) {
+            value[2 * b] = __fmul_rn(half_to_float(__float_as_uint(pairs[b])), search.factor);
+            value[2 * b + 1] = __fmul_rn(half_to_float(__float_as_uint(pairs[b]) >> 16), search.factor);
+        }
+    }
+}
+
+__device__ __forceinline__ void fill_values(u32 *out, const float *values, float factor) {
+    for (u32 state = threadIdx.x; state < 1u << (MEMORY - 1); state += THREADS) {
+        if constexpr (VALUES == 1) out[state] = __float_as_uint(values[state]);
+        else out[state] = to_half(__fdiv_rn(values[2 * state], factor)) | to_half(__fdiv_rn(values[2 * state + 1], factor)) << 16;
+    }
+}
 
 template <int INTO, int OUT>
 __device__ void step(const Search &search, const float *before, float *after, int row, int t) {
@@ -69,7 +111,7 @@ __device__ void step(const Search &search, const float *before, float *after, in
             float arrived[LANES], arrived_opposite[LANES], value[SIBLINGS * VALUES];
             load(arrived, before + (state >> INTO) * TILES + lane0);
             load(arrived_opposite, before + (opposite >> INTO) * TILES + lane0);
-            load(value, search.values + state * VALUES);
+            load_values<SIBLINGS>(value, search, state);
 #pragma unroll
             for (int b = 0; b < (int)SIBLINGS; b++) {
 #pragma unroll
@@ -142,19 +184,23 @@ __device__ u32 least(const float *costs, u32 groups, int tile) {
 
 // sources [tiles][256] in scan order -> states [tiles][STEPS]; tiles is a multiple of TILES.
 extern "C" __global__ void __launch_bounds__(THREADS)
-encode(const float *sources, const float *values, const u8 *shifts, int tiles, Winner *winners, float *spilled, int *states) {
+encode(const float *sources, const float *values, float factor, const u8 *shifts, int tiles, Winner *winners, float *spilled,
+       int *states) {
     extern __shared__ float shared[];
     __shared__ u8 own_shifts[STEPS];
     __shared__ u32 seam[TILES];
     constexpr size_t COSTS = (size_t)MOST_GROUPS * TILES;
-    Search search{values, own_shifts, winners + (size_t)blockIdx.x * TILES * STEPS * MOST_GROUPS, shared};
-    float *room = COSTS_IN_SHARED ? shared + STEPS * VALUES * TILES : spilled + blockIdx.x * 2 * COSTS;
+    u32 *shared_values = (u32 *)shared;
+    float *sources_there = shared + (VALUES_IN_SHARED ? 1 << (MEMORY - 1) : 0);
+    Search search{values, shared_values, factor, own_shifts, winners + (size_t)blockIdx.x * TILES * STEPS * MOST_GROUPS, sources_there};
+    float *room = COSTS_IN_SHARED ? sources_there + STEPS * VALUES * TILES : spilled + blockIdx.x * 2 * COSTS;
+    if (VALUES_IN_SHARED) fill_values(shared_values, values, factor);
     float *costs[2] = {room, room + COSTS};
     for (int t = threadIdx.x; t < STEPS; t += THREADS) own_shifts[t] = shifts[t];
     for (int batch = blockIdx.x; batch * TILES < tiles; batch += gridDim.x) {
         __syncthreads();
         for (int i = threadIdx.x; i < STEPS * VALUES * TILES; i += THREADS)
-            shared[(i % (STEPS * VALUES)) * TILES + i / (STEPS * VALUES)] = sources[(size_t)batch * TILES * STEPS * VALUES + i];
+            sources_there[(i % (STEPS * VALUES)) * TILES + i / (STEPS * VALUES)] = sources[(size_t)batch * TILES * STEPS * VALUES + i];
         for (size_t i = threadIdx.x; i < COSTS; i += THREADS) costs[0][i] = 0;
         __syncthreads();
         forward(search, costs, STEPS / 2);

@@ -46,6 +46,7 @@ def plan_launch(
     def needed(tiles: int) -> int:
         return 4 * tiles * (2 * groups + steps * values)
 
+    values_bytes = 4 << (memory - 1)  # of the states whose oldest bit is 0: a float32, or two float16
     fitting = [1 << i for i in range(most_tiles.bit_length()) if needed(1 << i) <= shared_limit]
     tiles = fitting[-1] if fitting else 1
     lanes = min(tiles, MOST_LANES)
@@ -54,6 +55,7 @@ def plan_launch(
         siblings //= 2
     items = groups // siblings * (tiles // lanes)
     threads = min(MOST_THREADS, max(128, 1 << (items.bit_length() - 1)))
+    with_values = bool(fitting) and needed(tiles) + values_bytes <= shared_limit
     macros = {
         "MEMORY": memory,
         "VALUES": values,
@@ -65,12 +67,13 @@ def plan_launch(
         "MOST_SIBLINGS": siblings,
         "THREADS": threads,
         "COSTS_IN_SHARED": int(bool(fitting)),
+        "VALUES_IN_SHARED": int(with_values),
     }
     return Launch(
         macros=tuple(sorted(macros.items())),
         tiles=tiles,
         threads=threads,
-        shared_bytes=needed(tiles) if fitting else 4 * tiles * steps * values,
+        shared_bytes=(needed(tiles) if fitting else 4 * tiles * steps * values) + with_values * values_bytes,
         winner_bytes=tiles * steps * groups * (2 if high > 8 else 1),
         cost_bytes=0 if fitting else 8 * groups * tiles,
     )
@@ -84,11 +87,14 @@ def _limits(device: int) -> tuple[int, int]:
     return properties.multi_processor_count, shared - 2048
 
 
-def encode_states(sources: torch.Tensor, shifts: torch.Tensor, state_values: torch.Tensor, memory: int) -> torch.Tensor:
+def encode_states(
+    sources: torch.Tensor, shifts: torch.Tensor, state_values: torch.Tensor, scale: float, memory: int
+) -> torch.Tensor:
     """States of the best tail-biting path found for each tile.
 
     sources: float32 [tiles, 256] in scan order, on the device; shifts: int64 [steps]; state_values: float32
-    [2^memory, weights per step], on the device and contiguous. Returns int32 [tiles, steps].
+    [2^memory, weights per step], on the device and contiguous; pairs are float16 values times `scale`. Returns int32
+    [tiles, steps].
     """
     steps, values = shifts.numel(), state_values.shape[1]
     device = sources.device.index or 0
@@ -109,10 +115,10 @@ def encode_states(sources: torch.Tensor, shifts: torch.Tensor, state_values: tor
         blocks = max(1, min(blocks, int(free * SCRATCH_SHARE) // (how.winner_bytes + how.cost_bytes)))
         winners, spilled = _scratch(how, blocks, sources.device)
     kernel = load_kernel(SOURCE, "encode", dict(how.macros), device, how.shared_bytes)
-    before = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (padded, state_values, shifts_there)]
-    after = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (winners, spilled, states)]
+    sources_at, values_at, shifts_at = (ctypes.c_void_p(t.data_ptr()) for t in (padded, state_values, shifts_there))
+    outputs = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (winners, spilled, states)]
     stream = torch.cuda.current_stream(device).cuda_stream
-    arguments = [*before, ctypes.c_int32(len(padded)), *after]
+    arguments = [sources_at, values_at, ctypes.c_float(scale), shifts_at, ctypes.c_int32(len(padded)), *outputs]
     launch(kernel, stream, blocks, how.threads, how.shared_bytes, arguments)
     return states[: sources.shape[0]]
 
