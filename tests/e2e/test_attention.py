@@ -8,7 +8,7 @@ from tiny_model import build
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qpalette.integrations.attention import grouped_matmul, grouped_sdpa
+from qpalette.integrations.attention import grouped
 
 
 def model(implementation: str) -> nn.Module:
@@ -17,19 +17,17 @@ def model(implementation: str) -> nn.Module:
     return result
 
 
-@pytest.mark.parametrize("name", ["grouped", "grouped-matmul"])
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
-def test_generates_the_same_tokens(name, cache):
+def test_generates_the_same_tokens(cache):
     prompt = torch.arange(1, 13).reshape(2, 6)
     padded = torch.ones_like(prompt)
     padded[0, :2] = 0  # the mask is of use
     options = {"attention_mask": padded, "max_new_tokens": 10, "do_sample": False, "cache_implementation": cache}
-    assert torch.equal(model(name).generate(prompt, **options), model("sdpa").generate(prompt, **options))
+    assert torch.equal(model("grouped").generate(prompt, **options), model("sdpa").generate(prompt, **options))
 
 
-@pytest.mark.parametrize("function", [grouped_sdpa, grouped_matmul])
 @pytest.mark.parametrize("boolean", [True, False])
-def test_values_are_those_of_sdpa(function, boolean):
+def test_values_are_those_of_sdpa(boolean):
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 6, 1, 16), torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 8)
     allowed = torch.rand(2, 1, 1, 20) > 0.3
@@ -37,7 +35,7 @@ def test_values_are_those_of_sdpa(function, boolean):
     module = nn.Module()
     module.num_key_value_groups = 3
     wanted, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
-    result, weights = function(module, query, key, value, mask, scaling=0.3)
+    result, weights = grouped(module, query, key, value, mask, scaling=0.3)
     assert (result.shape, weights) == (wanted.shape, None)
     # A score adds 16 products of at most max|q| max|k|, a result 20 values of at most max|v| whose weights sum to 1;
     # an error e of a score changes a weight by the factor 1 + 2e.
@@ -46,11 +44,10 @@ def test_values_are_those_of_sdpa(function, boolean):
     assert (result - wanted).abs().max() <= (2 * score + 20 * unit) * float(value.abs().max())
 
 
-@pytest.mark.parametrize("function", [grouped_sdpa, grouped_matmul])
-def test_prefill_goes_to_sdpa_itself(function):
+def test_prefill_goes_to_sdpa_itself():
     query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
     module = nn.Module()
     module.num_key_value_groups = 2
     module.is_causal = True
     wanted, _ = sdpa_attention_forward(module, query, key, key, None)
-    assert torch.equal(function(module, query, key, key, None)[0], wanted)
+    assert torch.equal(grouped(module, query, key, key, None)[0], wanted)

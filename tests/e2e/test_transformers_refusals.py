@@ -134,7 +134,7 @@ def test_the_config_of_another_model(copy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=2), "format_version is 2"),
+        (lambda q: q.update(format_version=3), "format_version is 3"),
         (lambda q: q["linears"][LINEAR].update(spec="nuq-99"), "nuq-99"),
         (lambda q: q["linears"][LINEAR].update(rotation="h7"), "h7"),
         (lambda q: q.update(linears={}), "linears"),

@@ -111,7 +111,7 @@ def quantization_config(packed: dict[str, Packed]) -> dict:
     }
     return {
         "quant_method": "qpalette",
-        "format_version": 1,
+        "format_version": 2,
         "linears": linears,
         "provenance": {"source": "random"},
         "modules_to_not_convert": ["lm_head"],

@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).with_name("golden.json")
 SPECS = [
     *("nuq-2", "nuq-5", "nuq-8", "vq-1.5", "vq-4", "vq-6"),
     *("tcq-1-L12", "tcq-2", "tcq-3.25", "tcq-4", "tcq-4.625-L18", "tcq-6", "tcq-8-L12", "tcq-2-L20"),
-    *("tcq2-1-L12", "tcq2-2", "tcq2-3.25", "tcq2-3.5-L18", "tcq2-5-L12", "tcq2-3-L20"),
+    *("tcq2-1-L12", "tcq2-2", "tcq2-3.25", "tcq2-3.5-L18", "tcq2-4-L12", "tcq2-5-L12", "tcq2-3-L20"),
 ]
 CPU = torch.device("cpu")
 

@@ -91,7 +91,13 @@ CASES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
     "`format_version` is an integer that this release reads": [
         (
             quantization(lambda q: q.update(format_version=True)),
-            "quantization_config: format_version is True, and this release reads 1; upgrade qpalette",
+            "quantization_config: format_version is True, and this release reads 1, 2; upgrade qpalette",
+        )
+    ],
+    "in version 1, no linear has `tcq2` at 3.375 to 4 bits": [
+        (
+            quantization(lambda q: (q.update(format_version=1), q["linears"][UP].update(spec="tcq2-4"))),
+            f"{UP}: 'tcq2-4' had another codebook in format version 1; quantize the model again",
         )
     ],
     "no other field than `linears`, `provenance` (strings), `modules_to_not_convert` (strings)": [

@@ -40,7 +40,7 @@ def test_tensors_of_a_linear_and_their_counted_bits():
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
-        ({"format_version": 2}, "format_version is 2, and this release reads 1; upgrade"),
+        ({"format_version": 3}, "format_version is 3, and this release reads 1, 2; upgrade"),
         ({"format_version": True}, "format_version is True"),
         ({"format_version": None}, "format_version is None"),
         ({"extra": 1}, "extra: Extra inputs"),

@@ -14,8 +14,8 @@ from qpalette.quantizers import parse_spec
 from qpalette.rotate import Rotation
 
 METHOD: Final = "qpalette"
-FORMAT_VERSION = 1
-READABLE_VERSIONS = (1,)
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 CODES, SCALES, SIGNS = SUFFIXES = ("qp_codes", "qp_scales", "qp_signs")
 MAX_WEIGHTS = 1 << 40  # of one linear: a corrupt shape must not become an allocation
 
@@ -60,6 +60,7 @@ class QuantizationFormat(_Strict):
             raise ArtifactError(f"quantization_config: {place}: {first['msg']}; download the model again") from error
         for name, entry in result.linears.items():
             _check_entry(name, entry)
+            _check_codebook(name, entry, result.format_version)
         return result
 
     @classmethod
@@ -144,3 +145,12 @@ def _check_entry(name: str, entry: LinearEntry) -> None:
         raise ArtifactError(f"{name}: {error}") from error
     if canonical != entry.spec:
         raise ArtifactError(f"{name}: spec '{entry.spec}' is not canonical; write '{canonical}'")
+
+
+def _check_codebook(name: str, entry: LinearEntry, version: int) -> None:
+    """Version 1 had 2048 points where tcq2 has 1024 now: the same bits would mean other weights."""
+    quantizer = parse_spec(entry.spec)
+    if version == 1 and quantizer.family == "tcq2" and 3.25 < quantizer.rate <= 4:
+        raise ArtifactError(
+            f"{name}: '{entry.spec}' had another codebook in format version 1; quantize the model again"
+        )

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ KERNELS = (
     (re.compile(r"flash|fmha|attention|attn|softmax|index_copy|index_put|sdpa", re.I), "attention"),
     (re.compile(r"gemm|gemv|cutlass|cublas|nvjet|splitk|dot_kernel|reduce_1Block|triton_tem|_mm_", re.I), "linears"),
     (re.compile(r"norm|rsqrt|mean_pow|pow_mean", re.I), "norms"),
-    (re.compile(r"(?=.*(cos|sin|repeat|expand|where|bitwise_and|_le_|ge_scalar))triton", re.I), "attention"),
+    (re.compile(r"triton.*(cos|sin|repeat|expand|where|bitwise_and|_le_|ge_scalar)", re.I), "attention"),
 )
 
 
@@ -70,6 +71,7 @@ def shares_of(kernels: Sequence[Kernel], seconds: float, steps: int) -> list[Sha
     return [Share(part, sum(names.values()), _longest(names)) for part, names in by_part.items()]
 
 
+@lru_cache(maxsize=4096)  # names of templates run to thousands of characters, and come back at every layer and step
 def part_of(name: str) -> str:
     """The part that a kernel of this name belongs to; the head's product looks like any other linear's."""
     return next((part for pattern, part in KERNELS if pattern.search(name)), "other")

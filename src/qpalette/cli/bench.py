@@ -25,7 +25,8 @@ def bench(
         typer.Option("--config", metavar="C", help="Or random weights: llama-3.1-8b, another preset, a config.json."),
     ] = None,
     spec: Annotated[
-        str | None, typer.Option("--spec", metavar="S", help="With --config: the quantizer, such as tcq-3.25.")
+        list[str] | None,
+        typer.Option("--spec", metavar="S", help="With --config: the quantizer, such as tcq-3.25. Repeatable."),
     ] = None,
     plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="With --config: or a plan.")] = None,
     head: Annotated[
@@ -87,9 +88,9 @@ def bench(
     where = parse_device(device)
     kind = dtype or ("float16" if where.type == "cuda" else "bfloat16")
     common = (parse_dtype(kind), where, attention)
-    quantized = _quantized(model, config, spec, plan, head, rotation, common)
-    original = None if alone else _original(model, config, reference, kind, common)
-    candidates = [candidate for candidate in (original, quantized) if candidate is not None]
+    candidates = _quantized(model, config, spec or [], plan, head, rotation, common)
+    if not alone:
+        candidates.insert(0, _original(model, config, reference, kind, common))
     if not candidates:
         raise InputError("--alone with a bare --config leaves nothing to time: add --spec or --plan")
     chosen = runner or default_runner(where)
@@ -118,12 +119,12 @@ def _tell(speeds: list[Speed], shares: dict[str, list[Share]], device: Any, plot
 def _quantized(
     model: str | None,
     config: str | None,
-    spec: str | None,
+    specs: list[str],
     plan: Path | None,
     head: str | None,
     rotation: str,
     common: tuple[Any, ...],
-) -> Candidate | None:
+) -> list[Candidate]:
     """None when a config comes without quantizers: the original is timed by itself then."""
     from qpalette.bench import from_config, from_directory, read_config
     from qpalette.core.errors import InputError
@@ -131,16 +132,15 @@ def _quantized(
     if (model is None) == (config is None):
         raise InputError("give either a model or --config, such as --config llama-3.1-8b")
     if model is not None:
-        if spec or plan or head:
+        if specs or plan or head:
             raise InputError("--spec, --plan and --head go with --config: a model on disk has its own quantizers")
-        return from_directory(model, model, *common)
-    if spec is not None and plan is not None:
+        return [from_directory(model, model, *common)]
+    if specs and plan is not None:
         raise InputError("give either --spec, such as tcq-3.25, or --plan")
-    if spec is None and plan is None:
-        return None
     shape = read_config(str(config))
-    chosen = _plan(shape, spec, plan, head, rotation)
-    return from_config(f"{config} {spec or plan}", shape, chosen, *common)
+    plans = {str(plan): _plan(shape, None, plan, head, rotation)} if plan is not None else {}
+    plans |= {spec: _plan(shape, spec, None, head, rotation) for spec in specs}
+    return [from_config(f"{config} {name}", shape, chosen, *common) for name, chosen in plans.items()]
 
 
 def _plan(shape: Any, spec: str | None, plan: Path | None, head: str | None, rotation: str) -> Plan:

@@ -1,8 +1,8 @@
 """Attention for one new token over a static cache, in which queries that share a key are rows of one product.
 
 A static cache brings a mask, and with a mask transformers' sdpa first writes out keys and values once for each query of
-a group (`repeat_kv`): for Llama-3.1-8B at 1024 tokens, 4 times 4.7 MB a layer. The two ways here read them as they are.
-They are the same function, and registered by transformers' own door: `attn_implementation="grouped"`.
+a group (`repeat_kv`): for Llama-3.1-8B at 1024 tokens, 4 times 4.7 MB a layer. Here they are read as they are.
+It is registered by transformers' own door: `attn_implementation="grouped"`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
-def grouped_sdpa(
+def grouped(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -25,23 +24,10 @@ def grouped_sdpa(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [B, H, 1, D], key and value [B, H / G, L, D], mask [B, 1, 1, L] -> [B, 1, H, D]; sdpa for what is else."""
-    if not _groups(query, key, attention_mask, options):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    result = scaled_dot_product_attention(_rows(query, key), key, value, attn_mask=attention_mask, scale=scaling)
-    return _heads(result, query), None
+    """query [B, H, 1, D], key and value [B, H / G, L, D], mask [B, 1, 1, L] -> [B, 1, H, D]; sdpa for what is else.
 
-
-def grouped_matmul(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """The same as two products and a softmax in float32: the first product spreads over the keys, too."""
+    Two products and a softmax in float32: the first product spreads over the keys, too.
+    """
     if not _groups(query, key, attention_mask, options):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     assert attention_mask is not None
@@ -54,10 +40,9 @@ def grouped_matmul(
 
 
 def register() -> None:
-    """Make both known to transformers, by the names "grouped" and "grouped-matmul"."""
-    for name, function in (("grouped", grouped_sdpa), ("grouped-matmul", grouped_matmul)):
-        AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, sdpa_mask)
+    """Make it known to transformers, by the name "grouped"."""
+    AttentionInterface.register("grouped", grouped)
+    AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 def _groups(

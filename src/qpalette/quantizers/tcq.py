@@ -20,6 +20,7 @@ from qpalette.quantizers.trellis import Trellis
 SEGMENTS = 32
 _KNOT_GRID = 1 << 14  # dyadic knots make slopes and intercepts exact in float32: the same codebook on every machine
 
+
 @register
 @dataclass(frozen=True)
 class TrellisCoded(Trellis):

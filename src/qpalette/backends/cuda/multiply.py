@@ -6,6 +6,8 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
+from math import ceil, log2, sqrt
 from pathlib import Path
 
 import torch
@@ -21,8 +23,8 @@ MOST_SEGMENTS = 8
 MOST_BATCH = 16
 THREADS = 512  # of 128 registers; x' takes 32 of them, 64 above a batch of 8
 MOST_TABLE_BYTES = 1 << 17
-MOST_SUM_BYTES = 96 << 10
-SUM_GRAIN = 32 << 10  # of the sums of two row tiles at a batch of 16
+MOST_VALUE = 8  # above every table entry (tests/backend/test_cuda_decoder.py)
+MOST_NORM = 128  # of a token of x': rotate.cu
 
 
 class Segment(ctypes.Structure):
@@ -55,6 +57,7 @@ class Problem(ctypes.Structure):
         ("batch", ctypes.c_int),
         ("y_stride", ctypes.c_int),
         ("out_type", ctypes.c_int),
+        ("fixed_point", ctypes.c_float),
     )
 
 
@@ -77,11 +80,9 @@ class DeviceLimits:
         """32 copies of 1024 entries where they fit, half of it on smaller devices."""
         return MOST_TABLE_BYTES if self.shared_bytes >= 160 << 10 else MOST_TABLE_BYTES // 2
 
-    @property
-    def sum_bytes(self) -> int:
-        """For the warps' sums, beside the table: a round takes as many row tiles as fit."""
-        left = (self.shared_bytes - self.table_bytes) // SUM_GRAIN * SUM_GRAIN
-        return min(MOST_SUM_BYTES, left)
+    def most_rows(self, batch: int) -> int:
+        """Row tiles whose sums fit in a block's shared memory, beside the table."""
+        return (self.shared_bytes - self.table_bytes) // _sum_bytes(batch)
 
     @property
     def overlap(self) -> bool:
@@ -104,29 +105,48 @@ def batch_columns(tokens: int) -> int:
     return 1 << (tokens - 1).bit_length()
 
 
+def _sum_bytes(batch: int) -> int:
+    """Of a row tile."""
+    return 64 * batch
+
+
 @lru_cache(maxsize=4096)
-def plan_grid(row_tiles: tuple[int, ...], costs: tuple[float, ...], multiprocessors: int) -> Grid:
-    """The least load per block with which all segments fit on the device at once, a block per multiprocessor."""
+def plan_grid(row_tiles: tuple[int, ...], costs: tuple[float, ...], multiprocessors: int, most_rows: int) -> Grid:
+    """The least load per block with which the blocks of all segments fit on the device at once, one per multiprocessor;
+    or twice, thrice, ... as many blocks where one may not take so many row tiles."""
     loads = sorted({rows * cost for tiles, cost in zip(row_tiles, costs, strict=True) for rows in range(1, tiles + 1)})
-    low, high = 0, len(loads) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if sum(_cut(row_tiles, costs, loads[middle]).blocks) <= multiprocessors:
-            high = middle
-        else:
-            low = middle + 1
-    return _cut(row_tiles, costs, loads[low])
+    for room in count(multiprocessors, multiprocessors):
+        low, high = 0, len(loads)
+        while low < high:
+            middle = (low + high) // 2
+            if sum(_cut(row_tiles, costs, loads[middle], most_rows).blocks) <= room:
+                high = middle
+            else:
+                low = middle + 1
+        if low < len(loads):
+            return _cut(row_tiles, costs, loads[low], most_rows)
+    raise AssertionError("unreachable: with enough blocks a row tile each will do")
 
 
-def _cut(row_tiles: tuple[int, ...], costs: tuple[float, ...], load: float) -> Grid:
-    rows = tuple(max(1, int(load / cost)) for cost in costs)
+def _cut(row_tiles: tuple[int, ...], costs: tuple[float, ...], load: float, most_rows: int) -> Grid:
+    rows = tuple(max(1, min(most_rows, int(load / cost))) for cost in costs)
     return Grid(rows, tuple(-(-tiles // per_block) for tiles, per_block in zip(row_tiles, rows, strict=True)))
+
+
+def fixed_point(columns: int) -> float:
+    """The power of two by which sums become integers of 32 bits.
+
+    |sum| <= |x'| |w'| <= MOST_NORM * MOST_VALUE * sqrt(K), so none overflows, in whatever order it is added up. At
+    K = 4096 the unit is 2^-15: rounding the sums of 16 warps costs 2^-15 / sqrt(12) * 4, where a sum is 64 to 128 and
+    the rounding of x' to float16 alone costs 64 * 2^-12 / sqrt(3).
+    """
+    return 2.0 ** (31 - ceil(log2(MOST_NORM * MOST_VALUE * sqrt(columns))))
 
 
 def decode_cost(spec: DecoderSpec) -> float:
     """Relative time of a tile: look-ups, and the conflicts of a table without a copy per bank."""
     copies = min(32, MOST_TABLE_BYTES // (4 << spec.index_bits))
-    conflicts = {32: 1.0, 16: 1.5, 8: 2.1, 4: 2.7, 2: 3.1, 1: 3.4}[copies]
+    conflicts = {32: 1.0, 16: 2.0, 8: 3.1, 4: 3.5, 2: 3.6, 1: 3.6}[copies]
     return 8 / spec.values * (conflicts + (1 if spec.hashed else 0.5)) + 4
 
 
@@ -138,7 +158,7 @@ def source_for(decoders: Sequence[DecoderSpec]) -> str:
 
 def kernel_macros(limits: DeviceLimits, batch: int) -> dict[str, int]:
     """The compile-time constants of multiply.cu, beside the decoders."""
-    return {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes, "SUM_BYTES": limits.sum_bytes, "BATCH": batch}
+    return {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes, "BATCH": batch}
 
 
 def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: torch.dtype) -> torch.Tensor:
@@ -150,7 +170,8 @@ def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: to
     decoders = list(dict.fromkeys(specs))
     chunks = members[0].codes.shape[1]
     row_tiles = tuple(len(member.codes) for member in members)
-    grid = plan_grid(row_tiles, tuple(decode_cost(spec) for spec in specs), limits.multiprocessors)
+    costs = tuple(decode_cost(spec) for spec in specs)
+    grid = plan_grid(row_tiles, costs, limits.multiprocessors, limits.most_rows(batch))
     y = torch.empty(tokens, sum(member.out_features for member in members), dtype=dtype, device=device)
     problem = Problem(
         x=x.values.data_ptr(),
@@ -161,6 +182,7 @@ def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: to
         batch=tokens,
         y_stride=y.shape[1],
         out_type=TYPES[dtype],
+        fixed_point=fixed_point(members[0].in_features),
     )
     first, offset = 0, 0
     for i, (member, spec) in enumerate(zip(members, specs, strict=True)):
@@ -178,8 +200,10 @@ def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: to
         )
         first += grid.blocks[i]
         offset += member.out_features
-    room = limits.table_bytes + limits.sum_bytes
-    kernel = load_kernel(source_for(decoders), "multiply", kernel_macros(limits, batch), device.index or 0, room)
+    room = limits.table_bytes + max(grid.rows_per_block) * _sum_bytes(batch)
+    kernel = load_kernel(
+        source_for(decoders), "multiply", kernel_macros(limits, batch), device.index or 0, limits.shared_bytes
+    )
     stream = torch.cuda.current_stream(device).cuda_stream
     launch(kernel, stream, first, THREADS, room, [problem], overlap=limits.overlap)
     return y

@@ -1,0 +1,52 @@
+"""What the CUDA products take for granted, checked without a GPU: table entries, fixed point, and how rows are cut."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qpalette.backends.cuda.decoder import decoder_spec, entries
+from qpalette.backends.cuda.multiply import MOST_NORM, MOST_VALUE, fixed_point, plan_grid
+from qpalette.quantizers import FAMILIES, parse_spec
+from qpalette.quantizers.trellis import MEMORIES
+
+SPECS = [quantizer.name for family in FAMILIES.values() for quantizer in family.palette()]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_no_table_entry_can_overflow_a_sum(spec: str) -> None:
+    memories = MEMORIES if parse_spec(spec).family.startswith("tcq") else ()
+    for name in (spec, *(f"{spec}-L{memory}" for memory in memories)):
+        decoder = decoder_spec(name)
+        assert decoder is not None
+        halves = entries(name, torch.device("cpu")).view(torch.float16)
+        assert len(halves) == 2 << decoder.index_bits
+        assert halves.abs().max() < MOST_VALUE
+
+
+@given(st.integers(16, 1 << 20))
+def test_the_largest_sum_fits_in_32_bits(columns: int) -> None:
+    largest = MOST_NORM * MOST_VALUE * sqrt(columns) * fixed_point(columns)
+    assert 2**30 <= largest <= 2**31
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9000), st.sampled_from([8.0, 12.0, 16.4, 24.0])), min_size=1, max_size=8),
+    st.integers(8, 140),
+    st.integers(1, 500),
+)
+def test_rows_are_cut_without_rest_within_what_a_block_holds(
+    segments: list[tuple[int, float]], multiprocessors: int, most_rows: int
+) -> None:
+    row_tiles, costs = zip(*segments, strict=True)
+    grid = plan_grid(row_tiles, costs, multiprocessors, most_rows)
+    for tiles, rows, blocks in zip(row_tiles, grid.rows_per_block, grid.blocks, strict=True):
+        assert 1 <= rows <= most_rows
+        assert (blocks - 1) * rows < tiles <= blocks * rows
+    least = sum(-(-tiles // most_rows) for tiles in row_tiles)
+    rounds = -(-max(least, len(row_tiles)) // multiprocessors)
+    assert sum(grid.blocks) <= rounds * multiprocessors
