@@ -12,11 +12,13 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from report import report
 from rich.console import Console
 
+from qpalette.backends.cuda import backend as cuda_backend
 from qpalette.backends.cuda.probe import launch_seconds, rotation_seconds
 from qpalette.kernels.nvrtc import load_kernel
 from qpalette.kernels.timing import cold_copies, graph_seconds
@@ -25,6 +27,7 @@ LAYER = {"qkv": (6144, 4096), "o": (4096, 4096), "gate/up": (28672, 4096), "down
 SMALL = {"1024x4096": (1024, 4096)}
 SPECS = ("tcq2-2", "tcq2-3", "tcq2-3.25", "tcq2-4", "tcq-3.25", "tcq-4", "vq-3", "vq-4", "nuq-3")
 BATCHES = (1, 8, 16)
+CROSSOVER = (1, 16, 32, 64, 96, 128, 256)
 
 
 def cublas(rows: int, columns: int, batch: int) -> float:
@@ -145,18 +148,21 @@ def main() -> None:
     }
     facts: dict[str, Any] = {name: launch_seconds(parts, 1, device) * 1e6 for name, parts in segments.items()}
     facts |= {f"rotation of {n} x {k}": rotation_seconds(k, n, device) * 1e6 for k in (4096, 14336) for n in BATCHES}
-    facts |= {
-        f"crossover, tcq2-3.25 4096x4096, batch {n}, rotation included": {
-            "ours": launch_seconds([("tcq2-3.25", 4096, 4096)], n, device, with_rotation=True) * 1e6,
-            "cuBLAS fp16": cublas(4096, 4096, n) * 1e6,
-        }
-        for n in (1, 16, 17, 32, 64, 128, 256)
-    }
+    facts |= {f"tcq2-3.25 4096x4096, rotation included, batch {n}": crossover(n, device) for n in CROSSOVER}
     console.print(facts)
     save(rows, facts)
     for batch in BATCHES:  # last, for they tune themselves: minutes, in which a session may end
         rows += [row_of(name, batch, partial(peer, batch=batch)) for name, peer in SLOW_PEERS.items()]
         save(rows, facts)
+
+
+def crossover(batch: int, device: torch.device) -> dict[str, float]:
+    """Microseconds of both ways to multiply more tokens than a launch takes, and of cuBLAS without decoding."""
+    times = {"cuBLAS fp16": cublas(4096, 4096, batch) * 1e6}
+    for way, most_fused in (("fused, 16 at a time", batch), ("decoded, then cuBLAS", 0)):
+        with patch.object(cuda_backend, "MOST_FUSED_TOKENS", most_fused):
+            times[way] = launch_seconds([("tcq2-3.25", 4096, 4096)], batch, device, with_rotation=True) * 1e6
+    return times
 
 
 def save(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:

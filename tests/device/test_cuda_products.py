@@ -70,7 +70,7 @@ def test_products_equal_the_reference(spec: str, shape: tuple[int, int, int]) ->
     check([spec], [rows], columns, batch, torch.bfloat16 if rows % 3 else torch.float16)
 
 
-@pytest.mark.parametrize("batch", [1, 7, 16, 40])
+@pytest.mark.parametrize("batch", [1, 7, 16, 40, 100])
 def test_segments_of_different_specs(batch: int) -> None:
     check(["tcq2-3.25", "vq-3", "tcq-2.125"], [4096, 1024, 1000], 4096, batch, torch.float16)
 

@@ -215,8 +215,11 @@ def test_bench_prints_a_ratio_in_the_same_run(run, config_file, tmp_path):  # no
     picture = tmp_path / "speed.png"
     options = ("--batch", 1, "--batch", 2, "--context", 8, "--steps", 2, "--dtype", "float32")
     command = ("bench", "--config", config_file, "--spec", "nuq-4", "--head", "nuq-8", *options)
-    result = run(*command, "--breakdown", "--plot", picture, "--json")
+    kept = tmp_path / "speed.json"
+    result = run(*command, "--breakdown", "--plot", picture, "--out", kept, "--json")
     report = json.loads(result.out)
+    assert json.loads(kept.read_text()) == report
+    assert "batch 2: " in result.err
     assert [(speed["batch"], speed["ratio"] is None) for speed in report["speeds"]] == [
         (1, True),
         (2, True),
@@ -260,6 +263,7 @@ def test_bench_a_model_on_disk(run, tmp_path):  # noqa: F811
         (("--config", "{config}", "--spec", "nuq-4", "--head", "nuq-99"), "nuq takes"),
         (("--config", "{config}", "--spec", "nuq-4", "--batch", "0"), "must be at least 1"),
         (("--config", "{config}", "--spec", "nuq-4", "--dtype", "int8"), "choose float16"),
+        (("--config", "{config}", "--spec", "nuq-4", "--out", "no-such/x.json"), "does not exist; make it"),
         (("--config", "{config}", "--spec", "nuq-4", "--runner", "fast"), "choose eager, graph"),
         (("--config", "{config}", "--spec", "nuq-4", "--runner", "graph"), "needs a CUDA device"),
         (("--config", "{config}", "--spec", "nuq-4", "--context", "300"), "but the model has 256"),

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qpalette.cli.output import print_json, print_note, print_table, quiet_transformers, size, step_bar
+from qpalette.cli.output import (
+    check_folder,
+    print_json,
+    print_note,
+    print_table,
+    quiet_transformers,
+    size,
+    step_bar,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from qpalette.bench import Candidate, Share, Speed
@@ -64,6 +73,10 @@ def bench(
         bool, typer.Option("--breakdown", help="Where the time of a step goes, at the first batch size.")
     ] = False,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="A .png, .svg or .pdf.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Keep what --json prints there, after every measurement."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
     """Time decoding and prefill with a static cache, and the original the same way.
@@ -84,6 +97,8 @@ def bench(
         from qpalette.cli.bench_plot import check_plot
 
         check_plot(plot)
+    if out is not None:
+        check_folder(out)
     quiet_transformers()
     where = parse_device(device)
     kind = dtype or ("float16" if where.type == "cuda" else "bfloat16")
@@ -102,6 +117,9 @@ def bench(
             if parts:
                 shares[result.model] = parts
             bar.show(len(speeds), len(candidates) * len(batches))
+            print_note(f"{result.model}, batch {result.batch}: {result.tokens_per_second:.1f} tokens/s")
+            if out is not None:
+                write_json(_report(speeds, shares, where), out)
     _tell(speeds, shares, where, plot, as_json)
 
 

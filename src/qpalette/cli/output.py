@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
@@ -40,7 +41,32 @@ def print_note(message: str) -> None:
 
 def print_json(value: Any) -> None:
     """`value` on stdout: dataclasses as objects, exact rates as numbers, infinities as null."""
-    sys.stdout.write(json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    sys.stdout.write(_json(value))
+
+
+def write_json(value: Any, file: Path) -> None:
+    """What `print_json` prints, to `file`. Raises as `write_text`."""
+    write_text(file, _json(value))
+
+
+def write_text(file: Path, text: str) -> None:
+    """The whole of `file` or nothing of it. Raises InputError where its folder does not exist."""
+    check_folder(file)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def check_folder(file: Path) -> None:
+    """Raises InputError where `file` could not be written for want of a folder: ask before long work."""
+    from qpalette.core.errors import InputError
+
+    if not file.absolute().parent.is_dir():
+        raise InputError(f"{file.absolute().parent} does not exist; make it, or choose another place")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

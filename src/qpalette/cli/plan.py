@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qpalette.cli.output import count, print_facts, print_json, print_note, print_table, size
+from qpalette.cli.output import count, print_facts, print_json, print_note, print_table, size, write_text
 
 if TYPE_CHECKING:
     from qpalette.checkpoint import Checkpoint
@@ -94,7 +94,7 @@ def plan(
     known = _sensitivities(model, sensitivity, checkpoint)
     found = _made(known, budget, space, checkpoint, also or (), context, solver, rotation, seed)
     if out is not None:
-        _write(out, found.plan.to_json())
+        write_text(out, found.plan.to_json())
     if plot is not None:
         from qpalette.cli.plan_plot import draw_plan
 
@@ -103,7 +103,7 @@ def plan(
         from qpalette.cli.plan_report import plan_page
 
         command = shlex.join(["qpalette", *sys.argv[1:]])
-        _write(report, plan_page(found, str(budget), command, model or str(sensitivity), FRONT_POINTS))
+        write_text(report, plan_page(found, str(budget), command, model or str(sensitivity), FRONT_POINTS))
     if as_json:
         print_json(plan_json(found))
     else:
@@ -274,15 +274,3 @@ def show_plan(found: BudgetPlan, budget: str) -> None:
 def _say_next(model: str | None, out: Path | None) -> None:
     if out is not None:
         print_note(f"now: qpalette quantize {model or 'MODEL'} OUT --plan {out}")
-
-
-def _write(file: Path, text: str) -> None:
-    import os
-
-    from qpalette.core.errors import InputError
-
-    if not file.absolute().parent.is_dir():
-        raise InputError(f"{file.absolute().parent} does not exist; make it, or choose another place")
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)

@@ -18,6 +18,11 @@ from qpalette.pack.tiles import from_tiles
 from qpalette.quantizers import parse_spec
 from qpalette.quantizers.trellis import Trellis
 
+# Above so many tokens matrices are decoded and multiplied by cuBLAS; below, MOST_BATCH tokens a launch. On an H100, a
+# matrix of 4096 x 4096 at 3.25 bits: 10.4 us a launch of 16 tokens; by cuBLAS 68 us for 64 tokens and 74 for 128,
+# decoding included (benchmarks/results/gemv.json).
+MOST_FUSED_TOKENS = 96
+
 
 class CudaBackend(Backend):
     name = "cuda"
@@ -51,8 +56,10 @@ class CudaBackend(Backend):
         signs, rotation, tokens = members[0].signs, members[0].rotation, len(x)
         if tokens == 0:
             return x.new_empty(0, sum(member.out_features for member in members))
-        if tokens > MOST_BATCH:
+        if tokens > MOST_FUSED_TOKENS:
             return self._by_library(x, members)
+        if tokens > MOST_BATCH:
+            return torch.cat([self.linears(part, members) for part in x.split(MOST_BATCH)])
         rotated = rotate(x, signs, rotation, batch_columns(tokens))
         parts = [
             multiply(rotated, tokens, members[i : i + MOST_SEGMENTS], x.dtype)
