@@ -94,6 +94,16 @@ def test_large_and_small_inputs_do_not_leave_float16() -> None:
     assert not backends()["cuda"].linears(torch.zeros(2, 1024, device="cuda"), found).any()
 
 
+def test_a_token_that_is_not_finite_stays_so_and_alone() -> None:
+    found = members(["tcq2-3.25"], [256], 1024)
+    x = torch.randn(4, 1024, device="cuda")
+    clean = backends()["cuda"].linears(x, found)
+    x[1, 5], x[2, 7] = torch.nan, torch.inf
+    result = backends()["cuda"].linears(x, found)
+    assert torch.equal(result[[0, 3]], clean[[0, 3]])
+    assert result[1:3].isnan().all()
+
+
 @pytest.mark.parametrize("columns", [576, 1536, 2880, 4096, 5376, 11008, 14336, 17920, 18944])
 def test_block_and_full_rotations(columns: int) -> None:
     for name in (full_rotation(columns).name, "h64"):

@@ -51,28 +51,31 @@ struct Decoder {
         return part + 1 == PARTS ? CHUNK - 1 : (end - 1) / EIGHTHS;
     }
 
-    static __device__ __forceinline__ void load_part(u32 (&words)[WORDS], int part, const u8 *chunk, u32 lane) {
+    // Where `wanted` is 0 nothing is loaded, without a branch.
+    static __device__ __forceinline__ void load_part(u32 (&words)[WORDS], int part, const u8 *chunk, u32 lane, u32 wanted) {
         const int first = words_before(part), count = words_before(part + 1) - first;
         const u8 *from = chunk + 128 * first;
         if (EIGHTHS & 1 && part == PARTS - 1) {
-            u16 half;
-            asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(half) : "l"(from + 2 * lane));
+            u16 half = 0;
+            asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0;\n@p ld.global.nc.L1::no_allocate.u16 %0, [%1];}"
+                : "+h"(half) : "l"(from + 2 * lane), "r"(wanted));
             words[first] = (u32)half << 16;
         } else if (count == 4) {
-            asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                : "=r"(words[first]), "=r"(words[first + 1]), "=r"(words[first + 2]), "=r"(words[first + 3])
-                : "l"(from + 16 * lane));
+            asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0;\n@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
+                : "+r"(words[first]), "+r"(words[first + 1]), "+r"(words[first + 2]), "+r"(words[first + 3])
+                : "l"(from + 16 * lane), "r"(wanted));
         } else if (count == 2) {
-            asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                : "=r"(words[first]), "=r"(words[first + 1]) : "l"(from + 8 * lane));
+            asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0;\n@p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];}"
+                : "+r"(words[first]), "+r"(words[first + 1]) : "l"(from + 8 * lane), "r"(wanted));
         } else {
-            asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(words[first]) : "l"(from + 4 * lane));
+            asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0;\n@p ld.global.nc.L1::no_allocate.u32 %0, [%1];}"
+                : "+r"(words[first]) : "l"(from + 4 * lane), "r"(wanted));
         }
     }
 
     static __device__ __forceinline__ void load(u32 (&words)[WORDS], const u8 *chunk, u32 lane) {
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) load_part(words, part, chunk, lane);
+        for (int part = 0; part < PARTS; part++) load_part(words, part, chunk, lane, 1);
     }
 
     // 32 stream bits from bit `begin` of the lane's chunk, of which `used` count.

@@ -121,13 +121,16 @@ template <class D>
 __device__ __forceinline__ void multiply_item(int *sums, float fixed_point, u32 (&words)[D::WORDS], const Walk<D> &next,
                                               const uint4 (&x)[FRAGMENTS][PAIRS], u32 lane, u32 unit) {
     float sum[FRAGMENTS][4] = {};
+    const u8 *codes = next.codes;
+    u32 wanted = next.left != 0;
+    asm volatile("" : "+l"(codes), "+r"(wanted));  // computed here, once: the compiler would do it again for every part
 #pragma unroll
     for (int t = 0; t < CHUNK; t++) {
         u32 a[4];
         D::decode(a, words, t, lane, unit, shared);
 #pragma unroll
         for (int part = 0; part < D::PARTS; part++)
-            if (D::last_tile(part) == t && next.left) D::load_part(words, part, next.codes, lane);
+            if (D::last_tile(part) == t) D::load_part(words, part, codes, lane, wanted);
 #pragma unroll
         for (int f = 0; f < FRAGMENTS; f++) {
             const uint4 b = x[f][t / 2];

@@ -135,6 +135,6 @@ rotate(const void *x, long long x_stride, const u8 *signs, const float *dense, c
     if (working) out[place(base + row % DENSE * H + position, token, padded)] = to_half(value * (factor / scale));
     if (blockIdx.x == 0) {
         for (int k = inputs + thread; k < padded; k += THREADS) out[place(k, token, padded)] = 0;
-        if (thread == 0) scales[token] = scale;
+        if (thread == 0) scales[token] = scale + norm * 0;  // a token that is not finite stays so: integer sums would lose it
     }
 }
