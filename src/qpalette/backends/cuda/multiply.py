@@ -23,7 +23,7 @@ MOST_SEGMENTS = 8
 MOST_BATCH = 16
 THREADS = 512  # of 128 registers; x' takes 32 of them, 64 above a batch of 8
 MOST_TABLE_BYTES = 1 << 17
-MOST_VALUE = 8  # above every table entry (tests/backend/test_cuda_decoder.py)
+MOST_VALUE = 8  # above every table entry (tests/backend/test_cuda_products_plan.py)
 MOST_NORM = 128  # of a token of x': rotate.cu
 
 
