@@ -17,9 +17,7 @@ MOST_LANES = 4
 MOST_SIBLINGS = 4
 MOST_THREADS = 1024
 SCRATCH_SHARE = 0.5  # of the device's free memory, for the winners of every step, where all blocks' do not fit
-BUSY_THREADS = (
-    512  # a block should have: with few tiles a thread then takes fewer siblings (1024: 13 % slower for tcq2-3.25)
-)
+BUSY_THREADS = 512  # a block should have: with few tiles a thread then takes fewer siblings (1024: 13 % slower)
 
 
 @dataclass(frozen=True)
