@@ -9,6 +9,7 @@ Shapes are those of a Llama-3.1-8B layer; "layer" is their sum, rotations apart.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from report import report
 from rich.console import Console
 
-from qpalette.backends.cuda import backend as cuda_backend
+from qpalette.backends.cuda.backend import CudaBackend
 from qpalette.backends.cuda.probe import launch_seconds, rotation_seconds
 from qpalette.kernels.nvrtc import load_kernel
 from qpalette.kernels.timing import cold_copies, graph_seconds
@@ -160,7 +161,7 @@ def crossover(batch: int, device: torch.device) -> dict[str, float]:
     """Microseconds of both ways to multiply more tokens than a launch takes, and of cuBLAS without decoding."""
     times = {"cuBLAS fp16": cublas(4096, 4096, batch) * 1e6}
     for way, most_fused in (("fused, 16 at a time", batch), ("decoded, then cuBLAS", 0)):
-        with patch.object(cuda_backend, "MOST_FUSED_TOKENS", most_fused):
+        with patch.object(sys.modules[CudaBackend.__module__], "MOST_FUSED_TOKENS", most_fused):
             times[way] = launch_seconds([("tcq2-3.25", 4096, 4096)], batch, device, with_rotation=True) * 1e6
     return times
 

@@ -8,11 +8,15 @@ from qpalette.quantizers.trellis import Trellis
 
 pytest.importorskip("cuda.core", reason="needs qpalette[cuda]")
 
+from qpalette.backends.cuda.attend import SOURCE as ATTEND_SOURCE
+from qpalette.backends.cuda.attend import warps_of
 from qpalette.backends.cuda.decoder import SOURCE as DECODER_SOURCE
 from qpalette.backends.cuda.decoder import decoder_spec
 from qpalette.backends.cuda.multiply import THREADS, DeviceLimits, kernel_macros, source_for
+from qpalette.backends.cuda.rotate import MOST_THREADS, cut_of, rotation_macros
 from qpalette.backends.cuda.rotate import SOURCE as ROTATE_SOURCE
 from qpalette.backends.cuda.trellis_encoder import SOURCE, plan_launch
+from qpalette.backends.cuda.unpack import RESCALE_MACROS, RESCALE_SOURCE
 from qpalette.backends.cuda.unpack import SOURCE as UNPACK_SOURCE
 from qpalette.kernels.nvrtc import compile_cubin, resources
 
@@ -102,10 +106,28 @@ def test_segments_of_different_decoders_compile_together() -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
-@pytest.mark.parametrize(("dense", "log_h", "group"), [(8, 9, 1), (28, 9, 1), (180, 4, 16), (125, 1, 128), (1, 6, 4)])
-def test_rotations_compile(dense: int, log_h: int, group: int, arch: str) -> None:
-    macros = {"BATCH": 1, "DENSE": dense, "GROUP": group, "IN_TYPE": 0, "LOG_H": log_h, "NORM": 1}
-    assert compile_cubin(ROTATE_SOURCE, arch, tuple(sorted(macros.items()))).startswith(b"\x7fELF")
+@pytest.mark.parametrize(
+    ("order", "log_h", "inputs"), [(2, 11, 4096), (28, 9, 14336), (180, 4, 2880), (125, 1, 250), (1, 6, 576)]
+)
+def test_rotations_compile(order: int, log_h: int, inputs: int, arch: str) -> None:
+    cut = cut_of(order, log_h, inputs)
+    assert cut.threads <= MOST_THREADS
+    assert cut.blocks * cut.lines * cut.each << log_h >= inputs, "every row has a thread"
+    for norm in (False, True):
+        macros = tuple(sorted(rotation_macros(order, log_h, cut, 0, norm, 1).items()))
+        assert resources(ROTATE_SOURCE, arch, macros).spilled_bytes <= 32  # ptxas stops at 64 registers, of 128
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize(("dim", "group"), [(64, 1), (128, 4), (192, 7), (256, 8)])
+def test_attention_compiles_without_spills(dim: int, group: int, arch: str) -> None:
+    for blocks in (64, 512):
+        macros = {"DIM": dim, "GROUP": group, "TYPE": 1, "WARPS": warps_of(dim, blocks, 132)}
+        assert resources(ATTEND_SOURCE, arch, tuple(sorted(macros.items()))).spilled_bytes == 0
+
+
+def test_rescaling_compiles() -> None:
+    assert compile_cubin(RESCALE_SOURCE, "sm_80", tuple(sorted(RESCALE_MACROS.items()))).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("spec", ["tcq-3.25", "vq-6"])

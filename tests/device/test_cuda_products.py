@@ -10,6 +10,7 @@ import torch
 
 from qpalette.backends.cuda.probe import random_member
 from qpalette.backends.cuda.rotate import rotate
+from qpalette.backends.cuda.unpack import multiply_by_library
 from qpalette.kernels import PackedLinear, backends
 from qpalette.rotate import Rotation, full_rotation, unpack_signs
 
@@ -31,6 +32,7 @@ SHAPES = [
     (64, 250, 17),
     (4096, 1024, 5),
     (20000, 256, 12),
+    (1000, 5120, 1),
 ]
 
 
@@ -53,6 +55,12 @@ def expected(x: torch.Tensor, found: list[PackedLinear]) -> torch.Tensor:
     return torch.cat([rotated @ cuda.rotated_weight(member).double().T for member in found], dim=1)
 
 
+def place(columns: int) -> torch.Tensor:
+    """Where the columns of W' lie in the order of a product's fragments."""
+    k = torch.arange(columns)
+    return k // 32 * 32 + k % 8 // 2 * 8 + k % 32 // 16 * 4 + k % 16 // 8 * 2 + k % 2
+
+
 def check(specs: list[str], rows: list[int], columns: int, batch: int, dtype: torch.dtype) -> None:
     found = members(specs, rows, columns)
     x = torch.randn(batch, columns, device="cuda").to(dtype)
@@ -73,6 +81,17 @@ def test_products_equal_the_reference(spec: str, shape: tuple[int, int, int]) ->
 @pytest.mark.parametrize("batch", [1, 7, 16, 40, 100])
 def test_segments_of_different_specs(batch: int) -> None:
     check(["tcq2-3.25", "vq-3", "tcq-2.125"], [4096, 1024, 1000], 4096, batch, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("spec", ["tcq2-3.25", "tcq-2.125", "vq-3", "nuq-8"])
+def test_products_by_the_library(spec: str, dtype: torch.dtype) -> None:
+    found = members([spec, "nuq-4"], [1000, 48], 576)
+    x = torch.randn(33, 576, device="cuda").to(dtype)
+    result = multiply_by_library(rotate(x, found[0].signs, found[0].rotation, None), found, dtype)
+    wanted = expected(x, found)
+    # The product is rounded to float16 once more.
+    assert (result.double() - wanted).norm() <= (TOLERANCE[dtype] + 2 * 2**-11 / 3**0.5) * wanted.norm()
 
 
 def test_more_segments_than_a_launch_takes() -> None:
@@ -123,5 +142,5 @@ def test_rms_norm_before_the_rotation(columns: int, name: str) -> None:
     found = rotate(x, signs, rotation, None, norm=(weight, 1e-5))
     normed = torch.nn.functional.rms_norm(x.double(), (columns,), weight.double(), 1e-5)
     wanted = Rotation.parse(rotation, columns).apply(normed * unpack_signs(signs, columns))
-    result = found.values[:, :columns].double() * found.scales[:, None].double()
+    result = found.values[:, place(columns)].double() * found.scales[:, None].double()
     assert (result - wanted).norm() <= TOLERANCE[torch.float16] * wanted.norm()

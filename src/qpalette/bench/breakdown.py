@@ -8,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 
-from qpalette.bench.decode import PROFILED, Decoder
+from qpalette.bench.decode import PROFILED, Decoder, greedy
 from qpalette.nn import QuantLinear
 
 PARTS = ("linears", "rotation", "lm_head", "attention", "norms", "other", "gaps")
@@ -21,7 +21,7 @@ PARTS = ("linears", "rotation", "lm_head", "attention", "norms", "other", "gaps"
 KERNELS = (
     (re.compile(r"^rotate\b|hadamard", re.I), "rotation"),
     (re.compile(r"^(multiply|unpack)\b"), "linears"),  # this package's own
-    (re.compile(r"flash|fmha|attention|attn|softmax|index_copy|index_put|sdpa", re.I), "attention"),
+    (re.compile(r"^attend\b|flash|fmha|attention|attn|softmax|index_copy|index_put|sdpa", re.I), "attention"),
     (re.compile(r"gemm|gemv|cutlass|cublas|nvjet|splitk|dot_kernel|reduce_1Block|triton_tem|_mm_", re.I), "linears"),
     (re.compile(r"norm|rsqrt|mean_pow|pow_mean", re.I), "norms"),
     (re.compile(r"triton.*(cos|sin|repeat|expand|where|bitwise_and|_le_|ge_scalar)", re.I), "attention"),
@@ -129,7 +129,7 @@ def _profile(decoder: Decoder) -> tuple[list[Kernel], float]:
 
 def _by_module(decoder: Decoder) -> list[Share]:
     spent: dict[str, float] = defaultdict(float)
-    decoder.forward = decoder.model
+    decoder.next_token = partial(greedy, decoder.model)
     with _timed_modules(decoder.model, spent):
         start = time.perf_counter()
         for _ in range(PROFILED):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +20,10 @@ RUNNERS = ("eager", "graph", "compile", "compile-graph")
 WARMUP = 6  # steps: compilation, the allocator's first requests, three replays that CUDA graph trees record on
 PROFILED = 8  # steps for a look at where the time goes: enough to see the spread, few enough for a profiler's buffers
 ALIGNMENT = 64  # of the cache's length: masked attention kernels copy a mask whose rows are not aligned
+ARGMAX_PARTS = 64
+# Kernels of torch.compile that start before the one ahead of them has ended, and small ones that run as one. A step of
+# 8 layers of Llama-3.1-8B on an H100: 689 instead of 758 us at 3.25 bits.
+COMPILE_OPTIONS = {"triton.enable_pdl": True, "combo_kernels": True}
 CAPTURE_WARMUP = 3  # steps on the side stream, as torch's documentation of CUDA graphs asks for
 
 
@@ -50,7 +56,7 @@ class Decoder:
 
     The runner says how a step runs: "eager"; "graph", one captured CUDA graph of the eager step; "compile", as
     transformers' generate does it: torch.compile(mode="reduce-overhead", fullgraph=True); "compile-graph", the step
-    compiled without CUDA graphs and captured into one here.
+    compiled with the choice of the token, without CUDA graphs, and captured into one here.
 
     Raises InputError when the cache is longer than the model's context, and UnsupportedError for a graph without CUDA.
     """
@@ -65,7 +71,7 @@ class Decoder:
         _check(model, positions, runner)
         self.cache = StaticCache(config=model.config, max_cache_len=-(-positions // ALIGNMENT) * ALIGNMENT)
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
-        self.forward = _compiled(model, runner)
+        self.next_token = _compiled(model, runner)
         self.graph: Any = None
 
     @torch.no_grad()
@@ -116,8 +122,7 @@ class Decoder:
     def _step(self) -> None:
         if self.runner == "compile":
             torch.compiler.cudagraph_mark_step_begin()
-        logits = self.forward(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits
-        self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        self.token.copy_(self.next_token(self.token, self.cache))
 
     def _capture(self) -> None:
         side = torch.cuda.Stream()
@@ -183,11 +188,29 @@ def default_runner(device: torch.device) -> str:
     return "compile" if device.type == "cuda" else "eager"
 
 
-def _compiled(model: Any, runner: str) -> Callable[..., Any]:
-    if not runner.startswith("compile"):
-        return model
-    mode = "reduce-overhead" if runner == "compile" else None
-    return torch.compile(model.__call__, mode=mode, fullgraph=True, dynamic=False)
+def compile_options() -> dict[str, Any]:
+    """COMPILE_OPTIONS that this torch knows."""
+    known = set(torch._inductor.list_options())
+    return {name: value for name, value in COMPILE_OPTIONS.items() if name in known}
+
+
+def greedy(forward: Callable[..., Any], token: torch.Tensor, cache: Any) -> torch.Tensor:
+    """The most likely next token after `token`, both [batch, 1]."""
+    logits: torch.Tensor = forward(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+    # In parts, which run side by side: over 128256 logits an argmax is one block's work, 21 us on an H100.
+    parts = math.gcd(logits.shape[-1], ARGMAX_PARTS)
+    highest, place = logits.unflatten(-1, (parts, -1)).max(-1)
+    part = highest.argmax(-1, keepdim=True)
+    return part * (logits.shape[-1] // parts) + place.gather(-1, part)
+
+
+def _compiled(model: Any, runner: str) -> Callable[[torch.Tensor, Any], torch.Tensor]:
+    match runner:
+        case "compile":
+            return partial(greedy, torch.compile(model.__call__, mode="reduce-overhead", fullgraph=True, dynamic=False))
+        case "compile-graph":
+            return torch.compile(partial(greedy, model), fullgraph=True, dynamic=False, options=compile_options())
+    return partial(greedy, model)
 
 
 def _check(model: Any, positions: int, runner: str) -> None:

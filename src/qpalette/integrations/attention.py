@@ -14,6 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qpalette.backends.cuda.attend import attend, attends
+
 
 def grouped(
     module: Any,
@@ -26,12 +28,16 @@ def grouped(
 ) -> tuple[torch.Tensor, None]:
     """query [B, H, 1, D], key and value [B, H / G, L, D], mask [B, 1, 1, L] -> [B, 1, H, D]; sdpa for what is else.
 
-    Two products and a softmax in float32: the first product spreads over the keys, too.
+    One launch where the device has clusters of blocks (`backends/cuda/attend.cu`); elsewhere two products and a softmax
+    in float32: the first product spreads over the keys, too.
     """
     if not _groups(query, key, attention_mask, options):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     assert attention_mask is not None
-    scores = _rows(query, key) @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attends(query, key, value, attention_mask):
+        return attend(query, key, value, attention_mask, scale), None
+    scores = _rows(query, key) @ key.transpose(-1, -2) * scale
     if attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     else:

@@ -93,7 +93,7 @@ def _load(source: str, name: str, macros: tuple[tuple[str, int], ...], device: i
 def launch(
     kernel: Any,
     stream: int,
-    grid: int | tuple[int, int],
+    grid: int | tuple[int, ...],
     block: int,
     shared_bytes: int,
     arguments: Sequence[Any],
@@ -106,9 +106,9 @@ def launch(
     """
     driver = _driver()
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY = grid if isinstance(grid, tuple) else (grid, 1)
-    config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-    config.blockDimX = block
+    x, y, z = (*(grid if isinstance(grid, tuple) else (grid,)), 1, 1)[:3]
+    config.gridDimX, config.gridDimY, config.gridDimZ = x, y, z
+    config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
     config.sharedMemBytes = shared_bytes
     config.hStream = stream
     config.attrs = _attributes(overlap)

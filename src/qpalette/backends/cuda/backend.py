@@ -11,7 +11,7 @@ from qpalette.backends.cuda.layout import LAYOUT, from_chunks, to_chunks
 from qpalette.backends.cuda.multiply import MOST_BATCH, MOST_SEGMENTS, batch_columns, multiply
 from qpalette.backends.cuda.rotate import rotate
 from qpalette.backends.cuda.trellis_encoder import encode_states
-from qpalette.backends.cuda.unpack import unpack
+from qpalette.backends.cuda.unpack import multiply_by_library
 from qpalette.core.records import tiles_of
 from qpalette.kernels import Backend, PackedLinear, Verdict
 from qpalette.pack.tiles import from_tiles
@@ -57,7 +57,7 @@ class CudaBackend(Backend):
         if tokens == 0:
             return x.new_empty(0, sum(member.out_features for member in members))
         if tokens > MOST_FUSED_TOKENS:
-            return self._by_library(x, members)
+            return multiply_by_library(rotate(x, signs, rotation, None), members, x.dtype)
         if tokens > MOST_BATCH:
             return torch.cat([self.linears(part, members) for part in x.split(MOST_BATCH)])
         rotated = rotate(x, signs, rotation, batch_columns(tokens))
@@ -66,17 +66,6 @@ class CudaBackend(Backend):
             for i in range(0, len(members), MOST_SEGMENTS)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    def _by_library(self, x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
-        """Each matrix decoded to float16, then cuBLAS. Rotated tokens have a norm below 256 and rows of W' are near
-        unit variance, so no product passes float16."""
-        rotated = rotate(x, members[0].signs, members[0].rotation, None)
-        parts = []
-        for member in members:
-            product = (rotated.values @ unpack(member).T)[:, : member.out_features].float()
-            scales = member.scales.view(torch.float16).float()
-            parts.append((product * rotated.scales[:, None] * scales).to(x.dtype))
-        return torch.cat(parts, dim=1)
 
     def rotated_weight(self, packed: PackedLinear) -> torch.Tensor:
         quantizer = parse_spec(packed.spec)

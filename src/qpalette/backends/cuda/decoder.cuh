@@ -8,10 +8,6 @@
 // Bits above a window never reach the index, so nothing masks them; the multiplication also moves the index to where it
 // is a byte offset, so that one and-or gives the address.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-
 constexpr int CHUNK = 16;  // tiles of consecutive columns whose bits a lane keeps together: EIGHTHS * 16 bits
 
 __device__ constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
@@ -21,6 +17,7 @@ struct Decoder {
     static constexpr int EIGHTHS = EIGHTHS_;  // of a bit per weight = bits of a lane per tile
     static constexpr int VALUES = VALUES_;    // weights per table entry
     static constexpr int INDEX_BITS = INDEX_BITS_;
+    static constexpr bool HASHED = HASHED_;
     static constexpr int STEPS = 8 / VALUES;
     static constexpr int FULL_WORDS = EIGHTHS / 2;
     static constexpr int WORDS = (EIGHTHS + 1) / 2;  // of 32 bits per lane and chunk; an odd rate ends in half a word
@@ -103,7 +100,7 @@ struct Decoder {
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
             u32 offset;
-            if constexpr (HASHED_) {
+            if constexpr (HASHED) {
                 const u32 s = window(before, first, second, end(step));
                 offset = s * (s * (2 * unit) + unit);
                 if constexpr (HASH_SHIFT < 0) offset >>= -HASH_SHIFT;

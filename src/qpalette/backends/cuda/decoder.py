@@ -15,7 +15,8 @@ from qpalette.quantizers.tcq import TrellisCoded
 from qpalette.quantizers.tcq2 import TrellisCodedPairs
 from qpalette.quantizers.vq import VectorQuantized
 
-SOURCE = Path(__file__).with_name("decoder.cuh").read_text()
+COMMON_SOURCE = Path(__file__).with_name("common.cuh").read_text()
+SOURCE = COMMON_SOURCE + Path(__file__).with_name("decoder.cuh").read_text()
 MOST_PAIR_BITS = 6  # nuq: up to here a look-up gives two weights; a table of all pairs of more levels does not fit
 _COPIES_BYTES = 4 * 32  # of an entry with a copy in each bank
 

@@ -1,37 +1,50 @@
 // x' = Q diag(s) x for the one product or group that follows, written in the order in which `multiply` reads it.
 //
-// Q = I (x) A (x) H: A any dense matrix of order DENSE, H the Hadamard matrix of order 2^LOG_H. A block makes GROUP rows of
-// A's output for one token: it reads the whole of the token's block of x (from L2; 8 to 28 KB), so that no block waits
-// for another. Then H runs in registers, by shuffles, with one exchange through shared memory.
+// Q = I (x) A (x) H: A any dense matrix of order DENSE, H the Hadamard matrix of order 2^LOG_H. A block makes LINES * EACH
+// rows of A's output for one token: it reads the whole of the token's block of x (from L2; 8 to 28 KB), so that no block
+// waits for another. A thread has VALUES columns of EACH rows. Then H runs in registers, by shuffles, with one exchange
+// through shared memory.
+//
+// Few blocks: a product has one on nearly every multiprocessor, and starts late on those where it finds a rotation.
 //
 // A token is divided by a power of two near its norm: rotated values are at most the norm, so float16 cannot overflow.
 // With NORM the input goes through RMSNorm first (x / rms(x) * weight).
 //
-// Compile-time constants: DENSE, LOG_H, GROUP, IN_TYPE (0 float16, 1 bfloat16, 2 float32), NORM, BATCH (0: row-major).
+// Compile-time constants: DENSE, LOG_H, LOG_VALUES, LINES, EACH (1, or a divisor of DENSE), IN_TYPE, NORM, BATCH (0: tokens
+// one by one).
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-
-constexpr int H = 1 << LOG_H, THREADS = H * GROUP < 64 ? 64 : H * GROUP, BLOCK = DENSE * H;
-constexpr int COLUMNS = BATCH > 8 ? 8 : BATCH;
-constexpr int PART = DENSE < 32 ? DENSE : 32;  // of a row of A, in registers
+constexpr int H = 1 << LOG_H, VALUES = 1 << LOG_VALUES, ROW_THREADS = H / VALUES, BLOCK = DENSE * H, GROUP = LINES * EACH;
+constexpr int THREADS = (ROW_THREADS * LINES + 31) / 32 * 32;
+constexpr int EACH_ROOM = EACH > 2 ? (EACH + 3) / 4 * 4 : EACH;  // so that factors are loaded four at a time
+constexpr int SHUFFLED = LOG_H - LOG_VALUES < 5 ? LOG_H - LOG_VALUES : 5;  // bits of a lane's number that are of its place in H
+constexpr int HIGH = 1 << (LOG_H - LOG_VALUES - SHUFFLED);                 // what is left, behind the exchange
+constexpr int LOW = H / HIGH;
+constexpr int PART = DENSE < 32 / VALUES ? DENSE : 32 / VALUES;  // of x's elements for a column, in registers
 constexpr float TARGET_NORM = 128;  // of a scaled token: typical values near 1, none above 128
 
-__device__ __forceinline__ float load(const void *x, size_t i) {
-    float value;
-    if (IN_TYPE == 2) return ((const float *)x)[i];
-    const u16 bits = ((const u16 *)x)[i];
-    if (IN_TYPE == 1) return __uint_as_float((u32)bits << 16);
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
+struct __align__(4 * VALUES) Values { float of[VALUES]; };  // loaded and stored at once
+
+__device__ __forceinline__ Values load_values(const void *x, size_t i) {
+    Values values;
+    if constexpr (IN_TYPE == 2 || VALUES == 1) {
+#pragma unroll
+        for (int v = 0; v < VALUES; v++) values.of[v] = load(x, i + v, IN_TYPE);
+    } else {
+        u32 pairs[(VALUES + 1) / 2];
+        if constexpr (VALUES == 4) {
+            const uint2 both = *(const uint2 *)((const u16 *)x + i);
+            pairs[0] = both.x, pairs[1] = both.y;
+        } else pairs[0] = *(const u32 *)((const u16 *)x + i);
+#pragma unroll
+        for (int v = 0; v < VALUES; v++) {
+            const u16 bits = v % 2 ? pairs[v / 2] >> 16 : pairs[v / 2] & 0xffff;
+            values.of[v] = IN_TYPE == 1 ? __uint_as_float((u32)bits << 16) : half_to_float(bits);
+        }
+    }
+    return values;
 }
 
-__device__ __forceinline__ u16 to_half(float value) {
-    u16 bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
+__device__ __forceinline__ float squared(float value) { return value * value; }
 
 // `value` summed over a warp, left in `room` by each; `sum_of_warps` adds them, after a barrier.
 __device__ __forceinline__ void leave_sum_of_warp(float value, float *room) {
@@ -46,84 +59,102 @@ __device__ __forceinline__ float sum_of_warps(const float *room) {
     return sum;
 }
 
-__device__ __forceinline__ float squared(float value) { return value * value; }
-
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+// Butterflies over the bits of an index into registers.
+template <int COUNT>
+__device__ __forceinline__ void butterflies(float (&values)[COUNT]) {
+#pragma unroll
+    for (int bit = 1; bit < COUNT; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            if (!(i & bit)) {
+                const float low = values[i], high = values[i | bit];
+                values[i] = low + high, values[i | bit] = low - high;
+            }
 }
 
-// Butterflies over the bits [from, to) of the thread's number, all within a warp.
-__device__ __forceinline__ float butterflies(float value, int from, int to) {
+// Butterflies over the SHUFFLED low bits of the lane's number.
+__device__ __forceinline__ float shuffled_butterflies(float value) {
 #pragma unroll
-    for (int bit = from; bit < to; bit++) {
+    for (int bit = 0; bit < SHUFFLED; bit++) {
         const float other = __shfl_xor_sync(~0u, value, 1 << bit);
         value = threadIdx.x >> bit & 1 ? other - value : value + other;
     }
     return value;
 }
 
-// Where input `k` of token `column` lies in x', in halves: see multiply.cu.
+constexpr int ALL_COLUMNS = BATCH ? BATCH : 1;
+
+// Where input `k` of token `column` lies in x', in halves; 32 inputs further on it is 32 * ALL_COLUMNS.
 __device__ __forceinline__ size_t place(int k, int column, int padded) {
-    if (BATCH == 0) return (size_t)column * padded + k;
+    constexpr int columns = ALL_COLUMNS > 8 ? 8 : ALL_COLUMNS;
     const int lane = k % 8 / 2, element = k % 32 / 16 * 4 + k % 16 / 8 * 2 + k % 2;
-    return (size_t)(k / 32) * 32 * BATCH + column / 8 * 32 * COLUMNS + column % 8 * 32 + lane * 8 + element;
+    const size_t first = (size_t)(k / 32) * 32 * ALL_COLUMNS + lane * 8 + element;
+    return first + (BATCH ? column / 8 * 32 * columns + column % 8 * 32 : (size_t)column * padded);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 rotate(const void *x, long long x_stride, const u8 *signs, const float *dense, const void *weight, float epsilon, int inputs,
        int padded, u16 *out, float *scales) {
-    __shared__ float room[THREADS], squares[THREADS / 32], weighted_squares[THREADS / 32];
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-    const int token = blockIdx.y, thread = threadIdx.x;
+    __shared__ __align__(16) float room[GROUP * H];
+    __shared__ float squares[THREADS / 32], weighted_squares[THREADS / 32];
+    __shared__ __align__(16) float factors[DENSE][LINES][EACH_ROOM];
+    let_next_kernel_start();  // a product, which waits
+    const int token = blockIdx.x, thread = threadIdx.x;
     const size_t start = token * x_stride;
-    const int row = blockIdx.x * GROUP + thread / H;  // of all blocks' dense rows
-    const int base = row / DENSE * BLOCK, column = thread % H;
-    const bool working = thread < H * GROUP && base < inputs;
-    const int safe_base = working ? base : 0;         // the others load something, and throw it away
-    const float *line = dense + row % DENSE;          // transposed: consecutive rows of A lie side by side
-    float value = 0, square = 0, weighted = 0;
+    const int own = thread / ROW_THREADS, row = blockIdx.y * GROUP + own * EACH;  // of all blocks' dense rows
+    const int base = row / DENSE * BLOCK, column = thread % ROW_THREADS * VALUES;
+    const bool working = own < LINES && base < inputs;
+    const int safe_base = working ? base : 0, line = working ? own : 0;  // the others load something, and throw it away
+    for (int i = thread; i < DENSE * GROUP; i += THREADS)  // `dense` is transposed: consecutive rows of A lie side by side
+        factors[i / GROUP][i % GROUP / EACH][i % EACH] = dense[i / GROUP * DENSE + (blockIdx.y * GROUP + i % GROUP) % DENSE];
+    Values values[EACH] = {};
+    float square = 0, weighted = 0;
     for (int part = 0; part < DENSE; part += PART) {
-        float factors[PART], elements[PART];
+        u8 negative[PART];
+        Values elements[PART];
 #pragma unroll
         for (int i = 0; i < PART; i++) {
-            const int a = min(part + i, DENSE - 1), k = safe_base + a * H + column;
-            const float factor = working && part + i < DENSE ? line[a * DENSE] : 0;
-            factors[i] = signs[k / 8] >> k % 8 & 1 ? -factor : factor;
-            if (NORM) factors[i] *= load(weight, k);
+            const int k = safe_base + min(part + i, DENSE - 1) * H + column;
+            negative[i] = signs[k / 8] >> k % 8;
         }
         if (part == 0) wait_for_previous_kernel();  // nothing above depends on it
 #pragma unroll
-        for (int i = 0; i < PART; i++) elements[i] = load(x, start + safe_base + min(part + i, DENSE - 1) * H + column);
+        for (int i = 0; i < PART; i++) elements[i] = load_values(x, start + safe_base + min(part + i, DENSE - 1) * H + column);
+        if (part == 0) __syncthreads();  // the factors are there
 #pragma unroll
         for (int i = 0; i < PART; i++) {
-            value += elements[i] * factors[i];
-            if (working && thread < H && part + i < DENSE) {  // the threads of one dense row read the whole block of x
-                square += elements[i] * elements[i];
-                if (NORM) weighted += squared(elements[i] * load(weight, safe_base + (part + i) * H + column));
+            if (part + i >= DENSE) break;
+            Values weights;
+            if (NORM) weights = load_values(weight, safe_base + (part + i) * H + column);
+#pragma unroll
+            for (int v = 0; v < VALUES; v++) {
+                float element = elements[i].of[v];
+                square += squared(element);
+                if (NORM) element *= weights.of[v], weighted += squared(element);
+                if (negative[i] >> v & 1) element = -element;
+#pragma unroll
+                for (int e = 0; e < EACH; e++) values[e].of[v] += element * factors[part + i][line][e];
             }
         }
     }
-    const int own = blockIdx.x * GROUP / DENSE * BLOCK;  // where the block of x begins that the first H threads have read
+    if (!working || own) square = weighted = 0;  // the threads of one line have seen the whole block of x
+    const int first = blockIdx.y * GROUP / DENSE * BLOCK;  // where it begins
     for (int i = thread; i < inputs - BLOCK; i += THREADS) {  // block-diagonal rotations: the others count in the norm
-        const int k = i < own ? i : i + BLOCK;
-        const float element = load(x, start + k);
+        const int k = i < first ? i : i + BLOCK;
+        const float element = load(x, start + k, IN_TYPE);
         square += squared(element);
-        if (NORM) weighted += squared(element * load(weight, k));
+        if (NORM) weighted += squared(element * load(weight, k, IN_TYPE));
     }
     leave_sum_of_warp(square, squares);
     if (NORM) leave_sum_of_warp(weighted, weighted_squares);
-    room[thread] = value = butterflies(value, 0, LOG_H < 5 ? LOG_H : 5);
-    __syncthreads();
-    int position = column;
-    if (LOG_H > 5) {  // swap the five low bits of the thread's number with the five above
-        constexpr int high = LOG_H > 5 ? LOG_H - 5 : 0, rest = 1 << high;
-        position = thread % H / rest + thread % rest * 32;
-        value = butterflies(room[thread / H * H + position], 0, high);
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+        butterflies(values[e].of);
+#pragma unroll
+        for (int v = 0; v < VALUES; v++) values[e].of[v] = shuffled_butterflies(values[e].of[v]);
+        if (own < LINES) *(Values *)&room[(own * EACH + e) * H + column] = values[e];
     }
+    __syncthreads();
     float factor = 1, norm = sqrtf(sum_of_warps(squares));
     if (NORM) {
         factor = rsqrtf(squared(norm) / inputs + epsilon);
@@ -132,8 +163,18 @@ rotate(const void *x, long long x_stride, const u8 *signs, const float *dense, c
     // The power of two that brings the norm to [TARGET_NORM / 2, TARGET_NORM), from its exponent alone.
     const float power = norm > 0 ? __uint_as_float(min(max(__float_as_uint(norm) & 0x7f800000u, 0x08000000u), 0x7e000000u)) : 1;
     const float scale = power * (2 / TARGET_NORM);
-    if (working) out[place(base + row % DENSE * H + position, token, padded)] = to_half(value * (factor / scale));
-    if (blockIdx.x == 0) {
+    for (int i = thread; i < GROUP * LOW; i += THREADS) {  // now a thread has all the high bits
+        const int row_of_block = i / LOW, low = i % LOW, this_row = blockIdx.y * GROUP + row_of_block;
+        if (this_row / DENSE * BLOCK >= inputs) break;
+        u16 *to = out + place(this_row / DENSE * BLOCK + this_row % DENSE * H + low, token, padded);
+        float high[HIGH];
+#pragma unroll
+        for (int h = 0; h < HIGH; h++) high[h] = room[row_of_block * H + h * LOW + low];
+        butterflies(high);
+#pragma unroll
+        for (int h = 0; h < HIGH; h++) to[h * LOW * ALL_COLUMNS] = to_half(high[h] * (factor / scale));  // LOW is 32 or more
+    }
+    if (blockIdx.y == 0) {
         for (int k = inputs + thread; k < padded; k += THREADS) out[place(k, token, padded)] = 0;
         if (thread == 0) scales[token] = scale + norm * 0;  // a token that is not finite stays so: integer sums would lose it
     }

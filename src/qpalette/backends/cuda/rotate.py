@@ -9,13 +9,18 @@ from pathlib import Path
 
 import torch
 
+from qpalette.backends.cuda.decoder import COMMON_SOURCE
 from qpalette.kernels.nvrtc import launch, load_kernel
 from qpalette.rotate import Factor, Rotation
 
-SOURCE = Path(__file__).with_name("rotate.cu").read_text()
+SOURCE = COMMON_SOURCE + Path(__file__).with_name("rotate.cu").read_text()
 CHUNK_COLUMNS = 256
-MOST_HADAMARD_BITS = 9  # of the part that runs in registers: one value per thread
-LEAST_THREADS = 256
+MOST_HADAMARD_BITS = 11  # of the part that runs in registers: MOST_THREADS of four values each
+MOST_ROW_BITS = 9  # threads for a row of that
+MOST_THREADS = 512
+MOST_EACH = 8
+MOST_FACTORS = 6144  # of A in a block's shared memory: 24 KB
+FEW_BLOCKS = 4  # as many multiprocessors as products often leave free (Llama-3.1-8B on an H100: 128 blocks, of 132)
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -33,7 +38,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Rotated:
-    """Tokens in the rotated basis: float16 in fragment or row-major order, and what each was divided by."""
+    """Tokens in the rotated basis: float16 in the order of a product's fragments, and what each was divided by."""
 
     values: torch.Tensor
     scales: torch.Tensor
@@ -59,6 +64,44 @@ def split_rotation(name: str, inputs: int, device: torch.device) -> Split:
     return Split((dense.T / (1 << log_h) ** 0.5).float().contiguous().to(device), log_h)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How A's output is cut: 2^log_values columns of `each` rows for a thread, `lines` times so many rows for a
+    block."""
+
+    log_values: int
+    lines: int
+    each: int
+    threads: int
+    blocks: int
+
+
+def cut_of(order: int, log_h: int, inputs: int) -> Cut:
+    """The fewest rows per thread that leave FEW_BLOCKS blocks, or as few blocks as can be."""
+    log_values = max(0, log_h - MOST_ROW_BITS)
+    rows, row_threads = inputs >> log_h, 1 << log_h >> log_values
+    cuts = []
+    for each in (n for n in range(1, MOST_EACH + 1) if order % n == 0):
+        fitting = min(MOST_THREADS // row_threads, MOST_FACTORS // (order * 2 * each))
+        lines = max(1, min(fitting, rows // each))
+        cuts.append(Cut(log_values, lines, each, -(-row_threads * lines // 32) * 32, -(-rows // (lines * each))))
+    return min(cuts, key=lambda cut: (max(cut.blocks, FEW_BLOCKS), cut.each))
+
+
+def rotation_macros(order: int, log_h: int, cut: Cut, in_type: int, norm: bool, batch: int | None) -> dict[str, int]:
+    """The compile-time constants of rotate.cu."""
+    return {
+        "DENSE": order,
+        "LOG_H": log_h,
+        "LOG_VALUES": cut.log_values,
+        "LINES": cut.lines,
+        "EACH": cut.each,
+        "IN_TYPE": in_type,
+        "NORM": int(norm),
+        "BATCH": batch or 0,
+    }
+
+
 def rotate(
     x: torch.Tensor,
     signs: torch.Tensor,
@@ -68,23 +111,18 @@ def rotate(
 ) -> Rotated:
     """Q diag(s) x for x [N, K]; signs uint8 [ceil(K/8)], packed.
 
-    For `batch` columns (N or more: 1, 2, 4, 8 or 16) in the order of `multiply.cu`; None gives [N, padded K] by rows.
+    For `batch` columns (N or more: 1, 2, 4, 8 or 16) in the order of `multiply.cu`; None gives [N, padded K], each row
+    in the order of a single column.
     `norm` is (weight [K], epsilon) of an RMSNorm to apply first.
     """
     tokens, inputs = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     split = split_rotation(rotation, inputs, x.device)
-    h = 1 << split.log_h
-    group = max(1, min(LEAST_THREADS // h, inputs // h))
+    cut = cut_of(split.order, split.log_h, inputs)
+    if (x.data_ptr() | x.stride(0) * x.element_size()) % (x.element_size() << cut.log_values):
+        x = x.clone(memory_format=torch.contiguous_format)  # no vectors can be loaded where it lies
     padded = padded_columns(inputs)
-    macros = {
-        "DENSE": split.order,
-        "LOG_H": split.log_h,
-        "GROUP": group,
-        "IN_TYPE": TYPES[x.dtype],
-        "NORM": int(norm is not None),
-        "BATCH": batch or 0,
-    }
+    macros = rotation_macros(split.order, split.log_h, cut, TYPES[x.dtype], norm is not None, batch)
     device = x.device.index or 0
     kernel = load_kernel(SOURCE, "rotate", macros, device)
     values = torch.empty(batch or tokens, padded, dtype=torch.float16, device=x.device)
@@ -102,8 +140,7 @@ def rotate(
         ctypes.c_void_p(values.data_ptr()),
         ctypes.c_void_p(scales.data_ptr()),
     ]
-    blocks = -(-inputs // h // group)
     stream = torch.cuda.current_stream(device).cuda_stream
     overlap = torch.cuda.get_device_capability(device) >= (9, 0)
-    launch(kernel, stream, (blocks, tokens), max(64, h * group), 0, arguments, overlap=overlap)
+    launch(kernel, stream, (tokens, cut.blocks), cut.threads, 0, arguments, overlap=overlap)
     return Rotated(values, scales)
