@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import json
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_cli import run, save_model  # noqa: F401 - a fixture
 from transformers import LlamaConfig
 
-from qpalette.bench import Candidate, Decoder, breakdown, from_config, measure, measure_speed, read_config
+from qpalette.bench import (
+    Candidate,
+    Decoder,
+    breakdown,
+    compile_options,
+    decode,
+    from_config,
+    measure,
+    measure_speed,
+    read_config,
+)
 from qpalette.bench.breakdown import PARTS, Kernel, part_of, shares_of
+from qpalette.bench.decode import greedy
 from qpalette.bench.models import PRESETS, groups_of, records_of, with_head
 from qpalette.cli import main
 from qpalette.core.errors import InputError, SpecError, UnsupportedError
@@ -207,6 +219,19 @@ def test_on_a_cpu_modules_are_timed(plan):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("vocabulary", [1, 96, 127, 128])
+def test_the_likeliest_token_is_that_of_an_argmax(vocabulary):
+    logits = torch.randn(3, 2, vocabulary)
+    token = greedy(lambda **_: SimpleNamespace(logits=logits), torch.zeros(3, 1), None)
+    assert torch.equal(token, logits[:, -1].argmax(-1, keepdim=True))
+
+
+def test_options_of_compilation_are_those_that_this_torch_knows(monkeypatch):
+    assert compile_options() == decode.COMPILE_OPTIONS
+    monkeypatch.setitem(decode.COMPILE_OPTIONS, "triton.no_such_option", True)
+    assert "triton.no_such_option" not in compile_options()
+
+
 # --- the command -------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +256,9 @@ def test_bench_prints_a_ratio_in_the_same_run(run, config_file, tmp_path):  # no
     assert all(speed["random_weights"] for speed in report["speeds"])
     assert set(report["breakdown"]) == {first["model"], third["model"]}
     assert picture.read_bytes().startswith(b"\x89PNG")
+    bars = tmp_path / "bars.svg"
+    alone = run("bench", "--config", config_file, "--batch", 2, "--context", 8, "--steps", 2, "--plot", bars)
+    assert (alone.code, "batch size 2" in bars.read_text()) == (0, True)
     shown = run(*command, "--breakdown")
     assert "(random weights)" in shown.out
     assert "Where a step goes" in shown.out

@@ -127,7 +127,7 @@ def _tell(speeds: list[Speed], shares: dict[str, list[Share]], device: Any, plot
     if plot is not None:
         from qpalette.cli.bench_plot import draw_speeds
 
-        draw_speeds(speeds, plot, device)
+        draw_speeds(speeds, shares, plot, device_name(device))
     if as_json:
         print_json(_report(speeds, shares, device))
     else:
@@ -193,8 +193,11 @@ def _original(
 
 
 def _report(speeds: list[Speed], shares: dict[str, list[Share]], device: Any) -> dict[str, Any]:
+    from datetime import date
+
     return {
         "device": device_name(device),
+        "date": str(date.today()),
         "versions": _versions(),
         "speeds": [
             _fields(speed)

@@ -1,17 +1,18 @@
-"""The picture of `qpalette bench --plot`: tokens per second against the batch size, a line for each model."""
+"""The picture of `qpalette bench --plot`: tokens per second, and where the time goes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpalette.core.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
-    from qpalette.bench import Speed
+    from qpalette.bench import Share, Speed
 
 COLORS = ("#8a8a8a", "#0b62a4", "#c2410c", "#15803d")
+PART_COLORS = ("#0b62a4", "#c2410c", "#7aa6cf", "#15803d", "#eab308", "#8a8a8a", "#d4d4d4")
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -24,17 +25,26 @@ def check_plot(file: Path) -> None:
     _figure()
 
 
-def draw_speeds(speeds: Sequence[Speed], file: Path, device: Any) -> None:
-    """Write the picture: tokens per second of the whole batch, both axes logarithmic, values at the points."""
-    from qpalette.cli.bench import device_name
+def draw_speeds(speeds: Sequence[Speed], shares: Mapping[str, Sequence[Share]], file: Path, device: str) -> None:
+    """Write the picture: tokens per second of the whole batch against the batch size, or a bar for each model where one
+    was timed; beside it where a step's time goes, when `shares` (by model) say so."""
+    several = len({speed.batch for speed in speeds}) > 1
+    figure = _figure()(figsize=(12.5 if shares else 7.5, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2 if shares else 1, squeeze=False)[0]
+    (_draw_lines if several else _draw_bars)(panels[0], speeds)
+    if shares:
+        _draw_shares(panels[1], shares)
+    first = speeds[0]
+    weights = ", random weights" if any(speed.random_weights for speed in speeds) else ""
+    figure.suptitle(f"Decoding after {first.context} tokens, {device}, {first.runner}{weights}", fontsize=10)
+    figure.savefig(file, dpi=150)
 
-    figure = _figure()(figsize=(7.5, 4.6), layout="constrained")
-    axes = figure.subplots()
+
+def _draw_lines(axes: Any, speeds: Sequence[Speed]) -> None:
     for color, model in zip(COLORS, dict.fromkeys(speed.model for speed in speeds), strict=False):
         points = [speed for speed in speeds if speed.model == model]
-        label = model + (" (random weights)" if points[0].random_weights else "")
         rates = [point.tokens_per_second for point in points]
-        axes.plot([point.batch for point in points], rates, "o-", color=color, label=label)
+        axes.plot([point.batch for point in points], rates, "o-", color=color, label=model)
         for point, rate in zip(points, rates, strict=True):
             axes.annotate(
                 f"{rate:.0f}", (point.batch, rate), (0, 6), textcoords="offset points", ha="center", fontsize=8
@@ -45,9 +55,27 @@ def draw_speeds(speeds: Sequence[Speed], file: Path, device: Any) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    first = speeds[0]
-    axes.set_title(f"Decoding after {first.context} tokens, {device_name(device)}, {first.runner}", fontsize=10)
-    figure.savefig(file, dpi=150)
+
+
+def _draw_bars(axes: Any, speeds: Sequence[Speed]) -> None:
+    bars = axes.barh([speed.model for speed in speeds], [speed.tokens_per_second for speed in speeds], color=COLORS[1])
+    axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+    axes.margins(x=0.1)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"tokens per second, batch size {speeds[0].batch}")
+
+
+def _draw_shares(axes: Any, shares: Mapping[str, Sequence[Share]]) -> None:
+    models = list(shares)
+    begins = [0.0] * len(models)
+    parts = dict.fromkeys(share.part for of_model in shares.values() for share in of_model)
+    for color, part in zip(PART_COLORS, parts, strict=False):
+        times = [sum(1e6 * share.seconds for share in shares[model] if share.part == part) for model in models]
+        axes.barh(models, times, left=begins, color=color, label=part)
+        begins = [begin + time for begin, time in zip(begins, times, strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlabel="where a step's time goes, microseconds")
+    axes.legend(frameon=False, fontsize=8, ncols=2)
 
 
 def _figure() -> Any:

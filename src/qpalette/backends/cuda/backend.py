@@ -19,9 +19,9 @@ from qpalette.quantizers import parse_spec
 from qpalette.quantizers.trellis import Trellis
 
 # Above so many tokens matrices are decoded and multiplied by cuBLAS; below, MOST_BATCH tokens a launch. On an H100, a
-# matrix of 4096 x 4096 at 3.25 bits: 10.4 us a launch of 16 tokens; by cuBLAS 68 us for 64 tokens and 74 for 128,
-# decoding included (benchmarks/results/gemv.json).
-MOST_FUSED_TOKENS = 96
+# matrix of 4096 x 4096 at 3.25 bits: 9.8 us a launch of 16 tokens; decoded 30.4 us for 32 tokens, 31.0 for 64, 43.5 for
+# 256 (benchmarks/results/gemv.json).
+MOST_FUSED_TOKENS = 48
 
 
 class CudaBackend(Backend):
