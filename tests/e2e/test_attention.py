@@ -8,6 +8,7 @@ from tiny_model import build
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from qpalette.core.errors import UnsupportedError
 from qpalette.integrations.attention import grouped
 
 
@@ -42,6 +43,16 @@ def test_values_are_those_of_sdpa(boolean):
     unit = torch.finfo(torch.float32).eps
     score = 16 * 0.3 * float(query.abs().max() * key.abs().max()) * 16 * unit
     assert (result - wanted).abs().max() <= (2 * score + 20 * unit) * float(value.abs().max())
+
+
+def test_refuses_what_it_would_leave_out():
+    query, key = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 3, 8)
+    module, mask = nn.Module(), torch.ones(1, 1, 1, 3, dtype=torch.bool)
+    module.num_key_value_groups = 2
+    with pytest.raises(UnsupportedError, match="no attention sinks"):
+        grouped(module, query, key, key, mask, s_aux=torch.zeros(4))
+    with pytest.raises(ValueError, match="softcap"):
+        grouped(module, query.expand(1, 4, 3, 8), key, key, None, softcap=30.0)
 
 
 def test_prefill_goes_to_sdpa_itself():

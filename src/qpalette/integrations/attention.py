@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qpalette.backends.cuda.attend import attend, attends
+from qpalette.core.errors import UnsupportedError
 
 
 def grouped(
@@ -30,7 +31,11 @@ def grouped(
 
     One launch where the device has clusters of blocks (`backends/cuda/attend.cu`); elsewhere two products and a softmax
     in float32: the first product spreads over the keys, too.
+
+    Raises UnsupportedError for attention sinks, which sdpa would leave out without a word; it refuses soft caps itself.
     """
+    if options.get("s_aux") is not None:
+        raise UnsupportedError("grouped attention knows no attention sinks: use attn_implementation='eager'")
     if not _groups(query, key, attention_mask, options):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     assert attention_mask is not None
