@@ -110,10 +110,10 @@ def test_segments_of_different_decoders_compile_together() -> None:
     ("order", "log_h", "inputs"), [(2, 11, 4096), (28, 9, 14336), (180, 4, 2880), (125, 1, 250), (1, 6, 576)]
 )
 def test_rotations_compile(order: int, log_h: int, inputs: int, arch: str) -> None:
-    cut = cut_of(order, log_h, inputs)
-    assert cut.threads <= MOST_THREADS
-    assert cut.blocks * cut.lines * cut.each << log_h >= inputs, "every row has a thread"
-    for norm in (False, True):
+    for tokens, norm in ((1, False), (8, False), (100, True)):
+        cut = cut_of(order, log_h, inputs, tokens)
+        assert cut.threads <= MOST_THREADS
+        assert cut.blocks * cut.lines * cut.each << log_h >= inputs, "every row has a thread"
         macros = tuple(sorted(rotation_macros(order, log_h, cut, 0, norm, 1).items()))
         assert resources(ROTATE_SOURCE, arch, macros).spilled_bytes <= 32  # ptxas stops at 64 registers, of 128
 
