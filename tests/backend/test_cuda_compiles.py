@@ -10,8 +10,7 @@ pytest.importorskip("cuda.core", reason="needs qpalette[cuda]")
 
 from qpalette.backends.cuda.attend import SOURCE as ATTEND_SOURCE
 from qpalette.backends.cuda.attend import warps_of
-from qpalette.backends.cuda.decoder import SOURCE as DECODER_SOURCE
-from qpalette.backends.cuda.decoder import decoder_spec
+from qpalette.backends.cuda.decoder import decoder_spec, with_decoders
 from qpalette.backends.cuda.multiply import THREADS, DeviceLimits, kernel_macros, source_for
 from qpalette.backends.cuda.rotate import MOST_THREADS, cut_of, rotation_macros
 from qpalette.backends.cuda.rotate import SOURCE as ROTATE_SOURCE
@@ -134,5 +133,5 @@ def test_rescaling_compiles() -> None:
 def test_unpacking_compiles(spec: str) -> None:
     decoder = decoder_spec(spec)
     assert decoder is not None
-    source = f"#define DECODERS {decoder.type_name}\n{DECODER_SOURCE}\n{UNPACK_SOURCE}"
+    source = with_decoders(UNPACK_SOURCE, (decoder,))
     assert compile_cubin(source, "sm_80", (("TABLE_BYTES", 1 << 17), ("THREADS", THREADS))).startswith(b"\x7fELF")

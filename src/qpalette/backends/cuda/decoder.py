@@ -67,6 +67,13 @@ def decoder_spec(spec: str) -> DecoderSpec | None:
 
 
 @lru_cache(maxsize=1024)
+def with_decoders(source: str, decoders: tuple[DecoderSpec, ...]) -> str:
+    """`source` behind the decoders that it uses. Kept: a launch hashes its source, once for each object (6 us)."""
+    names = ", ".join(decoder.type_name for decoder in decoders)
+    return f"#define DECODERS {names}\n{SOURCE}\n{source}"
+
+
+@lru_cache(maxsize=1024)
 def entries(spec: str, device: torch.device) -> torch.Tensor:
     """The table on `device`: int32 [2^index_bits], one or two float16, the first weight in the low half."""
     return _pack(_values(parse_spec(spec))).to(device)

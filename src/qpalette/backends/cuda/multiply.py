@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qpalette.backends.cuda.decoder import SOURCE as DECODER_SOURCE
-from qpalette.backends.cuda.decoder import DecoderSpec, decoder_spec, entries
+from qpalette.backends.cuda.decoder import DecoderSpec, decoder_spec, entries, with_decoders
 from qpalette.backends.cuda.rotate import TYPES, Rotated
 from qpalette.kernels import PackedLinear
 from qpalette.kernels.nvrtc import launch, load_kernel
@@ -152,8 +151,7 @@ def decode_cost(spec: DecoderSpec) -> float:
 
 def source_for(decoders: Sequence[DecoderSpec]) -> str:
     """One translation unit: every decoder of the launch, then the kernel."""
-    names = ", ".join(decoder.type_name for decoder in decoders)
-    return f"#define DECODERS {names}\n{DECODER_SOURCE}\n{SOURCE}"
+    return with_decoders(SOURCE, tuple(decoders))
 
 
 def kernel_macros(limits: DeviceLimits, batch: int) -> dict[str, int]:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qpalette.backends.cuda.decoder import COMMON_SOURCE, decoder_spec, entries
-from qpalette.backends.cuda.decoder import SOURCE as DECODER_SOURCE
+from qpalette.backends.cuda.decoder import COMMON_SOURCE, decoder_spec, entries, with_decoders
 from qpalette.backends.cuda.layout import CHUNK
 from qpalette.backends.cuda.multiply import THREADS, device_limits
 from qpalette.backends.cuda.rotate import TYPES, Rotated
@@ -47,7 +46,7 @@ def unpack(members: Sequence[PackedLinear]) -> torch.Tensor:
     for member in members:
         spec = decoder_spec(member.spec)
         assert spec is not None, "supports() said no"
-        source = f"#define DECODERS {spec.type_name}\n{DECODER_SOURCE}\n{SOURCE}"
+        source = with_decoders(SOURCE, (spec,))
         macros = {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes}
         kernel = load_kernel(source, "unpack", macros, device.index or 0, limits.table_bytes)
         arguments = [
