@@ -106,7 +106,8 @@ def test_segments_of_different_decoders_compile_together() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize(
-    ("order", "log_h", "inputs"), [(2, 11, 4096), (28, 9, 14336), (180, 4, 2880), (125, 1, 250), (1, 6, 576)]
+    ("order", "log_h", "inputs"),
+    [(2, 11, 4096), (28, 9, 14336), (180, 4, 2880), (125, 1, 250), (1, 6, 576), (32, 11, 65536), (26, 11, 53248)],
 )
 def test_rotations_compile(order: int, log_h: int, inputs: int, arch: str) -> None:
     for tokens, norm in ((1, False), (8, False), (100, True)):
@@ -114,7 +115,7 @@ def test_rotations_compile(order: int, log_h: int, inputs: int, arch: str) -> No
         assert cut.threads <= MOST_THREADS
         assert cut.blocks * cut.lines * cut.each << log_h >= inputs, "every row has a thread"
         macros = tuple(sorted(rotation_macros(order, log_h, cut, 0, norm, 1).items()))
-        assert resources(ROTATE_SOURCE, arch, macros).spilled_bytes <= 32  # ptxas stops at 64 registers, of 128
+        assert resources(ROTATE_SOURCE, arch, macros).spilled_bytes <= 64  # ptxas stops at 64 or 72 registers, of 128
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])

@@ -137,13 +137,14 @@ rotate(const void *x, long long x_stride, const u8 *signs, const float *dense, c
             }
         }
     }
-    if (!working || own) square = weighted = 0;  // the threads of one line have seen the whole block of x
-    const int first = blockIdx.y * GROUP / DENSE * BLOCK;  // where it begins
-    for (int i = thread; i < inputs - BLOCK; i += THREADS) {  // block-diagonal rotations: the others count in the norm
-        const int k = i < first ? i : i + BLOCK;
-        const float element = load(x, start + k, IN_TYPE);
-        square += squared(element);
-        if (NORM) weighted += squared(element * load(weight, k, IN_TYPE));
+    if (own) square = weighted = 0;  // one line has seen the whole block of x
+    if (inputs > BLOCK) {            // and that is not all of it: in one order for all blocks, whose norms must be the same
+        square = weighted = 0;
+        for (int k = thread; k < inputs; k += THREADS) {
+            const float element = load(x, start + k, IN_TYPE);
+            square += squared(element);
+            if (NORM) weighted += squared(element * load(weight, k, IN_TYPE));
+        }
     }
     leave_sum_of_warp(square, squares);
     if (NORM) leave_sum_of_warp(weighted, weighted_squares);

@@ -19,7 +19,7 @@ MOST_HADAMARD_BITS = 11  # of the part that runs in registers: MOST_THREADS of f
 MOST_ROW_BITS = 9  # threads for a row of that
 MOST_THREADS = 512
 MOST_EACH = 8
-MOST_FACTORS = 6144  # of A in a block's shared memory: 24 KB
+MOST_FLOATS = 5632  # of A, and of its output, in a block's shared memory: 22 KB each, of 48
 # Blocks of a token that is alone: as many as products often leave multiprocessors free (Llama-3.1-8B on an H100: 128 of
 # 132 are used). A few tokens keep more of them busy anyway, and are done sooner in smaller pieces; many need the least
 # work in all. Rotation and product of 4096 x 14336 in 4 and 14 blocks a token: 15.2 and 16.1 us for one token, 18.6 and
@@ -88,8 +88,8 @@ def cut_of(order: int, log_h: int, inputs: int, tokens: int) -> Cut:
     log_values = max(0, log_h - MOST_ROW_BITS)
     rows, row_threads = inputs >> log_h, 1 << log_h >> log_values
     cuts = []
-    for each in (n for n in range(1, MOST_EACH + 1) if order % n == 0):
-        fitting = min(MOST_THREADS // row_threads, MOST_FACTORS // (order * 2 * each))
+    for each in (n for n in range(1, MOST_EACH + 1) if order % n == 0 and n << log_h <= MOST_FLOATS):
+        fitting = min(MOST_THREADS // row_threads, MOST_FLOATS // (order * 2 * each), MOST_FLOATS // (each << log_h))
         lines = max(1, min(fitting, rows // each))
         cuts.append(Cut(log_values, lines, each, -(-row_threads * lines // 32) * 32, -(-rows // (lines * each))))
     return min(cuts, key=lambda cut: (max(cut.blocks, few), cut.each))
