@@ -57,6 +57,15 @@ def test_a_long_cache_that_is_nearly_empty_and_one_that_is_empty() -> None:
     assert not result[1].any()
 
 
+def test_what_is_not_finite_stays_so() -> None:
+    query, key, value, mask = inputs(1, 8, 2, 300, 128, torch.float16)
+    mask[:] = True
+    key[0, 1, 7, 5] = torch.nan
+    result = attend(query, key, value, mask, 0.1)
+    assert result[:, :, 4:].isnan().all()
+    assert result[:, :, :4].isfinite().all()
+
+
 def test_one_mask_for_all_and_strided_caches() -> None:
     query, key, value, mask = inputs(2, 8, 2, 300, 128, torch.float16)
     both = torch.stack([key.transpose(1, 2), value.transpose(1, 2)], dim=3)  # [B, L, heads, 2, D]
@@ -66,12 +75,19 @@ def test_one_mask_for_all_and_strided_caches() -> None:
     assert torch.equal(attend(query, *strided, one, 0.1), attend(query, key, value, one.expand(2, -1, -1, -1), 0.1))
 
 
+def test_a_cache_that_begins_anywhere() -> None:
+    query, key, value, mask = inputs(1, 8, 2, 64, 128, torch.float16)
+    elsewhere = torch.cat([key.new_zeros(4), key.flatten()])[4:].view_as(key)
+    assert attends(query, elsewhere, value, mask)
+    assert torch.equal(attend(query, elsewhere, value, mask, 0.1), attend(query, key, value, mask, 0.1))
+
+
 def test_what_it_refuses() -> None:
     query, key, value, mask = inputs(1, 8, 2, 64, 128, torch.float16)
     assert not attends(query.float(), key.float(), value.float(), mask)
     assert not attends(query[..., :80], key[..., :80], value[..., :80], mask)
     assert not attends(query.expand(1, 8, 2, 128), key, value, mask)
-    assert not attends(query, key[:, :, :, :], value, mask.half())
+    assert not attends(query, key, value, mask.half())
     assert not attends(query.cpu(), key.cpu(), value.cpu(), mask.cpu())
 
 

@@ -51,8 +51,9 @@ def test_refuses_what_it_would_leave_out():
     module.num_key_value_groups = 2
     with pytest.raises(UnsupportedError, match="no attention sinks"):
         grouped(module, query, key, key, mask, s_aux=torch.zeros(4))
-    with pytest.raises(ValueError, match="softcap"):
-        grouped(module, query.expand(1, 4, 3, 8), key, key, None, softcap=30.0)
+    for tokens in (1, 3):
+        with pytest.raises(ValueError, match="softcap"):
+            grouped(module, query.expand(1, 4, tokens, 8), key, key, mask, softcap=30.0)
 
 
 def test_prefill_goes_to_sdpa_itself():

@@ -35,8 +35,7 @@ def draw_speeds(speeds: Sequence[Speed], shares: Mapping[str, Sequence[Share]], 
     if shares:
         _draw_shares(panels[1], shares)
     first = speeds[0]
-    weights = ", random weights" if any(speed.random_weights for speed in speeds) else ""
-    figure.suptitle(f"Decoding after {first.context} tokens, {device}, {first.runner}{weights}", fontsize=10)
+    figure.suptitle(f"Decoding after {first.context} tokens, {device}, {first.runner}", fontsize=10)
     figure.savefig(file, dpi=150)
 
 
@@ -44,7 +43,7 @@ def _draw_lines(axes: Any, speeds: Sequence[Speed]) -> None:
     for color, model in zip(COLORS, dict.fromkeys(speed.model for speed in speeds), strict=False):
         points = [speed for speed in speeds if speed.model == model]
         rates = [point.tokens_per_second for point in points]
-        axes.plot([point.batch for point in points], rates, "o-", color=color, label=model)
+        axes.plot([point.batch for point in points], rates, "o-", color=color, label=_label(points[0]))
         for point, rate in zip(points, rates, strict=True):
             axes.annotate(
                 f"{rate:.0f}", (point.batch, rate), (0, 6), textcoords="offset points", ha="center", fontsize=8
@@ -58,11 +57,16 @@ def _draw_lines(axes: Any, speeds: Sequence[Speed]) -> None:
 
 
 def _draw_bars(axes: Any, speeds: Sequence[Speed]) -> None:
-    bars = axes.barh([speed.model for speed in speeds], [speed.tokens_per_second for speed in speeds], color=COLORS[1])
+    rates = [speed.tokens_per_second for speed in speeds]
+    bars = axes.barh([_label(speed) for speed in speeds], rates, color=COLORS[1])
     axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
     axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.set(xlabel=f"tokens per second, batch size {speeds[0].batch}")
+
+
+def _label(speed: Speed) -> str:
+    return speed.model + (" (random weights)" if speed.random_weights else "")
 
 
 def _draw_shares(axes: Any, shares: Mapping[str, Sequence[Share]]) -> None:

@@ -32,7 +32,7 @@ def grouped(
     One launch where the device has clusters of blocks (`backends/cuda/attend.cu`); elsewhere two products and a softmax
     in float32: the first product spreads over the keys, too.
 
-    Raises UnsupportedError for attention sinks, which sdpa would leave out without a word; it refuses soft caps itself.
+    Raises UnsupportedError for attention sinks, which sdpa would leave out without a word; soft caps it refuses itself.
     """
     if options.get("s_aux") is not None:
         raise UnsupportedError("grouped attention knows no attention sinks: use attn_implementation='eager'")
@@ -59,7 +59,7 @@ def register() -> None:
 def _groups(
     query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, options: dict[str, Any]
 ) -> bool:
-    """One new token, several queries to a key, one mask for all heads, and nothing that is added to the scores."""
+    """One new token, several queries to a key, one mask for all heads, and nothing that changes the scores."""
     return (
         query.shape[2] == 1
         and query.shape[1] > key.shape[1]
@@ -67,6 +67,7 @@ def _groups(
         and attention_mask.shape[1] == 1
         and not options.get("dropout")
         and options.get("position_bias") is None
+        and options.get("softcap") is None
     )
 
 

@@ -144,6 +144,15 @@ def _cuda_core() -> Any:
     return cuda.core
 
 
+def compiler_is_installed() -> bool:
+    """Whether there is a way to compile CUDA kernels at all."""
+    try:
+        _cuda_core()
+    except UnsupportedError:
+        return False
+    return True
+
+
 def _write(file: Path, code: bytes) -> None:
     """By rename, so that another process sees all of it or nothing. A cache that cannot be written is only slow."""
     try:

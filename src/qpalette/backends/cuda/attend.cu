@@ -185,7 +185,7 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(32 *
             sum += shrink * sums[s], value += shrink * values[s];
         }
         const size_t head = ((size_t)blockIdx.z * gridDim.y + blockIdx.y) * GROUP + query;
-        problem.out[head * DIM + place % 8 * (DIM / 8) + place / 8] = (u16)pack(sum > 0 ? value / sum : 0, 0);
+        problem.out[head * DIM + place % 8 * (DIM / 8) + place / 8] = (u16)pack(sum == 0 ? 0 : value / sum, 0);
     }
     synchronize_cluster();  // a block's shared memory stays until all have read it
 }

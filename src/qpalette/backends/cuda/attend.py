@@ -11,7 +11,7 @@ import torch
 from qpalette.backends.cuda.decoder import COMMON_SOURCE
 from qpalette.backends.cuda.multiply import device_limits
 from qpalette.backends.cuda.rotate import TYPES
-from qpalette.kernels.nvrtc import launch, load_kernel
+from qpalette.kernels.nvrtc import compiler_is_installed, launch, load_kernel
 
 SOURCE = COMMON_SOURCE + Path(__file__).with_name("attend.cu").read_text()
 SPLITS = 8  # blocks of a cluster: as many as every device with clusters has
@@ -47,14 +47,13 @@ def attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
     if query.device.type != "cuda" or not _has_clusters(query.device.index or 0):
         return False
     (batch, heads, tokens, dim), key_heads = query.shape, key.shape[1]
-    caches_fit = all(
-        cache.dtype == query.dtype
-        and cache.stride(3) == 1
-        and all(stride % VECTOR == 0 for stride in cache.stride()[:3])
-        for cache in (query, key, value)
+    vectors = all(
+        tensor.stride(3) == 1 and all(stride % VECTOR == 0 for stride in tensor.stride()[:3])
+        for tensor in (query, key, value)
     )
     return (
-        caches_fit
+        vectors
+        and key.dtype == value.dtype == query.dtype
         and query.dtype in (torch.float16, torch.bfloat16)
         and tokens == 1
         and key.shape == value.shape
@@ -71,7 +70,7 @@ def attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
 
 @torch.compiler.assume_constant_result
 def _has_clusters(device: int) -> bool:
-    return device_limits(device).capability >= (9, 0)
+    return torch.version.hip is None and compiler_is_installed() and device_limits(device).capability >= (9, 0)
 
 
 @torch.library.custom_op("qpalette::attend", mutates_args=(), device_types="cuda")
@@ -84,6 +83,8 @@ def attend(
     A query without a key gets zeros. What `attends` refuses must not come here.
     """
     (batch, heads, _, dim), key_heads = query.shape, key.shape[1]
+    # torch.compile cannot be asked where a tensor begins, so `attends` is not.
+    query, key, value = (tensor if _begins_with_a_vector(tensor) else tensor.clone() for tensor in (query, key, value))
     out = query.new_empty(batch, 1, heads, dim)
     strides = (
         *(query.stride(0), query.stride(1), *key.stride()[:3]),
@@ -97,10 +98,15 @@ def attend(
     warps = warps_of(dim, SPLITS * key_heads * batch, limits.multiprocessors)
     macros = {"WARPS": warps, "DIM": dim, "GROUP": group, "TYPE": TYPES[query.dtype]}
     shared_bytes = (warps + 1) * 4 * (16 + group * (dim + 4))
-    kernel = load_kernel(SOURCE, "attend", macros, device, limits.shared_bytes)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    launch(kernel, stream, (SPLITS, key_heads, batch), 32 * warps, shared_bytes, [problem], overlap=True)
+    with torch.cuda.device(device):
+        kernel = load_kernel(SOURCE, "attend", macros, device, limits.shared_bytes)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        launch(kernel, stream, (SPLITS, key_heads, batch), 32 * warps, shared_bytes, [problem], overlap=True)
     return out
+
+
+def _begins_with_a_vector(tensor: torch.Tensor) -> bool:
+    return tensor.data_ptr() % (VECTOR * tensor.element_size()) == 0
 
 
 @attend.register_fake

@@ -43,7 +43,10 @@ class CudaBackend(Backend):
         quantizer = parse_spec(spec)
         assert isinstance(quantizer, Trellis), "supports() said no"
         values = quantizer.state_values_on(tiles.device)
-        states = encode_states(tiles.contiguous(), quantizer.shifts(), values, float(quantizer.scale), quantizer.memory)
+        with torch.cuda.device(tiles.device):
+            states = encode_states(
+                tiles.contiguous(), quantizer.shifts(), values, float(quantizer.scale), quantizer.memory
+            )
         return quantizer.pack_states(states.long())
 
     def decode(self, spec: str, codes: torch.Tensor) -> torch.Tensor:
@@ -53,13 +56,17 @@ class CudaBackend(Backend):
         return self.linears(x, [packed])
 
     def linears(self, x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
+        with torch.cuda.device(x.device):  # launches go to the current one
+            return self._linears(x, members)
+
+    def _linears(self, x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
         signs, rotation, tokens = members[0].signs, members[0].rotation, len(x)
         if tokens == 0:
             return x.new_empty(0, sum(member.out_features for member in members))
         if tokens > MOST_FUSED_TOKENS:
             return multiply_by_library(rotate(x, signs, rotation, None), members, x.dtype)
         if tokens > MOST_BATCH:
-            return torch.cat([self.linears(part, members) for part in x.split(MOST_BATCH)])
+            return torch.cat([self._linears(part, members) for part in x.split(MOST_BATCH)])
         rotated = rotate(x, signs, rotation, batch_columns(tokens))
         parts = [
             multiply(rotated, tokens, members[i : i + MOST_SEGMENTS], x.dtype)

@@ -88,7 +88,9 @@ def cut_of(order: int, log_h: int, inputs: int, tokens: int) -> Cut:
     log_values = max(0, log_h - MOST_ROW_BITS)
     rows, row_threads = inputs >> log_h, 1 << log_h >> log_values
     cuts = []
-    for each in (n for n in range(1, MOST_EACH + 1) if order % n == 0 and n << log_h <= MOST_FLOATS):
+    for each in range(1, MOST_EACH + 1):
+        if order % each or (each > 1 and max(order * 2 * each, each << log_h) > MOST_FLOATS):
+            continue
         fitting = min(MOST_THREADS // row_threads, MOST_FLOATS // (order * 2 * each), MOST_FLOATS // (each << log_h))
         lines = max(1, min(fitting, rows // each))
         cuts.append(Cut(log_values, lines, each, -(-row_threads * lines // 32) * 32, -(-rows // (lines * each))))
@@ -128,6 +130,8 @@ def rotate(
     cut = cut_of(split.order, split.log_h, inputs, tokens)
     if (x.data_ptr() | x.stride(0) * x.element_size()) % (x.element_size() << cut.log_values):
         x = x.clone(memory_format=torch.contiguous_format)  # no vectors can be loaded where it lies
+    if norm is not None and norm[0].dtype != x.dtype:
+        raise ValueError(f"a weight of {norm[0].dtype} for an input of {x.dtype}")
     padded = padded_columns(inputs)
     macros = rotation_macros(split.order, split.log_h, cut, TYPES[x.dtype], norm is not None, batch)
     device = x.device.index or 0

@@ -1,7 +1,6 @@
-// A packed matrix decoded to float16, row by row, without its row scales, for batches where a library's matrix product wins;
-// and what is left to do behind that product.
+// A packed matrix decoded to float16, row by row, without its row scales, for batches where a library's matrix product wins.
 //
-// A warp decodes a chunk at a time. Columns lie in the order of a product's fragments (rotation.cuh), as x' does then: so
+// A warp decodes a chunk at a time. Columns lie in the order of a product's fragments (rotate.cu), as x' does then: so
 // that a lane writes 16 bytes at once. Compile-time constants: THREADS, TABLE_BYTES, DECODERS (one type).
 
 extern __shared__ __align__(16) u8 table[];

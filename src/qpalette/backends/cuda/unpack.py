@@ -22,8 +22,8 @@ RESCALE_MACROS = {"THREADS": 256, "EACH": 4}
 
 
 def multiply_by_library(x: Rotated, members: Sequence[PackedLinear], dtype: torch.dtype) -> torch.Tensor:
-    """[tokens, sum of out_features] of `dtype`: one product for all members. Rotated tokens have a norm below 256 and
-    rows of W' are near unit variance, so no product passes float16."""
+    """[tokens, sum of out_features] of `dtype`: one product for all members. Rotated tokens have a norm below MOST_NORM
+    and rows of W' are near unit variance, so no product passes float16."""
     product = x.values @ unpack(members).T
     tokens, rows = len(product), sum(member.out_features for member in members)
     y = torch.empty(tokens, rows, dtype=dtype, device=product.device)
