@@ -19,6 +19,7 @@ import torch
 from report import report
 from rich.console import Console
 
+from qpalette.backends.cuda import rotate
 from qpalette.backends.cuda.backend import CudaBackend
 from qpalette.backends.cuda.probe import launch_seconds, rotation_seconds
 from qpalette.kernels.nvrtc import load_kernel
@@ -28,6 +29,7 @@ LAYER = {"qkv": (6144, 4096), "o": (4096, 4096), "gate/up": (28672, 4096), "down
 SMALL = {"1024x4096": (1024, 4096)}
 SPECS = ("tcq2-2", "tcq2-3", "tcq2-3.25", "tcq2-4", "tcq-3.25", "tcq-4", "vq-3", "vq-4", "nuq-3")
 BATCHES = (1, 8, 16)
+ROTATION_BLOCKS = (4, 14)
 CROSSOVER = (1, 16, 32, 64, 96, 128, 256)
 
 
@@ -150,11 +152,19 @@ def main() -> None:
     facts: dict[str, Any] = {name: launch_seconds(parts, 1, device) * 1e6 for name, parts in segments.items()}
     facts |= {f"rotation of {n} x {k}": rotation_seconds(k, n, device) * 1e6 for k in (4096, 14336) for n in BATCHES}
     facts |= {f"tcq2-3.25 4096x4096, rotation included, batch {n}": crossover(n, device) for n in CROSSOVER}
+    for blocks in ROTATION_BLOCKS:
+        facts |= {f"4096x14336, rotation in {blocks} blocks, batch {n}": in_blocks(blocks, n, device) for n in BATCHES}
     console.print(facts)
     save(rows, facts)
     for batch in BATCHES:  # last, for they tune themselves: minutes, in which a session may end
         rows += [row_of(name, batch, partial(peer, batch=batch)) for name, peer in SLOW_PEERS.items()]
         save(rows, facts)
+
+
+def in_blocks(blocks: int, batch: int, device: torch.device) -> float:
+    """Microseconds of a product with its rotation, whose tokens are cut into so many blocks."""
+    with patch.multiple(rotate, FEW_BLOCKS=blocks, BLOCKS_OF_A_FEW_TOKENS=blocks):
+        return launch_seconds([("tcq2-3.25", 4096, 14336)], batch, device, with_rotation=True) * 1e6
 
 
 def crossover(batch: int, device: torch.device) -> dict[str, float]:

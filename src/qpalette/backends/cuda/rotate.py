@@ -122,7 +122,7 @@ def rotate(
 
     For `batch` columns (N or more: 1, 2, 4, 8 or 16) in the order of `multiply.cu`; None gives [N, padded K], each row
     in the order of a single column.
-    `norm` is (weight [K], epsilon) of an RMSNorm to apply first.
+    `norm` is (weight [K], epsilon) of an RMSNorm to apply first. Raises ValueError when its type is not x's.
     """
     tokens, inputs = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
