@@ -9,7 +9,10 @@ Shapes are those of a Llama-3.1-8B layer; "layer" is their sum, rotations apart.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,8 +24,11 @@ from rich.console import Console
 
 from qpalette.backends.cuda import rotate
 from qpalette.backends.cuda.backend import CudaBackend
+from qpalette.backends.cuda.decoder import decoder_spec
+from qpalette.backends.cuda.multiply import device_limits, kernel_macros, source_for
 from qpalette.backends.cuda.probe import launch_seconds, rotation_seconds
-from qpalette.kernels.nvrtc import load_kernel
+from qpalette.core.cache import CACHE
+from qpalette.kernels.nvrtc import compile_cubin, load_kernel
 from qpalette.kernels.timing import cold_copies, graph_seconds
 
 LAYER = {"qkv": (6144, 4096), "o": (4096, 4096), "gate/up": (28672, 4096), "down": (4096, 14336)}
@@ -134,6 +140,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda", 0)
     console, rows = Console(width=150), []
+    first_use = {f"seconds to compile {spec}": compile_seconds(spec, device) for spec in options.spec or SPECS}
     for batch in BATCHES:
         rows += [row_of(name, batch, partial(peer, batch=batch)) for name, peer in PEERS.items()]
         for spec in options.spec or SPECS:
@@ -149,7 +156,8 @@ def main() -> None:
         ],
         "q/k/v at tcq2-3, -3.25, -3.5": [("tcq2-3", 4096, 4096), ("tcq2-3.25", 1024, 4096), ("tcq2-3.5", 1024, 4096)],
     }
-    facts: dict[str, Any] = {name: launch_seconds(parts, 1, device) * 1e6 for name, parts in segments.items()}
+    facts: dict[str, Any] = first_use
+    facts |= {name: launch_seconds(parts, 1, device) * 1e6 for name, parts in segments.items()}
     facts |= {f"rotation of {n} x {k}": rotation_seconds(k, n, device) * 1e6 for k in (4096, 14336) for n in BATCHES}
     facts |= {f"tcq2-3.25 4096x4096, rotation included, batch {n}": crossover(n, device) for n in CROSSOVER}
     for blocks in ROTATION_BLOCKS:
@@ -159,6 +167,18 @@ def main() -> None:
     for batch in BATCHES:  # last, for they tune themselves: minutes, in which a session may end
         rows += [row_of(name, batch, partial(peer, batch=batch)) for name, peer in SLOW_PEERS.items()]
         save(rows, facts)
+
+
+def compile_seconds(spec: str, device: torch.device) -> float:
+    """Of the product of one token, compiled into an empty cache."""
+    decoder, limits = decoder_spec(spec), device_limits(0)
+    assert decoder is not None
+    source, macros = source_for([decoder]), tuple(sorted(kernel_macros(limits, 1).items()))
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    with tempfile.TemporaryDirectory() as empty, patch.dict(os.environ, {CACHE: empty}):
+        start = time.perf_counter()
+        compile_cubin.__wrapped__(source, arch, macros)
+        return time.perf_counter() - start
 
 
 def in_blocks(blocks: int, batch: int, device: torch.device) -> float:

@@ -12,6 +12,8 @@ move together by the gap. After n roundings of unit u, errors grow as u sqrt(n) 
 (Higham and Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41, 2019, theorem
 2.4: failure below 2 exp(-LAMBDA^2 / 2) per product). The run rounds every operator's result to its type, and every
 product accumulates K terms in float32: e = LAMBDA max|logit| (u_type sqrt(operators) + u_float32 sqrt(sum of K)).
+On a GPU a product also rounds its rotated input and its codebook to float16, whatever the type: plus
+LAMBDA max|logit| u_float16 sqrt(2 linears).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from report import processor, report
+from report import device_name, processor, report
 
 PROMPTS = (
     "What is the capital of France?",
@@ -42,6 +44,8 @@ TOKENS = 64
 LAMBDA = 5.0  # 2 exp(-12.5): seven in a million
 OPERATORS = 17  # of a decoder layer: 7 linears, 2 norms, rotary, 3 in attention, activation, product, 2 sums
 RUNS = ("cpu", "ref", "cuda", "vllm")
+HALF_PRODUCTS = ("cuda",)  # runs whose products are of float16 values, whatever the type of the tokens
+NAME = "greedy_agreement"
 
 
 def main(
@@ -60,11 +64,12 @@ def main(
     rows: list[dict[str, Any]] = []
     verdicts: dict[str, dict[str, Any]] = {}
     for name, answers in written.items():
-        key = json.dumps(answers)
-        verdicts[key] = verdict = verdicts.get(key) or judge(artifact, prompts, answers, dtype, judge_device)
+        key = json.dumps([name in HALF_PRODUCTS, answers])
+        verdicts[key] = verdict = verdicts.get(key) or judge(artifact, prompts, answers, dtype, judge_device, name)
         same = sum(one == other for one, other in zip(first, answers, strict=True))
         rows.append({"run": name, "type": dtype, f"prompts equal to {run[0]}'s": f"{same} of {len(prompts)}"} | verdict)
-    report("greedy_agreement", processor(), rows, artifact=Path(artifact).name, tokens=tokens, judge=judge_device)
+    title, device = (f"{NAME}_cuda", device_name("cuda")) if "cuda" in run else (NAME, processor())
+    report(title, device, rows, artifact=Path(artifact).name, tokens=tokens, judge=judge_device)
     if not all(row["explained"] for row in rows):
         sys.exit("a difference is not explained by rounding")
 
@@ -131,7 +136,9 @@ def load(artifact: str, device: str, dtype: torch.dtype) -> Any:
 
 
 @torch.inference_mode()
-def judge(artifact: str, prompts: list[list[int]], answers: list[list[int]], dtype: str, device: str) -> dict[str, Any]:
+def judge(
+    artifact: str, prompts: list[list[int]], answers: list[list[int]], dtype: str, device: str, run: str = "cpu"
+) -> dict[str, Any]:
     """Where an answer first leaves what the reference would write, by how much, and whether rounding explains it."""
     os.environ["QPALETTE_BACKEND"] = "ref"
     model = load(artifact, device, torch.float32)
@@ -150,19 +157,26 @@ def judge(artifact: str, prompts: list[list[int]], answers: list[list[int]], dty
             place = int(places[0])  # what follows was written after other tokens than the reference's
             largest = max(largest, float(gaps[place]))
             first = first or f"prompt {number}, token {place}, gap {float(gaps[place]):.2g}"
-        bound = max(bound, 2 * logit_error(model, float(logits.abs().max()), dtype))
+        bound = max(bound, 2 * logit_error(model, float(logits.abs().max()), dtype, run))
     verdict = {"prompts as ref would": f"{same} of {len(prompts)}", "first difference": first or "none"}
     return verdict | {"largest gap": largest, "tolerance": bound, "explained": largest <= bound}
 
 
-def logit_error(model: Any, largest_logit: float, dtype: str) -> float:
+def logit_error(model: Any, largest_logit: float, dtype: str, run: str = "cpu") -> float:
     """e of the introduction."""
     from qpalette.nn import QuantLinear
 
-    terms = sum(module.in_features for module in model.modules() if isinstance(module, QuantLinear))
+    inputs = [module.in_features for module in model.modules() if isinstance(module, QuantLinear)]
     operators = OPERATORS * model.config.num_hidden_layers
-    unit, single = torch.finfo(getattr(torch, dtype)).eps / 2, torch.finfo(torch.float32).eps / 2
-    return LAMBDA * largest_logit * (unit * math.sqrt(operators) + single * math.sqrt(terms))
+    relative = unit(getattr(torch, dtype)) * math.sqrt(operators) + unit(torch.float32) * math.sqrt(sum(inputs))
+    if run in HALF_PRODUCTS:
+        relative += unit(torch.float16) * math.sqrt(2 * len(inputs))
+    return LAMBDA * largest_logit * relative
+
+
+def unit(dtype: torch.dtype) -> float:
+    """The largest relative error of rounding to `dtype`."""
+    return torch.finfo(dtype).eps / 2
 
 
 if __name__ == "__main__":
