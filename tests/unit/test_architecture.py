@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,13 @@ def test_the_bottom_layer_imports_no_torch(module):
     code = f"import importlib, sys; [importlib.import_module(m) for m in {names!r} if not m.endswith('__init__')]"
     result = python(code + "; sys.exit('torch' in sys.modules)")
     assert result.returncode == 0, result.stderr or f"{module} imports torch"
+
+
+def test_a_package_holds_every_file_that_the_code_reads():
+    """What is not Python is installed only if pyproject.toml names it."""
+    package = ROOT / "src" / "qpalette"
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["qpalette"]
+    named = {path for pattern in patterns for path in package.glob(pattern)}
+    data = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert data == named

@@ -288,6 +288,8 @@ def test_profiles_come_back_and_bad_ones_are_named(tmp_path):
         ({"launches": [{**launch, "seconds": -1}]}, "launch 0.*positive"),
         ({"launches": [{**launch, "segments": [["tcq-3", 8]]}]}, "segments"),
         ({"launches": [launch], "constant_seconds": "x"}, "constant_seconds"),
+        ({"launches": [launch], "constant_seconds": {"8": 0.1}}, "constant_seconds must have the batches"),
+        ({"launches": [launch], "constant_seconds": {"1": -1}}, "constant_seconds: 1"),
     ]:
         with pytest.raises(InputError, match=message):
             LatencyProfile.from_dict({**good, **change})

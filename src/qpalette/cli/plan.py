@@ -48,7 +48,12 @@ def plan(
         typer.Option("--tokens-per-second", metavar="N", help="At least so fast, by --profile, each sequence."),
     ] = None,
     profile: Annotated[
-        Path | None, typer.Option("--profile", metavar="FILE", help="Measured seconds of launches (docs/plan.md).")
+        str | None,
+        typer.Option(
+            "--profile",
+            metavar="FILE",
+            help="Measured seconds of launches (docs/plan.md): a file, or h100-llama-3.1-8b.",
+        ),
     ] = None,
     fusion: Annotated[
         str, typer.Option("--fusion", help="Siblings in one launch: none, same (one spec), free (each its own).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,14 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from qpalette.plan.profile import Launch
 
+    Segments = tuple[tuple[str, int, int], ...]  # spec, out-features, in-features
+    Problem = tuple[Segments, int]  # and the batch size
     Part = tuple[int, int]  # out-features, in-features
 DEFAULT_SPECS = (
-    *(f"tcq-{eighths / 8:g}" for eighths in range(12, 41, 2)),
-    *(f"tcq2-{eighths / 8:g}" for eighths in range(12, 33, 2)),
-    *("vq-2", "vq-2.5", "vq-3", "vq-3.5", "vq-4", "nuq-2", "nuq-3", "nuq-4", "nuq-5"),
+    *(f"tcq-{eighths / 8:g}" for eighths in range(12, 41)),
+    *(f"tcq2-{eighths / 8:g}" for eighths in range(12, 41)),
+    *(f"vq-{halves / 2:g}" for halves in range(3, 11)),
+    *(f"nuq-{bits}" for bits in range(2, 7)),
 )
+SAVED_EVERY = 20  # launches, which take some seconds
 
 
 def profile(
@@ -31,19 +38,23 @@ def profile(
     batch: Annotated[str, typer.Option(help="Batch sizes, such as 1,8.")] = "1",
     spec: Annotated[list[str] | None, typer.Option(help="Only these quantizers.")] = None,
     constant: Annotated[
-        float, typer.Option(help="Milliseconds per token besides the linears (qpalette bench --breakdown).", min=0)
-    ] = 0.0,
+        str,
+        typer.Option(
+            help="Milliseconds of a step besides the linears (qpalette bench --breakdown): one, or one for each batch."
+        ),
+    ] = "0",
     device: Annotated[str, typer.Option(help="CUDA device.")] = "cuda",
 ) -> None:
     """Measure the fused products of a model on a GPU: every shape alone and each group as one launch.
 
     Weights are random, and cold; launches are replayed in a CUDA graph, each with the rotation of its input.
+    An interrupted measurement goes on from OUT.partial.
 
     Example: [bold]qpalette profile h100.json --model meta-llama/Llama-3.1-8B --batch 1,8[/]
     """
     import torch
 
-    from qpalette.cli.output import step_bar
+    from qpalette.cli.output import check_folder, write_text
     from qpalette.core.errors import InputError
     from qpalette.kernels.device import parse_device
     from qpalette.plan.profile import LatencyProfile
@@ -56,29 +67,59 @@ def profile(
         raise InputError("give either --model, or --group such as --group 4096x4096+1024x4096+1024x4096")
     specs = [parse_spec(name).name for name in spec or DEFAULT_SPECS]
     batches = [_number(text, "--batch") for text in batch.split(",")]
+    constants = _constants(constant, batches)
     groups = _groups_of_model(model) if model is not None else [_parse_group(text) for text in group or ()]
-    problems = [(parts, name, size) for parts in _launches(groups) for name in specs for size in batches]
-    launches: list[Launch] = []
-    with step_bar("measuring") as bar:
-        for done, (parts, name, size) in enumerate(problems):
-            bar.show(done, len(problems))
-            launches.append(_measure(parts, name, size, where))
-    result = LatencyProfile(torch.cuda.get_device_name(where), constant / 1e3, tuple(launches))
+    problems = [(_segments(parts, name), size) for parts in _launches(groups) for name in specs for size in batches]
+    check_folder(out)
     partial = out.with_name(out.name + ".partial")
-    partial.write_text(result.to_json(), encoding="utf-8")
-    partial.replace(out)
+    launches = _measure_all(problems, where, partial)
+    result = LatencyProfile(torch.cuda.get_device_name(where), constants, launches)
+    write_text(out, result.to_json())
+    partial.unlink(missing_ok=True)
     typer.echo(f"{out}: {len(launches)} launches on {result.device}")
 
 
-def _measure(parts: Sequence[Part], spec: str, batch: int, device: object) -> Launch:
+def _measure_all(problems: Sequence[Problem], device: torch.device, partial: Path) -> tuple[Launch, ...]:
+    """Kept in `partial` from time to time, and taken from there if they were measured on this device."""
     import torch
 
     from qpalette.backends.cuda.probe import launch_seconds
-    from qpalette.plan.profile import Launch
+    from qpalette.cli.output import step_bar, write_text
+    from qpalette.plan.profile import LatencyProfile, Launch
 
-    segments = tuple((spec, rows, columns) for rows, columns in parts)
-    seconds = launch_seconds(segments, batch, torch.device(str(device)), with_rotation=True)
-    return Launch(segments, batch, seconds)
+    name = torch.cuda.get_device_name(device)
+    before = LatencyProfile.read(partial) if partial.exists() else None
+    known = {(each.segments, each.batch): each for each in before.launches} if before and before.device == name else {}
+    launches: list[Launch] = []
+    with step_bar("measuring") as bar:
+        for done, (segments, batch) in enumerate(problems):
+            bar.show(done, len(problems))
+            launch = known.get((segments, batch))
+            launches.append(
+                launch or Launch(segments, batch, launch_seconds(segments, batch, device, with_rotation=True))
+            )
+            if launch is None and len(launches) % SAVED_EVERY == 0:
+                write_text(partial, LatencyProfile(name, 0.0, tuple(launches)).to_json())
+    return tuple(launches)
+
+
+def _segments(parts: Sequence[Part], spec: str) -> Segments:
+    return tuple((spec, rows, columns) for rows, columns in parts)
+
+
+def _constants(text: str, batches: Sequence[int]) -> float | dict[int, float]:
+    """Seconds, from milliseconds."""
+    from qpalette.core.errors import InputError
+
+    try:
+        values = [float(value) / 1e3 for value in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 <= value < math.inf for value in values):
+        raise InputError(f"--constant {text}: give milliseconds, such as 0.8 or, for two batches, 0.8,1.4")
+    if len(values) not in (1, len(batches)):
+        raise InputError(f"--constant {text}: give one, or as many as batches: {len(batches)}")
+    return values[0] if len(values) == 1 else dict(zip(batches, values, strict=True))
 
 
 def _groups_of_model(model: str) -> list[tuple[Part, ...]]:

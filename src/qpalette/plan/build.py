@@ -102,7 +102,7 @@ def build_problem(sensitivities: Sensitivities, space: Space, limits: Limits) ->
     if limits.seconds is not None:
         if space.profile is None:
             raise InputError("a limit on time needs a latency profile")
-        limited[SECONDS] = max(0.0, limits.seconds - space.profile.constant_seconds)
+        limited[SECONDS] = max(0.0, limits.seconds - space.profile.constant(space.batch))
     values = {name: float(limit) for name, limit in limited.items() if limit is not None}
     builder = _Builder(space, list(values))
     blocks = [block for units in _units_by_group(sensitivities, space) for block in builder.blocks(units)]

@@ -192,7 +192,7 @@ class Planner:
 
     @property
     def constant_seconds(self) -> float:
-        return 0.0 if self.space.profile is None else self.space.profile.constant_seconds
+        return 0.0 if self.space.profile is None else self.space.profile.constant(self.space.batch)
 
 
 def _within(choice: Choice, limits: Limits) -> bool:

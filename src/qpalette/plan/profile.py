@@ -1,4 +1,4 @@
-"""Measured seconds of launches: plain data, from any benchmark of any device."""
+"""Measured seconds of launches: plain data, from any benchmark of any device. Some come with the package."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from qpalette.core.errors import InputError
 
 PROFILE_VERSION = 1
+SHIPPED = Path(__file__).with_name("profiles")
 Shape = tuple[int, int]  # out_features, in_features
 
 
@@ -27,13 +28,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class LatencyProfile:
-    """Launches measured on one device. `constant_seconds` is what a token costs besides its linears.
+    """Launches measured on one device. `constant_seconds` is what a step costs besides its linears: at any batch size,
+    or at each.
 
     A fused launch is known by its shapes, in any order, and the one spec of all its segments.
     """
 
     device: str
-    constant_seconds: float
+    constant_seconds: float | Mapping[int, float]
     launches: tuple[Launch, ...]
     _known: Mapping[tuple[tuple[Shape, ...], int], dict[str, dict[str, float]]] = field(init=False, repr=False)
 
@@ -53,6 +55,11 @@ class LatencyProfile:
     def batches(self) -> tuple[int, ...]:
         return tuple(sorted({launch.batch for launch in self.launches}))
 
+    def constant(self, batch: int) -> float:
+        """Seconds of a step besides its linears. `batch` is one of `batches`."""
+        known = self.constant_seconds
+        return known[batch] if isinstance(known, Mapping) else known
+
     @property
     def specs(self) -> frozenset[str]:
         return frozenset(spec for launch in self.launches for spec, _, _ in launch.segments)
@@ -70,10 +77,18 @@ class LatencyProfile:
 
     @classmethod
     def read(cls, file: str | Path) -> LatencyProfile:
-        """Raises InputError naming the file and what is wrong with it."""
+        """From a file, or the one of that name that comes with the package (`shipped_profiles`).
+
+        Raises InputError naming the file and what is wrong with it.
+        """
         path = Path(file).expanduser()
+        if not path.exists() and str(file) in shipped_profiles():
+            path = SHIPPED / f"{file}.json"
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            names = ", ".join(shipped_profiles())
+            raise InputError(f"there is no latency profile {path}; these come with qpalette: {names}") from error
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read as a latency profile: {error}") from error
         except InputError as error:
@@ -88,7 +103,22 @@ class LatencyProfile:
         if not isinstance(launches, list) or not launches:
             raise InputError("launches must be a list of at least one launch")
         parsed = tuple(_launch(index, entry) for index, entry in enumerate(launches))
-        return cls(str(content.get("device", "unknown")), _seconds(content, "constant_seconds", least=True), parsed)
+        return cls(str(content.get("device", "unknown")), _constants(content, parsed), parsed)
+
+
+def shipped_profiles() -> list[str]:
+    """Names of the profiles that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.json"))
+
+
+def _constants(content: Mapping[str, Any], launches: Sequence[Launch]) -> float | dict[int, float]:
+    constants = content.get("constant_seconds")
+    if not isinstance(constants, dict):
+        return _seconds(content, "constant_seconds", least=True)
+    batches = sorted({launch.batch for launch in launches})
+    if sorted(constants) != sorted(map(str, batches)):
+        raise InputError(f"constant_seconds must have the batches of the launches: {', '.join(map(str, batches))}")
+    return {batch: _seconds(constants, str(batch), "constant_seconds: ", least=True) for batch in batches}
 
 
 def _entry(launch: Launch) -> dict[str, Any]:
