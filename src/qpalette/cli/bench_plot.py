@@ -52,6 +52,7 @@ def _draw_lines(axes: Any, speeds: Sequence[Speed]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="tokens per second, whole batch")
     axes.set_xticks(batches, [str(batch) for batch in batches], minor=False)
     axes.minorticks_off()
+    axes.margins(y=0.1)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 
@@ -60,7 +61,7 @@ def _draw_bars(axes: Any, speeds: Sequence[Speed]) -> None:
     rates = [speed.tokens_per_second for speed in speeds]
     bars = axes.barh([_label(speed) for speed in speeds], rates, color=COLORS[1])
     axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
-    axes.margins(x=0.1, y=0.1)
+    axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.set(xlabel=f"tokens per second, batch size {speeds[0].batch}")
 
