@@ -123,9 +123,10 @@ __device__ __forceinline__ void load_x(uint4 (&x)[FRAGMENTS][PAIRS], const u8 *x
             x[f][pair] = *(const uint4 *)(x_lane + (size_t)chunk * X_CHUNK + pair * X_PAIR + f * (64 * COLUMNS));
 }
 
-// Whether the first chunk of x' is loaded before the table is waited for, and the loop has one load less in its way (us of a
-// Llama-3.1-8B layer, gemv.py before and after: tcq2-4 52.1 -> 51.6 at batch 1 and 65.8 -> 63.1 at 16; but vq-3 38.2 -> 40.9
-// at 1, and tcq-3.25 85.7 -> 88.3 at 16, where no registers are left for it).
+// Whether what comes from the kernel before is loaded ahead: the first chunk of x' before the table is waited for, and what a
+// thread multiplies its first sum by before the loop. us of a Llama-3.1-8B layer, without and with it (gemv.py): tcq2-4 52.1
+// and 51.6 at batch 1, 65.8 and 63.1 at 16; but vq-3 38.2 and 40.9 at 1, and tcq-3.25 85.7 and 88.3 at 16, where no
+// registers are left for it.
 template <class D>
 constexpr bool LOADS_AHEAD = D::HASHED && (D::VALUES == 2 || FRAGMENTS == 1);
 
@@ -145,14 +146,18 @@ __device__ void multiply_segment(const Problem &problem, const Segment &segment)
     D::fill(shared, segment.entries);
     for (int i = threadIdx.x; i < rows * SUMS; i += THREADS) sums[i] = 0;
     const int first_row = row * 16 + threadIdx.x / SUMS * 16 + threadIdx.x % 16;  // that this thread writes
-    // Fetched now: what ends a block waits for no memory.
-    float first_factor = first_row < segment.rows ? half_to_float(segment.scales[first_row]) : 0;
+    u16 first_scale = 0;     // of the thread's first sum,
+    float first_factor = 0;  // or, loaded ahead, times that of its column
+    if constexpr (LOADS_AHEAD<D>) first_factor = first_row < segment.rows ? half_to_float(segment.scales[first_row]) : 0;
+    else first_scale = first_row < segment.rows ? segment.scales[first_row] : 0;
     wait_for_previous_kernel();
     let_next_kernel_start();
     uint4 x[FRAGMENTS][PAIRS];
     int x_chunk = LOADS_AHEAD<D> ? at.chunk : -1;
-    if (LOADS_AHEAD<D> && at.left) load_x(x, x_lane, x_chunk);
-    first_factor *= problem.x_scales[threadIdx.x % SUMS / 16];
+    if constexpr (LOADS_AHEAD<D>) {
+        if (at.left) load_x(x, x_lane, x_chunk);
+        first_factor *= problem.x_scales[threadIdx.x % SUMS / 16];
+    }
     __syncthreads();  // the table is there, and the zeros
     while (at.left) {
         if (at.chunk != x_chunk) load_x(x, x_lane, x_chunk = at.chunk);
@@ -166,9 +171,14 @@ __device__ void multiply_segment(const Problem &problem, const Segment &segment)
     for (int i = threadIdx.x; i < rows * SUMS; i += THREADS) {
         const int r = (row + i / SUMS) * 16 + i % 16, column = i % SUMS / 16;
         if (r >= segment.rows || column >= problem.batch) continue;
-        const float factor = i < THREADS ? first_factor : half_to_float(segment.scales[r]) * problem.x_scales[column];
+        float factor;
+        if constexpr (LOADS_AHEAD<D>)
+            factor = i < THREADS ? first_factor : half_to_float(segment.scales[r]) * problem.x_scales[column];
+        else
+            factor = half_to_float(i < THREADS ? first_scale : segment.scales[r]);
         const size_t place = (size_t)column * problem.y_stride + segment.out_offset + r;
-        store(problem.y, place, problem.out_type, sums[i] * unit_of_sums * factor);
+        if constexpr (LOADS_AHEAD<D>) store(problem.y, place, problem.out_type, sums[i] * unit_of_sums * factor);
+        else store(problem.y, place, problem.out_type, sums[i] * unit_of_sums * problem.x_scales[column] * factor);
     }
 }
 
