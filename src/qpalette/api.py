@@ -14,13 +14,13 @@ import torch
 from qpalette.calibrate import MEMORY_BUDGET, Progress, collect_hessians
 from qpalette.checkpoint import Checkpoint, find_groups, open_checkpoint
 from qpalette.core.errors import InputError
+from qpalette.core.partial import PartialFigures
 from qpalette.core.records import LinearShape
 from qpalette.evaluate.loading import load_model
 from qpalette.evaluate.sampled_text import sample_windows
 from qpalette.evaluate.sensitivity import (
     DISTORTION,
     METHODS,
-    PartialFigures,
     embeddings_of,
     fisher_sensitivities,
     perturbation_sensitivities,

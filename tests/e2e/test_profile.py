@@ -64,7 +64,14 @@ def test_an_interrupted_measurement_goes_on(tmp_path, stopwatch, monkeypatch):
     stopwatch.most = 10**9
     assert run(out, *COMMAND) == 0
     assert len(stopwatch.measured) == 12 + LAUNCHES - 10  # ten were kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json"]
     assert len(LatencyProfile.read(out).launches) == LAUNCHES
+
+
+def test_half_a_file_of_an_interrupted_measurement_is_measured_again(tmp_path, stopwatch):
+    (tmp_path / "gpu.json.partial").write_text('{"identity": {"device": "a GPU"}, "figu')
+    assert run(tmp_path / "gpu.json", *COMMAND) == 0
+    assert len(stopwatch.measured) == LAUNCHES
 
 
 @pytest.mark.parametrize("constant", ["x", "1,2,3", "-1", "nan", ""])

@@ -9,11 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from qpalette.core.errors import CheckpointError, InputError
+from qpalette.core.partial import PartialFigures
 from qpalette.core.records import LinearShape
 from qpalette.evaluate import sensitivity
 from qpalette.evaluate.sensitivity import (
     Divergence,
-    PartialFigures,
     add_noise,
     embeddings_of,
     fisher_sensitivities,

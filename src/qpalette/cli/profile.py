@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from qpalette.core.partial import PartialFigures
     from qpalette.plan.profile import Launch
 
     Segments = tuple[tuple[str, int, int], ...]  # spec, out-features, in-features
@@ -56,6 +57,7 @@ def profile(
 
     from qpalette.cli.output import check_folder, write_text
     from qpalette.core.errors import InputError
+    from qpalette.core.partial import PartialFigures
     from qpalette.kernels.device import parse_device
     from qpalette.plan.profile import LatencyProfile
     from qpalette.quantizers import parse_spec
@@ -71,35 +73,30 @@ def profile(
     groups = _groups_of_model(model) if model is not None else [_parse_group(text) for text in group or ()]
     problems = [(_segments(parts, name), size) for parts in _launches(groups) for name in specs for size in batches]
     check_folder(out)
-    partial = out.with_name(out.name + ".partial")
-    launches = _measure_all(problems, where, partial)
-    result = LatencyProfile(torch.cuda.get_device_name(where), constants, launches)
+    name = torch.cuda.get_device_name(where)
+    partial = PartialFigures(out.with_name(out.name + ".partial"), {"device": name})
+    result = LatencyProfile(name, constants, _measure_all(problems, where, partial))
     write_text(out, result.to_json())
-    partial.unlink(missing_ok=True)
-    typer.echo(f"{out}: {len(launches)} launches on {result.device}")
+    partial.remove()
+    typer.echo(f"{out}: {len(result.launches)} launches on {name}")
 
 
-def _measure_all(problems: Sequence[Problem], device: torch.device, partial: Path) -> tuple[Launch, ...]:
-    """Kept in `partial` from time to time, and taken from there if they were measured on this device."""
-    import torch
-
+def _measure_all(problems: Sequence[Problem], device: torch.device, partial: PartialFigures) -> tuple[Launch, ...]:
+    """Seconds are kept in `partial` from time to time; what is there is not measured again."""
     from qpalette.backends.cuda.probe import launch_seconds
-    from qpalette.cli.output import step_bar, write_text
-    from qpalette.plan.profile import LatencyProfile, Launch
+    from qpalette.cli.output import step_bar
+    from qpalette.plan.profile import Launch
 
-    name = torch.cuda.get_device_name(device)
-    before = LatencyProfile.read(partial) if partial.exists() else None
-    known = {(each.segments, each.batch): each for each in before.launches} if before and before.device == name else {}
     launches: list[Launch] = []
     with step_bar("measuring") as bar:
         for done, (segments, batch) in enumerate(problems):
             bar.show(done, len(problems))
-            launch = known.get((segments, batch))
-            launches.append(
-                launch or Launch(segments, batch, launch_seconds(segments, batch, device, with_rotation=True))
-            )
-            if launch is None and len(launches) % SAVED_EVERY == 0:
-                write_text(partial, LatencyProfile(name, 0.0, tuple(launches)).to_json())
+            key = f"{batch} x {segments}"
+            if key not in partial.figures:
+                partial.figures[key] = launch_seconds(segments, batch, device, with_rotation=True)
+                if len(partial.figures) % SAVED_EVERY == 0:
+                    partial.save()
+            launches.append(Launch(segments, batch, partial.figures[key]))
     return tuple(launches)
 
 

@@ -9,10 +9,7 @@ diagonal (Martens, "New insights and perspectives on the natural gradient method
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,34 +18,13 @@ from torch import Tensor, nn
 
 from qpalette.checkpoint.model_class import DOWN, EXPERT, FIRST, Modules
 from qpalette.core.errors import CheckpointError, InputError
+from qpalette.core.partial import PartialFigures
 from qpalette.evaluate.metrics import CHUNK
 
 METHODS = ("fisher", "perturbation")
 DISTORTION = 0.01  # of the noise: small enough for the loss to be linear, large enough to stand out of rounding
 
 Progress = Callable[[int, int], None]
-
-
-class PartialFigures:
-    """What was measured so far, in one small JSON file: a second run with the same `identity` goes on from it."""
-
-    def __init__(self, file: str | Path, identity: Mapping[str, str]) -> None:
-        self.file, self.identity = Path(file), dict(identity)
-        self.figures: dict[str, Any] = {}
-        try:
-            content = json.loads(self.file.read_text(encoding="utf-8"))
-            if content["identity"] == self.identity:
-                self.figures = content["figures"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # none, or half of one: start again
-
-    def save(self) -> None:
-        temporary = self.file.with_name(self.file.name + ".tmp")
-        temporary.write_text(json.dumps({"identity": self.identity, "figures": self.figures}), encoding="utf-8")
-        os.replace(temporary, self.file)
-
-    def remove(self) -> None:
-        self.file.unlink(missing_ok=True)
 
 
 class Weight(NamedTuple):
