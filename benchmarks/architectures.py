@@ -22,8 +22,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qpalette
-from qpalette.artifact import Artifact, DequantizedCheckpoint, open_artifact
-from qpalette.checkpoint import Checkpoint, export_checkpoint, find_groups, open_checkpoint
+from qpalette.formats import Artifact, DequantizedCheckpoint, open_artifact
+from qpalette.models import find_groups, tensor_of
+from qpalette.storage import Checkpoint, export_checkpoint, open_checkpoint
 
 VOCABULARY = 128
 IDS = torch.arange(1, 13)[None]
@@ -163,7 +164,7 @@ def check(case: Case, spec: str, folder: Path) -> dict[str, Any]:
 
 def check_nothing_is_lost(artifact: Artifact, checkpoint: Checkpoint) -> None:
     """Every tensor of the source is there, byte for byte, or packed; every matrix that is not packed has a reason."""
-    packed = {checkpoint.tensor_of(name) for name in artifact.records}
+    packed = {tensor_of(checkpoint, name) for name in artifact.records}
     reasons = find_groups(checkpoint).reasons
     for name, info in checkpoint.tensors.items():
         if name in packed:

@@ -16,10 +16,10 @@ import torch
 import typer
 from report import report
 
-from qpalette.kernels import select
-from qpalette.quantizers import parse_spec
-from qpalette.quantizers.feedback import encode_with_feedback, factorize
-from qpalette.quantizers.trellis import Trellis
+from qpalette.calibration.feedback import encode_with_feedback, factorize
+from qpalette.codes import parse_spec
+from qpalette.codes.trellis import Trellis
+from qpalette.runtime import select
 
 SHAPES = ((4096, 4096), (14336, 4096))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from qpalette.bench import Share, Speed
-from qpalette.cli.bench_plot import check_plot, draw_speeds
+from qpalette.report.bench_plot import check_plot, draw_speeds
 
 
 def main(kept: Path, picture: Path) -> None:

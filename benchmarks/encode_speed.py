@@ -12,9 +12,9 @@ import torch
 import typer
 from report import processor, report
 
-from qpalette.kernels import backends
-from qpalette.quantizers import parse_spec
-from qpalette.quantizers.trellis import EFFORT
+from qpalette.codes import parse_spec
+from qpalette.codes.trellis import EFFORT
+from qpalette.runtime import backends
 
 TORCH_TILES = 16  # the plain search is slow; its speed does not depend on the number of tiles beyond a few
 

@@ -24,12 +24,12 @@ from rich.console import Console
 
 from qpalette.backends.cuda import rotate
 from qpalette.backends.cuda.backend import CudaBackend
+from qpalette.backends.cuda.compiler import compile_cubin, load_kernel
 from qpalette.backends.cuda.decoder import decoder_spec
 from qpalette.backends.cuda.multiply import device_limits, kernel_macros, source_for
 from qpalette.backends.cuda.probe import launch_seconds, rotation_seconds
+from qpalette.backends.cuda.timing import cold_copies, graph_seconds
 from qpalette.core.cache import CACHE
-from qpalette.kernels.nvrtc import compile_cubin, load_kernel
-from qpalette.kernels.timing import cold_copies, graph_seconds
 
 LAYER = {"qkv": (6144, 4096), "o": (4096, 4096), "gate/up": (28672, 4096), "down": (4096, 14336)}
 SMALL = {"1024x4096": (1024, 4096)}
@@ -107,7 +107,7 @@ def read_only(size: int) -> float:
     """Seconds to read `size` bytes once, 16 at a time."""
     import ctypes
 
-    from qpalette.kernels.nvrtc import launch
+    from qpalette.backends.cuda.compiler import launch
 
     kernel = load_kernel(READ, "read", {}, 0)
     out = torch.zeros(1, dtype=torch.int32, device="cuda")

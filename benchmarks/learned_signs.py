@@ -17,14 +17,16 @@ import torch
 import typer
 from report import device_name, report
 
-from qpalette.checkpoint import find_groups, open_checkpoint
+from qpalette.calibration import HessianStore
+from qpalette.calibration.feedback import DAMPING, factorize
+from qpalette.calibration.learned_signs import learn_seeds, predicted_loss
 from qpalette.core.records import LinearGroup
 from qpalette.evaluate import evaluate_models, load_model, token_windows
-from qpalette.pipeline import HessianStore, quantize_checkpoint
-from qpalette.pipeline.learned_signs import learn_seeds, predicted_loss
+from qpalette.models import find_groups
+from qpalette.pipeline import quantize_checkpoint
 from qpalette.plan import uniform_plan
-from qpalette.quantizers.feedback import DAMPING, factorize
 from qpalette.rotate import rotation_for
+from qpalette.storage import open_checkpoint
 
 
 def groups_of(model: str, every: int) -> list[LinearGroup]:

@@ -1,4 +1,4 @@
-"""Makes src/qpalette/quantizers/vq_codebooks.safetensors: k-means of N(0, I), and prints each codebook's distortion.
+"""Makes src/qpalette/codes/vq_codebooks.safetensors: k-means of N(0, I), and prints each codebook's distortion.
 
     python benchmarks/make_vq_codebooks.py [--device cuda]
 
@@ -13,7 +13,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from qpalette.quantizers.vq import LEAST_INDEX_BITS, MOST_INDEX_BITS
+from qpalette.codes.vq import LEAST_INDEX_BITS, MOST_INDEX_BITS
 
 ROUNDS, PAIRS_PER_POINT = 200, 2000
 
@@ -38,7 +38,7 @@ def k_means(bits: int, device: str) -> torch.Tensor:
     return points
 
 
-def main(device: str = "cpu", out: Path = Path("src/qpalette/quantizers/vq_codebooks.safetensors")) -> None:
+def main(device: str = "cpu", out: Path = Path("src/qpalette/codes/vq_codebooks.safetensors")) -> None:
     codebooks = {}
     for bits in range(LEAST_INDEX_BITS, MOST_INDEX_BITS + 1):
         points = k_means(bits, device).half()

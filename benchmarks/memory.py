@@ -21,7 +21,7 @@ import typer
 from report import processor, report
 
 import qpalette
-from qpalette.checkpoint import StreamingSafetensorsWriter, TensorInfo, open_checkpoint
+from qpalette.storage import StreamingSafetensorsWriter, TensorInfo, open_checkpoint
 
 
 def write_llama(directory: Path, hidden: int, layers: int, inner: int = 0, kv: int = 0, vocabulary: int = 256) -> None:

@@ -22,11 +22,11 @@ from report import device_name, report
 from sensitivity import measured
 
 import qpalette
-from qpalette.checkpoint import open_checkpoint
+from qpalette.calibration.hessians import HessianStore
 from qpalette.evaluate import bits_per_weight, evaluate_models, load_model, token_windows
-from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.planning import BudgetPlan, make_plan
 from qpalette.plan import Budget, Plan, Space, palette_of
+from qpalette.storage import open_checkpoint
 
 
 def main(
@@ -66,7 +66,7 @@ def main(
     if not calibrated_bits:
         return
     hessians = work / "hessians"
-    qpalette.calibrate(model, hessians, calibration, tokens=calibration_tokens, window=window, device=device)
+    qpalette.calibration(model, hessians, calibration, tokens=calibration_tokens, window=window, device=device)
     trial.hessians = hessians
     for budget in calibrated_bits:
         for m in methods:

@@ -24,8 +24,8 @@ from memory import write_llama
 from report import processor, report
 
 import qpalette
-from qpalette.checkpoint import open_checkpoint
 from qpalette.pipeline import Estimate
+from qpalette.storage import open_checkpoint
 
 TINY_LLAMA = {"hidden": 2048, "inner": 5632, "kv": 256, "vocabulary": 32000}
 

@@ -15,8 +15,8 @@ import typer
 from report import RESULTS, device_name, report
 
 from qpalette.api import measure_sensitivities
+from qpalette.calibration.sensitivity import Divergence, add_noise, noise_generator, weights_of
 from qpalette.evaluate import load_model, token_windows
-from qpalette.evaluate.sensitivity import Divergence, add_noise, noise_generator, weights_of
 from qpalette.plan import Sensitivities
 
 METHODS = ("fisher", "perturbation")

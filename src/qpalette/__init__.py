@@ -13,7 +13,7 @@ from qpalette.integrations.autoload import install as _install
 
 _HOME = {
     "load": "qpalette.integrations.load",
-    "parse_spec": "qpalette.quantizers",
+    "parse_spec": "qpalette.codes",
     "quantize": "qpalette.pipeline",
 }
 

@@ -11,14 +11,9 @@ from pathlib import Path
 
 import torch
 
-from qpalette.calibrate import MEMORY_BUDGET, Progress, collect_hessians
-from qpalette.checkpoint import Checkpoint, find_groups, open_checkpoint
-from qpalette.core.errors import InputError
-from qpalette.core.partial import PartialFigures
-from qpalette.core.records import LinearShape
-from qpalette.evaluate.loading import load_model
-from qpalette.evaluate.sampled_text import sample_windows
-from qpalette.evaluate.sensitivity import (
+from qpalette.calibration import MEMORY_BUDGET, Progress, collect_hessians
+from qpalette.calibration.hessians import Calibration, HessianStore
+from qpalette.calibration.sensitivity import (
     DISTORTION,
     METHODS,
     embeddings_of,
@@ -26,10 +21,16 @@ from qpalette.evaluate.sensitivity import (
     perturbation_sensitivities,
     weights_of,
 )
+from qpalette.core.errors import InputError
+from qpalette.core.records import LinearShape
+from qpalette.core.resume import PartialFigures
+from qpalette.evaluate.loading import load_model
+from qpalette.evaluate.sampled_text import sample_windows
 from qpalette.evaluate.windows import WINDOW, read_text, token_windows
-from qpalette.kernels.device import parse_device
-from qpalette.pipeline.hessians import Calibration, HessianStore
+from qpalette.models import find_groups
 from qpalette.plan import SensitiveLinear, Sensitivities
+from qpalette.runtime.device import parse_device
+from qpalette.storage import Checkpoint, open_checkpoint
 
 TOKENS = 65_536
 SENSITIVITY_TOKENS = {"fisher": 16_384, "perturbation": 2048}  # one backward pass in all, against one pass per linear

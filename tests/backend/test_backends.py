@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from qpalette.codes import parse_spec
 from qpalette.core.errors import UnsupportedError
-from qpalette.kernels import PackedLinear, backends, packed_linear, select
-from qpalette.quantizers import parse_spec
 from qpalette.rotate import pack_signs, random_signs, rotation_for, unpack_signs
+from qpalette.runtime import PackedLinear, backends, packed_linear, select
 
 CPU = torch.device("cpu")
 REF = backends()["ref"]

@@ -2,14 +2,15 @@
 
 import pytest
 
+from qpalette.codes import parse_spec
+from qpalette.codes.trellis import Trellis
 from qpalette.core.errors import UnsupportedError
-from qpalette.quantizers import parse_spec
-from qpalette.quantizers.trellis import Trellis
 
 pytest.importorskip("cuda.core", reason="needs qpalette[cuda]")
 
 from qpalette.backends.cuda.attend import SOURCE as ATTEND_SOURCE
 from qpalette.backends.cuda.attend import warps_of
+from qpalette.backends.cuda.compiler import compile_cubin, resources
 from qpalette.backends.cuda.decoder import decoder_spec, with_decoders
 from qpalette.backends.cuda.multiply import THREADS, DeviceLimits, kernel_macros, source_for
 from qpalette.backends.cuda.rotate import MOST_THREADS, cut_of, rotation_macros
@@ -17,7 +18,6 @@ from qpalette.backends.cuda.rotate import SOURCE as ROTATE_SOURCE
 from qpalette.backends.cuda.trellis_encoder import SOURCE, plan_launch
 from qpalette.backends.cuda.unpack import RESCALE_MACROS, RESCALE_SOURCE
 from qpalette.backends.cuda.unpack import SOURCE as UNPACK_SOURCE
-from qpalette.kernels.nvrtc import compile_cubin, resources
 
 # Dynamic shared memory that a block may ask for (CUDA C++ Programming Guide, technical specifications), in KiB.
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}

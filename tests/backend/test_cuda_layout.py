@@ -5,7 +5,7 @@ import torch
 
 from qpalette.backends.cuda import backend
 from qpalette.backends.cuda.layout import from_chunks, to_chunks
-from qpalette.pack.bits import unpack_stream
+from qpalette.codes.bits import unpack_stream
 
 ROWS, COLUMNS = 3, 37  # the last chunk is not full
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from qpalette.backends.cuda.decoder import decoder_spec, entries
 from qpalette.backends.cuda.multiply import MOST_NORM, MOST_VALUE, fixed_point, plan_grid
-from qpalette.quantizers import FAMILIES, parse_spec
-from qpalette.quantizers.trellis import MEMORIES
+from qpalette.codes import FAMILIES, parse_spec
+from qpalette.codes.trellis import MEMORIES
 
 SPECS = [quantizer.name for family in FAMILIES.values() for quantizer in family.palette()]
 

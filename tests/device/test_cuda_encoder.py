@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qpalette.kernels import backends, select
-from qpalette.quantizers import parse_spec
+from qpalette.codes import parse_spec
+from qpalette.runtime import backends, select
 
 pytestmark = [
     pytest.mark.device,

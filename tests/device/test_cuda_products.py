@@ -11,8 +11,8 @@ import torch
 from qpalette.backends.cuda.probe import random_member
 from qpalette.backends.cuda.rotate import rotate
 from qpalette.backends.cuda.unpack import multiply_by_library
-from qpalette.kernels import PackedLinear, backends
 from qpalette.rotate import Rotation, full_rotation, unpack_signs
+from qpalette.runtime import PackedLinear, backends
 
 pytestmark = [
     pytest.mark.device,

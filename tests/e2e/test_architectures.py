@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qpalette.artifact import open_artifact
-from qpalette.checkpoint import find_groups, open_checkpoint
 from qpalette.core.errors import ArtifactError, SpecError
+from qpalette.formats import open_artifact
+from qpalette.models import find_groups
 from qpalette.nn import PackedModule, QuantExperts
 from qpalette.pipeline import quantize_checkpoint
 from qpalette.plan import Plan, uniform_plan
+from qpalette.storage import open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from architectures import CASES, IDS, check, tolerance, write_model

@@ -26,12 +26,12 @@ from qpalette.bench.breakdown import PARTS, Kernel, part_of, shares_of
 from qpalette.bench.decode import greedy
 from qpalette.bench.models import PRESETS, groups_of, records_of, with_head
 from qpalette.cli import main
+from qpalette.codes import parse_spec
 from qpalette.core.errors import InputError, SpecError, UnsupportedError
 from qpalette.core.records import packed_bits
 from qpalette.evaluate import bits_per_weight
 from qpalette.nn import PackedModule, QuantLinear
 from qpalette.plan import Plan, uniform_plan
-from qpalette.quantizers import parse_spec
 
 CPU = torch.device("cpu")
 CONFIG = LlamaConfig(

@@ -15,9 +15,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qpalette.calibration.feedback import DAMPING
 from qpalette.cli import main
 from qpalette.cli import quantize as commands
-from qpalette.quantizers.feedback import DAMPING
 
 VOCABULARY = 128
 COMMANDS = (

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import qpalette
-from qpalette.artifact import open_artifact
 from qpalette.cli.app import app
 from qpalette.core.errors import ArtifactError, CheckpointError, InputError
 from qpalette.core.records import LinearRecord
+from qpalette.formats import open_artifact
 from qpalette.integrations.foreign_plans import exllama_plan, llama_cpp_plan
 from qpalette.plan import Plan
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 from test_pipeline_quantize import files_of, run, write_llama
 
-from qpalette.artifact import open_artifact
-from qpalette.checkpoint import find_groups, open_checkpoint
+from qpalette.calibration import Calibration, HessianStore, learned_signs
+from qpalette.calibration.feedback import factorize
+from qpalette.calibration.hessians import rotate_hessian
+from qpalette.calibration.learned_signs import learn_seeds, predicted_loss
 from qpalette.core.errors import InputError
-from qpalette.pipeline import Calibration, HessianStore, learned_signs
-from qpalette.pipeline.hessians import rotate_hessian
-from qpalette.pipeline.learned_signs import learn_seeds, predicted_loss
-from qpalette.quantizers.feedback import factorize
+from qpalette.formats import open_artifact
+from qpalette.models import find_groups
 from qpalette.rotate import random_signs, rotation_for
+from qpalette.storage import open_checkpoint
 
 
 def strong(size: int) -> torch.Tensor:

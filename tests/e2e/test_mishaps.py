@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from test_pipeline_quantize import HIDDEN, UP, Q, files_of, run, write_llama
 from test_pipeline_resume import Stop, encoded_names, stop_after
 
-from qpalette.artifact import check_checksums, open_artifact
-from qpalette.checkpoint import StreamingSafetensorsWriter, open_checkpoint
 from qpalette.core.errors import ArtifactError, CheckpointError, InputError
-from qpalette.kernels.device import parse_device
+from qpalette.formats import check_checksums, open_artifact
 from qpalette.pipeline.encode import encode_tiles
+from qpalette.runtime.device import parse_device
+from qpalette.storage import StreamingSafetensorsWriter, open_checkpoint
 
 QUANTIZE = import_module("qpalette.pipeline.quantize")  # the folder has a function of that name too
 KILLS = 30
@@ -28,7 +28,7 @@ KILLS = 30
 DRIVER = """
 import os, pathlib, random, signal, sys, time, traceback
 import qpalette.pipeline
-from qpalette.checkpoint import find_groups, open_checkpoint
+from qpalette.storage import find_groups, open_checkpoint
 from qpalette.plan import uniform_plan
 
 source, folder, kills = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from qpalette.codes import parse_spec
 from qpalette.core.records import LinearRecord
-from qpalette.kernels import PackedLinear, backends
 from qpalette.pipeline.encode import encode_linear
-from qpalette.quantizers import parse_spec
 from qpalette.rotate import random_signs, rotation_for
+from qpalette.runtime import PackedLinear, backends
 
 SPEC, ROWS = "nuq-3", 33  # not whole tiles of rows either
 # Inputs of linears in published models, Qwen3.x to Falcon; none is a power of two.

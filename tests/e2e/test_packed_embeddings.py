@@ -13,12 +13,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import qpalette
-from qpalette.artifact import open_artifact
-from qpalette.checkpoint import find_groups, open_checkpoint
 from qpalette.core.errors import CheckpointError
+from qpalette.formats import open_artifact
+from qpalette.models import find_groups
 from qpalette.nn import QuantEmbedding, QuantLinear, TiedHead
 from qpalette.pipeline import estimate, quantize_checkpoint
 from qpalette.plan import Plan
+from qpalette.storage import open_checkpoint
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 IDS = torch.arange(1, 13)[None]

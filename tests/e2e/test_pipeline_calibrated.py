@@ -13,18 +13,19 @@ from tiny_model import VOCABULARY, _save_tokenizer, build
 from torch import nn
 
 import qpalette
-from qpalette.artifact import open_artifact
-from qpalette.calibrate import collect_hessians
-from qpalette.checkpoint import find_groups, open_checkpoint
+from qpalette.calibration import collect_hessians
+from qpalette.calibration.hessians import Calibration, HessianStore, rotate_hessian
 from qpalette.core.errors import CheckpointError, HessianError, InputError
 from qpalette.core.records import LinearGroup, LinearShape
-from qpalette.kernels import backends
+from qpalette.formats import open_artifact
+from qpalette.models import find_groups
 from qpalette.pipeline import QuantizeReport, calibrated, quantize, quantize_checkpoint, work
 from qpalette.pipeline.calibrated import encode_linears
-from qpalette.pipeline.hessians import Calibration, HessianStore, rotate_hessian
 from qpalette.pipeline.jobs import make_jobs
 from qpalette.plan import Plan, uniform_plan
 from qpalette.rotate import Rotation, random_signs, rotate_weight, unpack_signs, unrotate_weight
+from qpalette.runtime import backends
+from qpalette.storage import open_checkpoint
 
 QKV, DOWN = "model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.down_proj"
 SPEC = "nuq-2"
@@ -50,7 +51,7 @@ def text(source) -> Path:
 def hessians(source, text) -> Path:
     directory = source.parent / "hessians"
     seen: list[tuple[int, int]] = []
-    found = qpalette.calibrate(source, directory, text, tokens=320, progress=lambda *call: seen.append(call))
+    found = qpalette.calibration(source, directory, text, tokens=320, progress=lambda *call: seen.append(call))
     assert (found.tokens, found.window) == (320, 64), "the context is 64"
     assert seen == [(done, 5) for done in range(1, 6)]
     return directory
@@ -240,7 +241,7 @@ def test_resume_never_mixes_two_calibrations(source, hessians, text, tmp_path):
     with pytest.raises(Stop):
         quantized(source, tmp_path / "out", hessians, progress=stop)
     names = {file.name for file in (tmp_path / "out.partial" / "linears").glob("*.safetensors")}
-    qpalette.calibrate(source, tmp_path / "other", text, tokens=128)
+    qpalette.calibration(source, tmp_path / "other", text, tokens=128)
     checkpoint, plan = open_checkpoint(source), uniform_plan(groups_of(source), SPEC)
     stores = [None, HessianStore.open(hessians), HessianStore.open(tmp_path / "other")]
     digests = [{job.digest for job in make_jobs(checkpoint, plan, store)} for store in stores]

@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qpalette.artifact import counted_bits, open_artifact
-from qpalette.checkpoint import find_groups, open_checkpoint
 from qpalette.core.errors import ArtifactError, CheckpointError, InputError, SpecError, UnsupportedError
-from qpalette.kernels import backends
+from qpalette.formats import counted_bits, open_artifact
+from qpalette.models import find_groups
 from qpalette.pipeline import encode, estimate, quantize_checkpoint
 from qpalette.plan import Plan, summarize, uniform_plan
 from qpalette.rotate import Rotation, unpack_signs, unrotate_weight
+from qpalette.runtime import backends
+from qpalette.storage import open_checkpoint
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 64, 96, 128
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from test_pipeline_quantize import files_of, plan_of, run, write_llama
 
-from qpalette.checkpoint import open_checkpoint
 from qpalette.core.errors import ArtifactError
 from qpalette.pipeline import quantize_checkpoint, work
 from qpalette.pipeline.partial import PartialResults
 from qpalette.plan import Plan
+from qpalette.storage import open_checkpoint
 
 QUANTIZE = import_module("qpalette.pipeline.quantize")  # the folder has a function of that name too
 
@@ -21,7 +21,7 @@ QUANTIZE = import_module("qpalette.pipeline.quantize")  # the folder has a funct
 DRIVER = """
 import os, pathlib, shutil, signal, sys, traceback
 import qpalette.pipeline
-from qpalette.checkpoint import find_groups, open_checkpoint
+from qpalette.storage import find_groups, open_checkpoint
 from qpalette.core.errors import ArtifactError
 from qpalette.plan import uniform_plan
 

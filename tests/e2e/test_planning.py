@@ -13,16 +13,17 @@ import torch
 
 import qpalette
 from qpalette.api import measure_sensitivities
-from qpalette.checkpoint import find_groups, open_checkpoint
+from qpalette.calibration.feedback import factorize
+from qpalette.calibration.gains import feedback_gain, feedback_gains, with_feedback
+from qpalette.calibration.hessians import HessianStore
 from qpalette.cli import main
 from qpalette.core.errors import BudgetError, InputError, SpecError
+from qpalette.models import find_groups
 from qpalette.pipeline import quantize_checkpoint
 from qpalette.pipeline.footprint import disk_bytes
-from qpalette.pipeline.gains import feedback_gain, feedback_gains, with_feedback
-from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.planning import even_sensitivities, make_plan
 from qpalette.plan import Budget, Plan, Sensitivities, Space, palette_of, parse_size
-from qpalette.quantizers.feedback import factorize
+from qpalette.storage import open_checkpoint
 
 QUICK = ("nuq", "vq")  # families whose encoder has nothing to search
 MOST_DIGITS = 24  # of a figure in JSON; the shortest has 3
@@ -74,7 +75,7 @@ def sensitivity(model, text) -> Path:
 @pytest.fixture(scope="module")
 def hessians(model, text) -> Path:
     directory = text.with_name("hessians")
-    qpalette.calibrate(model, directory, text, tokens=640, window=64)
+    qpalette.calibration(model, directory, text, tokens=640, window=64)
     return directory
 
 

@@ -8,9 +8,9 @@ import torch
 from qpalette.backends.cuda import probe
 from qpalette.cli import main
 from qpalette.core.errors import InputError
-from qpalette.kernels import device as devices
 from qpalette.plan import LatencyProfile
 from qpalette.plan.profile import SHIPPED, shipped_profiles
+from qpalette.runtime import device as devices
 
 COMMAND = ("--group", "64x32+16x32", "--group", "32x64", "--batch", "1,8", "--spec", "tcq-3", "--spec", "nuq-2")
 LAUNCHES = 4 * 2 * 2  # shapes and the group, specs, batches

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import qpalette
 from qpalette.core.errors import ArtifactError, QPaletteError, UnsupportedError
 from qpalette.integrations.transformers import QPaletteConfig, QPaletteQuantizer
-from qpalette.kernels import backends
+from qpalette.runtime import backends
 
 LINEAR = "model.layers.1.mlp.up_proj"
 

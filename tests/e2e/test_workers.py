@@ -8,10 +8,12 @@ import pytest
 import torch
 from test_pipeline_quantize import Q, files_of, run, write_llama
 
-from qpalette.checkpoint import find_groups, open_checkpoint
+from qpalette.calibration import Calibration, HessianStore
 from qpalette.core.errors import CheckpointError, InputError
-from qpalette.pipeline import Calibration, HessianStore, workers
+from qpalette.models import find_groups
+from qpalette.pipeline import workers
 from qpalette.pipeline.work import Work
+from qpalette.storage import open_checkpoint
 
 SPEC = "tcq-2-L12"
 

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from qpalette.codes import parse_spec
+from qpalette.codes.tiles import from_tiles, to_tiles
 from qpalette.core.records import LinearRecord
-from qpalette.kernels import select
-from qpalette.pack.tiles import from_tiles, to_tiles
-from qpalette.quantizers import parse_spec
 from qpalette.rotate import pack_signs, random_signs, rotate_weight, rotation_for, unrotate_weight
+from qpalette.runtime import select
 
 VOCABULARY = 128
 SIZES = {

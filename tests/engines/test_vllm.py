@@ -17,9 +17,9 @@ from tiny_model import build, edit_config, pack, save_pair
 from transformers import AutoModelForCausalLM
 
 import qpalette
-from qpalette.artifact import open_artifact
 from qpalette.core.errors import ArtifactError, UnsupportedError
 from qpalette.core.records import LinearRecord
+from qpalette.formats import open_artifact
 from qpalette.nn import QuantLinear
 from qpalette.rotate import rotation_for
 

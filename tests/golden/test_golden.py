@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from qpalette.kernels import select
-from qpalette.quantizers import FAMILIES, parse_spec
+from qpalette.codes import FAMILIES, parse_spec
+from qpalette.runtime import select
 
 GOLDEN = Path(__file__).with_name("golden.json")
 SPECS = [

@@ -27,10 +27,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from qpalette.artifact import QuantizationFormat, expected_tensors, open_artifact
-from qpalette.checkpoint import find_groups, open_checkpoint
 from qpalette.core.errors import ArtifactError, CheckpointError
 from qpalette.core.records import LinearRecord
+from qpalette.formats import QuantizationFormat, expected_tensors, open_artifact
+from qpalette.models import find_groups
+from qpalette.storage import open_checkpoint
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 RECORDS = {UP: LinearRecord("tcq-3.25", 40, 36, "h36", 0), DOWN: LinearRecord("nuq-4", 36, 40, "h20xh2", 0)}

@@ -12,9 +12,9 @@ import torch
 from fuzz_artifacts import CONFIG, DOWN, UP, WEIGHTS
 from safetensors.torch import load, save, save_file
 
-import qpalette.artifact.reader
-from qpalette.artifact import open_artifact
+import qpalette.formats.reader
 from qpalette.core.errors import ArtifactError
+from qpalette.formats import open_artifact
 
 PAGE = Path(__file__).parents[2] / "docs" / "format.md"
 AGAIN = "download the model again"
@@ -261,7 +261,7 @@ def test_a_broken_invariant(good, damage, message):
 
 def test_bits_that_are_counted_are_stored(good, monkeypatch):
     monkeypatch.setattr(
-        qpalette.artifact.reader,
+        qpalette.formats.reader,
         "_is_packed",
         lambda name: re.search(r"qp_(codes|scales)$", name) is not None,
     )

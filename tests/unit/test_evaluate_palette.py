@@ -7,9 +7,9 @@ from fractions import Fraction
 import pytest
 import torch
 
+from qpalette.codes import parse_spec
 from qpalette.core.errors import InputError
 from qpalette.evaluate import measure, palette
-from qpalette.quantizers import parse_spec
 from qpalette.theory import lloyd_max
 
 

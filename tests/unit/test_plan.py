@@ -5,10 +5,10 @@ from fractions import Fraction
 
 import pytest
 
+from qpalette.codes import parse_spec
 from qpalette.core.errors import SpecError
 from qpalette.core.records import LinearGroup, LinearShape, packed_bits
 from qpalette.plan import Plan, counted_rate, spec_for_bits, summarize, uniform_plan
-from qpalette.quantizers import parse_spec
 
 GROUPS = (
     LinearGroup("g.qk", (LinearShape("g.q", 256, 192), LinearShape("g.k", 72, 192))),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qpalette.codes import parse_spec
 from qpalette.core.errors import BudgetError, InputError, SpecError
 from qpalette.core.records import LinearGroup, LinearShape, packed_bits
 from qpalette.plan import (
@@ -26,7 +27,6 @@ from qpalette.plan import (
     parse_size,
     readable,
 )
-from qpalette.quantizers import parse_spec
 
 DATA = Path(__file__).parents[2] / "../shared/data"
 PALETTE = tuple(Candidate(f"c{bits}", Fraction(bits), 1.2 * 4.0**-bits) for bits in (1, 2, 3, 4))

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from qpalette.codes import parse_spec
+from qpalette.codes.tiles import from_tiles, to_tiles
 from qpalette.core.errors import ArtifactError, SpecError, UnsupportedError
 from qpalette.core.records import LinearRecord
-from qpalette.kernels import select
 from qpalette.nn import QuantLinear
-from qpalette.pack.tiles import from_tiles, to_tiles
-from qpalette.quantizers import parse_spec
 from qpalette.rotate import pack_signs, random_signs, rotate_weight, rotation_for, unrotate_weight
+from qpalette.runtime import select
 
 SPECS = ["nuq-4", "tcq-2-L12"]
 SHAPES = [(96, 64), (40, 36)]  # whole tiles, and tiles with padding

@@ -8,11 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from qpalette.core.errors import CheckpointError, InputError
-from qpalette.core.partial import PartialFigures
-from qpalette.core.records import LinearShape
-from qpalette.evaluate import sensitivity
-from qpalette.evaluate.sensitivity import (
+from qpalette.calibration import sensitivity
+from qpalette.calibration.sensitivity import (
     Divergence,
     add_noise,
     embeddings_of,
@@ -21,6 +18,9 @@ from qpalette.evaluate.sensitivity import (
     perturbation_sensitivities,
     weights_of,
 )
+from qpalette.core.errors import CheckpointError, InputError
+from qpalette.core.records import LinearShape
+from qpalette.core.resume import PartialFigures
 from qpalette.plan import SensitiveLinear, Sensitivities
 
 VOCABULARY = 24

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from qpalette.core.records import LinearRecord
-from qpalette.kernels import backends
 from qpalette.nn import QuantLinear, join_siblings
+from qpalette.runtime import backends
 
 SPECS = {"q": "tcq-2.5-L12", "k": "vq-3", "v": "nuq-4", "other": "nuq-2"}
 INPUTS = 64

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from qpalette.artifact.format import CODES, SCALES, SIGNS, QuantizationFormat, expected_tensors
-from qpalette.artifact.reader import total_bits
-from qpalette.checkpoint import Checkpoint, Grouping, TensorInfo, find_groups
-from qpalette.checkpoint.base import layout_of
 from qpalette.core.errors import CheckpointError, InputError, SpecError
 from qpalette.core.records import LinearRecord
+from qpalette.formats.packed import CODES, SCALES, SIGNS, QuantizationFormat, expected_tensors
+from qpalette.formats.reader import total_bits
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
+from qpalette.models import Grouping, find_groups
 from qpalette.plan import Plan
 from qpalette.rotate import pack_signs, random_signs, rotation_for
+from qpalette.storage import Checkpoint, TensorInfo
+from qpalette.storage.base import layout_of
 
 _LLAMA_3 = {
     "model_type": "llama",

@@ -48,7 +48,7 @@ def open_model(model: str, engine: str, device: str, dtype: str | None) -> tuple
     Raises InputError for an engine, device or type that cannot be used here, and as `load_model` does.
     """
     from qpalette.evaluate import load_model
-    from qpalette.kernels.device import parse_device
+    from qpalette.runtime.device import parse_device
 
     if engine != "transformers":
         raise InputError(f"--engine {engine}: answers here come from transformers; other engines have `qpalette serve`")

@@ -13,10 +13,10 @@ from qpalette.cli.output import (
     print_note,
     print_table,
     quiet_transformers,
-    size,
     step_bar,
     write_json,
 )
+from qpalette.core.text import size
 
 if TYPE_CHECKING:
     from qpalette.bench import Candidate, Share, Speed
@@ -88,13 +88,13 @@ def bench(
     from qpalette.bench import default_runner, measure
     from qpalette.cli.answer import parse_dtype
     from qpalette.core.errors import InputError
-    from qpalette.kernels.device import parse_device
+    from qpalette.runtime.device import parse_device
 
     batches = tuple(batch or BATCHES)
     if min(*batches, context, steps, 1) < 1:
         raise InputError("batch sizes, --context and --steps must be at least 1")
     if plot is not None:
-        from qpalette.cli.bench_plot import check_plot
+        from qpalette.report.bench_plot import check_plot
 
         check_plot(plot)
     if out is not None:
@@ -125,7 +125,7 @@ def bench(
 
 def _tell(speeds: list[Speed], shares: dict[str, list[Share]], device: Any, plot: Path | None, as_json: bool) -> None:
     if plot is not None:
-        from qpalette.cli.bench_plot import draw_speeds
+        from qpalette.report.bench_plot import draw_speeds
 
         draw_speeds(speeds, shares, plot, device_name(device))
     if as_json:
@@ -185,7 +185,7 @@ def _original(
         from qpalette.evaluate.loading import is_artifact, plain_directory
 
         if not is_artifact(model):
-            from qpalette.checkpoint import open_checkpoint
+            from qpalette.storage import open_checkpoint
 
             return from_directory(f"{model} {dtype}", str(plain_directory(open_checkpoint(model))), *common)
     name = str(config or model)

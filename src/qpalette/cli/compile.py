@@ -21,7 +21,7 @@ def compile_kernels(
 
     from qpalette.core.errors import InputError
     from qpalette.integrations.load import load
-    from qpalette.kernels.device import parse_device
+    from qpalette.runtime.device import parse_device
 
     where = parse_device(device)
     if where.type != "cuda":

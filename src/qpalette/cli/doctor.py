@@ -20,7 +20,7 @@ from qpalette.core.errors import UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-    from qpalette.kernels import Backend
+    from qpalette.runtime import Backend
 
 SELF_TEST_SPEC = "tcq-2-L12"  # quick to compile
 CUDA_SPEC = "tcq2-3.25"
@@ -143,7 +143,7 @@ def _disk() -> Check:
 
 
 def _backends() -> Check:
-    from qpalette.kernels import backends
+    from qpalette.runtime import backends
 
     names = list(backends())
     fix = "pip install --force-reinstall qpalette"
@@ -162,9 +162,9 @@ def _cuda_compiler() -> Check:
     """Does the run-time compiler make a fused product, for the device that is here or else for an H100?"""
     import torch
 
+    from qpalette.backends.cuda.compiler import compile_cubin
     from qpalette.backends.cuda.decoder import decoder_spec
     from qpalette.backends.cuda.multiply import DeviceLimits, device_limits, kernel_macros, source_for
-    from qpalette.kernels.nvrtc import compile_cubin
 
     present = torch.cuda.is_available()
     limits = device_limits(0) if present else DeviceLimits(132, 227 << 10, (9, 0))
@@ -187,7 +187,7 @@ def _self_test() -> Check:
     """Encode and multiply a small matrix with the CPU backend, and compare with the reference."""
     import torch
 
-    from qpalette.kernels import backends
+    from qpalette.runtime import backends
 
     start = time.perf_counter()
     weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
@@ -202,10 +202,10 @@ def _self_test() -> Check:
 def _largest_difference(spec: str, weight: torch.Tensor, backends: dict[str, Backend]) -> float:
     import torch
 
+    from qpalette.codes.tiles import to_tiles
     from qpalette.core.records import TILE_WEIGHTS
-    from qpalette.kernels import PackedLinear
-    from qpalette.pack.tiles import to_tiles
     from qpalette.rotate import full_rotation, pack_signs, random_signs
+    from qpalette.runtime import PackedLinear
 
     tiles = to_tiles(weight)
     codes = backends["cpu"].encode(spec, tiles.reshape(-1, TILE_WEIGHTS)).reshape(*tiles.shape[:2], -1)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qpalette.cli.output import count, print_facts, print_json, size
+from qpalette.cli.output import print_facts, print_json
+from qpalette.core.text import count, size
 
 if TYPE_CHECKING:
-    from qpalette.artifact import Artifact
     from qpalette.core.records import LinearRecord
+    from qpalette.formats import Artifact
 
 FLOATS = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 PLANS = ("llama.cpp", "exllamav3")
@@ -50,8 +51,8 @@ def export(
 def _export_weights(artifact: str, out: Path, dtype: str) -> dict[str, object]:
     import torch
 
-    from qpalette.artifact import DequantizedCheckpoint, open_artifact
-    from qpalette.checkpoint import export_checkpoint
+    from qpalette.formats import DequantizedCheckpoint, open_artifact
+    from qpalette.storage import export_checkpoint
 
     plain = DequantizedCheckpoint(open_artifact(Path(artifact).expanduser()), getattr(torch, dtype))
     export_checkpoint(plain, out)
@@ -75,11 +76,11 @@ def _export_plan(source: str, out: Path, to: str, model: str | None) -> dict[str
 
 def _planned(source: Path, model: str | None) -> tuple[dict[str, object], dict[str, LinearRecord], str]:
     """(the model's config, linear -> what is planned for it, the model's name)."""
-    from qpalette.artifact import open_artifact
-    from qpalette.checkpoint import open_checkpoint
     from qpalette.core.errors import InputError
+    from qpalette.formats import open_artifact
     from qpalette.pipeline.jobs import make_jobs
     from qpalette.plan import Plan
+    from qpalette.storage import open_checkpoint
 
     if source.is_dir():
         artifact: Artifact = open_artifact(source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,16 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qpalette.cli.output import count, print_facts, print_json, print_note, print_table, size
+from qpalette.cli.output import print_facts, print_json, print_note, print_table
 from qpalette.core.errors import SpecError
 from qpalette.core.records import LinearGroup, packed_bits
+from qpalette.core.text import count, size
+from qpalette.models.kinds import linear_kind
 
 if TYPE_CHECKING:
-    from qpalette.artifact.reader import Artifact
-    from qpalette.checkpoint import Checkpoint, Grouping
+    from qpalette.formats.reader import Artifact
+    from qpalette.models import Grouping
+    from qpalette.storage import Checkpoint
 
 SHOWN_BITS = (2, 3, 4)
-_LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def inspect(
@@ -39,7 +40,7 @@ def inspect(
     from qpalette.evaluate import is_artifact
 
     if verify:
-        from qpalette.artifact import check_checksums
+        from qpalette.formats import check_checksums
 
         print_note(f"{model}: {check_checksums(Path(model).expanduser())} files are as they were written")
     describe = _describe_artifact if is_artifact(model) else _describe_checkpoint
@@ -69,11 +70,6 @@ def group_kinds(groups: tuple[LinearGroup, ...]) -> list[GroupKind]:
     ]
 
 
-def linear_kind(name: str) -> str:
-    """ "model.layers.12.mlp.down_proj" -> "model.layers.*.mlp.down_proj"."""
-    return _LAYER.sub("*", name)
-
-
 def _shape(linear: Any) -> tuple[int, int]:
     return linear.out_features, linear.in_features
 
@@ -88,7 +84,8 @@ def _rotation(dim: int) -> str:
 
 
 def _describe_checkpoint(model: str, as_json: bool) -> None:
-    from qpalette.checkpoint import find_groups, open_checkpoint
+    from qpalette.models import find_groups
+    from qpalette.storage import open_checkpoint
 
     checkpoint = open_checkpoint(model)
     grouping = find_groups(checkpoint)
@@ -176,8 +173,8 @@ def _print_untouched(checkpoint: Checkpoint, grouping: Grouping) -> None:
 
 
 def _describe_artifact(model: str, as_json: bool) -> None:
-    from qpalette.artifact.reader import open_artifact
     from qpalette.evaluate import plan_of
+    from qpalette.formats.reader import open_artifact
 
     artifact = open_artifact(model)
     summary, kinds = artifact.inspect(), _artifact_kinds(artifact)
@@ -230,7 +227,7 @@ def _plan_facts(model: str) -> dict[str, str]:
 
 def _artifact_kinds(artifact: Artifact) -> list[dict[str, Any]]:
     """Linears that differ only in their layer, with what they have in common."""
-    from qpalette.artifact.format import counted_bits
+    from qpalette.formats.packed import counted_bits
 
     times: Counter[tuple[Any, ...]] = Counter()
     rates: dict[tuple[Any, ...], float] = {}

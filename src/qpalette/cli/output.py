@@ -27,6 +27,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from qpalette.core.text import speed
+
 
 def print_error(message: str) -> None:
     """One red line on stderr."""
@@ -102,30 +104,6 @@ def print_facts(title: str, facts: dict[str, str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(f"[bold]{escape(title)}[/]")
     console.print(grid)
-
-
-def size(nbytes: float) -> str:
-    """98362432 -> "98.4 MB"."""
-    return _with_prefix(nbytes, "B")
-
-
-def speed(weights_per_second: float) -> str:
-    """2.5e6 -> "2.5 Mweights/s"."""
-    return _with_prefix(weights_per_second, "weights/s")
-
-
-def count(number: int) -> str:
-    """106168320 -> "106.2 M"."""
-    return _with_prefix(number, "").rstrip()
-
-
-def _with_prefix(value: float, unit: str) -> str:
-    for prefix in ("", "k", "M", "G"):
-        if value < 1000 or prefix == "G":
-            digits = 0 if value == int(value) and not prefix else 1
-            return f"{value:.{digits}f} {prefix}{unit}"
-        value /= 1000
-    raise AssertionError("the loop ends at G")
 
 
 class _SpeedColumn(ProgressColumn):

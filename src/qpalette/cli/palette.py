@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qpalette.cli.output import print_json, print_note, print_table, size, speed, step_bar
+from qpalette.cli.output import print_json, print_note, print_table, step_bar
+from qpalette.core.text import size, speed
 
 if TYPE_CHECKING:
+    from qpalette.codes import Quantizer
     from qpalette.evaluate import Measurement
-    from qpalette.quantizers import Quantizer
 
 CAPTION = "gap: distortion over Shannon's bound 2^(-2 rate); look-ups per weight into a table, when it is decoded"
 
@@ -46,8 +47,8 @@ def palette(
 
     Example: [bold]qpalette palette --measure tcq-3.25 --measure nuq-4 --plot palette.png[/]
     """
+    from qpalette.codes import full_palette, parse_spec
     from qpalette.core.errors import InputError
-    from qpalette.quantizers import full_palette, parse_spec
 
     if compare is not None and plot is None:
         raise InputError("--compare draws published figures into the picture of --plot; give both")
@@ -57,7 +58,7 @@ def palette(
     results = _measured(quantizers, weights, seed, device) if measured else []
     rows = [_measured_row(m) for m in results] if measured else [_claimed_row(q) for q in quantizers]
     if plot is not None:
-        from qpalette.cli.palette_plot import draw_palette, read_published
+        from qpalette.report.palette_plot import draw_palette, read_published
 
         draw_palette(rows, plot, read_published(compare) if compare else [])
         print_note(f"drawn: {plot}")
@@ -68,8 +69,8 @@ def palette(
 
 
 def _with_effort(quantizer: Quantizer, effort: str) -> Quantizer:
+    from qpalette.codes.trellis import EFFORT
     from qpalette.core.errors import SpecError
-    from qpalette.quantizers.trellis import EFFORT
 
     if effort not in EFFORT:
         raise SpecError(f"'{effort}' is not an effort: choose {', '.join(EFFORT)}")
@@ -97,7 +98,7 @@ def _decode_cost(quantizer: Quantizer) -> dict[str, Any]:
 
 
 def _measured_row(result: Measurement) -> dict[str, Any]:
-    from qpalette.quantizers import parse_spec
+    from qpalette.codes import parse_spec
 
     return {
         "spec": result.spec,

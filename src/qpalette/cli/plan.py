@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qpalette.cli.output import count, print_facts, print_json, print_note, print_table, size, write_text
+from qpalette.cli.output import print_facts, print_json, print_note, print_table, write_text
+from qpalette.core.text import count
 
 if TYPE_CHECKING:
-    from qpalette.checkpoint import Checkpoint
     from qpalette.pipeline.planning import BudgetPlan
     from qpalette.plan import Budget, Sensitivities, Space
+    from qpalette.storage import Checkpoint
 
 FRONT_POINTS = 48
 
@@ -101,15 +102,17 @@ def plan(
     if out is not None:
         write_text(out, found.plan.to_json())
     if plot is not None:
-        from qpalette.cli.plan_plot import draw_plan
+        from qpalette.report.plan_plot import draw_plan
 
         draw_plan(found, plot, FRONT_POINTS)
     if report is not None:
-        from qpalette.cli.plan_report import plan_page
+        from qpalette.report.plan_page import plan_page
 
         command = shlex.join(["qpalette", *sys.argv[1:]])
         write_text(report, plan_page(found, str(budget), command, model or str(sensitivity), FRONT_POINTS))
     if as_json:
+        from qpalette.report.plan_facts import plan_json
+
         print_json(plan_json(found))
     else:
         show_plan(found, str(budget))
@@ -131,7 +134,7 @@ def _budget(bits: str | None, disk: str | None, memory: str | None, tokens_per_s
 def _checkpoint(model: str | None) -> Checkpoint | None:
     if model is None:
         return None
-    from qpalette.checkpoint import open_checkpoint
+    from qpalette.storage import open_checkpoint
 
     return open_checkpoint(model)
 
@@ -179,87 +182,9 @@ def _made(
     return make_plan(known, budget, space, checkpoint, **options)
 
 
-def plan_json(found: BudgetPlan) -> dict[str, Any]:
-    """Keys that stay: predicted_loss, loss_over_bound, loss_over_uniform, average_bits, bytes, optimality_gap,
-    assignments."""
-    planned, choice = found.planned, found.planned.choice
-    uniform = planned.uniform
-    return {
-        "predicted_loss": choice.loss,
-        "loss_over_bound": planned.loss_over_bound,
-        "loss_over_uniform": planned.loss_over_uniform,
-        "average_bits": planned.average_bits,
-        "bytes": choice.bits // 8 if found.disk_bytes is None else found.disk_bytes,
-        "linear_bytes": choice.bits // 8,
-        "memory_bytes": found.memory_bytes,
-        "seconds_per_token": choice.seconds,
-        "tokens_per_second": None if choice.seconds is None else 1 / choice.seconds,
-        "optimality_gap": planned.optimality_gap,
-        "uniform": None if uniform is None else {"spec": _only(uniform.specs), "predicted_loss": uniform.loss},
-        "launches": [list(launch) for launch in choice.launches],
-        "assignments": dict(found.plan.specs),
-    }
-
-
-def _only(specs: Any) -> str:
-    return next(iter(specs.values()))
-
-
-def kinds_of(found: BudgetPlan) -> list[dict[str, Any]]:
-    """Linears of all layers together: how many, their weights, mean counted bits, specs and share of the loss."""
-    from qpalette.cli.inspection import linear_kind
-    from qpalette.plan import candidate_of
-    from qpalette.quantizers import parse_spec
-
-    space = found.planner.space
-    by_spec = {candidate.spec: candidate for candidate in space.palette}
-    kinds: dict[str, dict[str, Any]] = {}
-    for linear in found.planner.sensitivities.linears:
-        spec = found.plan.specs[linear.name]
-        candidate = by_spec.get(spec) or candidate_of(parse_spec(spec))
-        row = kinds.setdefault(
-            linear_kind(linear.name), {"linears": 0, "weights": 0, "bits": 0, "rates": [], "loss": 0.0}
-        )
-        row["linears"] += 1
-        row["weights"] += linear.shape.weights
-        row["bits"] += space.count_bits(candidate.rate, linear.shape.out_features, linear.shape.in_features)
-        row["rates"].append((candidate.rate, spec))
-        row["loss"] += linear.sensitivity * candidate.distortion
-    return [
-        {
-            "kind": kind,
-            **row,
-            "bits_per_weight": row["bits"] / row["weights"],
-            "least": min(row["rates"])[1],
-            "most": max(row["rates"])[1],
-        }
-        for kind, row in kinds.items()
-    ]
-
-
-def facts_of(found: BudgetPlan, budget: str) -> dict[str, str]:
-    planned, choice = found.planned, found.planned.choice
-    uniform = planned.uniform
-    facts = {
-        "budget": budget,
-        "bits per weight": f"{float(planned.average_bits):.4f} in {count(planned.weights)} weights, everything counted",
-        "size": f"{size(choice.bits // 8)} of linears"
-        + ("" if found.disk_bytes is None else f", {size(found.disk_bytes)} on disk with everything"),
-        "memory": "" if found.memory_bytes is None else f"{size(found.memory_bytes)}, cache and activations included",
-        "speed": ""
-        if choice.seconds is None
-        else f"{1 / choice.seconds:.1f} tokens/s in {len(choice.launches)} launches",
-        "predicted loss": f"{choice.loss:.4g}",
-        "over the bound": f"{planned.loss_over_bound:.4f} (reverse water-filling, same bits)",
-        "over uniform": "no uniform plan is within the budget"
-        if uniform is None
-        else f"{planned.loss_over_uniform:.4f} ({_only(uniform.specs)} everywhere: {uniform.loss:.4g})",
-        "optimality gap": f"{planned.optimality_gap:.1e}" if planned.optimality_gap else "0, proven optimal",
-    }
-    return {name: value for name, value in facts.items() if value}
-
-
 def show_plan(found: BudgetPlan, budget: str) -> None:
+    from qpalette.report.plan_facts import facts_of, kinds_of
+
     total = found.planned.choice.loss or 1.0
     rows = [
         (

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from qpalette.core.partial import PartialFigures
+    from qpalette.core.resume import PartialFigures
     from qpalette.plan.profile import Launch
 
     Segments = tuple[tuple[str, int, int], ...]  # spec, out-features, in-features
@@ -56,11 +56,11 @@ def profile(
     import torch
 
     from qpalette.cli.output import check_folder, write_text
+    from qpalette.codes import parse_spec
     from qpalette.core.errors import InputError
-    from qpalette.core.partial import PartialFigures
-    from qpalette.kernels.device import parse_device
+    from qpalette.core.resume import PartialFigures
     from qpalette.plan.profile import LatencyProfile
-    from qpalette.quantizers import parse_spec
+    from qpalette.runtime.device import parse_device
 
     where = parse_device(device)
     if where.type != "cuda":
@@ -120,7 +120,8 @@ def _constants(text: str, batches: Sequence[int]) -> float | dict[int, float]:
 
 
 def _groups_of_model(model: str) -> list[tuple[Part, ...]]:
-    from qpalette.checkpoint import find_groups, open_checkpoint
+    from qpalette.models import find_groups
+    from qpalette.storage import open_checkpoint
 
     groups = find_groups(open_checkpoint(model)).groups
     return [tuple((linear.out_features, linear.in_features) for linear in group.linears) for group in groups]

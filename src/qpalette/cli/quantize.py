@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qpalette.cli.output import count, print_facts, print_json, print_note, print_table, size, weight_bar
+from qpalette.cli.output import print_facts, print_json, print_note, print_table, weight_bar
+from qpalette.core.text import count, size
 
 if TYPE_CHECKING:
     from qpalette.cli.output import Bar
@@ -126,7 +127,7 @@ class _Timed:
 
 
 def _source_bytes(model: str) -> int:
-    from qpalette.checkpoint import open_checkpoint
+    from qpalette.storage import open_checkpoint
 
     return open_checkpoint(model).total_bytes
 
@@ -136,7 +137,7 @@ def distortion_by_kind(report: QuantizeReport) -> dict[str, dict[str, Any]]:
 
     With Hessians also `proxy`, the mean relative error of their outputs.
     """
-    from qpalette.cli.inspection import linear_kind
+    from qpalette.models.kinds import linear_kind
 
     gathered = defaultdict(list)
     for linear in report.linears:
@@ -160,7 +161,7 @@ def distortion_by_kind(report: QuantizeReport) -> dict[str, dict[str, Any]]:
 
 def spec_range(specs: Sequence[str]) -> str:
     """A few names, or the lowest and the highest rate of many."""
-    from qpalette.quantizers import parse_spec
+    from qpalette.codes import parse_spec
 
     ordered = sorted(specs, key=lambda spec: (parse_spec(spec).rate, spec))
     return ", ".join(ordered) if len(ordered) <= 2 else f"{ordered[0]} .. {ordered[-1]} ({len(ordered)})"

@@ -60,7 +60,7 @@ def sensitivity(
     if as_json:
         print_json({"provenance": dict(found.provenance), "sensitivities": found.values})
         return
-    from qpalette.cli.inspection import linear_kind
+    from qpalette.models.kinds import linear_kind
 
     kinds: dict[str, list[float]] = {}
     for linear in found.linears:

@@ -36,9 +36,9 @@ def _directory(model: str) -> str:
     """What the engines open: a quantized directory, checked; a checkpoint's directory; a GGUF file dequantized."""
     from pathlib import Path
 
-    from qpalette.artifact import open_artifact
-    from qpalette.checkpoint import open_checkpoint
     from qpalette.evaluate.loading import is_artifact, plain_directory
+    from qpalette.formats import open_artifact
+    from qpalette.storage import open_checkpoint
 
     if not is_artifact(model):
         return str(plain_directory(open_checkpoint(model)))

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from qpalette.artifact.reader import open_artifact
-from qpalette.checkpoint import Checkpoint, export_checkpoint, find_groups, open_checkpoint
 from qpalette.core.cache import CACHE, cache_directory
 from qpalette.core.errors import ArtifactError, CheckpointError, SpecError
+from qpalette.formats.reader import open_artifact
+from qpalette.models import find_groups, weight_bytes
 from qpalette.plan import PLAN_FILE, Plan
+from qpalette.storage import Checkpoint, export_checkpoint, open_checkpoint
 
 
 def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -58,7 +59,7 @@ def bits_per_weight(path: str | Path) -> float | None:
     linears = [linear for group in find_groups(checkpoint).groups for linear in group.linears]
     if checkpoint.format == "gguf" or not linears:
         return None
-    stored = sum(map(checkpoint.weight_bytes, linears))
+    stored = sum(weight_bytes(checkpoint, linear) for linear in linears)
     return 8 * stored / sum(linear.weights for linear in linears)
 
 

@@ -10,13 +10,13 @@ from functools import partial
 
 import torch
 
+from qpalette.backends.cuda.timing import graph_seconds
+from qpalette.codes import Quantizer
 from qpalette.core.errors import InputError
 from qpalette.core.records import TILE, TILE_WEIGHTS
-from qpalette.kernels import Backend, PackedLinear, select
-from qpalette.kernels.device import parse_device
-from qpalette.kernels.timing import graph_seconds
-from qpalette.quantizers import Quantizer
 from qpalette.rotate import full_rotation
+from qpalette.runtime import Backend, PackedLinear, select
+from qpalette.runtime.device import parse_device
 from qpalette.theory import gap, gap_bits, gap_db
 
 CHUNK_TILES = 8192

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qpalette.artifact.reader import open_artifact
 from qpalette.core.errors import UnsupportedError
-from qpalette.kernels import backends
-from qpalette.kernels.dispatch import ENVIRONMENT
+from qpalette.formats.reader import open_artifact
+from qpalette.runtime import backends
+from qpalette.runtime.dispatch import ENVIRONMENT
 
 
 def load(

@@ -21,13 +21,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qpalette.artifact.format import FORMAT_VERSION, METHOD, QuantizationFormat
-from qpalette.artifact.reader import open_artifact
-from qpalette.checkpoint.model_class import Modules
 from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord
-from qpalette.kernels import select
+from qpalette.formats.packed import FORMAT_VERSION, METHOD, QuantizationFormat
+from qpalette.formats.reader import open_artifact
+from qpalette.models.model_class import Modules
 from qpalette.nn import PackedModule, QuantEmbedding, QuantExperts, QuantLinear, TiedHead, join_siblings
+from qpalette.runtime import select
 
 
 class QPaletteConfig(QuantizationConfigMixin):

@@ -28,13 +28,13 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from qpalette.artifact.format import CODES, METHOD, SCALES, SUFFIXES, QuantizationFormat
-from qpalette.artifact.reader import open_artifact
 from qpalette.core.errors import ArtifactError, UnsupportedError
 from qpalette.core.records import TILE, LinearRecord
-from qpalette.kernels import packed_linear, packed_linears, select
+from qpalette.formats.packed import CODES, METHOD, SCALES, SUFFIXES, QuantizationFormat
+from qpalette.formats.reader import open_artifact
 from qpalette.nn import PackedModule, QuantEmbedding, QuantLinear
 from qpalette.rotate import Rotation
+from qpalette.runtime import packed_linear, packed_linears, select
 
 QKV = {"q": 0, "k": 1, "v": 2}
 WEIGHT = "weight"

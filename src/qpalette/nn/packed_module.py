@@ -8,11 +8,11 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from qpalette.codes import parse_spec
 from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord, packed_bits, tiles_of
-from qpalette.kernels import TILES, Backend, PackedLinear, backend_for, select
-from qpalette.quantizers import parse_spec
 from qpalette.rotate import Rotation, unpack_signs, unrotate_weight
+from qpalette.runtime import TILES, Backend, PackedLinear, backend_for, select
 
 
 class PackedModule(nn.Module):

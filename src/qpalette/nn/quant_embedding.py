@@ -8,12 +8,12 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from qpalette.codes import parse_spec
+from qpalette.codes.tiles import scan_order
 from qpalette.core.records import TILE, TILE_WEIGHTS, LinearRecord, tiles_of
-from qpalette.kernels import TILES, Backend, PackedLinear, backend_for, packed_linear
 from qpalette.nn.packed_module import PackedModule
-from qpalette.pack.tiles import scan_order
-from qpalette.quantizers import parse_spec
 from qpalette.rotate import Rotation, signs_of_bits
+from qpalette.runtime import TILES, Backend, PackedLinear, backend_for, packed_linear
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_WEIGHTS = 1 << 22  # decoded at a time: whole tiles, of which a lookup keeps a sixteenth

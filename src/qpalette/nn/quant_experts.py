@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from qpalette.checkpoint.model_class import DOWN, FIRST
 from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord
+from qpalette.models.model_class import DOWN, FIRST
 from qpalette.nn.quant_linear import QuantLinear
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from qpalette.core.records import LinearRecord
-from qpalette.kernels import packed_linear
 from qpalette.nn.packed_module import PackedModule
+from qpalette.runtime import packed_linear
 
 
 class QuantLinear(PackedModule):

@@ -8,8 +8,8 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from qpalette.kernels import packed_linears
 from qpalette.nn.quant_linear import QuantLinear
+from qpalette.runtime import packed_linears
 
 
 class Siblings:

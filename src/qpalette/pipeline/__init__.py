@@ -2,16 +2,13 @@
 
 from qpalette.pipeline.api import quantize
 from qpalette.pipeline.forecast import forecast_seconds
-from qpalette.pipeline.hessians import Calibration, HessianStore
 from qpalette.pipeline.jobs import Estimate, estimate
 from qpalette.pipeline.quantize import Progress, quantize_checkpoint
 from qpalette.pipeline.report import REPORT_FILE, LinearResult, QuantizeReport
 
 __all__ = [
     "REPORT_FILE",
-    "Calibration",
     "Estimate",
-    "HessianStore",
     "LinearResult",
     "Progress",
     "QuantizeReport",

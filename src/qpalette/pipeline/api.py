@@ -8,19 +8,20 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from qpalette.checkpoint import Checkpoint, find_groups, open_checkpoint
+from qpalette.calibration.feedback import DAMPING
+from qpalette.calibration.hessians import HessianStore
+from qpalette.codes import parse_spec
+from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import SpecError
 from qpalette.core.rate import parse_rate
+from qpalette.models import find_groups
 from qpalette.pipeline.forecast import forecast_seconds
-from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import Estimate, estimate
 from qpalette.pipeline.planning import even_sensitivities, make_plan
 from qpalette.pipeline.quantize import Progress, quantize_checkpoint
 from qpalette.pipeline.report import QuantizeReport
 from qpalette.plan import Budget, Plan, Sensitivities, Space, palette_of, parse_size, spec_for_bits, uniform_plan
-from qpalette.quantizers import parse_spec
-from qpalette.quantizers.feedback import DAMPING
-from qpalette.quantizers.trellis import EFFORT
+from qpalette.storage import Checkpoint, open_checkpoint
 
 
 def quantize(
@@ -60,7 +61,7 @@ def quantize(
     `effort` is "fast", "standard" or "best", by default what a spec or plan says and else "standard". `rotation` is
     "full", "block" or "block-64". With `dry_run` nothing is written, and the Estimate of the run is returned.
 
-    `hessians` is a directory that `qpalette.calibrate` has filled for this model: rounding is then calibrated, with
+    `hessians` is a directory that `qpalette.calibration` has filled for this model: rounding is then calibrated, with
     `damping` times the mean diagonal added to each Hessian. `also` names what is left alone otherwise: "lm_head",
     "embed_tokens" (`find_groups`). `device` is where weights are encoded, such as "cuda";
     `workers`, `ray` and `sign_seeds` as in `quantize_checkpoint`.

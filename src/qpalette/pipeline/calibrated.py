@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qpalette.calibration.feedback import Feedback, encode_with_feedback, factorize, fit_row_scales
+from qpalette.calibration.hessians import rotate_hessian
 from qpalette.core.records import TILE
-from qpalette.kernels import Backend, select
 from qpalette.pipeline.encode import EncodedLinear, Quality, check_finite, check_scales, encode_tiles
-from qpalette.pipeline.hessians import rotate_hessian
 from qpalette.pipeline.jobs import Job
-from qpalette.quantizers.feedback import Feedback, encode_with_feedback, factorize, fit_row_scales
 from qpalette.rotate import Rotation, pack_signs, rotate_weight
+from qpalette.runtime import Backend, select
 
 STACKED_WEIGHTS = 1 << 26  # encoded together, in whole tile rows: a step sees 16 columns of them, and must fill a GPU
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 
+from qpalette.codes.tiles import from_tiles, to_tiles
 from qpalette.core.errors import CheckpointError, InputError
 from qpalette.core.records import TILE, LinearGroup, LinearRecord
-from qpalette.kernels import Backend, select
-from qpalette.pack.tiles import from_tiles, to_tiles
 from qpalette.rotate import Rotation, pack_signs, rotate_weight
+from qpalette.runtime import Backend, select
 
 logger = logging.getLogger(__name__)
 

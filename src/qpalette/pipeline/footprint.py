@@ -5,14 +5,14 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from qpalette.artifact import PackedCheckpoint, checksums_bytes, total_bits
-from qpalette.checkpoint import Checkpoint
-from qpalette.checkpoint.export import exported_bytes, exported_names
-from qpalette.pipeline.hessians import HessianStore
+from qpalette.calibration.hessians import HessianStore
+from qpalette.formats import PackedCheckpoint, checksums_bytes, total_bits
 from qpalette.pipeline.jobs import format_of, make_jobs, no_tensor
 from qpalette.pipeline.quantize import write_documents
 from qpalette.pipeline.report import LinearResult, QuantizeReport
 from qpalette.plan import Plan
+from qpalette.storage import Checkpoint
+from qpalette.storage.export import exported_bytes, exported_names
 
 LONGEST = 1.2345678901234567e-05  # as many digits as a measured figure of the report can have
 

@@ -6,12 +6,12 @@ import time
 
 import torch
 
-from qpalette.checkpoint import Checkpoint
 from qpalette.core.records import TILE
-from qpalette.kernels.device import parse_device
 from qpalette.pipeline.encode import encode_linear
 from qpalette.pipeline.jobs import Job, make_jobs
 from qpalette.plan import Plan
+from qpalette.runtime.device import parse_device
+from qpalette.storage import Checkpoint
 
 TRIAL_SECONDS = 1.0  # for each quantizer, after compiling
 LEAST_ROWS, MOST_ROWS = TILE, 1 << 14

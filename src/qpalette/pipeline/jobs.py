@@ -12,17 +12,18 @@ from importlib.metadata import version
 
 import torch
 
-from qpalette.artifact import FORMAT_VERSION, PackedCheckpoint, QuantizationFormat, counted_bits, total_bits
-from qpalette.checkpoint import Checkpoint, Grouping, find_groups
-from qpalette.checkpoint.model_class import EXPERT
+from qpalette.calibration.feedback import DAMPING
+from qpalette.calibration.hessians import HessianStore
+from qpalette.codes import parse_spec
 from qpalette.core.errors import SpecError
 from qpalette.core.records import LinearGroup, LinearRecord, LinearShape, PackedBits
+from qpalette.formats import FORMAT_VERSION, PackedCheckpoint, QuantizationFormat, counted_bits, total_bits
+from qpalette.models import Grouping, find_groups, weight_bytes
+from qpalette.models.model_class import EXPERT
 from qpalette.pipeline.encode import feedback_bytes, working_bytes
-from qpalette.pipeline.hessians import HessianStore
 from qpalette.plan import Plan, select_linears
-from qpalette.quantizers import parse_spec
-from qpalette.quantizers.feedback import DAMPING
 from qpalette.rotate import random_signs, rotation_for
+from qpalette.storage import Checkpoint
 
 HEADROOM_BYTES = 64 << 20  # tokenizer, headers, documents
 
@@ -162,7 +163,7 @@ def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job]) -> int:
     def of_job(job: Job) -> int:
         chunk = working_bytes(job.linear.weights, parse_spec(job.record.spec).rate)
         together = feedback_bytes(job.group) if job.calibrated else 0
-        return checkpoint.weight_bytes(job.linear) + 2 * job.packed_bytes + chunk + together
+        return weight_bytes(checkpoint, job.linear) + 2 * job.packed_bytes + chunk + together
 
     copied = max(info.nbytes for info in checkpoint.tensors.values())
     return copied + max(map(of_job, jobs))

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qpalette.checkpoint import Checkpoint, StreamingSafetensorsWriter, TensorInfo
 from qpalette.core.errors import CheckpointError
+from qpalette.models import read_weight
 from qpalette.pipeline.encode import EncodedLinear, Quality
 from qpalette.pipeline.jobs import Job
+from qpalette.storage import Checkpoint, StreamingSafetensorsWriter, TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class PartialResults:
         if metadata.get("sha256") != digest:
             logger.warning("%s is damaged (its SHA-256 differs): %s is quantized again", file, job.name)
             return None
-        if changed is not None and metadata.get("weight") != sha256_of(changed.read_weight(job.name)):
+        if changed is not None and metadata.get("weight") != sha256_of(read_weight(changed, job.name)):
             logger.warning("%s has changed: it is quantized again", job.name)
             return None
         proxy = metadata.get("proxy")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qpalette.artifact import total_bits
-from qpalette.checkpoint import Checkpoint, find_groups
+from qpalette.calibration.feedback import DAMPING
+from qpalette.calibration.gains import feedback_gains, with_feedback
+from qpalette.calibration.hessians import HessianStore
 from qpalette.core.errors import BudgetError, InputError
 from qpalette.core.records import LinearGroup
+from qpalette.formats import total_bits
+from qpalette.models import find_groups
 from qpalette.pipeline.footprint import LONGEST, carried_bytes, disk_bytes
-from qpalette.pipeline.gains import feedback_gains, with_feedback
-from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import make_jobs
 from qpalette.plan import (
     Budget,
@@ -24,7 +25,7 @@ from qpalette.plan import (
     Space,
     device_bytes,
 )
-from qpalette.quantizers.feedback import DAMPING
+from qpalette.storage import Checkpoint
 
 ATTEMPTS = 4
 LONGEST_BUDGET = "9" * 120  # characters of a budget with every limit: what is told as the least holds any other text

@@ -13,23 +13,23 @@ from typing import Protocol
 
 import torch
 
-from qpalette.artifact import PackedCheckpoint, model_card, open_artifact, write_checksums
-from qpalette.checkpoint import Checkpoint, export_checkpoint
-from qpalette.checkpoint.export import MAX_SHARD_BYTES
+from qpalette.calibration.feedback import DAMPING
+from qpalette.calibration.hessians import HessianStore
+from qpalette.calibration.learned_signs import learn_seeds
 from qpalette.core.errors import ArtifactError, InputError
-from qpalette.kernels import select
-from qpalette.kernels.device import parse_device
+from qpalette.formats import PackedCheckpoint, model_card, open_artifact, write_checksums
 from qpalette.pipeline.encode import Quality
-from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import HEADROOM_BYTES, Job, format_of, make_jobs
-from qpalette.pipeline.learned_signs import learn_seeds
 from qpalette.pipeline.partial import PartialResults
 from qpalette.pipeline.report import REPORT_FILE, LinearResult, QuantizeReport
 from qpalette.pipeline.work import Work, encode_batch
 from qpalette.pipeline.workers import Batch, Result, run_in_processes
 from qpalette.plan import PLAN_FILE, Plan
-from qpalette.quantizers.feedback import DAMPING
 from qpalette.rotate import Rotation
+from qpalette.runtime import select
+from qpalette.runtime.device import parse_device
+from qpalette.storage import Checkpoint, export_checkpoint
+from qpalette.storage.export import MAX_SHARD_BYTES
 
 
 class Progress(Protocol):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from qpalette.artifact import counted_bits, total_bits
+from qpalette.calibration.hessians import Calibration
 from qpalette.core.records import LinearRecord, PackedBits
-from qpalette.pipeline.hessians import Calibration
+from qpalette.formats import counted_bits, total_bits
 
 REPORT_FILE = "qpalette_report.json"
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from qpalette.checkpoint import Checkpoint, open_checkpoint
+from qpalette.calibration.hessians import HessianStore
 from qpalette.core.errors import CheckpointError, InputError
+from qpalette.models import read_weight
 from qpalette.pipeline.calibrated import encode_linears
 from qpalette.pipeline.encode import EncodedLinear, encode_linear
-from qpalette.pipeline.hessians import HessianStore
 from qpalette.pipeline.jobs import Job
 from qpalette.pipeline.partial import sha256_of
+from qpalette.storage import Checkpoint, open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def encode_batch(work: Work, checkpoint: Checkpoint, jobs: Sequence[Job], device
 
     Raises as `encode_linear` and `encode_linears`, and InputError when `device` has no room for the group.
     """
-    weights = [checkpoint.read_weight(job.name) for job in jobs]
+    weights = [read_weight(checkpoint, job.name) for job in jobs]
     try:
         if work.hessians is not None and jobs[0].calibrated:
             encoded = encode_linears(jobs, weights, work.hessians.read(jobs[0].group), work.damping, device)

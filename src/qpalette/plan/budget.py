@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor, inf
 
+from qpalette.codes.tcq import TrellisCoded
+from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import BudgetError, SpecError
 from qpalette.core.rate import parse_rate
 from qpalette.core.records import LinearGroup
 from qpalette.plan.build import Limits
 from qpalette.plan.plan import counted_rate
-from qpalette.quantizers.tcq import TrellisCoded
-from qpalette.quantizers.trellis import EFFORT
 
 
 def spec_for_bits(groups: Sequence[LinearGroup], bits: str | Fraction, effort: str = "standard") -> str:

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qpalette.codes import FAMILIES, Quantizer
+from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import InputError, SpecError
 from qpalette.core.records import packed_bits
 from qpalette.plan.problem import Block, Problem, Segment, Variant
 from qpalette.plan.profile import LatencyProfile
 from qpalette.plan.sensitivities import SensitiveLinear, Sensitivities
-from qpalette.quantizers import FAMILIES, Quantizer
-from qpalette.quantizers.trellis import EFFORT
 
 FUSIONS = ("none", "same", "free")
 MOST_FUSED = 4  # linears of one group; partitions grow fast, and no known layer has more

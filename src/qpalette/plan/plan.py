@@ -11,10 +11,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from qpalette.codes import parse_spec
+from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import SpecError
 from qpalette.core.records import LinearGroup, LinearShape, PackedBits, packed_bits
-from qpalette.quantizers import parse_spec
-from qpalette.quantizers.trellis import EFFORT
 
 PLAN_VERSION = 2
 PLAN_FILE = "qpalette_plan.json"  # in a quantized model's directory

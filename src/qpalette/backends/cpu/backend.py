@@ -15,10 +15,10 @@ from qpalette.backends.cpu.layout import from_lanes, tile_rows, to_lanes
 from qpalette.backends.cpu.matmul import make_kernels
 from qpalette.backends.cpu.transform import factors_of
 from qpalette.backends.cpu.viterbi import encode_states
-from qpalette.kernels import TILES, Backend, PackedLinear, Verdict
-from qpalette.quantizers import parse_spec
-from qpalette.quantizers.trellis import Trellis
+from qpalette.codes import parse_spec
+from qpalette.codes.trellis import Trellis
 from qpalette.rotate import Rotation, unpack_signs
+from qpalette.runtime import TILES, Backend, PackedLinear, Verdict
 
 LARGEST_FUSED_BATCH = 16  # above, decoding the matrix once and the vendor's product win
 LEAST_PRODUCTS = 1 << 17  # per thread: some 12 microseconds of work, several times what waking a thread costs

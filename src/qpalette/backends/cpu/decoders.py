@@ -14,12 +14,12 @@ import numpy as np
 
 from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.jit import kernel
-from qpalette.quantizers import Quantizer
-from qpalette.quantizers.nuq import NonUniform
-from qpalette.quantizers.tcq import TrellisCoded
-from qpalette.quantizers.tcq2 import TrellisCodedPairs
-from qpalette.quantizers.trellis import Trellis
-from qpalette.quantizers.vq import VectorQuantized
+from qpalette.codes import Quantizer
+from qpalette.codes.nuq import NonUniform
+from qpalette.codes.tcq import TrellisCoded
+from qpalette.codes.tcq2 import TrellisCodedPairs
+from qpalette.codes.trellis import Trellis
+from qpalette.codes.vq import VectorQuantized
 
 _SIGN = np.int32(-(1 << 31))
 

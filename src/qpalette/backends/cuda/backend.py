@@ -12,11 +12,11 @@ from qpalette.backends.cuda.multiply import MOST_BATCH, MOST_SEGMENTS, batch_col
 from qpalette.backends.cuda.rotate import rotate
 from qpalette.backends.cuda.trellis_encoder import encode_states
 from qpalette.backends.cuda.unpack import multiply_by_library
+from qpalette.codes import parse_spec
+from qpalette.codes.tiles import from_tiles
+from qpalette.codes.trellis import Trellis
 from qpalette.core.records import tiles_of
-from qpalette.kernels import Backend, PackedLinear, Verdict
-from qpalette.pack.tiles import from_tiles
-from qpalette.quantizers import parse_spec
-from qpalette.quantizers.trellis import Trellis
+from qpalette.runtime import Backend, PackedLinear, Verdict
 
 # Above so many tokens matrices are decoded and multiplied by cuBLAS; below, MOST_BATCH tokens a launch. On an H100, a
 # matrix of 4096 x 4096 at 3.25 bits: 9.8 us a launch of 16 tokens; decoded 30.4 us for 32 tokens, 31.0 for 64, 43.5 for

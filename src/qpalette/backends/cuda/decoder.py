@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from qpalette.codes.base import Quantizer, parse_spec
+from qpalette.codes.nuq import NonUniform
+from qpalette.codes.tcq import TrellisCoded
+from qpalette.codes.tcq2 import TrellisCodedPairs
+from qpalette.codes.vq import VectorQuantized
 from qpalette.core.records import TILE_WEIGHTS
-from qpalette.quantizers.base import Quantizer, parse_spec
-from qpalette.quantizers.nuq import NonUniform
-from qpalette.quantizers.tcq import TrellisCoded
-from qpalette.quantizers.tcq2 import TrellisCodedPairs
-from qpalette.quantizers.vq import VectorQuantized
 
 COMMON_SOURCE = Path(__file__).with_name("common.cuh").read_text()
 SOURCE = COMMON_SOURCE + Path(__file__).with_name("decoder.cuh").read_text()

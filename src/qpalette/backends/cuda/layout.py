@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from qpalette.pack.bits import WORD, pack_stream, unpack_stream
+from qpalette.codes.bits import WORD, pack_stream, unpack_stream
 
 LAYOUT = "chunks"
 CHUNK = 16  # tiles

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from qpalette.backends.cuda.compiler import launch, load_kernel
 from qpalette.backends.cuda.decoder import DecoderSpec, decoder_spec, entries, with_decoders
 from qpalette.backends.cuda.rotate import TYPES, Rotated
-from qpalette.kernels import PackedLinear
-from qpalette.kernels.nvrtc import launch, load_kernel
+from qpalette.runtime import PackedLinear
 
 SOURCE = Path(__file__).with_name("multiply.cu").read_text()
 MOST_SEGMENTS = 8

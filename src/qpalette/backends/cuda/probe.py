@@ -11,11 +11,11 @@ from qpalette.backends.cuda.backend import CudaBackend
 from qpalette.backends.cuda.layout import to_chunks
 from qpalette.backends.cuda.multiply import MOST_BATCH, batch_columns, multiply
 from qpalette.backends.cuda.rotate import rotate
+from qpalette.backends.cuda.timing import cold_copies, graph_seconds
+from qpalette.codes import parse_spec
 from qpalette.core.records import tiles_of
-from qpalette.kernels import PackedLinear
-from qpalette.kernels.timing import cold_copies, graph_seconds
-from qpalette.quantizers import parse_spec
 from qpalette.rotate import full_rotation
+from qpalette.runtime import PackedLinear
 
 MOST_COPIES = 60
 _BACKEND = CudaBackend()

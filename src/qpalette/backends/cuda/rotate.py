@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from qpalette.backends.cuda.compiler import launch, load_kernel
 from qpalette.backends.cuda.decoder import COMMON_SOURCE
-from qpalette.kernels.nvrtc import launch, load_kernel
 from qpalette.rotate import Factor, Rotation
 
 SOURCE = COMMON_SOURCE + Path(__file__).with_name("rotate.cu").read_text()

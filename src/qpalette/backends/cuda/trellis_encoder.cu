@@ -1,6 +1,6 @@
 // Viterbi search over the bitshift trellis of a tail-biting code. A block of threads searches TILES tiles at a time.
 //
-// The recursion and its rounding are those of quantizers/trellis.py, operation by operation (no fused multiply-add), so
+// The recursion and its rounding are those of codes/trellis.py, operation by operation (no fused multiply-add), so
 // that codes are equal bit for bit. M_t, the least cost per group of states, lives in shared memory, double-buffered; a
 // thread owns SIBLINGS groups that share their predecessors, for LANES tiles at once: one load of a predecessor's cost
 // and of a state's value serves SIBLINGS * LANES and LANES evaluations.
@@ -9,7 +9,7 @@
 //
 // Values come from L2, or from shared memory where few tiles leave room for them: with two tiles per block, reading them
 // from L2 at every step would take as long as the search. Pairs of values lie there as half2, to be multiplied by `factor`:
-// exact, see quantizers/tcq2.py.
+// exact, see codes/tcq2.py.
 //
 // Compile-time constants: MEMORY (bits of a state), VALUES (weights per step), STEPS, SHIFT_LOW, SHIFT_HIGH (bits that
 // enter at a step), TILES, LANES, MOST_SIBLINGS, THREADS, COSTS_IN_SHARED, VALUES_IN_SHARED.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qpalette.kernels.nvrtc import launch, load_kernel
+from qpalette.backends.cuda.compiler import launch, load_kernel
 
 SOURCE = Path(__file__).with_name("trellis_encoder.cu").read_text()
 MOST_TILES = 16

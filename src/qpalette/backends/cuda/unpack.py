@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
+from qpalette.backends.cuda.compiler import launch, load_kernel
 from qpalette.backends.cuda.decoder import COMMON_SOURCE, decoder_spec, entries, with_decoders
 from qpalette.backends.cuda.layout import CHUNK
 from qpalette.backends.cuda.multiply import THREADS, device_limits
 from qpalette.backends.cuda.rotate import TYPES, Rotated
 from qpalette.core.records import TILE
-from qpalette.kernels import PackedLinear
-from qpalette.kernels.nvrtc import launch, load_kernel
+from qpalette.runtime import PackedLinear
 
 SOURCE = Path(__file__).with_name("unpack.cu").read_text()
 RESCALE_SOURCE = COMMON_SOURCE + Path(__file__).with_name("rescale.cu").read_text()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from qpalette.kernels import Backend, PackedLinear, Verdict
-from qpalette.pack.tiles import from_tiles
-from qpalette.quantizers import parse_spec
+from qpalette.codes import parse_spec
+from qpalette.codes.tiles import from_tiles
 from qpalette.rotate import Rotation, unpack_signs
+from qpalette.runtime import Backend, PackedLinear, Verdict
 
 
 class ReferenceBackend(Backend):

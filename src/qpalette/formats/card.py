@@ -1,0 +1,137 @@
+"""The model card: what the directory is, how to load it, what it costs and how far it is from the original."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from qpalette.core.records import LinearRecord
+from qpalette.formats.packed import CODES, SCALES, SIGNS, counted_bits
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+TEMPLATE = """\
+---
+{front_matter}
+---
+
+# {title}
+
+{base} quantized with [qpalette](https://pypi.org/project/qpalette/): {weights:,} weights in {count} linears at
+**{rate:.4f} bits per weight**, everything counted.
+
+> ## WARNING: `import qpalette` first
+> Without it transformers only logs "Unknown quantization type", skips the quantization and **loads random weights**.
+
+```python
+import qpalette  # before from_pretrained, always
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{title}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{title}")
+```
+
+## Size
+
+| part | bytes | bits per quantized weight |
+|---|---:|---:|
+{sizes}
+
+## Distortion
+
+Squared error of the stored weights over their energy, measured with the stored scales, by kind of linear.
+
+| kind | quantizer | weights | bits per weight | distortion |
+|---|---|---:|---:|---:|
+{distortions}
+{calibrated}
+Every linear is listed in `qpalette_report.json`.
+"""
+
+CALIBRATED = """
+Rounding was calibrated (LDLQ) on {tokens:,} tokens of a text with SHA-256 `{sha256}`. It accepts more distortion of the
+weights for less of the outputs, which the report gives for each linear as `proxy`: tr(E H E^T) / tr(W H W^T).
+"""
+
+
+def model_card(
+    title: str,
+    config: Mapping[str, Any],
+    records: Mapping[str, LinearRecord],
+    distortions: Mapping[str, float],
+    carried_bytes: int,
+    base_model: str | None = None,
+    calibration: tuple[int, str] | None = None,
+) -> str:
+    """Markdown, the same for equal arguments. `distortions` by linear name; `carried_bytes` are the other tensors'.
+
+    `base_model` is a Hub name; without it the source config's own is used when it is one. The licence is the source
+    config's, when it states one. `calibration`, of calibrated rounding, is its tokens and the text's SHA-256.
+    """
+    weights = sum(record.out_features * record.in_features for record in records.values())
+    packed_bits = sum(counted_bits(record).total for record in records.values())
+    base = base_model or _hub_name(config)
+    return TEMPLATE.format(
+        front_matter=_front_matter(base, config.get("license")),
+        title=title,
+        base=f"`{base}`" if base else f"A {config.get('model_type', 'language')} model",
+        weights=weights,
+        count=len(records),
+        rate=packed_bits / weights,
+        sizes=_size_rows(records, weights, carried_bytes),
+        distortions=_distortion_rows(records, distortions),
+        calibrated="" if calibration is None else CALIBRATED.format(tokens=calibration[0], sha256=calibration[1]),
+    )
+
+
+def kind_of(linear: str) -> str:
+    """What repeats over layers: the name after its last number. `model.layers.3.mlp.up_proj` -> `mlp.up_proj`."""
+    return re.split(r"(?:^|\.)\d+\.", linear)[-1]
+
+
+def _hub_name(config: Mapping[str, Any]) -> str | None:
+    """The source's own name, unless it is a path on somebody's disk."""
+    name = config.get("_name_or_path")
+    return name if isinstance(name, str) and HUB_ID.fullmatch(name) else None
+
+
+def _front_matter(base_model: str | None, licence: Any) -> str:
+    lines = ["library_name: transformers", "tags: [qpalette, quantized]"]
+    if base_model:
+        lines += [f"base_model: {json.dumps(base_model)}", "base_model_relation: quantized"]
+    if isinstance(licence, str) and licence:
+        lines.append(f"license: {json.dumps(licence)}")
+    return "\n".join(lines)
+
+
+def _size_rows(records: Mapping[str, LinearRecord], weights: int, carried_bytes: int) -> str:
+    parts = [counted_bits(record) for record in records.values()]
+    rows = {
+        f"codes (`{CODES}`)": sum(part.codes for part in parts),
+        f"row scales (`{SCALES}`)": sum(part.scales for part in parts),
+        f"rotation signs (`{SIGNS}`)": sum(part.signs for part in parts),
+    }
+    rows["**quantized linears**"] = sum(rows.values())
+    lines = [f"| {name} | {bits // 8:,} | {bits / weights:.4f} |" for name, bits in rows.items()]
+    lines.append(f"| all other tensors, as they were | {carried_bytes:,} | |")
+    return "\n".join(lines)
+
+
+def _distortion_rows(records: Mapping[str, LinearRecord], distortions: Mapping[str, float]) -> str:
+    kinds: dict[str, list[str]] = {}
+    for name in records:
+        kinds.setdefault(kind_of(name), []).append(name)
+    return "\n".join(
+        _distortion_row(kind, {name: records[name] for name in names}, distortions) for kind, names in kinds.items()
+    )
+
+
+def _distortion_row(kind: str, records: Mapping[str, LinearRecord], distortions: Mapping[str, float]) -> str:
+    sizes = {name: record.out_features * record.in_features for name, record in records.items()}
+    weights = sum(sizes.values())
+    bits = sum(counted_bits(record).total for record in records.values())
+    specs = ", ".join(sorted({record.spec for record in records.values()}))
+    mean = sum(sizes[name] * distortions[name] for name in records) / weights
+    return f"| {kind} | {specs} | {weights:,} | {bits / weights:.4f} | {mean:.3e} |"

@@ -1,0 +1,99 @@
+"""A quantized model seen as an ordinary checkpoint: its weights decoded one by one, for tools that know no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from qpalette.core.errors import ArtifactError
+from qpalette.core.records import TILE, LinearRecord
+from qpalette.formats.reader import Artifact
+from qpalette.models.model_class import EXPERT, stored_transposed
+from qpalette.rotate import Rotation, unpack_signs, unrotate_weight
+from qpalette.runtime import PackedLinear, select
+from qpalette.storage import Checkpoint, TensorInfo, copy_side_files
+
+CHUNK_WEIGHTS = 1 << 24  # decoded at a time, in whole tile rows: it bounds the float32 temporaries
+OWN_FILES = ("qpalette_report.json",)
+
+
+class DequantizedCheckpoint(Checkpoint):
+    """`artifact` with the packed tensors of each linear replaced by its weight, rounded once to `dtype`.
+
+    Names, order of dimensions and stacks of experts are those of the source; every other tensor is as it was there.
+    """
+
+    format = "safetensors"
+
+    def __init__(self, artifact: Artifact, dtype: torch.dtype) -> None:
+        self.artifact, self.dtype = artifact, dtype
+        self.files = tuple(sorted({stored.file for stored in artifact.stored.values()}))
+        left_out = ("quantization_config", "torch_dtype")
+        self.config = {key: value for key, value in artifact.config.items() if key not in left_out}
+        self.config["dtype"] = str(dtype).removeprefix("torch.")
+        self._linears = _by_tensor(artifact)
+        carried = {stored.info.name: stored.info for stored in artifact.stored.values() if not _is_packed(stored.info)}
+        weights = {name: TensorInfo(name, self._shape(name), dtype) for name in self._linears}
+        self.tensors = carried | weights
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._linears:
+            return self.artifact.read(name)
+        linears = self._linears[name]
+        if name == f"{linears[0]}.weight":
+            return self._weight(linears[0])
+        turned = stored_transposed(self.config, linears[0])
+        return torch.stack([self._weight(linear).T if turned else self._weight(linear) for linear in linears])
+
+    def save_side_files(self, directory: Path) -> None:
+        copy_side_files(self.artifact.directory, directory, but=OWN_FILES)
+
+    def _weight(self, linear: str) -> torch.Tensor:
+        return torch.cat([rows.to(self.dtype) for rows in decoded_rows(self.artifact.read_linear(linear))])
+
+    def _shape(self, tensor: str) -> tuple[int, ...]:
+        linears = self._linears[tensor]
+        record = self.artifact.records[linears[0]]
+        shape = (record.out_features, record.in_features)
+        if tensor == f"{linears[0]}.weight":
+            return shape
+        return (len(linears), *(reversed(shape) if stored_transposed(self.config, linears[0]) else shape))
+
+
+def decoded_rows(packed: PackedLinear) -> Iterator[torch.Tensor]:
+    """W = W' Q diag(s) of codes in the stored layout, float32, some rows at a time."""
+    backend = select("linear", packed.spec, packed.codes.device)
+    rotation = Rotation.parse(packed.rotation, packed.in_features)
+    signs = unpack_signs(packed.signs, packed.in_features)
+    tile_rows = max(1, CHUNK_WEIGHTS // (TILE * packed.in_features))
+    scales = packed.scales.split(tile_rows * TILE)
+    for codes, part in zip(packed.codes.split(tile_rows), scales, strict=True):
+        some = PackedLinear(codes, part, packed.signs, packed.spec, packed.rotation, len(part), packed.in_features)
+        yield unrotate_weight(backend.rotated_weight(some), rotation, signs)
+
+
+def _by_tensor(artifact: Artifact) -> dict[str, list[str]]:
+    """Tensor of the source -> the linears in it. Experts that compute gate and up at once were stacked there."""
+    result: dict[str, list[str]] = {}
+    matches = {name: EXPERT.fullmatch(name) for name in artifact.records}
+    stacked = {match["experts"] for match in matches.values() if match and match["leaf"] == "gate_up_proj"}
+    for name, match in matches.items():
+        is_stacked = match is not None and match["experts"] in stacked
+        tensor = f"{match['experts']}.{match['leaf']}" if match is not None and is_stacked else f"{name}.weight"
+        result.setdefault(tensor, []).append(name)
+    for tensor, linears in result.items():
+        if tensor != f"{linears[0]}.weight":
+            linears.sort(key=lambda name: int(name.split(".")[-2]))
+            _check_alike(tensor, [artifact.records[linear] for linear in linears])
+    return result
+
+
+def _check_alike(tensor: str, records: list[LinearRecord]) -> None:
+    if len({(record.out_features, record.in_features) for record in records}) > 1:
+        raise ArtifactError(f"the experts in '{tensor}' differ in shape; download the model again")
+
+
+def _is_packed(info: TensorInfo) -> bool:
+    return info.name.rpartition(".")[2].startswith("qp_")

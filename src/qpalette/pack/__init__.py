@@ -1,1 +1,0 @@
-"""Exact, dense storage: bit streams in words, matrices in tiles."""

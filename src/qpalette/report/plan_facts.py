@@ -1,0 +1,89 @@
+"""What a plan is, in figures: for tables, JSON and the page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qpalette.codes import parse_spec
+from qpalette.core.text import count, size
+from qpalette.models.kinds import linear_kind
+from qpalette.plan import candidate_of
+
+if TYPE_CHECKING:
+    from qpalette.pipeline.planning import BudgetPlan
+
+
+def plan_json(found: BudgetPlan) -> dict[str, Any]:
+    """Keys that stay: predicted_loss, loss_over_bound, loss_over_uniform, average_bits, bytes, optimality_gap,
+    assignments."""
+    planned, choice = found.planned, found.planned.choice
+    uniform = planned.uniform
+    return {
+        "predicted_loss": choice.loss,
+        "loss_over_bound": planned.loss_over_bound,
+        "loss_over_uniform": planned.loss_over_uniform,
+        "average_bits": planned.average_bits,
+        "bytes": choice.bits // 8 if found.disk_bytes is None else found.disk_bytes,
+        "linear_bytes": choice.bits // 8,
+        "memory_bytes": found.memory_bytes,
+        "seconds_per_token": choice.seconds,
+        "tokens_per_second": None if choice.seconds is None else 1 / choice.seconds,
+        "optimality_gap": planned.optimality_gap,
+        "uniform": None if uniform is None else {"spec": _only(uniform.specs), "predicted_loss": uniform.loss},
+        "launches": [list(launch) for launch in choice.launches],
+        "assignments": dict(found.plan.specs),
+    }
+
+
+def _only(specs: Any) -> str:
+    return next(iter(specs.values()))
+
+
+def kinds_of(found: BudgetPlan) -> list[dict[str, Any]]:
+    """Linears of all layers together: how many, their weights, mean counted bits, specs and share of the loss."""
+    space = found.planner.space
+    by_spec = {candidate.spec: candidate for candidate in space.palette}
+    kinds: dict[str, dict[str, Any]] = {}
+    for linear in found.planner.sensitivities.linears:
+        spec = found.plan.specs[linear.name]
+        candidate = by_spec.get(spec) or candidate_of(parse_spec(spec))
+        row = kinds.setdefault(
+            linear_kind(linear.name), {"linears": 0, "weights": 0, "bits": 0, "rates": [], "loss": 0.0}
+        )
+        row["linears"] += 1
+        row["weights"] += linear.shape.weights
+        row["bits"] += space.count_bits(candidate.rate, linear.shape.out_features, linear.shape.in_features)
+        row["rates"].append((candidate.rate, spec))
+        row["loss"] += linear.sensitivity * candidate.distortion
+    return [
+        {
+            "kind": kind,
+            **row,
+            "bits_per_weight": row["bits"] / row["weights"],
+            "least": min(row["rates"])[1],
+            "most": max(row["rates"])[1],
+        }
+        for kind, row in kinds.items()
+    ]
+
+
+def facts_of(found: BudgetPlan, budget: str) -> dict[str, str]:
+    planned, choice = found.planned, found.planned.choice
+    uniform = planned.uniform
+    facts = {
+        "budget": budget,
+        "bits per weight": f"{float(planned.average_bits):.4f} in {count(planned.weights)} weights, everything counted",
+        "size": f"{size(choice.bits // 8)} of linears"
+        + ("" if found.disk_bytes is None else f", {size(found.disk_bytes)} on disk with everything"),
+        "memory": "" if found.memory_bytes is None else f"{size(found.memory_bytes)}, cache and activations included",
+        "speed": ""
+        if choice.seconds is None
+        else f"{1 / choice.seconds:.1f} tokens/s in {len(choice.launches)} launches",
+        "predicted loss": f"{choice.loss:.4g}",
+        "over the bound": f"{planned.loss_over_bound:.4f} (reverse water-filling, same bits)",
+        "over uniform": "no uniform plan is within the budget"
+        if uniform is None
+        else f"{planned.loss_over_uniform:.4f} ({_only(uniform.specs)} everywhere: {uniform.loss:.4g})",
+        "optimality gap": f"{planned.optimality_gap:.1e}" if planned.optimality_gap else "0, proven optimal",
+    }
+    return {name: value for name, value in facts.items() if value}

@@ -1,0 +1,17 @@
+"""The contract between the product and its backends: who can do what, and the one torch operator."""
+
+from qpalette.runtime.contract import TILES, Backend, PackedLinear, Verdict
+from qpalette.runtime.dispatch import backends, select
+from qpalette.runtime.ops import backend_for, packed_linear, packed_linears
+
+__all__ = [
+    "TILES",
+    "Backend",
+    "PackedLinear",
+    "Verdict",
+    "backend_for",
+    "backends",
+    "packed_linear",
+    "packed_linears",
+    "select",
+]

@@ -1,0 +1,15 @@
+"""Streams a source model tensor by tensor: bytes and names, nothing of what they mean."""
+
+from qpalette.storage.export import export_checkpoint
+from qpalette.storage.safetensors_source import copy_side_files
+from qpalette.storage.safetensors_writer import StreamingSafetensorsWriter
+from qpalette.storage.source import Checkpoint, TensorInfo, open_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "StreamingSafetensorsWriter",
+    "TensorInfo",
+    "copy_side_files",
+    "export_checkpoint",
+    "open_checkpoint",
+]

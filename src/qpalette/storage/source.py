@@ -1,0 +1,79 @@
+"""The one door to a source model: a directory, a GGUF file, or the name of a model on the Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qpalette.core.errors import CheckpointError
+from qpalette.storage.base import Checkpoint, TensorInfo
+from qpalette.storage.gguf_source import GgufCheckpoint
+from qpalette.storage.safetensors_source import SafetensorsCheckpoint
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
+HUB_IGNORED = ["*/*", "consolidated*", "adapter_model*", "*.py"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+
+
+def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
+    """Open a source model, reading headers only.
+
+    `path_or_id` is a directory with config.json and safetensors files, a .gguf file, a directory with exactly one,
+    or a Hub id ("owner/name"), which is fetched first: weights, config and tokenizer, never code.
+
+    Raises CheckpointError when there is no such model, when it holds pickles only (they are never loaded), and for
+    every inconsistency of its files.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return _open_directory(path)
+    if path.is_file():
+        return _open_file(path)
+    if isinstance(path_or_id, str) and HUB_ID.fullmatch(path_or_id) and path.suffix not in (".gguf", ".safetensors"):
+        return _open_directory(_fetch(path_or_id))
+    raise CheckpointError(f"{path} does not exist; give a model directory, a .gguf file or a Hub id (owner/name)")
+
+
+def _open_directory(directory: Path) -> Checkpoint:
+    if any(directory.glob("*.safetensors")) or any(directory.glob("*.safetensors.index.json")):
+        return SafetensorsCheckpoint(directory)
+    ggufs = sorted(directory.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return GgufCheckpoint(ggufs[0])
+    if ggufs:
+        raise CheckpointError(f"{directory} has several GGUF files; name one: {', '.join(file.name for file in ggufs)}")
+    if any(file for pattern in PICKLES for file in directory.glob(pattern)):
+        raise _pickle_error(directory)
+    raise CheckpointError(f"{directory} has no model: neither safetensors files nor a .gguf file")
+
+
+def _open_file(file: Path) -> Checkpoint:
+    if file.suffix == ".gguf":
+        return GgufCheckpoint(file)
+    if any(file.match(pattern) for pattern in PICKLES):
+        raise _pickle_error(file)
+    raise CheckpointError(f"{file} is no GGUF file; for safetensors give the directory that holds config.json")
+
+
+def _pickle_error(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} has pickle weights only, and no pickle is ever loaded; convert it to safetensors "
+        "(save_pretrained does) and give that directory"
+    )
+
+
+def _fetch(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{hub_id!r} is no local path, and the Hub did not give it ({reason}); "
+            "check the name, the network and your access, or download it and give the directory"
+        ) from error

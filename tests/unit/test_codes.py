@@ -1,0 +1,123 @@
+"""One generic test for every registered quantizer: stated rate, stated distortion, Shannon's bound, canonical name."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from qpalette.codes import FAMILIES, full_palette, parse_spec
+from qpalette.codes.tcq import TrellisCoded
+from qpalette.codes.tcq2 import TrellisCodedPairs
+from qpalette.codes.trellis import MEMORIES
+from qpalette.core.errors import SpecError
+from qpalette.runtime import select
+from qpalette.theory import distortion_bound, lloyd_max
+
+CPU = torch.device("cpu")
+SAMPLED = [q for cls in FAMILIES.values() for q in cls.palette()[:: max(1, len(cls.palette()) // 8)]]
+
+
+@pytest.mark.parametrize("quantizer", full_palette(), ids=str)
+def test_states_its_rate_and_a_distortion_above_the_bound(quantizer) -> None:
+    assert parse_spec(quantizer.name) == quantizer
+    assert quantizer.words_per_tile * 32 == quantizer.rate * 256
+    assert quantizer.claimed_distortion > distortion_bound(float(quantizer.rate))
+
+
+@pytest.mark.parametrize("quantizer", SAMPLED, ids=str)
+def test_keeps_its_rate_and_distortion_on_a_gaussian_source(quantizer) -> None:
+    tiles = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    codes = select("encode", quantizer.name, CPU).encode(quantizer.name, tiles)
+    assert codes.dtype == torch.int32
+    assert codes.numel() * 32 == quantizer.rate * tiles.numel()
+    distortion = float((quantizer.decode(codes) - tiles).square().sum() / tiles.square().sum())
+    assert distortion > distortion_bound(float(quantizer.rate))
+    # 65,536 weights: the sampling error of a distortion is sqrt(2 / 65536) = 0.6 % at one sigma, larger where the tail
+    # of the source dominates (6 to 8 bits); claims are rounded to 1 %.
+    assert distortion == pytest.approx(quantizer.claimed_distortion, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    "name", ["tcq-1-L12", "tcq-2.375-L12", "tcq-8-L12", "tcq-3", "tcq2-2.125-L12", "tcq2-5-L12", "vq-2.5", "nuq-5"]
+)
+def test_a_codeword_encodes_to_itself(name: str) -> None:
+    quantizer = parse_spec(name)
+    random = torch.randint(-(2**31), 2**31 - 1, (3, quantizer.words_per_tile), dtype=torch.int32)
+    codeword = quantizer.decode(random)
+    assert torch.equal(quantizer.decode(quantizer.encode(codeword)), codeword)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("family", [TrellisCoded, TrellisCodedPairs])
+def test_every_codebook_entry_is_used_equally_often_and_opposite_states_have_opposite_values(
+    family, memory: int
+) -> None:
+    quantizer = family(eighths=24, memory=memory)
+    values = quantizer.state_values()
+    _, counts = values.unique(dim=0, return_counts=True)
+    assert len(counts.unique()) == 1
+    opposite = torch.arange(1 << memory) ^ (1 << (memory - 1))
+    assert torch.equal(values[opposite], -values)
+
+
+@pytest.mark.parametrize("eighths", range(8, 65))
+def test_codebook_values_are_one_multiply_add(eighths: int) -> None:
+    """What lets a kernel compute values instead of looking them up, bit for bit: slope and intercept are exact in
+    float32, so that a fused multiply-add and the float64 sum (exact: checked here) round once, to the same float."""
+    quantizer = TrellisCoded(eighths)
+    slopes, intercepts = quantizer.segments()
+    odd = torch.arange(1, 1 << quantizer.codebook_bits, 2, dtype=torch.float64)
+    segment = (odd.float().view(torch.int32) >> 22) % 32
+    in_float64 = slopes.double()[segment] * odd + intercepts.double()[segment]
+    assert torch.equal(quantizer.codebook()[: len(odd)], in_float64.float())
+    assert bool((in_float64.diff() < 0).all())
+    for i in range(0, len(odd), 37):
+        slope, intercept = (Fraction(float(part[segment[i]])) for part in (slopes, intercepts))
+        assert slope * (2 * i + 1) + intercept == Fraction(float(in_float64[i]))
+
+
+def test_more_effort_is_less_distortion_at_the_same_rate() -> None:
+    tiles = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for effort in ("fast", "standard"):
+        quantizer = parse_spec("tcq-3").with_effort(effort)
+        codes = select("encode", quantizer.name, CPU).encode(quantizer.name, tiles)
+        assert codes.shape == (64, 24)
+        errors.append(float((quantizer.decode(codes) - tiles).square().mean()))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_nuq_is_lloyd_max() -> None:
+    codebook = torch.tensor(lloyd_max(8).codebook, dtype=torch.float32)
+    tiles = torch.randn(4, 256, generator=torch.Generator().manual_seed(2))
+    quantizer = parse_spec("nuq-3")
+    nearest = (tiles[..., None] - codebook).abs().argmin(-1)
+    assert torch.equal(quantizer.decode(quantizer.encode(tiles)), codebook[nearest])
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("tcq-3.1", "multiples of 0.125 from 1 to 8"),
+        ("tcq-0.875", "multiples of 0.125 from 1 to 8"),
+        ("tcq-8.125", "multiples of 0.125 from 1 to 8"),
+        ("tcq-3-L13", "L is one of 12, 16, 18, 20"),
+        ("tcq-3-L", "L is one of"),
+        ("tcq2-5.125", "multiples of 0.125 from 1 to 5"),
+        ("vq-2.25", "multiples of 0.5 from 1.5 to 6"),
+        ("vq-6.5", "multiples of 0.5 from 1.5 to 6"),
+        ("tcq-", "not a rate"),
+        ("tcq--3", "not a rate"),
+        ("tcq-nan", "not a rate"),
+        ("tcq-٣", "not a rate"),
+        ("tcq-1e1", "not a rate"),
+        ("nuq-9", "2 to 8 whole bits"),
+        ("nuq-3.5", "2 to 8 whole bits"),
+        ("tcq", "is not a quantizer: known are"),
+        ("", "is not a quantizer: known are"),
+        ("gptq-4", "is not a quantizer: known are"),
+    ],
+)
+def test_a_wrong_name_is_refused_with_the_way_out(name: str, why: str) -> None:
+    with pytest.raises(SpecError, match=why):
+        parse_spec(name)
