@@ -14,7 +14,6 @@ from qpalette.backends.cuda.trellis_encoder import encode_states
 from qpalette.backends.cuda.unpack import multiply_by_library
 from qpalette.codes import parse_spec
 from qpalette.codes.tiles import from_tiles
-from qpalette.codes.trellis import Trellis
 from qpalette.core.records import tiles_of
 from qpalette.runtime import Backend, PackedLinear, Verdict
 
@@ -33,21 +32,17 @@ class CudaBackend(Backend):
     def supports(self, operation: str, spec: str, device: torch.device) -> Verdict:
         if device.type != "cuda":
             return Verdict(False, f"runs on cuda, not on {device.type}")
-        if operation == "encode" and not isinstance(parse_spec(spec), Trellis):
+        if operation == "encode" and parse_spec(spec).search is None:
             return Verdict(False, f"has no encoder for the family '{parse_spec(spec).family}'")
         if operation == "linear" and decoder_spec(spec) is None:
             return Verdict(False, f"has no decoder for the family '{parse_spec(spec).family}'")
         return Verdict(True)
 
     def encode(self, spec: str, tiles: torch.Tensor) -> torch.Tensor:
-        quantizer = parse_spec(spec)
-        assert isinstance(quantizer, Trellis), "supports() said no"
-        values = quantizer.state_values_on(tiles.device)
+        search = parse_spec(spec).search
+        assert search is not None, "supports() said no"
         with torch.cuda.device(tiles.device):
-            states = encode_states(
-                tiles.contiguous(), quantizer.shifts(), values, float(quantizer.scale), quantizer.memory
-            )
-        return quantizer.pack_states(states.long())
+            return search.pack(encode_states(tiles.contiguous(), search).long())
 
     def decode(self, spec: str, codes: torch.Tensor) -> torch.Tensor:
         return parse_spec(spec).decode(codes)
