@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from fractions import Fraction
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -95,9 +96,11 @@ FAMILIES: dict[str, type[Quantizer]] = {}
 def register(cls: type[Quantizer]) -> type[Quantizer]:
     """Class decorator: makes a family known to `parse_spec` and to the generic tests."""
     FAMILIES[cls.family] = cls
+    parse_spec.cache_clear()
     return cls
 
 
+@lru_cache(maxsize=1024)
 def parse_spec(name: str) -> Quantizer:
     """`"tcq-3.25"` -> the quantizer. Raises SpecError that lists the families or the allowed parameters."""
     family, dash, parameters = name.partition("-")

@@ -14,14 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qpalette.core.errors import CheckpointError
+from qpalette.formats import parts_of
 from qpalette.models import read_weight
 from qpalette.pipeline.encode import EncodedLinear, Quality
 from qpalette.pipeline.jobs import Job
 from qpalette.storage import Checkpoint, StreamingSafetensorsWriter, TensorInfo
 
 logger = logging.getLogger(__name__)
-
-TENSORS = ("qp_codes", "qp_scales", "qp_signs")
 
 
 class PartialResults:
@@ -72,7 +71,7 @@ class PartialResults:
             )
 
     def save(self, job: Job, encoded: EncodedLinear) -> None:
-        tensors = dict(zip(TENSORS, (encoded.codes, encoded.scales, encoded.signs), strict=True))
+        tensors = {part.suffix: getattr(encoded, part.field) for part in parts_of(job.record)}
         infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
         metadata = {"job": job.digest, "linear": job.name, "weight": encoded.weight_sha256}
         metadata |= {"sha256": sha256_of(*tensors.values())}
@@ -103,7 +102,7 @@ class PartialResults:
         try:
             with safe_open(file, "pt") as stored:
                 metadata = stored.metadata() or {}
-                digest = sha256_of(*map(stored.get_tensor, TENSORS))
+                digest = sha256_of(*(stored.get_tensor(part.suffix) for part in parts_of(job.record)))
         except (SafetensorError, OSError) as error:
             logger.warning("%s is damaged (%s): %s is quantized again", file, error, job.name)
             return None

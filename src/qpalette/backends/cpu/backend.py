@@ -16,7 +16,7 @@ from qpalette.backends.cpu.matmul import make_kernels
 from qpalette.backends.cpu.transform import factors_of
 from qpalette.backends.cpu.viterbi import encode_states
 from qpalette.codes import parse_spec
-from qpalette.rotate import Rotation, unpack_signs
+from qpalette.rotate import Rotation, diagonal_of
 from qpalette.runtime import TILES, Backend, PackedLinear, Verdict
 
 LARGEST_FUSED_BATCH = 16  # above, decoding the matrix once and the vendor's product win
@@ -78,14 +78,18 @@ class CpuBackend(Backend):
         factors = factors_of(packed.rotation, packed.in_features)
         if x.shape[0] > LARGEST_FUSED_BATCH or factors is None:
             rotation = Rotation.parse(packed.rotation, packed.in_features)
-            rotated = rotation.apply(x.float() * unpack_signs(packed.signs, packed.in_features))
+            rotated = rotation.apply(x.float() * diagonal_of(packed.diagonal, packed.in_features))
             return rotated.to(x.dtype) @ self.rotated_weight(packed).to(x.dtype).T
+        work, signs = x.detach().float(), packed.diagonal
+        if signs.dtype != torch.uint8:
+            work = work * diagonal_of(signs, packed.in_features)
+            signs = torch.zeros(-(-packed.in_features // 8), dtype=torch.uint8)
         result = torch.empty(x.shape[0], packed.out_features, dtype=torch.float32)
         kernels = _kernels(packed.spec)
         with _one_caller:
             kernels.linear(
-                (x if x.dtype == torch.float32 else x.float()).detach().contiguous().numpy(),
-                packed.signs.numpy(),
+                work.contiguous().numpy(),
+                signs.numpy(),
                 factors,
                 _codes(packed),
                 packed.scales.numpy(),

@@ -55,14 +55,14 @@ class CudaBackend(Backend):
             return self._linears(x, members)
 
     def _linears(self, x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
-        signs, rotation, tokens = members[0].signs, members[0].rotation, len(x)
+        diagonal, rotation, tokens = members[0].diagonal, members[0].rotation, len(x)
         if tokens == 0:
             return x.new_empty(0, sum(member.out_features for member in members))
         if tokens > MOST_FUSED_TOKENS:
-            return multiply_by_library(rotate(x, signs, rotation, None), members, x.dtype)
+            return multiply_by_library(rotate(x, diagonal, rotation, None), members, x.dtype)
         if tokens > MOST_BATCH:
             return torch.cat([self._linears(part, members) for part in x.split(MOST_BATCH)])
-        rotated = rotate(x, signs, rotation, batch_columns(tokens))
+        rotated = rotate(x, diagonal, rotation, batch_columns(tokens))
         parts = [
             multiply(rotated, tokens, members[i : i + MOST_SEGMENTS], x.dtype)
             for i in range(0, len(members), MOST_SEGMENTS)
