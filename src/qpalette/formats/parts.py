@@ -75,7 +75,7 @@ def _stray_bits(tensor: torch.Tensor, record: LinearRecord) -> str | None:
     try:
         unpack_signs(tensor, record.in_features)
     except ArtifactError as error:
-        return str(error)
+        return f"is damaged: {error}"
     return None
 
 

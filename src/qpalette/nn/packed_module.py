@@ -66,6 +66,11 @@ class PackedModule(nn.Module):
         return packed
 
     @property
+    def qweight(self) -> torch.Tensor:
+        """The codes, under the name by which peft finds the device of a packed weight."""
+        return self.qp_codes
+
+    @property
     def packed(self) -> PackedLinear:
         """The weight as it computes: `stored`, or with the parameters that are being fitted."""
         return self.stored.with_(**{field: getattr(self, _FITTED + field) for field in self.fitted})
