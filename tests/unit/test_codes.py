@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qpalette.codes import FAMILIES, full_palette, parse_spec
+from qpalette.codes.bits import windows
 from qpalette.codes.tcq import TrellisCoded
 from qpalette.codes.tcq2 import TrellisCodedPairs
 from qpalette.codes.trellis import MEMORIES
@@ -121,3 +122,19 @@ def test_nuq_is_lloyd_max() -> None:
 def test_a_wrong_name_is_refused_with_the_way_out(name: str, why: str) -> None:
     with pytest.raises(SpecError, match=why):
         parse_spec(name)
+
+
+@pytest.mark.parametrize("quantizer", [*full_palette(), parse_spec("tcq-4-L12"), parse_spec("tcq2-5-L12")], ids=str)
+def test_the_description_is_the_code(quantizer):
+    """What backends read of a code decodes to what it says."""
+    decoder, random = quantizer.decoder, torch.Generator().manual_seed(0)
+    codes = torch.randint(-(1 << 31), 1 << 31, (4, quantizer.words_per_tile), generator=random).to(torch.int32)
+    ends = torch.tensor(decoder.shifts * (256 // 8)).cumsum(0)
+    window = windows(codes, ends, decoder.memory)
+    hashed = (window * (2 * window + 1)) & ((1 << decoder.memory) - 1)
+    index = hashed >> (decoder.memory - decoder.index_bits) if decoder.hashed else window
+    assert torch.equal(quantizer.entries()[index].reshape(4, 256), quantizer.decode(codes))
+    if (segments := quantizer.segments()) is not None:
+        odd = torch.arange(1, 1 << decoder.index_bits, 2, dtype=torch.float32)
+        slope, intercept = (part.double()[(odd.view(torch.int32) >> 22) % 32] for part in segments)
+        assert torch.equal((slope * odd.double() + intercept).float(), quantizer.entries()[: len(odd), 0])
