@@ -67,6 +67,7 @@ def test_scan_order_is_the_operand_order_of_the_matrix_instruction() -> None:
 def test_padding_scales_and_signs_are_counted() -> None:
     rate = Fraction(13, 4)
     bits = packed_bits(rate, 17, 33)  # 2 x 3 tiles
-    assert bits.codes == rate * 256 * 6
-    assert (bits.scales, bits.signs) == (16 * 17, 40)
-    assert bits.rate == Fraction(bits.codes + 16 * 17 + 40, 17 * 33)
+    assert bits.parts == {"qp_codes": rate * 256 * 6, "qp_scales": 16 * 17, "qp_signs": 40}
+    assert bits.rate == Fraction(rate * 256 * 6 + 16 * 17 + 40, 17 * 33)
+    wide = packed_bits(rate, 17, 33, "float16")
+    assert wide.parts == {"qp_codes": rate * 256 * 6, "qp_scales": 16 * 17, "qp_diagonal": 16 * 33}

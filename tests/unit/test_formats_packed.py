@@ -2,15 +2,16 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from qpalette.core.errors import ArtifactError
-from qpalette.core.records import LinearRecord
+from qpalette.core.records import FLOAT16, LinearRecord
 from qpalette.formats import QuantizationFormat, counted_bits, expected_tensors
 
-RECORD = LinearRecord("tcq-3.25", 100, 72, "h36xh2", 7)
+RECORD = LinearRecord("tcq-3.25", 100, 72, "h36xh2", 7, "model.layers.0.mlp.gate_up_proj")
 NAME = "model.layers.0.mlp.up_proj"
 
 
@@ -22,7 +23,22 @@ def test_round_trip_through_json():
     parsed = QuantizationFormat.parse(json.loads(json.dumps(good())))
     assert parsed.records == {NAME: RECORD}
     assert parsed.to_dict() == good()
-    assert good()["linears"][NAME] == {"spec": "tcq-3.25", "shape": [100, 72], "rotation": "h36xh2", "seed": 7}
+    entry = {"spec": "tcq-3.25", "shape": [100, 72], "rotation": "h36xh2", "seed": 7, "group": RECORD.group}
+    assert good()["linears"][NAME] == entry
+
+
+def test_a_linear_of_no_group_is_alone():
+    alone = QuantizationFormat.of({NAME: replace(RECORD, group="")})
+    assert alone.records[NAME].group == NAME
+
+
+def test_a_diagonal_in_place_of_signs():
+    record = replace(RECORD, diagonal=FLOAT16)
+    written = QuantizationFormat.of({NAME: record})
+    assert written.records == {NAME: record}
+    assert written.to_dict()["linears"][NAME]["diagonal"] == "float16"
+    assert expected_tensors(record).keys() == {"qp_codes", "qp_scales", "qp_diagonal"}
+    assert counted_bits(record).total - counted_bits(RECORD).total == 16 * 72 - 8 * 9
 
 
 def test_tensors_of_a_linear_and_their_counted_bits():
@@ -40,7 +56,7 @@ def test_tensors_of_a_linear_and_their_counted_bits():
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
-        ({"format_version": 3}, "format_version is 3, and this release reads 1, 2; upgrade"),
+        ({"format_version": 4}, "format_version is 4, and this release reads 1, 2, 3; upgrade"),
         ({"format_version": True}, "format_version is True"),
         ({"format_version": None}, "format_version is None"),
         ({"extra": 1}, "extra: Extra inputs"),

@@ -88,7 +88,7 @@ def test_scales_must_be_finite(tmp_path, bits):
     content = tensors()
     content[f"{UP}.qp_scales"][3] = torch.tensor(bits).to(torch.int16)
     artifact = open_artifact(write(tmp_path / "bad", content))
-    with pytest.raises(ArtifactError, match=f"{UP}.qp_scales has a scale that is not finite"):
+    with pytest.raises(ArtifactError, match=f"{UP}.qp_scales has a value that is not finite"):
         artifact.read_linear(UP)
     artifact.read_linear("model.layers.0.mlp.down_proj")
 
