@@ -28,7 +28,8 @@ KILLS = 30
 DRIVER = """
 import os, pathlib, random, signal, sys, time, traceback
 import qpalette.pipeline
-from qpalette.storage import find_groups, open_checkpoint
+from qpalette.models import find_groups
+from qpalette.storage import open_checkpoint
 from qpalette.plan import uniform_plan
 
 source, folder, kills = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])

@@ -21,7 +21,8 @@ QUANTIZE = import_module("qpalette.pipeline.quantize")  # the folder has a funct
 DRIVER = """
 import os, pathlib, shutil, signal, sys, traceback
 import qpalette.pipeline
-from qpalette.storage import find_groups, open_checkpoint
+from qpalette.models import find_groups
+from qpalette.storage import open_checkpoint
 from qpalette.core.errors import ArtifactError
 from qpalette.plan import uniform_plan
 

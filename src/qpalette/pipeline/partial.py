@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qpalette.core.errors import CheckpointError
+from qpalette.core.files import write_whole
 from qpalette.models import read_weight
 from qpalette.pipeline.encode import EncodedLinear, Quality
 from qpalette.pipeline.jobs import Job
@@ -29,7 +29,8 @@ class PartialResults:
 
     A file appears by a rename after its bytes are on disk, so what is there is whole; its SHA-256 tells of bits that
     the disk has lost since. A job's digest knows samples of the source alone. So when the source's files have another
-    size or time than in the run before, the weights that finished linears were made from are compared as well.
+    size or time than in the run before, the weights that finished linears were made from are compared as well. One run
+    at a time may use it (`Output.claimed`).
     """
 
     def __init__(self, directory: Path, jobs: Iterable[Job]) -> None:
@@ -38,8 +39,8 @@ class PartialResults:
         self._linears = directory / "linears"
         self._stamps = self._linears / "source.json"
         self._found: dict[str, Quality] = {}
+        self._at_hand: tuple[str, dict[str, torch.Tensor]] = ("", {})
         self.assembled = directory / "assembled"
-        self.replaced = directory / "replaced"
 
     def open(self, checkpoint: Checkpoint) -> None:
         """Make the folder, drop what an interrupted run left half-written in it, and see which linears are finished."""
@@ -55,9 +56,7 @@ class PartialResults:
             quality = self._load(job, checkpoint if changed else None)
             if quality is not None:
                 self._found[job.name] = quality
-        temporary = self._stamps.with_suffix(".tmp")
-        temporary.write_text(_stamps_of(checkpoint), encoding="utf-8")
-        os.replace(temporary, self._stamps)
+        write_whole(self._stamps, _stamps_of(checkpoint))
 
     def quality(self, job: Job) -> Quality | None:
         """The quality of a finished job; None when it is still to do."""
@@ -75,25 +74,37 @@ class PartialResults:
         tensors = dict(zip(TENSORS, (encoded.codes, encoded.scales, encoded.signs), strict=True))
         infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
         metadata = {"job": job.digest, "linear": job.name, "weight": encoded.weight_sha256}
-        metadata |= {"sha256": sha256_of(*tensors.values())}
-        metadata |= {key: repr(value) for key, value in encoded.quality._asdict().items() if value is not None}
+        metadata |= {"sha256": sha256_of(*tensors.values()), "quality": json.dumps(encoded.quality)}
         with StreamingSafetensorsWriter(self._file(job), infos, metadata) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
         self._found[job.name] = encoded.quality
 
     def read(self, linear: str, suffix: str) -> torch.Tensor:
-        """One tensor of a finished linear."""
-        file = self._file(self._jobs[linear])
-        try:
-            with safe_open(file, "pt") as stored:
-                return stored.get_tensor(suffix)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}); remove it and run again") from error
+        """One tensor of a finished linear, the bytes that were saved.
+
+        A linear's tensors are asked for one after the other: all are read and compared at once, and kept until then.
+        Raises CheckpointError naming the linear when its file cannot be read, or has lost a bit.
+        """
+        if self._at_hand[0] != linear:
+            self._at_hand = (linear, self._verified(linear))
+        return self._at_hand[1][suffix]
 
     def remove(self) -> None:
         """After the output is in place."""
-        shutil.rmtree(self.directory)
+        shutil.rmtree(self._linears)
+        shutil.rmtree(self.assembled, ignore_errors=True)
+
+    def _verified(self, linear: str) -> dict[str, torch.Tensor]:
+        file = self._file(self._jobs[linear])
+        way_out = f"run the same command again: {linear} alone is quantized again"
+        try:
+            tensors, metadata = _stored(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); {way_out}") from error
+        if metadata.get("sha256") != sha256_of(*tensors.values()):
+            raise CheckpointError(f"{file} has lost a bit since it was written (its SHA-256 differs); {way_out}")
+        return tensors
 
     def _load(self, job: Job, changed: Checkpoint | None) -> Quality | None:
         """What is stored of a job; None when nothing is, it is damaged, or the source has `changed` under it."""
@@ -101,25 +112,28 @@ class PartialResults:
         if not file.exists():
             return None
         try:
-            with safe_open(file, "pt") as stored:
-                metadata = stored.metadata() or {}
-                digest = sha256_of(*map(stored.get_tensor, TENSORS))
+            tensors, metadata = _stored(file)
         except (SafetensorError, OSError) as error:
             logger.warning("%s is damaged (%s): %s is quantized again", file, error, job.name)
             return None
-        if metadata.get("job") != job.digest:
+        if metadata.get("job") != job.digest or "quality" not in metadata:
             return None
-        if metadata.get("sha256") != digest:
+        if metadata.get("sha256") != sha256_of(*tensors.values()):
             logger.warning("%s is damaged (its SHA-256 differs): %s is quantized again", file, job.name)
             return None
         if changed is not None and metadata.get("weight") != sha256_of(read_weight(changed, job.name)):
             logger.warning("%s has changed: it is quantized again", job.name)
             return None
-        proxy = metadata.get("proxy")
-        return Quality(float(metadata["distortion"]), None if proxy is None else float(proxy))
+        return Quality(*json.loads(metadata["quality"]))
 
     def _file(self, job: Job) -> Path:
         return self._linears / f"{job.digest[:40]}.safetensors"
+
+
+def _stored(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a file, in the order in which they are hashed, and its metadata."""
+    with safe_open(file, "pt") as stored:
+        return {name: stored.get_tensor(name) for name in TENSORS}, stored.metadata() or {}
 
 
 def sha256_of(*tensors: torch.Tensor) -> str:
