@@ -67,7 +67,7 @@ def _taken(folder: Path, what: Path) -> IO[str]:
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         except FileNotFoundError:
             continue  # its holder has just removed the folder
-        stream = open(descriptor, "r+", encoding="utf-8", errors="replace")
+        stream = os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
         try:
             _lock(stream, what)
             if os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):

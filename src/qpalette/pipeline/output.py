@@ -24,7 +24,9 @@ class Output:
     def __init__(self, directory: Path, overwrite: bool) -> None:
         self.directory, self.overwrite = directory, overwrite
         self.is_volume = is_mount_point(directory)
-        self.work = directory / ".qpalette.partial" if self.is_volume else directory.with_name(f"{directory.name}.partial")
+        self.work = (
+            directory / ".qpalette.partial" if self.is_volume else directory.with_name(f"{directory.name}.partial")
+        )
         self._replaced = self.work / "replaced"
         self._whole = self.work / "whole"
 
