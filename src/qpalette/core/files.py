@@ -62,10 +62,10 @@ def locked(folder: Path, what: Path) -> Iterator[None]:
 def _taken(folder: Path, what: Path) -> IO[str]:
     """The open lock file. Python's files are closed in processes that are started: only this one holds it."""
     for _ in range(ATTEMPTS):
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
             continue  # its holder has just removed the folder
         stream = os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
         try:
@@ -81,7 +81,7 @@ def _taken(folder: Path, what: Path) -> IO[str]:
             stream.close()
             raise
         stream.close()
-    raise InputError(f"{folder / LOCK} cannot be taken; look what removes it, or choose another output directory")
+    raise InputError(f"{folder} is no directory, or comes and goes; remove it, or choose another output directory")
 
 
 def _lock(stream: IO[str], what: Path) -> None:

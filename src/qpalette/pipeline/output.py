@@ -24,9 +24,8 @@ class Output:
     def __init__(self, directory: Path, overwrite: bool) -> None:
         self.directory, self.overwrite = directory, overwrite
         self.is_volume = is_mount_point(directory)
-        self.work = (
-            directory / ".qpalette.partial" if self.is_volume else directory.with_name(f"{directory.name}.partial")
-        )
+        beside = directory.with_name(f"{directory.name}.partial")
+        self.work = directory / ".qpalette.partial" if self.is_volume else beside
         self._replaced = self.work / "replaced"
         self._whole = self.work / "whole"
 
@@ -59,7 +58,7 @@ class Output:
             )
 
     def put(self, assembled: Path) -> None:
-        """`assembled`, a folder in `work`, becomes OUT. Raises ArtifactError when something has come there meanwhile."""
+        """`assembled`, a folder in `work`, becomes OUT. Raises ArtifactError when something came there meanwhile."""
         self.check()
         shutil.rmtree(self._replaced, ignore_errors=True)
         there = self._there()
@@ -78,6 +77,9 @@ class Output:
     def _settle(self) -> None:
         """Finish putting a whole model into the volume; before it was whole, what it replaces comes back."""
         if self._whole.exists():
+            for entry in self.work.iterdir():  # of no use any more, and in the way of a reader of OUT
+                if entry.is_dir() and entry != self._whole:
+                    shutil.rmtree(entry)
             move_contents(self._whole, self.directory)
         elif self._replaced.exists() and not (self.directory / LAST).exists():
             move_contents(self._replaced, self.directory)

@@ -92,8 +92,8 @@ class PartialResults:
 
     def remove(self) -> None:
         """After the output is in place."""
-        shutil.rmtree(self._linears)
-        shutil.rmtree(self.assembled, ignore_errors=True)
+        for folder in (self._linears, self.assembled):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _verified(self, linear: str) -> dict[str, torch.Tensor]:
         file = self._file(self._jobs[linear])

@@ -21,7 +21,8 @@ def export_checkpoint(checkpoint: Checkpoint, directory: str | Path, max_shard_b
     """Write config.json, every tensor as it is read, and the tokenizer; one tensor in memory at a time.
 
     The directory must not exist, or be empty; it appears whole (a sibling is filled, then renamed) or not at all. A
-    mount point cannot be renamed: a folder in it is filled, then all is moved up, config.json last. Raises CheckpointError when it exists, and what reading the checkpoint raises.
+    mount point cannot be renamed: a folder in it is filled, then all is moved up, config.json last. Raises
+    CheckpointError when it exists, and what reading the checkpoint raises.
     """
     target = Path(directory)
     if target.exists() and (not target.is_dir() or contents(target)):
