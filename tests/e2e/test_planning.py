@@ -75,7 +75,7 @@ def sensitivity(model, text) -> Path:
 @pytest.fixture(scope="module")
 def hessians(model, text) -> Path:
     directory = text.with_name("hessians")
-    qpalette.calibration(model, directory, text, tokens=640, window=64)
+    qpalette.calibrate(model, directory, text, tokens=640, window=64)
     return directory
 
 

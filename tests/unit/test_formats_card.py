@@ -51,6 +51,18 @@ def test_names_are_shown_as_they_are(name):
     assert not [token for token in tokens if token.type.startswith("html")]
 
 
+def test_no_name_makes_a_longer_card_than_is_counted_with():
+    """`disk_bytes` promises the size before the directory has a name: of backslashes, as it assumes."""
+    records = {"a": LinearRecord("nuq-3", 32, 32, "h32", 0)}
+
+    def size(character: str) -> int:
+        title = character * (255 // len(character.encode("utf-8", "surrogateescape")))
+        return len(model_card(title, {}, records, {"a": 0.03}, 1000).encode())
+
+    longest = size("\\")
+    assert all(size(chr(code)) <= longest for code in [*range(1, 0x2100), 0xDC80, 0xFFFD, 0x1F600])
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_cannot_be_printed_breaks_nothing(name):
     text = card(name, license=name, base=name)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -74,7 +74,8 @@ class PartialResults:
         tensors = dict(zip(TENSORS, (encoded.codes, encoded.scales, encoded.signs), strict=True))
         infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
         metadata = {"job": job.digest, "linear": job.name, "weight": encoded.weight_sha256}
-        metadata |= {"sha256": sha256_of(*tensors.values()), "quality": json.dumps(encoded.quality)}
+        metadata |= {"quality": json.dumps(encoded.quality)}
+        metadata |= {"sha256": _sha256(tensors, metadata)}
         with StreamingSafetensorsWriter(self._file(job), infos, metadata) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
@@ -102,7 +103,7 @@ class PartialResults:
             tensors, metadata = _stored(file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read ({error}); {way_out}") from error
-        if metadata.get("sha256") != sha256_of(*tensors.values()):
+        if metadata.get("sha256") != _sha256(tensors, metadata):
             raise CheckpointError(f"{file} has lost a bit since it was written (its SHA-256 differs); {way_out}")
         return tensors
 
@@ -116,9 +117,9 @@ class PartialResults:
         except (SafetensorError, OSError) as error:
             logger.warning("%s is damaged (%s): %s is quantized again", file, error, job.name)
             return None
-        if metadata.get("job") != job.digest or "quality" not in metadata:
+        if metadata.get("job") != job.digest:
             return None
-        if metadata.get("sha256") != sha256_of(*tensors.values()):
+        if metadata.get("sha256") != _sha256(tensors, metadata):
             logger.warning("%s is damaged (its SHA-256 differs): %s is quantized again", file, job.name)
             return None
         if changed is not None and metadata.get("weight") != sha256_of(read_weight(changed, job.name)):
@@ -134,6 +135,11 @@ def _stored(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file, in the order in which they are hashed, and its metadata."""
     with safe_open(file, "pt") as stored:
         return {name: stored.get_tensor(name) for name in TENSORS}, stored.metadata() or {}
+
+
+def _sha256(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Of all that the output takes from a file."""
+    return hashlib.sha256(f"{sha256_of(*tensors.values())} {metadata.get('quality')}".encode()).hexdigest()
 
 
 def sha256_of(*tensors: torch.Tensor) -> str:

@@ -96,7 +96,8 @@ def quantize_checkpoint(
             )
             partial.check_source(checkpoint)
             calibration = None if hessians is None else hessians.calibration
-            results = [_result(job, qualities[job.name]) for job in jobs]
+            measured = [(job, qualities[job.name]) for job in jobs]
+            results = [LinearResult(job.name, job.record, found.distortion, found.proxy) for job, found in measured]
             report = QuantizeReport(
                 output.directory, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration
             )
@@ -107,10 +108,6 @@ def quantize_checkpoint(
         output.put(partial.assembled)
         partial.remove()
     return report
-
-
-def _result(job: Job, quality: Quality) -> LinearResult:
-    return LinearResult(job.name, job.record, quality.distortion, quality.proxy)
 
 
 def _learned(
