@@ -103,7 +103,7 @@ def test_half_types_keep_their_dtype(dtype: torch.dtype, batch: int) -> None:
     x = torch.randn(batch, 96, generator=generator(5)).to(dtype)
     y = packed_linear(x, packed)
     assert y.dtype == dtype
-    exact = x.double() * unpack_signs(packed.signs, 96)
+    exact = x.double() * unpack_signs(packed.diagonal, 96)
     exact = rotation_for(96, "full").apply(exact) @ REF.rotated_weight(packed).double().T
     # Above batch 16 weights and rotated activations are rounded to the type as well: three roundings of each product.
     roundings = torch.finfo(dtype).eps * (exact.abs() if batch <= 16 else 0) + rounding_bound(x, packed)
@@ -127,7 +127,7 @@ def test_no_vectors_in_no_vectors_out() -> None:
 
 def test_the_operator_is_well_behaved() -> None:
     packed = random_linear("tcq-2", 32, 96)
-    arguments = (packed.codes, packed.scales, packed.signs, packed.spec, packed.rotation, packed.layout, 32)
+    arguments = (packed.codes, packed.scales, packed.diagonal, packed.spec, packed.rotation, packed.layout, 32)
     torch.library.opcheck(torch.ops.qpalette.linear.default, (torch.randn(3, 96), *arguments))
 
 

@@ -43,7 +43,7 @@ def members(specs: list[str], rows: list[int], columns: int) -> list[PackedLinea
     signs = torch.randint(0, 256, (columns // 8,), device=device).to(torch.uint8)
     tail = torch.randint(0, 1 << columns % 8, (1,), device=device).to(torch.uint8) if columns % 8 else signs[:0]
     for member in found:
-        member.signs = torch.cat([signs, tail])
+        member.diagonal = torch.cat([signs, tail])
         member.scales = (torch.rand(member.out_features, device=device) + 0.5).half().view(torch.int16)
     return found
 
@@ -51,7 +51,7 @@ def members(specs: list[str], rows: list[int], columns: int) -> list[PackedLinea
 def expected(x: torch.Tensor, found: list[PackedLinear]) -> torch.Tensor:
     """float64, from the exact weights."""
     cuda, columns = backends()["cuda"], x.shape[1]
-    rotated = Rotation.parse(found[0].rotation, columns).apply(x.double() * unpack_signs(found[0].signs, columns))
+    rotated = Rotation.parse(found[0].rotation, columns).apply(x.double() * unpack_signs(found[0].diagonal, columns))
     return torch.cat([rotated @ cuda.rotated_weight(member).double().T for member in found], dim=1)
 
 
@@ -88,7 +88,7 @@ def test_segments_of_different_specs(batch: int) -> None:
 def test_products_by_the_library(spec: str, dtype: torch.dtype) -> None:
     found = members([spec, "nuq-4"], [1000, 48], 576)
     x = torch.randn(33, 576, device="cuda").to(dtype)
-    result = multiply_by_library(rotate(x, found[0].signs, found[0].rotation, None), found, dtype)
+    result = multiply_by_library(rotate(x, found[0].diagonal, found[0].rotation, None), found, dtype)
     wanted = expected(x, found)
     # The product is rounded to float16 once more.
     assert (result.double() - wanted).norm() <= (TOLERANCE[dtype] + 2 * 2**-11 / 3**0.5) * wanted.norm()

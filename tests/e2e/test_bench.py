@@ -28,8 +28,8 @@ from qpalette.bench.models import PRESETS, groups_of, records_of, with_head
 from qpalette.cli import main
 from qpalette.codes import parse_spec
 from qpalette.core.errors import InputError, SpecError, UnsupportedError
-from qpalette.core.records import packed_bits
 from qpalette.evaluate import bits_per_weight
+from qpalette.formats import packed_bits
 from qpalette.nn import PackedModule, QuantLinear
 from qpalette.plan import Plan, uniform_plan
 

@@ -147,7 +147,7 @@ def test_a_bit_lost_between_encoding_and_assembling(source, quantized, tmp_path,
     assert len(names) == 1
     assert files_of(tmp_path / "out") == files_of(quantized)
     original = partial._stored
-    monkeypatch.setattr(partial, "_stored", lambda file: read.append(file) or original(file))
+    monkeypatch.setattr(partial, "_stored", lambda file, job: read.append(file) or original(file, job))
     run(source, tmp_path / "other" / "out")
     assert len(read) == len(set(read)) == 14
 

@@ -30,7 +30,7 @@ def test_rotated_quantized_and_multiplied(dim):
     # and a spread outlier leaves the rows less than perfectly Gaussian.
     assert encoded.quality.distortion < parse_spec(SPEC).claimed_distortion * (1.1 + 8 / (ROWS * dim) ** 0.5)
     packed = PackedLinear(
-        encoded.codes, encoded.scales, encoded.signs, SPEC, record.rotation, record.out_features, record.in_features
+        encoded.codes, encoded.scales, encoded.diagonal, SPEC, record.rotation, record.out_features, record.in_features
     )
     x = torch.randn(2, dim, generator=generator)
     fast, plain = (backends()[name].linear(x, packed) for name in ("cpu", "ref"))

@@ -88,7 +88,7 @@ def proxies(source: Path, output: Path, hessians: Path) -> dict[str, float]:
         for linear in group.linears:
             packed = artifact.read_linear(linear.name)
             rotated = backends()["ref"].rotated_weight(packed)
-            rotation, signs = Rotation.parse(packed.rotation, packed.in_features), packed.signs
+            rotation, signs = Rotation.parse(packed.rotation, packed.in_features), packed.diagonal
             restored = unrotate_weight(rotated, rotation, unpack_signs(signs, packed.in_features)).double()
             weight = original[f"{linear.name}.weight"].double()
             error = weight - restored

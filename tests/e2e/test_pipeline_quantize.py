@@ -75,7 +75,7 @@ def test_stored_weights_have_the_measured_distortion(source, quantized):
         weight = original[f"{linear.name}.weight"].float()
         rotation = Rotation.parse(packed.rotation, packed.in_features)
         rotated = backends()["ref"].rotated_weight(packed)
-        restored = unrotate_weight(rotated, rotation, unpack_signs(packed.signs, packed.in_features))
+        restored = unrotate_weight(rotated, rotation, unpack_signs(packed.diagonal, packed.in_features))
         distortion = float((restored - weight).square().sum() / weight.square().sum())
         assert distortion == pytest.approx(linear.distortion, rel=1e-4)
         assert 0.0625 < distortion < 0.0625 * 1.25

@@ -128,7 +128,7 @@ class Tracked(dict):
     alive: ClassVar[weakref.WeakSet] = weakref.WeakSet()
 
     def __init__(self, batch) -> None:
-        super().__init__(codes=torch.zeros(1), scales=torch.zeros(1), signs=torch.zeros(1), quality=batch[0])
+        super().__init__(codes=torch.zeros(1), scales=torch.zeros(1), diagonal=torch.zeros(1), quality=batch[0])
         Tracked.alive.add(self)
 
     def __hash__(self) -> int:

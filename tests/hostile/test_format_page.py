@@ -59,6 +59,17 @@ def second_shard(directory: Path) -> None:
     index("model.safetensors", "second.safetensors")(directory)
 
 
+def diagonal(bits: int) -> Callable[[Path], None]:
+    """The inputs of DOWN multiplied by float16 values of these bits, in place of signs."""
+
+    def change(directory: Path) -> None:
+        quantization(lambda config: config["linears"][DOWN].update(diagonal="float16"))(directory)
+        values = torch.full((40,), bits, dtype=torch.int16)
+        tensors(lambda t: (t.pop(f"{DOWN}.qp_signs"), t.update({f"{DOWN}.qp_diagonal": values})))(directory)
+
+    return change
+
+
 def other_tensor(directory: Path) -> None:
     tensors(lambda content: content.update({f"{UP}.qp_extra": torch.ones(1)}))(directory)
 
@@ -91,7 +102,7 @@ CASES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
     "`format_version` is an integer that this release reads": [
         (
             quantization(lambda q: q.update(format_version=True)),
-            "quantization_config: format_version is True, and this release reads 1, 2; upgrade qpalette",
+            "quantization_config: format_version is True, and this release reads 1, 2, 3; upgrade qpalette",
         )
     ],
     "in version 1, no linear has `tcq2` at 3.375 to 4 bits": [
@@ -110,7 +121,8 @@ CASES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
             f"quantization_config: provenance.a: Input should be a valid string; {AGAIN}",
         ),
     ],
-    "`linears` names one linear at least; each has exactly `spec`, `shape`, `rotation`, `seed`, of their types": [
+    "`linears` names one linear at least; each has exactly `spec`, `shape`, `rotation`, `seed`, of their types, "
+    "and since version 3 `group`": [
         (
             quantization(lambda q: q.update(linears={})),
             "quantization_config: linears: Dictionary should have at least 1 item after validation, not 0; " + AGAIN,
@@ -157,6 +169,30 @@ CASES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
             f"quantization_config: linears.{UP}.seed: Input should be less than 9223372036854775808; {AGAIN}",
         ),
     ],
+    'since version 3, and not before, `group` is a name, and `diagonal` may be `"float16"` in place of `"signs"`': [
+        (
+            quantization(lambda q: q["linears"][UP].pop("group")),
+            f"{UP}: it names no group; {AGAIN}",
+        ),
+        (
+            quantization(lambda q: q.update(format_version=2)),
+            f"{UP}: format version 2 has no group and no diagonal; {AGAIN}",
+        ),
+        (
+            entry(diagonal="float32"),
+            f"quantization_config: linears.{UP}.diagonal: Input should be 'signs' or 'float16'; {AGAIN}",
+        ),
+    ],
+    "linears of one group have one K, one `rotation` and one `diagonal`": [
+        (
+            entry(group=DOWN),
+            f"{DOWN}: in-features 40, but {UP} of its group '{DOWN}' has 36; {AGAIN}",
+        ),
+        (
+            quantization(lambda q: q["linears"].update({"a": {**q["linears"][UP], "rotation": "c3xh12", "group": UP}})),
+            f"a: rotation c3xh12, but {UP} of its group '{UP}' has h36; {AGAIN}",
+        ),
+    ],
     "every shard is a plain file name beside the index, and there": [
         (
             index("../model.safetensors"),
@@ -183,7 +219,7 @@ CASES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
     "no tensor is in two files": [
         (second_shard, "tensor 'model.norm.weight' is in D/model.safetensors and in D/second.safetensors")
     ],
-    "each linear has its three tensors, with exactly that type and shape": [
+    "each linear has its three tensors (`formats/parts.py`), with exactly that type and shape": [
         (
             tensors(lambda t: t.pop(f"{UP}.qp_signs")),
             f"tensor '{UP}.qp_signs' is missing: config.json says that {UP} is tcq-3.25",
@@ -209,16 +245,20 @@ CASES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
         (other_tensor, f"tensor '{UP}.qp_extra' belongs to no linear of config.json (1 such)")
     ],
     "the packed tensors have the bits that the rates count": [],  # the shapes imply it: see the test below
-    "every scale is finite (zero is fine: the row is zero)": [
+    "every scale and every number of a diagonal is finite (a scale of zero is fine: the row is zero)": [
         (
             tensors(lambda t: t[f"{DOWN}.qp_scales"].fill_(0x7C00)),
-            f"{DOWN}.qp_scales has a scale that is not finite; {AGAIN}",
-        )
+            f"{DOWN}.qp_scales has a value that is not finite; {AGAIN}",
+        ),
+        (
+            diagonal(0x7E00),
+            f"{DOWN}.qp_diagonal has a value that is not finite; {AGAIN}",
+        ),
     ],
     "the sign bits beyond K are zero": [
         (
             tensors(lambda t: t[f"{UP}.qp_signs"].fill_(0xFF)),
-            f"{UP}.qp_signs: the signs of 36 inputs have a bit set beyond the last input; {AGAIN}",
+            f"{UP}.qp_signs is damaged: the signs of 36 inputs have a bit set beyond the last input; {AGAIN}",
         )
     ],
     "the file still has the bytes that it had when it was opened": [],  # see the test below
@@ -249,6 +289,9 @@ def test_every_invariant_of_the_page_is_here():
 
 def test_the_good_one_is_read(good):
     read(good)
+    diagonal(0x3800)(good)
+    read(good)
+    assert open_artifact(good).read_linear(DOWN).diagonal.dtype == torch.int16
 
 
 @pytest.mark.parametrize(("damage", "message"), [case for cases in CASES.values() for case in cases])
@@ -262,7 +305,7 @@ def test_a_broken_invariant(good, damage, message):
 def test_bits_that_are_counted_are_stored(good, monkeypatch):
     monkeypatch.setattr(
         qpalette.formats.reader,
-        "_is_packed",
+        "is_part",
         lambda name: re.search(r"qp_(codes|scales)$", name) is not None,
     )
     with pytest.raises(ArtifactError, match=r"^the packed tensors hold \d+ bits, but the rates count \d+"):

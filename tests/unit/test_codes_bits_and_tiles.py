@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from qpalette.codes.bits import pack_fields, pack_stream, unpack_stream, windows
 from qpalette.codes.tiles import from_tiles, scan_order, to_tiles
-from qpalette.core.records import packed_bits, tiles_of
+from qpalette.core.records import tiles_of
+from qpalette.formats import packed_bits
 
 
 def big_integer(words: torch.Tensor) -> int:

@@ -7,7 +7,8 @@ import pytest
 
 from qpalette.codes import parse_spec
 from qpalette.core.errors import SpecError
-from qpalette.core.records import LinearGroup, LinearShape, packed_bits
+from qpalette.core.records import LinearGroup, LinearShape
+from qpalette.formats import packed_bits
 from qpalette.plan import Plan, counted_rate, spec_for_bits, summarize, uniform_plan
 
 GROUPS = (

@@ -10,7 +10,8 @@ import pytest
 
 from qpalette.codes import parse_spec
 from qpalette.core.errors import BudgetError, InputError, SpecError
-from qpalette.core.records import LinearGroup, LinearShape, packed_bits
+from qpalette.core.records import LinearGroup, LinearShape
+from qpalette.formats import packed_bits
 from qpalette.plan import (
     Budget,
     Candidate,

@@ -12,12 +12,12 @@ import torch
 
 from qpalette.core.errors import CheckpointError, InputError, SpecError
 from qpalette.core.records import LinearRecord
-from qpalette.formats.packed import CODES, SCALES, SIGNS, QuantizationFormat, expected_tensors
-from qpalette.formats.reader import total_bits
+from qpalette.formats.packed import QuantizationFormat
+from qpalette.formats.parts import parts_of, total_bits
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
 from qpalette.models import Grouping, find_groups
 from qpalette.plan import Plan
-from qpalette.rotate import pack_signs, random_signs, rotation_for
+from qpalette.rotate import rotation_for
 from qpalette.storage import Checkpoint, TensorInfo
 from qpalette.storage.base import layout_of
 
@@ -75,7 +75,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 40960,
     },
 }
-SCALE = 0.02  # of random weights: the usual initialization, so that activations stay finite
 
 
 @dataclass(frozen=True)
@@ -150,6 +149,7 @@ def with_head(plan: Plan, config: Any, spec: str) -> Plan:
 def records_of(config: Any, plan: Plan) -> dict[str, LinearRecord]:
     """Every linear of the plan; it may name the head, too. Raises SpecError on a name that is no matrix."""
     skeleton = _skeleton(config).state_dict()
+    groups = {linear.name: group.name for group in groups_of(config).groups for linear in group.linears}
     records = {}
     for name, spec in plan.specs.items():
         weight = skeleton.get(f"{name}.weight")
@@ -157,7 +157,7 @@ def records_of(config: Any, plan: Plan) -> dict[str, LinearRecord]:
             raise SpecError(f"the plan names '{name}', which is no linear of this config")
         out_features, in_features = weight.shape
         rotation = rotation_for(in_features, plan.rotation).name
-        records[name] = LinearRecord(spec, out_features, in_features, rotation, plan.seed)
+        records[name] = LinearRecord(spec, out_features, in_features, rotation, plan.seed, groups.get(name, name))
     return records
 
 
@@ -183,10 +183,9 @@ def from_config(
     if plan is None:
         return Candidate(name, lambda: _plain(config, dtype, device, attention), random_weights=True)
     records = records_of(config, plan)
-    groups = {linear.name: group.name for group in groups_of(config).groups for linear in group.linears}
     return Candidate(
         name,
-        lambda: _packed(config, records, groups, dtype, device, attention),
+        lambda: _packed(config, records, dtype, device, attention),
         random_weights=True,
         bits_per_weight=float(total_bits(records.values()).rate),
     )
@@ -210,7 +209,6 @@ def _plain(config: Any, dtype: torch.dtype, device: torch.device, attention: str
 def _packed(
     config: Any,
     records: Mapping[str, LinearRecord],
-    groups: Mapping[str, str],
     dtype: torch.dtype,
     device: torch.device,
     attention: str | None,
@@ -220,7 +218,7 @@ def _packed(
     config.quantization_config = QuantizationFormat.of(records, {"source": "random weights"}).to_dict()
     tensors: dict[str, torch.Tensor] = {}
     for name, record in records.items():
-        tensors |= _random_tensors(name, groups.get(name, name), record, device)
+        tensors |= {f"{name}.{part.suffix}": part.random(record, device) for part in parts_of(record)}
     place = {"": device.index or 0} if device.type == "cuda" else {"": str(device)}
     return type(_skeleton(config)).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, device_map=place, **_attention(attention)
@@ -229,14 +227,3 @@ def _packed(
 
 def _attention(name: str | None) -> dict[str, Any]:
     return {} if name is None else {"attn_implementation": name}
-
-
-def _random_tensors(name: str, group: str, record: LinearRecord, device: torch.device) -> dict[str, torch.Tensor]:
-    """Any bits are a valid code of every quantizer."""
-    _, shape = expected_tensors(record)[CODES]
-    scales = torch.full((record.out_features,), SCALE, dtype=torch.float16, device=device)
-    return {
-        f"{name}.{CODES}": torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int32, device=device),
-        f"{name}.{SCALES}": scales.view(torch.int16),
-        f"{name}.{SIGNS}": pack_signs(random_signs(record.in_features, record.seed, group)).to(device),
-    }

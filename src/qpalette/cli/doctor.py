@@ -212,7 +212,7 @@ def _largest_difference(spec: str, weight: torch.Tensor, backends: dict[str, Bac
     packed = PackedLinear(
         codes=codes,
         scales=torch.ones(ROWS, dtype=torch.float16).view(torch.int16),
-        signs=pack_signs(random_signs(COLUMNS, 0, "doctor")),
+        diagonal=pack_signs(random_signs(COLUMNS, 0, "doctor")),
         spec=spec,
         rotation=full_rotation(COLUMNS).name,
         out_features=ROWS,

@@ -12,7 +12,7 @@ import typer
 
 from qpalette.cli.output import print_facts, print_json, print_note, print_table
 from qpalette.core.errors import SpecError
-from qpalette.core.records import LinearGroup, packed_bits
+from qpalette.core.records import LinearGroup
 from qpalette.core.text import count, size
 from qpalette.models.kinds import linear_kind
 
@@ -135,6 +135,8 @@ def _checkpoint_json(
 
 def _size_at(checkpoint: Checkpoint, grouping: Grouping, bits: int) -> int:
     """Bytes of all tensors when every linear's codes have `bits` bits, with scales and signs."""
+    from qpalette.formats import packed_bits
+
     linears = [linear for group in grouping.groups for linear in group.linears]
     packed = sum(packed_bits(Fraction(bits), *_shape(linear)).total for linear in linears)
     return packed // 8 + _untouched_bytes(checkpoint, grouping)
@@ -174,14 +176,13 @@ def _print_untouched(checkpoint: Checkpoint, grouping: Grouping) -> None:
 
 def _describe_artifact(model: str, as_json: bool) -> None:
     from qpalette.evaluate import plan_of
-    from qpalette.formats.reader import open_artifact
+    from qpalette.formats import PARTS, open_artifact
 
     artifact = open_artifact(model)
     summary, kinds = artifact.inspect(), _artifact_kinds(artifact)
     if as_json:
-        bits = {"codes": summary.bits.codes, "scales": summary.bits.scales, "signs": summary.bits.signs}
         facts = {"kind": "artifact", "model_type": summary.model_type, "bits_per_weight": summary.rate}
-        facts |= {"weights": summary.weights, "bits": {**bits, "total": summary.bits.total}}
+        facts |= {"weights": summary.weights, "bits": {**summary.bits.parts, "total": summary.bits.total}}
         plan = plan_of(model)
         facts |= {} if plan is None else {"plan": {**plan.prediction, "provenance": dict(plan.provenance)}}
         facts |= {"bytes": summary.tensor_bytes, "carried_bytes": summary.carried_bytes, "linears": kinds}
@@ -192,8 +193,11 @@ def _describe_artifact(model: str, as_json: bool) -> None:
         {
             "model": f"{summary.model_type}, {summary.linears} quantized linears, {count(summary.weights)} weights",
             "bits per weight": f"{float(summary.rate):.4f} (everything counted: {summary.bits.total} bits)",
-            "of which": f"codes {size(summary.bits.codes // 8)}, scales {size(summary.bits.scales // 8)}, "
-            f"signs {size(summary.bits.signs // 8)}",
+            "of which": ", ".join(
+                f"{part.title} {size(summary.bits.parts[part.suffix] // 8)}"
+                for part in PARTS
+                if part.suffix in summary.bits.parts
+            ),
             "untouched": f"{summary.carried_tensors} tensors, {size(summary.carried_bytes)}",
             "all tensors": f"{size(summary.tensor_bytes)} in {', '.join(summary.files)}",
             **_plan_facts(model),
@@ -227,7 +231,7 @@ def _plan_facts(model: str) -> dict[str, str]:
 
 def _artifact_kinds(artifact: Artifact) -> list[dict[str, Any]]:
     """Linears that differ only in their layer, with what they have in common."""
-    from qpalette.formats.packed import counted_bits
+    from qpalette.formats import counted_bits
 
     times: Counter[tuple[Any, ...]] = Counter()
     rates: dict[tuple[Any, ...], float] = {}

@@ -93,8 +93,10 @@ def _measured(quantizers: list[Quantizer], weights: int, seed: int, device: str)
 
 def _decode_cost(quantizer: Quantizer) -> dict[str, Any]:
     """Look-ups per weight, and the bytes of the table in float16."""
-    entries, weights = quantizer.table_shape
-    return {"lookups_per_weight": 1 / weights, "table_bytes": 2 * entries * weights}
+    decoder = quantizer.decoder
+    if decoder is None:
+        return {"lookups_per_weight": None, "table_bytes": None}
+    return {"lookups_per_weight": 1 / decoder.width, "table_bytes": (2 << decoder.index_bits) * decoder.width}
 
 
 def _measured_row(result: Measurement) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from fractions import Fraction
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 
+from qpalette.codes.description import Decoder, Search
 from qpalette.core.errors import SpecError
 from qpalette.core.records import TILE_WEIGHTS
 
@@ -59,10 +61,24 @@ class Quantizer(ABC):
         return self
 
     @property
-    @abstractmethod
-    def table_shape(self) -> tuple[int, int]:
-        """(entries, weights per entry) of the table that a decoder looks weights up in: what decoding costs. A weight
-        takes one look-up over weights per entry; a table that is too large for a GPU's 32 banks costs conflicts."""
+    def decoder(self) -> Decoder | None:
+        """How fast decoders read the code, with `entries`; None for a code that only `decode` knows."""
+        return None
+
+    def entries(self) -> torch.Tensor:
+        """The table of `decoder`, float32 [2^index_bits, width]."""
+        raise AssertionError(f"{self} has no decoder")
+
+    def segments(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The same table computed, where it can be: (slope, intercept), float32 [32] each, |entry| = slope[i] f +
+        intercept[i] for f = 2 v + 1 the odd float made of the index without its top bit, the sign, and i the five bits
+        of f above mantissa bit 22."""
+        return None
+
+    @property
+    def search(self) -> Search | None:
+        """The trellis that fast encoders walk; None where `encode` is no search of one."""
+        return None
 
     @property
     def words_per_tile(self) -> int:
@@ -80,9 +96,11 @@ FAMILIES: dict[str, type[Quantizer]] = {}
 def register(cls: type[Quantizer]) -> type[Quantizer]:
     """Class decorator: makes a family known to `parse_spec` and to the generic tests."""
     FAMILIES[cls.family] = cls
+    parse_spec.cache_clear()
     return cls
 
 
+@lru_cache(maxsize=1024)
 def parse_spec(name: str) -> Quantizer:
     """`"tcq-3.25"` -> the quantizer. Raises SpecError that lists the families or the allowed parameters."""
     family, dash, parameters = name.partition("-")

@@ -9,6 +9,7 @@ import torch
 
 from qpalette.codes.base import Quantizer, register
 from qpalette.codes.bits import pack_fields, windows
+from qpalette.codes.description import LANE_WEIGHTS, Decoder
 from qpalette.core.errors import SpecError
 from qpalette.core.records import TILE_WEIGHTS
 from qpalette.theory.lloyd_max import lloyd_max
@@ -48,8 +49,11 @@ class NonUniform(Quantizer):
         return tuple(cls(bits) for bits in range(LEAST_BITS, MOST_BITS + 1))
 
     @property
-    def table_shape(self) -> tuple[int, int]:
-        return 1 << self.bits, 1
+    def decoder(self) -> Decoder:
+        return Decoder((self.bits,) * LANE_WEIGHTS, 1, self.bits, self.bits, hashed=False)
+
+    def entries(self) -> torch.Tensor:
+        return self.codebook()[:, None]
 
     def codebook(self) -> torch.Tensor:
         """The levels, rising, float32 [2^bits]."""

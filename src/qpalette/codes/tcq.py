@@ -44,12 +44,13 @@ class TrellisCoded(Trellis):
         return min(wanted, self.memory)
 
     @property
-    def table_shape(self) -> tuple[int, int]:
-        return 1 << self.codebook_bits, 1
+    def index_bits(self) -> int:
+        return self.codebook_bits
+
+    def entries(self) -> torch.Tensor:
+        return self.codebook()[:, None]
 
     def segments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slope, intercept), float32 [32] each: |value| = slope[i] * f + intercept[i] where f = 2 v + 1 is the odd
-        float made of the index's low bits v, and i the five bits of f above mantissa bit 22."""
         slopes, intercepts = torch.zeros(SEGMENTS), torch.zeros(SEGMENTS)
         for octave in range(self.codebook_bits):
             for half in range(2):
@@ -64,9 +65,6 @@ class TrellisCoded(Trellis):
     def codebook(self) -> torch.Tensor:
         """float32 [2^codebook_bits]; the top index bit is the sign."""
         return _codebook(self)
-
-    def state_values(self) -> torch.Tensor:
-        return self.codebook()[self.hashed_states() >> (self.memory - self.codebook_bits)][:, None]
 
 
 def _tail_quantile(probability: Fraction) -> Fraction:

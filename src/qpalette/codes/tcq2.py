@@ -45,17 +45,16 @@ class TrellisCodedPairs(Trellis):
         return min(wanted, self.memory - 1)
 
     @property
-    def table_shape(self) -> tuple[int, int]:
-        return 1 << (self.codebook_bits + 1), 2  # with the sign
+    def index_bits(self) -> int:
+        return self.codebook_bits + 1  # with the sign
+
+    def entries(self) -> torch.Tensor:
+        points = self.codebook()
+        return torch.cat([points, -points])
 
     def codebook(self) -> torch.Tensor:
         """float32 [2^codebook_bits, 2]: points with a positive first coordinate, scaled for the rate."""
         return _spiral(self.codebook_bits) * float(self.scale)
-
-    def state_values(self) -> torch.Tensor:
-        index = self.hashed_states() >> (self.memory - 1 - self.codebook_bits)
-        points = self.codebook()[index & ((1 << self.codebook_bits) - 1)]
-        return torch.where((index >> self.codebook_bits).bool()[:, None], -points, points)
 
 
 @lru_cache(maxsize=8)

@@ -21,6 +21,7 @@ import torch
 
 from qpalette.codes.base import Quantizer
 from qpalette.codes.bits import pack_fields, windows
+from qpalette.codes.description import LANE_WEIGHTS, Decoder, Search
 from qpalette.core.errors import SpecError
 from qpalette.core.rate import format_rate, parse_rate
 from qpalette.core.records import TILE_WEIGHTS
@@ -95,9 +96,24 @@ class Trellis(Quantizer):
         """Bits shifted in at each step, int64 [steps]; the pattern repeats every eight weights."""
         return _shifts_on(self, torch.device("cpu"))
 
+    @property
     @abstractmethod
+    def index_bits(self) -> int:
+        """log2 of the number of entries, the sign among them."""
+
+    @property
+    def decoder(self) -> Decoder:
+        shifts = tuple(self.shifts()[: LANE_WEIGHTS // self.values_per_step].tolist())
+        return Decoder(shifts, self.values_per_step, self.memory, self.index_bits, hashed=True)
+
+    @property
+    def search(self) -> Search:
+        shifts = tuple(self.shifts().tolist())
+        return Search(self.memory, shifts, float(self.scale), self.state_values_on, self.pack_states)
+
     def state_values(self) -> torch.Tensor:
         """float32 [2^L, values_per_step]: what each state stands for."""
+        return self.entries()[self.hashed_states() >> (self.memory - self.index_bits)]
 
     def state_values_on(self, device: torch.device) -> torch.Tensor:
         """`state_values` on `device`, kept: encoding with feedback asks for them at every block of columns."""

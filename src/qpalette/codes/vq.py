@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from qpalette.codes.base import Quantizer, register
 from qpalette.codes.bits import pack_fields, windows
+from qpalette.codes.description import LANE_WEIGHTS, Decoder
 from qpalette.core.errors import SpecError
 from qpalette.core.rate import format_rate, parse_rate
 from qpalette.core.records import TILE_WEIGHTS
@@ -69,8 +70,11 @@ class VectorQuantized(Quantizer):
         return tuple(cls(bits) for bits in range(LEAST_INDEX_BITS, MOST_INDEX_BITS + 1))
 
     @property
-    def table_shape(self) -> tuple[int, int]:
-        return 1 << self.index_bits, 2
+    def decoder(self) -> Decoder:
+        return Decoder((self.index_bits,) * (LANE_WEIGHTS // 2), 2, self.index_bits, self.index_bits, hashed=False)
+
+    def entries(self) -> torch.Tensor:
+        return self.codebook()
 
     def codebook(self) -> torch.Tensor:
         """float32 [2^index_bits, 2]."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
 TILE = 16  # a tile is 16 x 16 weights: one trellis circle, one matrix-instruction operand
 TILE_WEIGHTS = TILE * TILE
-SCALE_BITS = 16  # one float16 per output row
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class LinearGroup:
         return sum(linear.weights for linear in self.linears)
 
 
+SIGNS, FLOAT16 = DIAGONALS = ("signs", "float16")
+
+
 @dataclass(frozen=True)
 class LinearRecord:
     """What a quantized linear needs to be decoded, besides its tensors (DESIGN section 9)."""
@@ -48,38 +52,38 @@ class LinearRecord:
     in_features: int
     rotation: str  # canonical rotation name, e.g. "h36xh16"
     seed: int  # of the rotation's signs; provenance only, the signs themselves are stored
+    group: str = ""  # linears of one group read one input in one basis, and run as one launch; "": alone
+    diagonal: str = SIGNS  # of DIAGONALS: what multiplies the input before the rotation
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
 class PackedBits:
-    """Stored bits of one linear, part by part; `rate` counts every one of them."""
+    """Stored bits of linears, part by part (`formats.parts`); `rate` counts every one of them."""
 
     weights: int
-    codes: int
-    scales: int
-    signs: int
+    parts: Mapping[str, int]  # suffix of a part -> bits
 
     @property
     def total(self) -> int:
-        return self.codes + self.scales + self.signs
+        return sum(self.parts.values())
 
     @property
     def rate(self) -> Fraction:
         return Fraction(self.total, self.weights)
 
+    @classmethod
+    def sum(cls, bits: Iterable[PackedBits]) -> PackedBits:
+        weights, parts = 0, Counter[str]()
+        for one in bits:
+            weights += one.weights
+            parts.update(one.parts)
+        return cls(weights, dict(parts))
+
 
 def tiles_of(size: int) -> int:
     """Number of 16-wide tiles that cover `size` rows or columns; the padding is stored, so it counts."""
     return -(-size // TILE)
-
-
-def packed_bits(spec_rate: Fraction, out_features: int, in_features: int) -> PackedBits:
-    """Exact stored bits of an (out_features x in_features) linear whose codes have rate `spec_rate`."""
-    codes = spec_rate * TILE_WEIGHTS * tiles_of(out_features) * tiles_of(in_features)
-    assert codes.denominator == 1, "a tile holds whole words at every multiple of 1/8 bit"
-    return PackedBits(
-        weights=out_features * in_features,
-        codes=int(codes),
-        scales=SCALE_BITS * out_features,
-        signs=8 * -(-in_features // 8),
-    )

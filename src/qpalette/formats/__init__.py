@@ -3,23 +3,20 @@
 from qpalette.formats.card import model_card
 from qpalette.formats.checksums import check_checksums, checksums_bytes, write_checksums
 from qpalette.formats.dequantized import DequantizedCheckpoint
-from qpalette.formats.packed import (
-    FORMAT_VERSION,
-    METHOD,
-    QuantizationFormat,
-    counted_bits,
-    expected_tensors,
-)
-from qpalette.formats.reader import Artifact, Inspection, open_artifact, total_bits
+from qpalette.formats.packed import FORMAT_VERSION, METHOD, QuantizationFormat
+from qpalette.formats.parts import PARTS, Part, counted_bits, expected_tensors, packed_bits, parts_of, total_bits
+from qpalette.formats.reader import Artifact, Inspection, open_artifact
 from qpalette.formats.writer import PackedCheckpoint
 
 __all__ = [
     "FORMAT_VERSION",
     "METHOD",
+    "PARTS",
     "Artifact",
     "DequantizedCheckpoint",
     "Inspection",
     "PackedCheckpoint",
+    "Part",
     "QuantizationFormat",
     "check_checksums",
     "checksums_bytes",
@@ -27,6 +24,8 @@ __all__ = [
     "expected_tensors",
     "model_card",
     "open_artifact",
+    "packed_bits",
+    "parts_of",
     "total_bits",
     "write_checksums",
 ]

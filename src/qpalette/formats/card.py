@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qpalette.core.records import LinearRecord
-from qpalette.formats.packed import CODES, SCALES, SIGNS, counted_bits
+from qpalette.formats.parts import PARTS, counted_bits, total_bits
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -135,12 +135,8 @@ def _front_matter(base_model: str | None, licence: Any) -> str:
 
 
 def _size_rows(records: Mapping[str, LinearRecord], weights: int, carried_bytes: int) -> str:
-    parts = [counted_bits(record) for record in records.values()]
-    rows = {
-        f"codes (`{CODES}`)": sum(part.codes for part in parts),
-        f"row scales (`{SCALES}`)": sum(part.scales for part in parts),
-        f"rotation signs (`{SIGNS}`)": sum(part.signs for part in parts),
-    }
+    bits = total_bits(records.values()).parts
+    rows = {f"{part.title} (`{part.suffix}`)": bits[part.suffix] for part in PARTS if part.suffix in bits}
     rows["**quantized linears**"] = sum(rows.values())
     lines = [f"| {name} | {bits // 8:,} | {bits / weights:.4f} |" for name, bits in rows.items()]
     lines.append(f"| all other tensors, as they were | {carried_bytes:,} | |")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from qpalette.core.errors import ArtifactError
 from qpalette.core.records import TILE, LinearRecord
+from qpalette.formats.parts import is_part
 from qpalette.formats.reader import Artifact
 from qpalette.models.model_class import EXPERT, stored_transposed
-from qpalette.rotate import Rotation, unpack_signs, unrotate_weight
+from qpalette.rotate import Rotation, diagonal_of, unrotate_weight
 from qpalette.runtime import PackedLinear, select
 from qpalette.storage import Checkpoint, TensorInfo, copy_side_files
 
@@ -34,7 +36,9 @@ class DequantizedCheckpoint(Checkpoint):
         self.config = {key: value for key, value in artifact.config.items() if key not in left_out}
         self.config["dtype"] = str(dtype).removeprefix("torch.")
         self._linears = _by_tensor(artifact)
-        carried = {stored.info.name: stored.info for stored in artifact.stored.values() if not _is_packed(stored.info)}
+        carried = {
+            stored.info.name: stored.info for stored in artifact.stored.values() if not is_part(stored.info.name)
+        }
         weights = {name: TensorInfo(name, self._shape(name), dtype) for name in self._linears}
         self.tensors = carried | weights
 
@@ -63,15 +67,15 @@ class DequantizedCheckpoint(Checkpoint):
 
 
 def decoded_rows(packed: PackedLinear) -> Iterator[torch.Tensor]:
-    """W = W' Q diag(s) of codes in the stored layout, float32, some rows at a time."""
+    """W = W' Q diag(d) of codes in the stored layout, float32, some rows at a time."""
     backend = select("linear", packed.spec, packed.codes.device)
     rotation = Rotation.parse(packed.rotation, packed.in_features)
-    signs = unpack_signs(packed.signs, packed.in_features)
+    diagonal = diagonal_of(packed.diagonal, packed.in_features)
     tile_rows = max(1, CHUNK_WEIGHTS // (TILE * packed.in_features))
     scales = packed.scales.split(tile_rows * TILE)
     for codes, part in zip(packed.codes.split(tile_rows), scales, strict=True):
-        some = PackedLinear(codes, part, packed.signs, packed.spec, packed.rotation, len(part), packed.in_features)
-        yield unrotate_weight(backend.rotated_weight(some), rotation, signs)
+        some = replace(packed, codes=codes, scales=part, out_features=len(part))
+        yield unrotate_weight(backend.rotated_weight(some), rotation, diagonal)
 
 
 def _by_tensor(artifact: Artifact) -> dict[str, list[str]]:
@@ -93,7 +97,3 @@ def _by_tensor(artifact: Artifact) -> dict[str, list[str]]:
 def _check_alike(tensor: str, records: list[LinearRecord]) -> None:
     if len({(record.out_features, record.in_features) for record in records}) > 1:
         raise ArtifactError(f"the experts in '{tensor}' differ in shape; download the model again")
-
-
-def _is_packed(info: TensorInfo) -> bool:
-    return info.name.rpartition(".")[2].startswith("qp_")

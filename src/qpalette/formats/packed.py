@@ -1,22 +1,21 @@
-"""The stored format: what `quantization_config` says, and which tensors each linear must have (docs/format.md)."""
+"""What `quantization_config` says (docs/format.md). What a linear stores is declared in `parts.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qpalette.codes import parse_spec
 from qpalette.core.errors import ArtifactError, SpecError
-from qpalette.core.records import LinearRecord, PackedBits, packed_bits, tiles_of
+from qpalette.core.records import LinearRecord
 from qpalette.rotate import Rotation
 
 METHOD: Final = "qpalette"
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-CODES, SCALES, SIGNS = SUFFIXES = ("qp_codes", "qp_scales", "qp_signs")
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+FIRST_WITH_GROUPS = 3
 MAX_WEIGHTS = 1 << 40  # of one linear: a corrupt shape must not become an allocation
 
 Size = Annotated[int, Field(ge=1, lt=MAX_WEIGHTS)]
@@ -34,6 +33,12 @@ class LinearEntry(_Strict):
     shape: Annotated[list[Size], Field(min_length=2, max_length=2)]  # [out_features, in_features]
     rotation: Name
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
+    group: Annotated[str, Field(max_length=250)] = ""  # since version 3, where "" is refused
+    diagonal: Literal["signs", "float16"] = "signs"  # since version 3
+
+    def record(self) -> LinearRecord:
+        rows, columns = self.shape
+        return LinearRecord(self.spec, rows, columns, self.rotation, self.seed, self.group, self.diagonal)
 
 
 class QuantizationFormat(_Strict):
@@ -61,6 +66,8 @@ class QuantizationFormat(_Strict):
         for name, entry in result.linears.items():
             _check_entry(name, entry)
             _check_codebook(name, entry, result.format_version)
+            _check_fields(name, entry, result.format_version)
+        _check_groups(result.linears)
         return result
 
     @classmethod
@@ -71,15 +78,7 @@ class QuantizationFormat(_Strict):
         modules_to_not_convert: list[str] | None = None,
     ) -> QuantizationFormat:
         """The format of these linears. Raises ArtifactError as `parse` does."""
-        linears = {
-            name: {
-                "spec": record.spec,
-                "shape": [record.out_features, record.in_features],
-                "rotation": record.rotation,
-                "seed": record.seed,
-            }
-            for name, record in records.items()
-        }
+        linears = {name: _entry(name, record) for name, record in records.items()}
         return cls.parse(
             {
                 "quant_method": METHOD,
@@ -93,32 +92,20 @@ class QuantizationFormat(_Strict):
     @property
     def records(self) -> dict[str, LinearRecord]:
         """Linear name -> what is needed to decode it."""
-        return {
-            name: LinearRecord(entry.spec, entry.shape[0], entry.shape[1], entry.rotation, entry.seed)
-            for name, entry in self.linears.items()
-        }
+        return {name: entry.record() for name, entry in self.linears.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `parse` of it gives an equal format."""
-        return self.model_dump()
+        content = self.model_dump()
+        content["linears"] = {name: entry.model_dump(exclude_defaults=True) for name, entry in self.linears.items()}
+        return content
 
 
-def expected_tensors(record: LinearRecord) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Suffix -> (dtype, shape) of the tensors that a linear stores; the scales are the bits of float16 values.
-
-    Integers throughout: no `.to(dtype)` of a framework ever rounds them.
-    """
-    tile_rows, tile_columns = tiles_of(record.out_features), tiles_of(record.in_features)
-    return {
-        CODES: (torch.int32, (tile_rows, tile_columns, parse_spec(record.spec).words_per_tile)),
-        SCALES: (torch.int16, (record.out_features,)),
-        SIGNS: (torch.uint8, (-(-record.in_features // 8),)),
-    }
-
-
-def counted_bits(record: LinearRecord) -> PackedBits:
-    """What those tensors cost, part by part."""
-    return packed_bits(parse_spec(record.spec).rate, record.out_features, record.in_features)
+def _entry(name: str, record: LinearRecord) -> dict[str, Any]:
+    """As config.json spells it; a linear that is in no group is one alone, under its own name."""
+    shape = [record.out_features, record.in_features]
+    entry = {"spec": record.spec, "shape": shape, "rotation": record.rotation, "seed": record.seed}
+    return entry | {"group": record.group or name, "diagonal": record.diagonal}
 
 
 def _check_version(data: Mapping[str, Any]) -> None:
@@ -154,3 +141,28 @@ def _check_codebook(name: str, entry: LinearEntry, version: int) -> None:
         raise ArtifactError(
             f"{name}: '{entry.spec}' had another codebook in format version 1; quantize the model again"
         )
+
+
+def _check_fields(name: str, entry: LinearEntry, version: int) -> None:
+    """What came with version 3 must be there from then on, and must not before."""
+    if version < FIRST_WITH_GROUPS and entry.model_fields_set & {"group", "diagonal"}:
+        raise ArtifactError(f"{name}: format version {version} has no group and no diagonal; download the model again")
+    if version >= FIRST_WITH_GROUPS and not entry.group:
+        raise ArtifactError(f"{name}: it names no group; download the model again")
+
+
+def _check_groups(linears: Mapping[str, LinearEntry]) -> None:
+    """One group, one input in one basis."""
+    first: dict[str, tuple[str, LinearEntry]] = {}
+    for name, entry in linears.items():
+        other, known = first.setdefault(entry.group or name, (name, entry))
+        for field, mine, theirs in (
+            ("in-features", entry.shape[1], known.shape[1]),
+            ("rotation", entry.rotation, known.rotation),
+            ("diagonal", entry.diagonal, known.diagonal),
+        ):
+            if mine != theirs:
+                raise ArtifactError(
+                    f"{name}: {field} {mine}, but {other} of its group '{entry.group}' has {theirs}; "
+                    "download the model again"
+                )

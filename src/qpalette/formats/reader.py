@@ -15,8 +15,8 @@ import torch
 
 from qpalette.core.errors import ArtifactError, CheckpointError
 from qpalette.core.records import LinearRecord, PackedBits
-from qpalette.formats.packed import CODES, SCALES, SIGNS, QuantizationFormat, counted_bits, expected_tensors
-from qpalette.rotate import unpack_signs
+from qpalette.formats.packed import QuantizationFormat
+from qpalette.formats.parts import check_values, expected_tensors, is_part, packed_linear_of, parts_of, total_bits
 from qpalette.runtime import PackedLinear
 from qpalette.storage.safetensors_format import StoredTensor, read_header
 
@@ -72,19 +72,15 @@ class Artifact:
     def read_linear(self, name: str) -> PackedLinear:
         """The packed tensors of one linear, values checked.
 
-        Raises ArtifactError when there is no such linear, a scale is not finite, or a sign bit is set beyond K.
+        Raises ArtifactError when there is no such linear, a scale or the diagonal is not finite, or a sign bit is set
+        beyond K.
         """
         if name not in self.records:
             raise ArtifactError(f"{self.directory}: there is no quantized linear '{name}'")
         record = self.records[name]
-        codes, scales, signs = (self.read(f"{name}.{suffix}") for suffix in (CODES, SCALES, SIGNS))
-        if not bool(scales.view(torch.float16).isfinite().all()):
-            raise ArtifactError(f"{name}.{SCALES} has a scale that is not finite; download the model again")
-        try:
-            unpack_signs(signs, record.in_features)
-        except ArtifactError as error:
-            raise ArtifactError(f"{name}.{SIGNS}: {error}; download the model again") from error
-        return PackedLinear(codes, scales, signs, record.spec, record.rotation, record.out_features, record.in_features)
+        tensors = {part.suffix: self.read(f"{name}.{part.suffix}") for part in parts_of(record)}
+        check_values(name, record, tensors)
+        return packed_linear_of(record, tensors)
 
     def bits(self) -> PackedBits:
         """Counted bits of all quantized linears; `open_artifact` has compared them with the stored bytes."""
@@ -96,7 +92,7 @@ class Artifact:
         specs: Counter[str] = Counter()
         for record in self.records.values():
             specs[record.spec] += record.out_features * record.in_features
-        carried = [tensor.info for name, tensor in self.stored.items() if not _is_packed(name)]
+        carried = [tensor.info for name, tensor in self.stored.items() if not is_part(name)]
         return Inspection(
             model_type=str(self.config.get("model_type", "unknown")),
             provenance=self.format.provenance,
@@ -126,17 +122,6 @@ def open_artifact(directory: str | Path) -> Artifact:
         _check_linear(name, record, stored)
     _check_no_strays(artifact)
     return artifact
-
-
-def total_bits(records: Any) -> PackedBits:
-    """Sum over linear records, part by part."""
-    parts = [counted_bits(record) for record in records]
-    return PackedBits(
-        weights=sum(part.weights for part in parts),
-        codes=sum(part.codes for part in parts),
-        scales=sum(part.scales for part in parts),
-        signs=sum(part.signs for part in parts),
-    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -199,14 +184,10 @@ def _check_linear(name: str, record: LinearRecord, stored: Mapping[str, StoredTe
 
 def _check_no_strays(artifact: Artifact) -> None:
     """Packed tensors and counted bits must be the same thing, to the byte."""
-    packed = {name: tensor for name, tensor in artifact.stored.items() if _is_packed(name)}
-    owned = {f"{name}.{suffix}" for name in artifact.records for suffix in (CODES, SCALES, SIGNS)}
+    packed = {name: tensor for name, tensor in artifact.stored.items() if is_part(name)}
+    owned = {f"{name}.{part.suffix}" for name, record in artifact.records.items() for part in parts_of(record)}
     if stray := sorted(packed.keys() - owned):
         raise ArtifactError(f"tensor '{stray[0]}' belongs to no linear of config.json ({len(stray)} such)")
     counted, found = artifact.bits().total, 8 * sum(tensor.info.nbytes for tensor in packed.values())
     if counted != found:
         raise ArtifactError(f"the packed tensors hold {found} bits, but the rates count {counted}: please report this")
-
-
-def _is_packed(name: str) -> bool:
-    return name.rpartition(".")[2].startswith("qp_")

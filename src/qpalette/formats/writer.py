@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from qpalette.formats.packed import QuantizationFormat, expected_tensors
+from qpalette.formats.packed import QuantizationFormat
+from qpalette.formats.parts import expected_tensors
 from qpalette.models import tensor_of
 from qpalette.storage import Checkpoint, TensorInfo
 
@@ -51,7 +52,7 @@ class PackedCheckpoint(Checkpoint):
 
     @property
     def packed_bytes(self) -> int:
-        """Codes, scales and signs of all linears."""
+        """All parts of all linears."""
         return sum(self.tensors[name].nbytes for name in self._packed)
 
     def read(self, name: str) -> torch.Tensor:

@@ -26,7 +26,7 @@ from qpalette.core.records import LinearRecord
 from qpalette.formats.packed import FORMAT_VERSION, METHOD, QuantizationFormat
 from qpalette.formats.reader import open_artifact
 from qpalette.models.model_class import Modules
-from qpalette.nn import PackedModule, QuantEmbedding, QuantExperts, QuantLinear, TiedHead, join_siblings
+from qpalette.nn import PackedModule, QuantEmbedding, QuantExperts, QuantLinear, TiedHead, join_launches
 from qpalette.runtime import select
 
 
@@ -93,7 +93,7 @@ class QPaletteQuantizer(HfQuantizer):
         for name, module in _modules_of_kind(model, PackedModule).items():
             module.check_values(name)
             module.prepare()
-        join_siblings(model)
+        join_launches(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -113,7 +113,8 @@ class QPaletteQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters on top of it are, and `PackedModule.fit` gives parameters."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

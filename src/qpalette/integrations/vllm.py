@@ -30,7 +30,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from qpalette.core.errors import ArtifactError, UnsupportedError
 from qpalette.core.records import TILE, LinearRecord
-from qpalette.formats.packed import CODES, METHOD, SCALES, SUFFIXES, QuantizationFormat
+from qpalette.formats.packed import METHOD, QuantizationFormat
+from qpalette.formats.parts import COLUMNS, PARTS, ROWS, Axis, parts_of
 from qpalette.formats.reader import open_artifact
 from qpalette.nn import PackedModule, QuantEmbedding, QuantLinear
 from qpalette.rotate import Rotation
@@ -127,12 +128,14 @@ class Share:
     def out_features(self) -> int:
         return sum(count for _, count in self.rows)
 
-    def of_rows(self, tensor: torch.Tensor, unit: int = 1) -> torch.Tensor:
-        """Those rows of `tensor`, which holds `unit` rows in one; what lies beyond its end is left out."""
-        pieces = [tensor[first // unit : -(-(first + count) // unit)] for first, count in self.rows]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def of_rows(self, tensor: torch.Tensor, dim: int, unit: int) -> torch.Tensor:
+        """Those rows along `dim` of `tensor`, which holds `unit` rows in one; what lies beyond its end is left out."""
+        size = tensor.shape[dim]
+        ends = [(first // unit, min(size, -(-(first + count) // unit))) for first, count in self.rows]
+        pieces = [tensor.narrow(dim, min(start, end), max(0, end - start)) for start, end in ends]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
-    def of_columns(self, tensor: torch.Tensor, dim: int, unit: int = 1) -> torch.Tensor:
+    def of_columns(self, tensor: torch.Tensor, dim: int, unit: int) -> torch.Tensor:
         """Those columns along `dim`, which holds `unit` columns in one."""
         end = -(-(self.column + self.columns) // unit)
         return tensor.narrow(dim, self.column // unit, end - self.column // unit)
@@ -297,9 +300,10 @@ def _fuse(parts: list[Any]) -> bool:
     first = parts[0]
     return len(parts) > 1 and all(
         isinstance(part, QuantLinear)
-        and part.fuses
+        and part.backend.fuses
         and (part.record.rotation, part.layout) == (first.record.rotation, first.layout)
-        and torch.equal(part.qp_signs, first.qp_signs)
+        and part.record.group == first.record.group
+        and torch.equal(part.stored.diagonal, first.stored.diagonal)
         for part in parts
     )
 
@@ -315,7 +319,7 @@ class _Door(Parameter):
 
 
 def _tensors(record: LinearRecord | None) -> set[str]:
-    return {WEIGHT} if record is None else set(SUFFIXES)
+    return {WEIGHT} if record is None else {part.suffix for part in parts_of(record)}
 
 
 def _shares(
@@ -355,15 +359,17 @@ def _shares(
     return shares
 
 
+_AXES = {part.suffix: part.axes for part in PARTS} | {WEIGHT: (Axis(ROWS), Axis(COLUMNS))}
+
+
 def _cut(suffix: str, loaded: torch.Tensor, share: Share) -> torch.Tensor:
     """This rank's share of a stored tensor."""
-    if suffix == CODES:
-        return share.of_columns(share.of_rows(loaded, TILE), 1, TILE)
-    if suffix == SCALES:
-        return share.of_rows(loaded)
-    if suffix == WEIGHT:
-        return share.of_columns(share.of_rows(loaded), 1)
-    return share.of_columns(loaded, 0, 8)
+    for dim, axis in enumerate(_AXES[suffix]):
+        if axis.over == ROWS:
+            loaded = share.of_rows(loaded, dim, axis.unit)
+        elif axis.over == COLUMNS:
+            loaded = share.of_columns(loaded, dim, axis.unit)
+    return loaded
 
 
 def _copy(name: str, target: torch.Tensor, source: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -10,51 +11,96 @@ from torch import nn
 
 from qpalette.codes import parse_spec
 from qpalette.core.errors import ArtifactError
-from qpalette.core.records import LinearRecord, packed_bits, tiles_of
-from qpalette.rotate import Rotation, unpack_signs, unrotate_weight
+from qpalette.core.records import LinearRecord
+from qpalette.formats.parts import (
+    CODES,
+    DIAGONAL,
+    PARTS,
+    SCALES,
+    check_values,
+    counted_bits,
+    expected_tensors,
+    packed_linear_of,
+    parts_of,
+)
+from qpalette.rotate import Rotation, diagonal_of, unrotate_weight
 from qpalette.runtime import TILES, Backend, PackedLinear, backend_for, select
+
+_FITTED = "fitted_"  # before the field, of a parameter's name
 
 
 class PackedModule(nn.Module):
     """One matrix of `record`'s shape, packed.
 
-    Buffers, as stored in the artifact: qp_codes int32 [ceil(M/16), ceil(K/16), words per tile]; qp_scales int16 [M],
-    the bits of one float16 per row; qp_signs uint8 [ceil(K/8)]. They are integers, so a cast of the model leaves them
-    alone. There is no `weight`: code that reads it must fail, not get something else.
+    Its buffers are the parts that `formats.parts` declares, as stored in the artifact: qp_codes, qp_scales, and
+    qp_signs or qp_diagonal. They are integers, so a cast of the model leaves them alone. There is no `weight`: code
+    that reads it must fail, not get something else.
 
     `prepare` lets a backend re-lay the codes in memory. A state dict always holds the stored layout, and takes it.
+    `fit` makes parameters of scales and diagonal, `settle` rounds them back.
     Raises SpecError when the record names an unknown quantizer or rotation.
     """
 
     qp_codes: torch.Tensor
-    qp_scales: torch.Tensor
-    qp_signs: torch.Tensor
 
     def __init__(self, record: LinearRecord, device: torch.device | str | None = None) -> None:
         super().__init__()
-        quantizer = parse_spec(record.spec)
+        parse_spec(record.spec)
         Rotation.parse(record.rotation, record.in_features)
         self.record = record
         self.layout = TILES
         self.prepared = False
-        self.stored_shape = (tiles_of(record.out_features), tiles_of(record.in_features), quantizer.words_per_tile)
-        self.register_buffer("qp_codes", torch.zeros(self.stored_shape, dtype=torch.int32, device=device))
-        self.register_buffer("qp_scales", torch.zeros(record.out_features, dtype=torch.int16, device=device))
-        self.register_buffer("qp_signs", torch.zeros(-(-record.in_features // 8), dtype=torch.uint8, device=device))
+        rows, columns, words = CODES.shape(record)
+        self.stored_shape = (rows, columns, words)
+        for part in parts_of(record):
+            self.register_buffer(part.suffix, torch.zeros(part.shape(record), dtype=part.dtype, device=device))
+        self.fitted: tuple[str, ...] = ()  # fields of PackedLinear that are parameters for now
+
+    @property
+    def stored(self) -> PackedLinear:
+        """The weight as it is stored, in the present layout; shares the buffers."""
+        packed = packed_linear_of(
+            self.record, {part.suffix: getattr(self, part.suffix) for part in parts_of(self.record)}
+        )
+        packed.layout = self.layout
+        return packed
+
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The codes, under the name by which peft finds the device of a packed weight."""
+        return self.qp_codes
 
     @property
     def packed(self) -> PackedLinear:
-        """The weight as the kernels take it; shares the buffers."""
-        return PackedLinear(
-            self.qp_codes,
-            self.qp_scales,
-            self.qp_signs,
-            self.record.spec,
-            self.record.rotation,
-            self.record.out_features,
-            self.record.in_features,
-            self.layout,
-        )
+        """The weight as it computes: `stored`, or with the parameters that are being fitted."""
+        return self.stored.with_(**{field: getattr(self, _FITTED + field) for field in self.fitted})
+
+    def fit(self, *fields: str) -> list[nn.Parameter]:
+        """From now on these fields, "scales" [M] or "diagonal" [K], are float32 parameters that begin with the values
+        stored, and have the gradients of what this module computes. Raises ValueError for another field."""
+        values = {
+            "scales": self.stored.scales.view(torch.float16).float(),
+            "diagonal": diagonal_of(self.stored.diagonal, self.record.in_features),
+        }
+        if strange := sorted(set(fields) - values.keys()):
+            raise ValueError(f"'{strange[0]}' cannot be fitted: choose {', '.join(values)}")
+        for field in fields:
+            self.register_parameter(_FITTED + field, nn.Parameter(values[field].clone()))
+        self.fitted = fields
+        return [getattr(self, _FITTED + field) for field in fields]
+
+    def settle(self) -> None:
+        """Round what was fitted to the float16 that is stored; a fitted diagonal takes the place of the signs."""
+        for part in (SCALES, DIAGONAL):
+            if part.field not in self.fitted:
+                continue
+            parameter = self._parameters.pop(_FITTED + part.field)
+            assert parameter is not None
+            self.record = replace(self.record, diagonal=part.diagonal or self.record.diagonal)
+            self.register_buffer(part.suffix, parameter.detach().half().view(torch.int16))
+        for part in set(PARTS) - set(parts_of(self.record)):
+            self._buffers.pop(part.suffix, None)
+        self.fitted = ()
 
     @property
     def backend(self) -> Backend:
@@ -89,33 +135,22 @@ class PackedModule(nn.Module):
         return self.qp_codes if self.layout == TILES else self.backend.from_layout(self.qp_codes, self.stored_shape)
 
     def dequantized_weight(self) -> torch.Tensor:
-        """W = W' Q diag(s), float32 [M, K]."""
-        rotation = Rotation.parse(self.record.rotation, self.record.in_features)
-        signs = unpack_signs(self.qp_signs, self.record.in_features)
-        return unrotate_weight(self.backend.rotated_weight(self.packed), rotation, signs)
+        """W = W' Q diag(d) of what is stored, float32 [M, K]."""
+        packed, columns = self.stored, self.record.in_features
+        rotated = self.backend.rotated_weight(packed)
+        return unrotate_weight(rotated, Rotation.parse(packed.rotation, columns), diagonal_of(packed.diagonal, columns))
 
     def check_values(self, name: str) -> None:
         """What headers cannot show. Raises ArtifactError naming the tensor."""
-        if self.qp_scales.device.type == "meta":
-            return
-        if not bool(self.qp_scales.view(torch.float16).isfinite().all()):
-            raise ArtifactError(f"{name}.qp_scales has a scale that is not finite; download the model again")
-        try:
-            unpack_signs(self.qp_signs, self.record.in_features)
-        except ArtifactError as error:
-            raise ArtifactError(f"{name}.qp_signs: {error}; download the model again") from error
+        if self.qp_codes.device.type != "meta":
+            check_values(name, self.record, self._buffers)  # type: ignore[arg-type]
 
     def packed_repr(self) -> str:
-        rate = packed_bits(parse_spec(self.record.spec).rate, self.record.out_features, self.record.in_features).rate
-        return f"spec={self.record.spec}, rotation={self.record.rotation}, bits={float(rate):.4g}, layout={self.layout}"
+        bits = float(counted_bits(self.record).rate)
+        return f"spec={self.record.spec}, rotation={self.record.rotation}, bits={bits:.4g}, layout={self.layout}"
 
     def _check_buffers(self) -> None:
-        wanted = {
-            "qp_codes": (torch.int32, self.stored_shape),
-            "qp_scales": (torch.int16, (self.record.out_features,)),
-            "qp_signs": (torch.uint8, (-(-self.record.in_features // 8),)),
-        }
-        for name, (dtype, shape) in wanted.items():
+        for name, (dtype, shape) in expected_tensors(self.record).items():
             buffer = self.get_buffer(name)
             if buffer.dtype != dtype or tuple(buffer.shape) != shape:
                 raise ArtifactError(
@@ -134,7 +169,7 @@ class PackedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}qp_codes"] = self.stored_codes()
+        destination[prefix + CODES.suffix] = self.stored_codes()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         prepared = self.prepared

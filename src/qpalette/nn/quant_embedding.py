@@ -10,10 +10,12 @@ from torch import nn
 
 from qpalette.codes import parse_spec
 from qpalette.codes.tiles import scan_order
+from qpalette.core.errors import InputError
 from qpalette.core.records import TILE, TILE_WEIGHTS, LinearRecord, tiles_of
 from qpalette.nn.packed_module import PackedModule
-from qpalette.rotate import Rotation, signs_of_bits
+from qpalette.rotate import Rotation, diagonal_of
 from qpalette.runtime import TILES, Backend, PackedLinear, backend_for, packed_linear
+from qpalette.runtime.door import check_ids, check_packed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_WEIGHTS = 1 << 22  # decoded at a time: whole tiles, of which a lookup keeps a sixteenth
@@ -46,9 +48,7 @@ class QuantEmbedding(PackedModule):
         self.register_buffer("type_of", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        packed = self.packed
-        shape, names = (self.num_embeddings, self.embedding_dim), (packed.spec, packed.rotation, packed.layout)
-        rows = torch.ops.qpalette.embedding(ids, packed.codes, packed.scales, packed.signs, *names, *shape)
+        rows = packed_rows(ids, self.packed)
         return rows.to(self.type_of.dtype) * self.factors[self.type_of.dtype]
 
     def _lay_out(self, backend: Backend) -> None:
@@ -96,12 +96,30 @@ class TiedHead(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, tied to a packed embedding"
 
 
+def packed_rows(ids: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    """Rows `ids` [...] of a packed matrix [M, K] in the basis of the checkpoint, float32 [..., K]; where
+    `packed.scales` or `packed.diagonal` is a floating tensor, differentiable in it.
+
+    Raises InputError for ids that are no integers or a matrix that is not what its sizes say, and IndexError for an id
+    out of range on the CPU; a CUDA device asserts it.
+    """
+    inner, scales, diagonal = packed, packed.scales, packed.diagonal
+    if scales.is_floating_point():
+        inner = inner.with_(scales=torch.ones_like(scales, dtype=torch.float16).view(torch.int16))
+    if diagonal.is_floating_point():
+        inner = inner.with_(diagonal=torch.zeros(-(-len(diagonal) // 8), dtype=torch.uint8, device=diagonal.device))
+    names, shape = (inner.spec, inner.rotation, inner.layout), (inner.out_features, inner.in_features)
+    rows = torch.ops.qpalette.embedding(ids, inner.codes, inner.scales, inner.diagonal, *names, *shape)
+    rows = rows * scales[ids, None] if scales.is_floating_point() else rows
+    return rows * diagonal if diagonal.is_floating_point() else rows
+
+
 @torch.library.custom_op("qpalette::embedding", mutates_args=())
 def _embedding(
     ids: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
-    signs: torch.Tensor,
+    diagonal: torch.Tensor,
     spec: str,
     rotation: str,
     layout: str,
@@ -109,14 +127,18 @@ def _embedding(
     dim: int,
 ) -> torch.Tensor:
     """Rows of the packed matrix in the basis of the checkpoint, float32 [..., dim]."""
-    packed = PackedLinear(codes, scales, signs, spec, rotation, rows, dim, layout)
+    packed = PackedLinear(codes, scales, diagonal, spec, rotation, rows, dim, layout)
+    check_packed(packed)
+    if ids.device != codes.device:
+        raise InputError(f"the ids are on {ids.device}, the packed embedding on {codes.device}: move one of them")
+    check_ids(ids, rows)
     backend = backend_for(layout, spec, codes.device)
-    wanted, place = ids.reshape(-1), None
+    wanted, place = ids.reshape(-1).long(), None
     if ids.device.type == "cpu":  # words repeat; elsewhere a size that depends on values would stop a CUDA graph
         wanted, place = wanted.unique(return_inverse=True)
     chunks = wanted.split(max(1, CHUNK_WEIGHTS // (TILE_WEIGHTS * tiles_of(dim))))
     rotated = torch.cat([_rotated_rows(chunk, packed, backend) for chunk in chunks])
-    original = Rotation.parse(rotation, dim).inverse(rotated) * signs_of_bits(signs, dim)
+    original = Rotation.parse(rotation, dim).inverse(rotated) * diagonal_of(diagonal, dim)
     return (original if place is None else original[place]).reshape(*ids.shape, dim)
 
 
@@ -125,7 +147,7 @@ def _embedding_shape(
     ids: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
-    signs: torch.Tensor,
+    diagonal: torch.Tensor,
     spec: str,
     rotation: str,
     layout: str,

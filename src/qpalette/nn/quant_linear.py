@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,6 +10,9 @@ from torch import nn
 from qpalette.core.records import LinearRecord
 from qpalette.nn.packed_module import PackedModule
 from qpalette.runtime import packed_linear
+
+if TYPE_CHECKING:
+    from qpalette.nn.launch import Launch
 
 
 class QuantLinear(PackedModule):
@@ -34,20 +37,11 @@ class QuantLinear(PackedModule):
             "bias", nn.Parameter(torch.zeros(record.out_features, dtype=dtype, device=device)) if bias else None
         )
 
-        self._joint: Callable[[int, torch.Tensor], torch.Tensor] | None = None
-        self._index = 0
-
-    @property
-    def fuses(self) -> bool:
-        """Whether the backend gains from computing it together with others."""
-        return self.qp_codes.device.type != "meta" and self.backend.fuses
-
-    def join(self, joint: Callable[[int, torch.Tensor], torch.Tensor], index: int) -> None:
-        """From now on `joint(index, x)` computes the product, together with those of the siblings."""
-        self._joint, self._index = joint, index
+        self.launch: Launch | None = None  # shared with those that read the same input
+        self.index = 0  # in it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result = packed_linear(x, self.packed) if self._joint is None else self._joint(self._index, x)
+        result = packed_linear(x, self.packed) if self.launch is None else self.launch.output_of(self.index, x)
         return result if self.bias is None else result + self.bias
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:

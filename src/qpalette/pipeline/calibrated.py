@@ -86,7 +86,7 @@ def _finish(
     return EncodedLinear(
         codes=codes.cpu(),
         scales=scales.flatten().view(torch.int16).cpu(),
-        signs=pack_signs(signs),
+        diagonal=pack_signs(signs),
         quality=Quality(
             distortion=_ratio(error.square().sum(), source.square().sum()),
             proxy=_ratio(_energy(error, moments), _energy(source, moments)),

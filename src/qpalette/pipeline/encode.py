@@ -42,14 +42,12 @@ class Quality(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedLinear:
-    """On the CPU: codes int32 [tile rows, tile columns, words]; scales int16 [M]; signs uint8 [ceil(K/8)].
-
-    The scales are the bits of float16 values.
-    """
+    """What is stored of a linear, on the CPU: a tensor for each field of the parts that its record has, such as codes
+    int32 [tile rows, tile columns, words], scales int16 [M] and, as diagonal, packed signs uint8 [ceil(K/8)]."""
 
     codes: torch.Tensor
     scales: torch.Tensor
-    signs: torch.Tensor
+    diagonal: torch.Tensor
     quality: Quality
     weight_sha256: str = ""  # of the weight as it was read
 

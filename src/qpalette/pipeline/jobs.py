@@ -90,19 +90,35 @@ def make_jobs(
     if hessians is not None:
         hessians.check_source(fingerprint)
     jobs = []
+    launch_of = _launches(plan, groups)
     _check_experts(plan, groups)
     for linear in select_linears(plan, groups):
         rotation = rotation_for(linear.in_features, plan.rotation).name
         spec = plan.specs[linear.name]
         group = group_of[linear.name]
         seed = (seeds or {}).get(group.name, plan.seed)
-        record = LinearRecord(spec, linear.out_features, linear.in_features, rotation, seed)
+        record = LinearRecord(spec, linear.out_features, linear.in_features, rotation, seed, launch_of[linear.name])
         # Nobody measures what reads an embedding: its rows are looked up.
         calibrated = hessians is not None and group not in grouping.optional
         feedback: Sequence[str | float] = [hessians.identity(group), damping] if hessians and calibrated else []
         digest = _digest(linear, group.name, record, fingerprint, feedback)
         jobs.append(Job(linear, group, record, digest, calibrated))
     return jobs
+
+
+def _launches(plan: Plan, groups: Sequence[LinearGroup]) -> dict[str, str]:
+    """Linear -> the id that those of its launch share: its group's name, or where the plan cuts the group into several
+    launches the name with a number."""
+    ids = {}
+    for group in groups:
+        named = [linear.name for linear in group.linears if linear.name in plan.specs]
+        launches = [set(launch) & set(named) for launch in plan.launches]
+        parts = [part for part in launches if part]
+        parts += [{name} for name in named if parts and not any(name in part for part in parts)]
+        for name in named:
+            number = next((index for index, part in enumerate(parts) if name in part), 0)
+            ids[name] = group.name if len(parts) <= 1 else f"{group.name}#{number}"
+    return ids
 
 
 def _check_experts(plan: Plan, groups: Sequence[LinearGroup]) -> None:
@@ -182,7 +198,7 @@ def _digest(
 ) -> str:
     what = [
         *(FORMAT_VERSION, version("qpalette"), fingerprint, linear.name, group),
-        *(record.spec, record.out_features, record.in_features, record.rotation, record.seed),
+        *(record.spec, record.out_features, record.in_features, record.rotation, record.seed, record.diagonal),
         *feedback,
     ]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()

@@ -14,14 +14,13 @@ from safetensors import SafetensorError, safe_open
 
 from qpalette.core.errors import CheckpointError
 from qpalette.core.files import write_whole
+from qpalette.formats import parts_of
 from qpalette.models import read_weight
 from qpalette.pipeline.encode import EncodedLinear, Quality
 from qpalette.pipeline.jobs import Job
 from qpalette.storage import Checkpoint, StreamingSafetensorsWriter, TensorInfo
 
 logger = logging.getLogger(__name__)
-
-TENSORS = ("qp_codes", "qp_scales", "qp_signs")
 
 
 class PartialResults:
@@ -71,7 +70,7 @@ class PartialResults:
             )
 
     def save(self, job: Job, encoded: EncodedLinear) -> None:
-        tensors = dict(zip(TENSORS, (encoded.codes, encoded.scales, encoded.signs), strict=True))
+        tensors = {part.suffix: getattr(encoded, part.field) for part in parts_of(job.record)}
         infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
         metadata = {"job": job.digest, "linear": job.name, "weight": encoded.weight_sha256}
         metadata |= {"quality": json.dumps(encoded.quality)}
@@ -97,10 +96,11 @@ class PartialResults:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _verified(self, linear: str) -> dict[str, torch.Tensor]:
-        file = self._file(self._jobs[linear])
+        job = self._jobs[linear]
+        file = self._file(job)
         way_out = f"run the same command again: {linear} alone is quantized again"
         try:
-            tensors, metadata = _stored(file)
+            tensors, metadata = _stored(file, job)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read ({error}); {way_out}") from error
         if metadata.get("sha256") != _sha256(tensors, metadata):
@@ -113,7 +113,7 @@ class PartialResults:
         if not file.exists():
             return None
         try:
-            tensors, metadata = _stored(file)
+            tensors, metadata = _stored(file, job)
         except (SafetensorError, OSError) as error:
             logger.warning("%s is damaged (%s): %s is quantized again", file, error, job.name)
             return None
@@ -131,10 +131,11 @@ class PartialResults:
         return self._linears / f"{job.digest[:40]}.safetensors"
 
 
-def _stored(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a file, in the order in which they are hashed, and its metadata."""
+def _stored(file: Path, job: Job) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a job's file, in the order in which they are hashed, and its metadata."""
     with safe_open(file, "pt") as stored:
-        return {name: stored.get_tensor(name) for name in TENSORS}, stored.metadata() or {}
+        tensors = {part.suffix: stored.get_tensor(part.suffix) for part in parts_of(job.record)}
+        return tensors, stored.metadata() or {}
 
 
 def _sha256(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:

@@ -90,9 +90,7 @@ def _measured_on(calibration: Calibration) -> dict[str, object]:
 def _counts(bits: PackedBits) -> dict[str, object]:
     return {
         "weights": bits.weights,
-        "code_bits": bits.codes,
-        "scale_bits": bits.scales,
-        "sign_bits": bits.signs,
+        "parts": dict(bits.parts),
         "bits": bits.total,
         "rate": float(bits.rate),
     }

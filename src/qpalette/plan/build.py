@@ -14,7 +14,7 @@ import numpy as np
 from qpalette.codes import FAMILIES, Quantizer
 from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import InputError, SpecError
-from qpalette.core.records import packed_bits
+from qpalette.formats.parts import packed_bits
 from qpalette.plan.problem import Block, Problem, Segment, Variant
 from qpalette.plan.profile import LatencyProfile
 from qpalette.plan.sensitivities import SensitiveLinear, Sensitivities

@@ -14,7 +14,8 @@ from typing import Any
 from qpalette.codes import parse_spec
 from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import SpecError
-from qpalette.core.records import LinearGroup, LinearShape, PackedBits, packed_bits
+from qpalette.core.records import LinearGroup, LinearShape, PackedBits
+from qpalette.formats.parts import packed_bits
 
 PLAN_VERSION = 2
 PLAN_FILE = "qpalette_plan.json"  # in a quantized model's directory
@@ -190,13 +191,7 @@ def select_linears(plan: Plan, groups: Iterable[LinearGroup]) -> list[LinearShap
 
 
 def _sum_bits(linears: Iterable[tuple[LinearShape, Fraction]]) -> PackedBits:
-    parts = [packed_bits(rate, linear.out_features, linear.in_features) for linear, rate in linears]
-    return PackedBits(
-        weights=sum(part.weights for part in parts),
-        codes=sum(part.codes for part in parts),
-        scales=sum(part.scales for part in parts),
-        signs=sum(part.signs for part in parts),
-    )
+    return PackedBits.sum(packed_bits(rate, linear.out_features, linear.in_features) for linear, rate in linears)
 
 
 def _check_content(content: Any) -> None:

@@ -4,20 +4,20 @@ from qpalette.rotate.choice import block_rotation, full_rotation, rotation_for
 from qpalette.rotate.factor import Factor
 from qpalette.rotate.hadamard import hadamard
 from qpalette.rotate.rotation import Rotation
-from qpalette.rotate.signs import pack_signs, random_signs, signs_of_bits, unpack_signs
+from qpalette.rotate.signs import diagonal_of, pack_signs, random_signs, unpack_signs
 from qpalette.rotate.weight import rotate_weight, unrotate_weight
 
 __all__ = [
     "Factor",
     "Rotation",
     "block_rotation",
+    "diagonal_of",
     "full_rotation",
     "hadamard",
     "pack_signs",
     "random_signs",
     "rotate_weight",
     "rotation_for",
-    "signs_of_bits",
     "unpack_signs",
     "unrotate_weight",
 ]

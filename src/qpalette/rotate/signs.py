@@ -47,10 +47,16 @@ def unpack_signs(packed: Tensor, dim: int) -> Tensor:
     return _signs_of(data, dim).to(packed.device)
 
 
-def signs_of_bits(packed: Tensor, dim: int) -> Tensor:
-    """`unpack_signs` without its checks and on any device alone, so that a CUDA graph can hold it: int8 [dim]."""
-    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
-    return 1 - 2 * bits.flatten()[:dim].to(torch.int8)
+def diagonal_of(stored: Tensor, dim: int) -> Tensor:
+    """What multiplies an input of `dim` values before the rotation, float32 [dim], on the device of `stored`: uint8
+    [ceil(dim / 8)], packed signs, or int16 [dim], the bits of float16 values.
+
+    Nothing is checked, and nothing moves, so that a CUDA graph can hold it.
+    """
+    if stored.dtype != torch.uint8:
+        return stored.view(torch.float16).float()
+    bits = stored[:, None] >> torch.arange(8, dtype=torch.uint8, device=stored.device) & 1
+    return 1 - 2 * bits.flatten()[:dim].float()
 
 
 def _bytes_of(dim: int) -> int:

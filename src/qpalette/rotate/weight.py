@@ -1,4 +1,5 @@
-"""A weight matrix in the rotated basis of its input: W x = W' x' with W' = W diag(s) Q^T and x' = Q (s * x)."""
+"""A weight matrix in the rotated basis of its input: W x = W' x' with x' = Q (d * x) and W' = W diag(1/d) Q^T, where d
+is mostly signs."""
 
 from __future__ import annotations
 
@@ -20,9 +21,12 @@ def rotate_weight(weight: Tensor, rotation: Rotation, signs: Tensor) -> Tensor:
     return _by_rows(weight, rotation, signs, lambda rows: rotation.apply(rows * signs))
 
 
-def unrotate_weight(weight: Tensor, rotation: Rotation, signs: Tensor) -> Tensor:
-    """W = W' Q diag(s), float32 [M, K]: undoes `rotate_weight`."""
-    return _by_rows(weight, rotation, signs, lambda rows: rotation.inverse(rows) * signs)
+def unrotate_weight(weight: Tensor, rotation: Rotation, diagonal: Tensor) -> Tensor:
+    """W = W' Q diag(d), float32 [M, K], for `weight` W' [M, K] and `diagonal` [K]; of signs it undoes `rotate_weight`.
+
+    Raises ValueError when the shapes do not agree with the rotation.
+    """
+    return _by_rows(weight, rotation, diagonal, lambda rows: rotation.inverse(rows) * diagonal)
 
 
 def _by_rows(weight: Tensor, rotation: Rotation, signs: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """The contract between the product and its backends: who can do what, and the one torch operator."""
 
 from qpalette.runtime.contract import TILES, Backend, PackedLinear, Verdict
-from qpalette.runtime.dispatch import backends, select
+from qpalette.runtime.dispatch import backends, register, select
 from qpalette.runtime.ops import backend_for, packed_linear, packed_linears
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "backends",
     "packed_linear",
     "packed_linears",
+    "register",
     "select",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -24,18 +24,23 @@ class Verdict(NamedTuple):
 class PackedLinear:
     """A quantized weight matrix W' (M x K) in the rotated basis, as tensors.
 
-    codes: int32, in `layout`; scales: int16 [M], the bits of one float16 per row; signs: uint8 [ceil(K/8)], packed;
-    spec and rotation: canonical names.
+    codes: int32, in `layout`; scales: int16 [M], the bits of one float16 per row; diagonal, which multiplies the input
+    before the rotation: uint8 [ceil(K/8)], packed signs, or int16 [K], the bits of one float16 per input; spec and
+    rotation: canonical names. While they are being fitted, scales [M] and diagonal [K] may be floating tensors.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
-    signs: torch.Tensor
+    diagonal: torch.Tensor
     spec: str
     rotation: str
     out_features: int
     in_features: int
     layout: str = TILES
+
+    def with_(self, **changes: torch.Tensor) -> PackedLinear:
+        """The same with other tensors."""
+        return replace(self, **changes)  # type: ignore[arg-type]
 
 
 class Backend(ABC):
@@ -63,8 +68,8 @@ class Backend(ABC):
         """x [N, K], any float dtype -> [N, M] of the same dtype: the rotation of x, then the product with W'."""
 
     def linears(self, x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
-        """`linear` of several matrices that read the same input in the same basis (equal signs and rotation), each with
-        its own spec: [N, sum of their M], side by side."""
+        """`linear` of several matrices that read the same input in the same basis (equal diagonal and rotation), each
+        with its own spec: [N, sum of their M], side by side."""
         return torch.cat([self.linear(x, member) for member in members], dim=1)
 
     @abstractmethod

@@ -15,12 +15,24 @@ from qpalette.runtime.contract import Backend, Operation
 ENVIRONMENT = "QPALETTE_BACKEND"
 
 
+_registered: list[Backend] = []
+
+
+def register(backend: Backend) -> None:
+    """Makes a backend from outside the package known, under its name; one of that name before it is replaced."""
+    _registered.append(backend)
+    backends.cache_clear()
+    _select.cache_clear()
+
+
 @lru_cache(maxsize=1)
 def backends() -> dict[str, Backend]:
-    """Every folder under `qpalette.backends`, by falling priority. One that fails to import is an error, not a gap."""
+    """Every folder under `qpalette.backends` and what was registered, by falling priority. One that fails to import is
+    an error, not a gap."""
     package = import_module("qpalette.backends")
     found = [import_module(f"{package.__name__}.{module.name}").backend for module in iter_modules(package.__path__)]
-    return {backend.name: backend for backend in sorted(found, key=lambda backend: -backend.priority)}
+    by_name = {backend.name: backend for backend in (*found, *_registered)}
+    return dict(sorted(by_name.items(), key=lambda item: -item[1].priority))
 
 
 def select(operation: Operation, spec: str, device: torch.device, prefer: str | None = None) -> Backend:

@@ -1,24 +1,35 @@
-"""The one torch operator that a quantized model calls, defined once for every backend, traceable by torch.compile."""
+"""The torch operators that a quantized model calls, defined once for every backend: with their gradients, and traceable
+by torch.compile."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 
-from qpalette.core.errors import UnsupportedError
+from qpalette.core.errors import InputError, UnsupportedError
+from qpalette.rotate import Rotation, diagonal_of
 from qpalette.runtime.contract import TILES, Backend, PackedLinear
 from qpalette.runtime.dispatch import backends, select
+from qpalette.runtime.door import check_packed, check_vectors
+
+Tensors = list[torch.Tensor]
 
 _LIBRARY = torch.library.Library("qpalette", "DEF")
+# `group` says which products of one graph may run as one launch; it does not change the result.
 _LIBRARY.define(
-    "linear(Tensor x, Tensor codes, Tensor scales, Tensor signs, str spec, str rotation, str layout, int out_features)"
-    " -> Tensor"
+    "linear(Tensor x, Tensor codes, Tensor scales, Tensor diagonal, str spec, str rotation, str layout,"
+    " int out_features, int in_features, str group) -> Tensor"
 )
 _LIBRARY.define(
-    "linears(Tensor x, Tensor[] codes, Tensor[] scales, Tensor signs, str[] specs, str rotation, str layout,"
-    " int[] out_features) -> Tensor"
+    "linears(Tensor x, Tensor[] codes, Tensor[] scales, Tensor diagonal, str[] specs, str rotation, str layout,"
+    " int[] out_features, int in_features) -> Tensor"
+)
+_LIBRARY.define(
+    "linear_transposed(Tensor y, Tensor codes, Tensor scales, Tensor diagonal, str spec, str rotation, str layout,"
+    " int out_features, int in_features) -> Tensor"
 )
 
 
@@ -38,106 +49,162 @@ def backend_for(layout: str, spec: str, device: torch.device) -> Backend:
     return select("linear", spec, device) if layout == TILES else _owner_of(layout, spec, device)
 
 
-@torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
-def _linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    signs: torch.Tensor,
-    spec: str,
-    rotation: str,
-    layout: str,
-    out_features: int,
-) -> torch.Tensor:
-    return _run(x, PackedLinear(codes, scales, signs, spec, rotation, out_features, x.shape[-1], layout))
+def packed_linear(x: torch.Tensor, packed: PackedLinear, group: str = "") -> torch.Tensor:
+    """W x for x [..., K] and a packed W [M, K]: [..., M], in x's dtype. Differentiable in x; where `packed.scales` or
+    `packed.diagonal` is a floating tensor, of shape [M] or [K], in that one, too.
 
+    Raises InputError when x or the packed matrix is not what the other needs (`door.py`), and UnsupportedError when no
+    backend runs it.
 
-def _run(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
-    backend = backend_for(packed.layout, packed.spec, x.device)
-    return backend.linear(x.reshape(-1, x.shape[-1]), packed).reshape(*x.shape[:-1], packed.out_features)
-
-
-@torch.library.register_fake("qpalette::linear", lib=_LIBRARY)
-def _linear_shape(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    signs: torch.Tensor,
-    spec: str,
-    rotation: str,
-    layout: str,
-    out_features: int,
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-def packed_linear(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
-    """x [..., K] times the packed matrix: [..., M], in x's dtype.
-
-    A plain tensor in eager mode goes straight to the backend, past torch's dispatcher, whose cost counts when a model
-    makes several hundred small products per token.
+    Without gradients, in eager mode, a call goes straight to the backend, past torch's dispatcher, whose cost counts
+    when a model makes several hundred small products per token.
     """
-    if type(x) is torch.Tensor and not x.is_meta and not torch.compiler.is_compiling():
-        return _run(x, packed)
-    return torch.ops.qpalette.linear(
-        x, packed.codes, packed.scales, packed.signs, packed.spec, packed.rotation, packed.layout, packed.out_features
-    )
-
-
-@torch.library.impl(_LIBRARY, "linears", "CompositeExplicitAutograd")
-def _linears(
-    x: torch.Tensor,
-    codes: list[torch.Tensor],
-    scales: list[torch.Tensor],
-    signs: torch.Tensor,
-    specs: list[str],
-    rotation: str,
-    layout: str,
-    out_features: list[int],
-) -> torch.Tensor:
-    columns = x.shape[-1]
-    members = [
-        PackedLinear(words, row_scales, signs, spec, rotation, rows, columns, layout)
-        for words, row_scales, spec, rows in zip(codes, scales, specs, out_features, strict=True)
-    ]
-    return _run_together(x, members)
-
-
-def _run_together(x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
-    backend = backend_for(members[0].layout, members[0].spec, x.device)
-    result = backend.linears(x.reshape(-1, x.shape[-1]), members)
-    return result.reshape(*x.shape[:-1], result.shape[-1])
-
-
-@torch.library.register_fake("qpalette::linears", lib=_LIBRARY)
-def _linears_shape(
-    x: torch.Tensor,
-    codes: list[torch.Tensor],
-    scales: list[torch.Tensor],
-    signs: torch.Tensor,
-    specs: list[str],
-    rotation: str,
-    layout: str,
-    out_features: list[int],
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], sum(out_features))
+    if packed.scales.is_floating_point() or packed.diagonal.is_floating_point():
+        return _tuned(x, packed)
+    if _goes_straight(x):
+        return _run(x, [packed])
+    operands = (packed.codes, packed.scales, packed.diagonal, packed.spec, packed.rotation, packed.layout)
+    return torch.ops.qpalette.linear(x, *operands, packed.out_features, packed.in_features, group)
 
 
 def packed_linears(x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
-    """x [..., K] times several packed matrices in one basis, side by side: [..., sum of their M], in x's dtype.
+    """`packed_linear` of several matrices that share diagonal, rotation and layout, side by side: [..., sum of M].
 
-    They share signs, rotation and layout; a backend may serve them with one rotation and one launch.
+    A backend may serve them with one rotation and one launch. Raises as `packed_linear`.
     """
-    if type(x) is torch.Tensor and not x.is_meta and not torch.compiler.is_compiling():
-        return _run_together(x, members)
+    if _goes_straight(x):
+        return _run(x, members)
     first = members[0]
     return torch.ops.qpalette.linears(
         x,
         [member.codes for member in members],
         [member.scales for member in members],
-        first.signs,
+        first.diagonal,
         [member.spec for member in members],
         first.rotation,
         first.layout,
         [member.out_features for member in members],
+        first.in_features,
     )
+
+
+def _goes_straight(x: torch.Tensor) -> bool:
+    plain = type(x) is torch.Tensor and not x.is_meta and not torch.compiler.is_compiling()
+    return plain and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def _run(x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
+    first = members[0]
+    check_vectors(x, first.in_features, first.codes.device)
+    for member in members:
+        check_packed(member)
+        if (member.layout, member.rotation, member.in_features) != (first.layout, first.rotation, first.in_features):
+            raise InputError("matrices of one launch have one rotation, one number of inputs and one layout")
+    backend = backend_for(first.layout, first.spec, x.device)
+    rows = x.reshape(-1, first.in_features)
+    result = backend.linear(rows, first) if len(members) == 1 else backend.linears(rows, members)
+    return result.reshape(*x.shape[:-1], result.shape[-1])
+
+
+def _tuned(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    """With scales or diagonal that are still being fitted: the product with neither, in float32, between the two."""
+    scales, diagonal = packed.scales, packed.diagonal
+    inner, work = packed, x.float()
+    if diagonal.is_floating_point():
+        work = work * diagonal
+        no_signs = torch.zeros(-(-packed.in_features // 8), dtype=torch.uint8, device=x.device)
+        inner = inner.with_(diagonal=no_signs)
+    if scales.is_floating_point():
+        inner = inner.with_(scales=torch.ones_like(scales, dtype=torch.float16).view(torch.int16))
+    product = packed_linear(work, inner)
+    return (product * scales if scales.is_floating_point() else product).to(x.dtype)
+
+
+@torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
+def _linear(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, diagonal: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    spec, rotation, layout, rows, columns, _ = rest
+    return _run(x, [PackedLinear(codes, scales, diagonal, spec, rotation, rows, columns, layout)])
+
+
+@torch.library.impl(_LIBRARY, "linears", "CompositeExplicitAutograd")
+def _linears(x: torch.Tensor, codes: Tensors, scales: Tensors, diagonal: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return _run(x, _members(codes, scales, diagonal, *rest))
+
+
+def _members(
+    codes: Tensors,
+    scales: Tensors,
+    diagonal: torch.Tensor,
+    specs: list[str],
+    rotation: str,
+    layout: str,
+    out_features: list[int],
+    in_features: int,
+) -> list[PackedLinear]:
+    return [
+        PackedLinear(words, row_scales, diagonal, spec, rotation, rows, in_features, layout)
+        for words, row_scales, spec, rows in zip(codes, scales, specs, out_features, strict=True)
+    ]
+
+
+@torch.library.impl(_LIBRARY, "linear_transposed", "CompositeExplicitAutograd")
+def _linear_transposed(
+    y: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, diagonal: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    """W^T y = diag(d) Q^T W'^T y for y [..., M]: [..., K], in y's dtype; W' is decoded for the moment."""
+    spec, rotation, layout, rows, columns = rest
+    packed = PackedLinear(codes, scales, diagonal, spec, rotation, rows, columns, layout)
+    check_vectors(y, rows, codes.device)
+    check_packed(packed)
+    weight = backend_for(layout, spec, y.device).rotated_weight(packed)
+    product = (y.reshape(-1, rows) @ weight.to(y.dtype)).to(torch.promote_types(y.dtype, torch.float32))
+    result = Rotation.parse(rotation, columns).inverse(product) * diagonal_of(diagonal, columns)
+    return result.to(y.dtype).reshape(*y.shape[:-1], columns)
+
+
+@torch.library.register_fake("qpalette::linear", lib=_LIBRARY)
+def _linear_shape(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], rest[-3])
+
+
+@torch.library.register_fake("qpalette::linears", lib=_LIBRARY)
+def _linears_shape(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], sum(rest[-2]))
+
+
+@torch.library.register_fake("qpalette::linear_transposed", lib=_LIBRARY)
+def _linear_transposed_shape(y: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return y.new_empty(*y.shape[:-1], rest[-1])
+
+
+def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.operands = inputs[1:]
+
+
+def _linear_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    return torch.ops.qpalette.linear_transposed(gradient, *ctx.operands[:-1]), *(None for _ in ctx.operands)
+
+
+def _linear_transposed_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    return torch.ops.qpalette.linear(gradient, *ctx.operands, ""), *(None for _ in ctx.operands)
+
+
+def _linears_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    codes, scales, diagonal, specs, rotation, layout, out_features, in_features = ctx.operands
+    parts = gradient.split(out_features, dim=-1)
+    shares = [
+        torch.ops.qpalette.linear_transposed(part, words, rows, diagonal, spec, rotation, layout, size, in_features)
+        for part, words, rows, spec, size in zip(parts, codes, scales, specs, out_features, strict=True)
+    ]
+    none = [[None] * len(codes), [None] * len(scales), *(None for _ in ctx.operands[2:])]
+    return torch.stack(shares).sum(0), *none
+
+
+for _name, _backward in (
+    ("linear", _linear_backward),
+    ("linears", _linears_backward),
+    ("linear_transposed", _linear_transposed_backward),
+):
+    torch.library.register_autograd(f"qpalette::{_name}", _backward, setup_context=_keep_operands, lib=_LIBRARY)

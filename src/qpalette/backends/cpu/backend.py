@@ -16,8 +16,7 @@ from qpalette.backends.cpu.matmul import make_kernels
 from qpalette.backends.cpu.transform import factors_of
 from qpalette.backends.cpu.viterbi import encode_states
 from qpalette.codes import parse_spec
-from qpalette.codes.trellis import Trellis
-from qpalette.rotate import Rotation, unpack_signs
+from qpalette.rotate import Rotation, diagonal_of
 from qpalette.runtime import TILES, Backend, PackedLinear, Verdict
 
 LARGEST_FUSED_BATCH = 16  # above, decoding the matrix once and the vendor's product win
@@ -46,26 +45,22 @@ class CpuBackend(Backend):
     layout = "cpu-lanes"
 
     def supports(self, operation: str, spec: str, device: torch.device) -> Verdict:
-        quantizer = parse_spec(spec)
         if device.type != "cpu":
             return Verdict(False, f"runs on the cpu, not on {device.type}")
-        if decoder_of(quantizer) is None:
-            return Verdict(False, f"has no decoder for the family '{quantizer.family}'")
+        if operation == "linear" and parse_spec(spec).decoder is None:
+            return Verdict(False, f"has no decoder for the family '{parse_spec(spec).family}'")
         return Verdict(True)
 
     def encode(self, spec: str, tiles: torch.Tensor) -> torch.Tensor:
         quantizer = parse_spec(spec)
-        if not isinstance(quantizer, Trellis):
+        search = quantizer.search
+        if search is None:
             return quantizer.encode(tiles)  # a table search: torch is already fast
         with _one_caller:
             numba.set_num_threads(_threads())
-            states = encode_states(
-                tiles.numpy(),
-                quantizer.shifts().numpy(),
-                quantizer.state_values_on(tiles.device).numpy(),
-                quantizer.memory,
-            )
-        return quantizer.pack_states(torch.from_numpy(states))
+            values = search.values(tiles.device).numpy()
+            states = encode_states(tiles.numpy(), np.array(search.shifts), values, search.memory)
+        return search.pack(torch.from_numpy(states))
 
     def decode(self, spec: str, codes: torch.Tensor) -> torch.Tensor:
         return parse_spec(spec).decode(codes)
@@ -83,14 +78,18 @@ class CpuBackend(Backend):
         factors = factors_of(packed.rotation, packed.in_features)
         if x.shape[0] > LARGEST_FUSED_BATCH or factors is None:
             rotation = Rotation.parse(packed.rotation, packed.in_features)
-            rotated = rotation.apply(x.float() * unpack_signs(packed.signs, packed.in_features))
+            rotated = rotation.apply(x.float() * diagonal_of(packed.diagonal, packed.in_features))
             return rotated.to(x.dtype) @ self.rotated_weight(packed).to(x.dtype).T
+        work, signs = x.detach().float(), packed.diagonal
+        if signs.dtype != torch.uint8:
+            work = work * diagonal_of(signs, packed.in_features)
+            signs = torch.zeros(-(-packed.in_features // 8), dtype=torch.uint8)
         result = torch.empty(x.shape[0], packed.out_features, dtype=torch.float32)
         kernels = _kernels(packed.spec)
         with _one_caller:
             kernels.linear(
-                (x if x.dtype == torch.float32 else x.float()).detach().contiguous().numpy(),
-                packed.signs.numpy(),
+                work.contiguous().numpy(),
+                signs.numpy(),
                 factors,
                 _codes(packed),
                 packed.scales.numpy(),

@@ -1,6 +1,6 @@
-"""How sixteen codewords become sixteen weights, one compile-time decoder per family.
+"""How sixteen codewords become sixteen weights, one compile-time decoder for each way to do it.
 
-A decoder is a numba function `(window, parameters) -> F`, or a pair of F for families that code two weights at a time.
+A decoder is a numba function `(window, parameters) -> F`, or a pair of F for codes that take two weights at a time.
 `window` holds the stream bits that end with the code's last bit, the newest lowest, with older bits above (never masked
 off: each decoder ignores them).
 """
@@ -15,11 +15,6 @@ import numpy as np
 from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.jit import kernel
 from qpalette.codes import Quantizer
-from qpalette.codes.nuq import NonUniform
-from qpalette.codes.tcq import TrellisCoded
-from qpalette.codes.tcq2 import TrellisCodedPairs
-from qpalette.codes.trellis import Trellis
-from qpalette.codes.vq import VectorQuantized
 
 _SIGN = np.int32(-(1 << 31))
 
@@ -32,10 +27,10 @@ def _hash_at_top(state, to_top):  # type: ignore[no-untyped-def]
 
 
 @lru_cache(maxsize=64)
-def trellis_decoder(memory: int, codebook_bits: int) -> Any:
+def computed_decoder(memory: int, index_bits: int) -> Any:
     """Codebook value of a trellis state, computed: the table of slopes and intercepts stays in registers."""
-    to_top, keep_index = np.int32(32 - memory), np.int32(31 - codebook_bits)
-    index_mask = np.int32((1 << codebook_bits) - 1)
+    to_top, keep_index = np.int32(32 - memory), np.int32(31 - index_bits)
+    index_mask = np.int32((1 << index_bits) - 1)
 
     @kernel
     def decode(state, parameters):  # type: ignore[no-untyped-def]
@@ -52,26 +47,34 @@ def trellis_decoder(memory: int, codebook_bits: int) -> Any:
 
 
 @lru_cache(maxsize=64)
-def trellis_pair_decoder(memory: int, codebook_bits: int) -> Any:
-    """Both weights of a trellis state, from a codebook [first coordinates, second coordinates] in memory."""
-    to_top, keep_index = np.int32(32 - memory), np.int32(31 - codebook_bits)
-    entries, index_mask = np.int32(1 << codebook_bits), np.int32((1 << codebook_bits) - 1)
+def hashed_pair_decoder(memory: int, index_bits: int) -> Any:
+    """Both weights of a trellis state, from a table [first weights, second weights] in memory."""
+    to_top, drop = np.int32(32 - memory), np.int32(32 - index_bits)
+    entries = np.int32(1 << index_bits)
 
     @kernel
     def decode(state, parameters):  # type: ignore[no-untyped-def]
-        hashed = _hash_at_top(state, to_top)
-        index = simd.andi(simd.shri(hashed, simd.splati(keep_index)), simd.splati(index_mask))
-        sign = simd.andi(hashed, simd.splati(_SIGN))
-        first = simd.bits_of_float(simd.gatherf(parameters, index))
-        second = simd.bits_of_float(simd.gatherf(parameters, simd.addi(index, simd.splati(entries))))
-        return simd.float_of_bits(simd.xori(first, sign)), simd.float_of_bits(simd.xori(second, sign))
+        index = simd.shri(_hash_at_top(state, to_top), simd.splati(drop))
+        return simd.gatherf(parameters, index), simd.gatherf(parameters, simd.addi(index, simd.splati(entries)))
+
+    return decode
+
+
+@lru_cache(maxsize=64)
+def hashed_decoder(memory: int, index_bits: int) -> Any:
+    """The weight of a trellis state, from a table in memory."""
+    to_top, drop = np.int32(32 - memory), np.int32(32 - index_bits)
+
+    @kernel
+    def decode(state, parameters):  # type: ignore[no-untyped-def]
+        return simd.gatherf(parameters, simd.shri(_hash_at_top(state, to_top), simd.splati(drop)))
 
     return decode
 
 
 @lru_cache(maxsize=16)
 def pair_decoder(bits: int) -> Any:
-    """Entry of a codebook [first coordinates, second coordinates] in memory."""
+    """Entry of a table [first weights, second weights] in memory."""
     mask, entries = np.int32((1 << bits) - 1), np.int32(1 << bits)
 
     @kernel
@@ -84,7 +87,7 @@ def pair_decoder(bits: int) -> Any:
 
 @lru_cache(maxsize=16)
 def scalar_decoder(bits: int) -> Any:
-    """Entry of a codebook in memory."""
+    """Entry of a table in memory."""
     mask = np.int32((1 << bits) - 1)
 
     @kernel
@@ -94,31 +97,27 @@ def scalar_decoder(bits: int) -> Any:
     return decode
 
 
-class Decoder(NamedTuple):
-    """`decode` gives `width` weights per window; `pattern` has the bits that each step of eight weights takes."""
+class CompiledDecoder(NamedTuple):
+    """`decode` gives the weights of a window; `pattern` has the bits that each step of eight weights takes."""
 
     decode: Any
-    width: int
     parameters: np.ndarray
     pattern: tuple[int, ...]
 
 
 @lru_cache(maxsize=256)
-def decoder_of(quantizer: Quantizer) -> Decoder | None:
-    """None for a family that this backend does not know."""
-    if isinstance(quantizer, TrellisCoded):
-        parameters = np.concatenate([part.numpy() for part in quantizer.segments()])
-        return Decoder(trellis_decoder(quantizer.memory, quantizer.codebook_bits), 1, parameters, _pattern(quantizer))
-    if isinstance(quantizer, TrellisCodedPairs):
-        decode = trellis_pair_decoder(quantizer.memory, quantizer.codebook_bits)
-        return Decoder(decode, 2, quantizer.codebook().T.flatten().numpy(), _pattern(quantizer))
-    if isinstance(quantizer, VectorQuantized):
-        parameters = quantizer.codebook().T.flatten().numpy()
-        return Decoder(pair_decoder(quantizer.index_bits), 2, parameters, (quantizer.index_bits,) * 4)
-    if isinstance(quantizer, NonUniform):
-        return Decoder(scalar_decoder(quantizer.bits), 1, quantizer.codebook().numpy(), (quantizer.bits,) * 8)
-    return None
-
-
-def _pattern(quantizer: Trellis) -> tuple[int, ...]:
-    return tuple(quantizer.shifts()[: 8 // quantizer.values_per_step].tolist())
+def decoder_of(quantizer: Quantizer) -> CompiledDecoder | None:
+    """None for a code that does not say how it is decoded."""
+    decoder = quantizer.decoder
+    if decoder is None:
+        return None
+    segments = quantizer.segments()
+    if decoder.hashed and segments is not None:
+        parameters = np.concatenate([part.numpy() for part in segments])
+        return CompiledDecoder(computed_decoder(decoder.memory, decoder.index_bits), parameters, decoder.shifts)
+    table = quantizer.entries().T.flatten().numpy()
+    if decoder.hashed:
+        make = hashed_pair_decoder if decoder.width == 2 else hashed_decoder
+        return CompiledDecoder(make(decoder.memory, decoder.index_bits), table, decoder.shifts)
+    plain = pair_decoder if decoder.width == 2 else scalar_decoder
+    return CompiledDecoder(plain(decoder.index_bits), table, decoder.shifts)

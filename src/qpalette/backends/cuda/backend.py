@@ -14,7 +14,6 @@ from qpalette.backends.cuda.trellis_encoder import encode_states
 from qpalette.backends.cuda.unpack import multiply_by_library
 from qpalette.codes import parse_spec
 from qpalette.codes.tiles import from_tiles
-from qpalette.codes.trellis import Trellis
 from qpalette.core.records import tiles_of
 from qpalette.runtime import Backend, PackedLinear, Verdict
 
@@ -33,21 +32,17 @@ class CudaBackend(Backend):
     def supports(self, operation: str, spec: str, device: torch.device) -> Verdict:
         if device.type != "cuda":
             return Verdict(False, f"runs on cuda, not on {device.type}")
-        if operation == "encode" and not isinstance(parse_spec(spec), Trellis):
+        if operation == "encode" and parse_spec(spec).search is None:
             return Verdict(False, f"has no encoder for the family '{parse_spec(spec).family}'")
         if operation == "linear" and decoder_spec(spec) is None:
             return Verdict(False, f"has no decoder for the family '{parse_spec(spec).family}'")
         return Verdict(True)
 
     def encode(self, spec: str, tiles: torch.Tensor) -> torch.Tensor:
-        quantizer = parse_spec(spec)
-        assert isinstance(quantizer, Trellis), "supports() said no"
-        values = quantizer.state_values_on(tiles.device)
+        search = parse_spec(spec).search
+        assert search is not None, "supports() said no"
         with torch.cuda.device(tiles.device):
-            states = encode_states(
-                tiles.contiguous(), quantizer.shifts(), values, float(quantizer.scale), quantizer.memory
-            )
-        return quantizer.pack_states(states.long())
+            return search.pack(encode_states(tiles.contiguous(), search).long())
 
     def decode(self, spec: str, codes: torch.Tensor) -> torch.Tensor:
         return parse_spec(spec).decode(codes)
@@ -60,14 +55,14 @@ class CudaBackend(Backend):
             return self._linears(x, members)
 
     def _linears(self, x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
-        signs, rotation, tokens = members[0].signs, members[0].rotation, len(x)
+        diagonal, rotation, tokens = members[0].diagonal, members[0].rotation, len(x)
         if tokens == 0:
             return x.new_empty(0, sum(member.out_features for member in members))
         if tokens > MOST_FUSED_TOKENS:
-            return multiply_by_library(rotate(x, signs, rotation, None), members, x.dtype)
+            return multiply_by_library(rotate(x, diagonal, rotation, None), members, x.dtype)
         if tokens > MOST_BATCH:
             return torch.cat([self._linears(part, members) for part in x.split(MOST_BATCH)])
-        rotated = rotate(x, signs, rotation, batch_columns(tokens))
+        rotated = rotate(x, diagonal, rotation, batch_columns(tokens))
         parts = [
             multiply(rotated, tokens, members[i : i + MOST_SEGMENTS], x.dtype)
             for i in range(0, len(members), MOST_SEGMENTS)

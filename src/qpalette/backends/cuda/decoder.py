@@ -8,16 +8,12 @@ from pathlib import Path
 
 import torch
 
-from qpalette.codes.base import Quantizer, parse_spec
-from qpalette.codes.nuq import NonUniform
-from qpalette.codes.tcq import TrellisCoded
-from qpalette.codes.tcq2 import TrellisCodedPairs
-from qpalette.codes.vq import VectorQuantized
-from qpalette.core.records import TILE_WEIGHTS
+from qpalette.codes import parse_spec
+from qpalette.codes.description import Decoder
 
 COMMON_SOURCE = Path(__file__).with_name("common.cuh").read_text()
 SOURCE = COMMON_SOURCE + Path(__file__).with_name("decoder.cuh").read_text()
-MOST_PAIR_BITS = 6  # nuq: up to here a look-up gives two weights; a table of all pairs of more levels does not fit
+MOST_PAIR_BITS = 6  # of a scalar index: up to here a look-up gives two weights; more pairs do not fit
 _COPIES_BYTES = 4 * 32  # of an entry with a copy in each bank
 
 
@@ -50,20 +46,19 @@ class DecoderSpec:
 
 @lru_cache(maxsize=1024)
 def decoder_spec(spec: str) -> DecoderSpec | None:
-    """None for a family that has no decoder here."""
-    quantizer = parse_spec(spec)
-    eighths = quantizer.words_per_tile * 32 * 8 // TILE_WEIGHTS
-    match quantizer:
-        case TrellisCoded():
-            return DecoderSpec(eighths, 1, quantizer.codebook_bits, quantizer.memory, True)
-        case TrellisCodedPairs():
-            return DecoderSpec(eighths, 2, quantizer.codebook_bits + 1, quantizer.memory, True)
-        case VectorQuantized():
-            return DecoderSpec(eighths, 2, quantizer.index_bits, quantizer.index_bits, False)
-        case NonUniform():
-            values = 2 if quantizer.bits <= MOST_PAIR_BITS else 1
-            return DecoderSpec(eighths, values, quantizer.bits * values, quantizer.bits * values, False)
-    return None
+    """None for a code that does not say how it is decoded."""
+    decoder = parse_spec(spec).decoder
+    if decoder is None:
+        return None
+    pairs = 2 if _in_pairs(decoder) else 1
+    return DecoderSpec(
+        decoder.lane_bits, pairs * decoder.width, pairs * decoder.index_bits, pairs * decoder.memory, decoder.hashed
+    )
+
+
+def _in_pairs(decoder: Decoder) -> bool:
+    """Whether one look-up gives two weights that the code looks up one by one."""
+    return not decoder.hashed and decoder.width == 1 and decoder.index_bits <= MOST_PAIR_BITS
 
 
 @lru_cache(maxsize=1024)
@@ -76,23 +71,12 @@ def with_decoders(source: str, decoders: tuple[DecoderSpec, ...]) -> str:
 @lru_cache(maxsize=1024)
 def entries(spec: str, device: torch.device) -> torch.Tensor:
     """The table on `device`: int32 [2^index_bits], one or two float16, the first weight in the low half."""
-    return _pack(_values(parse_spec(spec))).to(device)
-
-
-def _values(quantizer: Quantizer) -> torch.Tensor:
-    """float32 [2^index_bits, weights per entry]."""
-    match quantizer:
-        case TrellisCoded():
-            return quantizer.codebook()[:, None]
-        case TrellisCodedPairs():
-            points = quantizer.codebook()
-            return torch.cat([points, -points])
-        case VectorQuantized():
-            return quantizer.codebook()
-        case NonUniform():
-            levels = quantizer.codebook()
-            return torch.cartesian_prod(levels, levels) if quantizer.bits <= MOST_PAIR_BITS else levels[:, None]
-    raise AssertionError(f"{quantizer} has no decoder: supports() said no")
+    quantizer = parse_spec(spec)
+    values, decoder = quantizer.entries(), quantizer.decoder
+    assert decoder is not None, "supports() said no"
+    if _in_pairs(decoder):
+        values = torch.cartesian_prod(values[:, 0], values[:, 0])
+    return _pack(values).to(device)
 
 
 def _pack(values: torch.Tensor) -> torch.Tensor:

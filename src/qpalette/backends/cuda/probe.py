@@ -44,7 +44,7 @@ def launch_seconds(parts: Sequence[Part], batch: int, device: torch.device, with
     x = torch.randn(batch, parts[0][2], dtype=torch.float16, device=device)
     if with_rotation or batch > MOST_BATCH:
         return graph_seconds([partial(_BACKEND.linears, x, these) for these in copies])
-    rotated = rotate(x, members[0].signs, members[0].rotation, batch_columns(batch))
+    rotated = rotate(x, members[0].diagonal, members[0].rotation, batch_columns(batch))
     return graph_seconds([partial(multiply, rotated, batch, these, x.dtype) for these in copies])
 
 
@@ -53,14 +53,14 @@ def rotation_seconds(columns: int, batch: int, device: torch.device) -> float:
     member = random_member("nuq-2", 16, columns, device)
     inputs = [torch.randn(batch, columns, dtype=torch.float16, device=device) for _ in range(20)]
     columns_of_batch = batch_columns(batch) if batch <= MOST_BATCH else None
-    return graph_seconds([partial(rotate, x, member.signs, member.rotation, columns_of_batch) for x in inputs])
+    return graph_seconds([partial(rotate, x, member.diagonal, member.rotation, columns_of_batch) for x in inputs])
 
 
 def _copy(member: PackedLinear) -> PackedLinear:
     return PackedLinear(
         member.codes.clone(),
         member.scales,
-        member.signs,
+        member.diagonal,
         member.spec,
         member.rotation,
         member.out_features,

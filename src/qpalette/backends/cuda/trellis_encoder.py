@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from qpalette.backends.cuda.compiler import launch, load_kernel
+from qpalette.codes.description import Search
 
 SOURCE = Path(__file__).with_name("trellis_encoder.cu").read_text()
 MOST_TILES = 16
@@ -87,21 +88,18 @@ def _limits(device: int) -> tuple[int, int]:
     return properties.multi_processor_count, shared - 2048
 
 
-def encode_states(
-    sources: torch.Tensor, shifts: torch.Tensor, state_values: torch.Tensor, scale: float, memory: int
-) -> torch.Tensor:
-    """States of the best tail-biting path found for each tile.
+def encode_states(sources: torch.Tensor, search: Search) -> torch.Tensor:
+    """States of the best tail-biting path found for each tile: int32 [tiles, steps].
 
-    sources: float32 [tiles, 256] in scan order, on the device; shifts: int64 [steps]; state_values: float32
-    [2^memory, weights per step], on the device and contiguous; pairs are float16 values times `scale`. Returns int32
-    [tiles, steps].
+    sources: float32 [tiles, 256] in scan order, on the device and contiguous.
     """
-    steps, values = shifts.numel(), state_values.shape[1]
+    state_values = search.values(sources.device)
+    steps, values, memory = len(search.shifts), state_values.shape[1], search.memory
     device = sources.device.index or 0
     multiprocessors, shared_limit = _limits(device)
     share = -(-sources.shape[0] // multiprocessors)
     most_tiles = min(MOST_TILES, 1 << (share - 1).bit_length())
-    low, high, shifts_there = _shifts_on(tuple(shifts.tolist()), sources.device)
+    low, high, shifts_there = _shifts_on(search.shifts, sources.device)
     how = plan_launch(memory, values, steps, low, high, shared_limit, most_tiles)
     batches = -(-sources.shape[0] // how.tiles)
     blocks = min(multiprocessors, batches)
@@ -118,7 +116,7 @@ def encode_states(
     sources_at, values_at, shifts_at = (ctypes.c_void_p(t.data_ptr()) for t in (padded, state_values, shifts_there))
     outputs = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (winners, spilled, states)]
     stream = torch.cuda.current_stream(device).cuda_stream
-    arguments = [sources_at, values_at, ctypes.c_float(scale), shifts_at, ctypes.c_int32(len(padded)), *outputs]
+    arguments = [sources_at, values_at, ctypes.c_float(search.scale), shifts_at, ctypes.c_int32(len(padded)), *outputs]
     launch(kernel, stream, blocks, how.threads, how.shared_bytes, arguments)
     return states[: sources.shape[0]]
 

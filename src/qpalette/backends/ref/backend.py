@@ -6,7 +6,7 @@ import torch
 
 from qpalette.codes import parse_spec
 from qpalette.codes.tiles import from_tiles
-from qpalette.rotate import Rotation, unpack_signs
+from qpalette.rotate import Rotation, diagonal_of
 from qpalette.runtime import Backend, PackedLinear, Verdict
 
 
@@ -26,8 +26,9 @@ class ReferenceBackend(Backend):
 
     def linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
         rotation = Rotation.parse(packed.rotation, packed.in_features)
-        rotated = rotation.apply(x.float() * unpack_signs(packed.signs, packed.in_features))
-        return (rotated @ self.rotated_weight(packed).T).to(x.dtype)
+        work = x.to(torch.promote_types(x.dtype, torch.float32))
+        rotated = rotation.apply(work * diagonal_of(packed.diagonal, packed.in_features))
+        return (rotated @ self.rotated_weight(packed).T.to(rotated.dtype)).to(x.dtype)
 
     def rotated_weight(self, packed: PackedLinear) -> torch.Tensor:
         rows, columns, words = packed.codes.shape

@@ -1,0 +1,91 @@
+"""Linears that read the same input (q/k/v, gate/up) run as one launch, inside model code that calls them one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from qpalette.core.errors import ArtifactError
+from qpalette.nn.fuse_graph import install
+from qpalette.nn.quant_linear import QuantLinear
+from qpalette.runtime import packed_linear, packed_linears
+
+_WAITING = "_qpalette_waiting"  # attribute of an input: what it was multiplied by already
+
+
+class Launch:
+    """The first of `members` to be called with an input computes all of them; the others find their result waiting.
+
+    It waits on the input itself, with the input's version: it lives no longer than that tensor, an input that was
+    written to since is multiplied anew, and neither a thread nor an exception leaves anything behind. Where a tensor
+    has no version (inference mode), or gradients are wanted, each member computes its own. Under torch.compile each
+    asks for its own, too, and `fuse_graph` makes one launch of those.
+
+    The disk, the module names and the model's code know nothing of it.
+    """
+
+    def __init__(self, name: str, members: list[QuantLinear]) -> None:
+        self.name, self.members = name, members
+
+    def output_of(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """What member `index` makes of x, its bias left out."""
+        member = self.members[index]
+        if torch.compiler.is_compiling() or not self._can_wait(x):
+            return packed_linear(x, member.packed, self.name)
+        waiting: dict[Launch, tuple[int, dict[int, torch.Tensor]]] = x.__dict__.setdefault(_WAITING, {})
+        version, outputs = waiting.get(self, (-1, {}))
+        result = outputs.pop(index, None) if version == x._version else None
+        if result is None:
+            together = packed_linears(x, [member.packed for member in self.members])
+            outputs = dict(enumerate(together.split([member.out_features for member in self.members], dim=-1)))
+            waiting[self] = (x._version, outputs)
+            result = outputs.pop(index)
+        if not outputs:
+            waiting.pop(self, None)
+        return result
+
+    def _can_wait(self, x: torch.Tensor) -> bool:
+        plain = type(x) is torch.Tensor and not x.is_inference() and not (x.requires_grad and torch.is_grad_enabled())
+        return plain and not any(member.fitted for member in self.members)
+
+
+def join_launches(model: nn.Module) -> int:
+    """Joins the packed linears of one parent that are of one group; returns how many launches there are.
+
+    Linears are joined where their backend gains from it; call after `prepare`. Raises ArtifactError when linears of one
+    group have different diagonals: they cannot read one input in one basis.
+    """
+    launches = 0
+    for parent_name, parent in model.named_modules():
+        for group, members in _families(parent):
+            for member in members[1:]:
+                if not torch.equal(member.stored.diagonal, members[0].stored.diagonal):
+                    raise ArtifactError(
+                        f"linears of group '{group}' in {parent_name} have different signs, so they do not read one "
+                        "input; download the model again"
+                    )
+            launch = Launch(f"{parent_name}:{group}", members)
+            for index, member in enumerate(members):
+                member.launch, member.index = launch, index
+            launches += 1
+    if launches:
+        install()
+    return launches
+
+
+def _families(parent: nn.Module) -> Iterator[tuple[str, list[QuantLinear]]]:
+    """(group, its members) of the children of `parent`; those of one layout, where a backend fuses."""
+    found: dict[tuple[str, str], list[QuantLinear]] = {}
+    for child in parent.children():
+        if isinstance(child, QuantLinear) and child.qp_codes.device.type != "meta" and child.backend.fuses:
+            found.setdefault((_group_of(child), child.layout), []).append(child)
+    return ((group, members) for (group, _), members in found.items() if group and len(members) > 1)
+
+
+def _group_of(linear: QuantLinear) -> str:
+    """The stored id. Versions 1 and 2 of the format have none: there, signs were drawn for each group by its name, so
+    equal signs and rotation under one parent mean one input."""
+    record = linear.record
+    return record.group or f"{record.rotation}:{linear.stored.diagonal.cpu().numpy().tobytes().hex()}"
