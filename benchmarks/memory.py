@@ -1,16 +1,14 @@
 """Peak memory while quantizing models of growing depth: bounded by the largest tensor group, not by the model.
 
-    python benchmarks/memory.py [--hidden 1024] [--layers 2 --layers 8 --layers 32]
+    python benchmarks/memory.py [--hidden 1024] [--layers 2 --layers 8 --layers 32] [--workers 1]
 
-Each model has random weights and runs in a process of its own; what the libraries and the compiled search take is the
-peak of a model of one layer with 64 hidden units, and is shown apart.
+Each model has random weights and runs in a process of its own, which is measured with its workers; what the libraries
+and the compiled search take is the peak of a model of one layer with 64 hidden units, and is shown apart.
 """
 
 from __future__ import annotations
 
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
+from peak_memory import peak_memory
 from report import processor, report
 
 import qpalette
@@ -50,31 +49,31 @@ def write_llama(directory: Path, hidden: int, layers: int, inner: int = 0, kv: i
             writer.write(info.name, torch.randn(info.shape).to(torch.bfloat16))
 
 
-def peak_of_quantizing(source: Path, out: Path) -> int:
-    """Bytes, measured in a process of its own."""
-    command = [sys.executable, __file__, "--measure", str(source), "--out", str(out)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+def peak_of_quantizing(source: Path, out: Path, spec: str, workers: int) -> int:
+    """Bytes, of processes of their own."""
+    command = [sys.executable, __file__, "--measure", source, "--out", out, "--spec", spec, "--workers", workers]
+    return peak_memory(list(map(str, command)))[0]
 
 
 def main(
     hidden: int = 1024,
     layers: Annotated[list[int] | None, typer.Option()] = None,
     spec: str = "tcq-3-L12",
+    workers: int = 1,
     measure: Annotated[Path | None, typer.Option(hidden=True)] = None,
     out: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     if measure is not None and out is not None:
-        qpalette.quantize(measure, out, spec=spec)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        qpalette.quantize(measure, out, spec=spec, workers=workers)
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_llama(Path(folder, "base"), 64, 1)
-        base = peak_of_quantizing(Path(folder, "base"), Path(folder, "base-out"))
+        base = peak_of_quantizing(Path(folder, "base"), Path(folder, "base-out"), spec, workers)
         for count in layers or [2, 8, 32]:
             source = Path(folder, f"layers-{count}")
             write_llama(source, hidden, count)
-            peak = peak_of_quantizing(source, Path(folder, f"out-{count}"))
+            peak = peak_of_quantizing(source, Path(folder, f"out-{count}"), spec, workers)
             checkpoint = open_checkpoint(source)
             rows.append(
                 {
@@ -85,7 +84,7 @@ def main(
                     "above libraries MB": (peak - base) / 1e6,
                 }
             )
-            report("memory", processor(), rows, hidden=hidden, spec=spec, libraries_mb=base / 1e6)
+            report("memory", processor(), rows, hidden=hidden, spec=spec, workers=workers, libraries_mb=base / 1e6)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,13 @@
     python benchmarks/scale.py [--spec tcq-3.25-L12] [--layers 22] [--workers 1]
 
 The model is a random Llama of TinyLlama's sizes in bfloat16 (2.2 GB on disk), written tensor by tensor. It is quantized
-by the command in a process of its own, whose peak memory is set against that of a process which has quantized a model
-of a few thousand weights: the interpreter, the libraries and the compiled search.
+by the command in processes of its own, whose peak memory together is set against that of as many processes which have
+quantized a model of a few thousand weights: the interpreter, the libraries and the compiled search.
 """
 
 from __future__ import annotations
 
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 from memory import write_llama
+from peak_memory import peak_memory
 from report import processor, report
 
 import qpalette
@@ -44,11 +43,11 @@ def measure(source: Path, out: Path, spec: str, workers: int) -> dict[str, float
     start = time.perf_counter()
     try:
         command = [sys.executable, __file__, "--measure", source, "--out", out, "--spec", spec, "--workers", workers]
-        printed = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+        memory, _ = peak_memory(list(map(str, command)))
     finally:
         done.set()
         watcher.join()
-    return {"seconds": time.perf_counter() - start, "memory": float(printed.split()[-1]), "disk": float(max(disk))}
+    return {"seconds": time.perf_counter() - start, "memory": float(memory), "disk": float(max(disk))}
 
 
 def main(
@@ -61,11 +60,10 @@ def main(
 ) -> None:
     if measure_ is not None and out is not None:
         qpalette.quantize(measure_, out, spec=spec, workers=workers)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
     with tempfile.TemporaryDirectory(dir=work) as folder:
         write_llama(Path(folder, "base"), 64, 1)
-        base = measure(Path(folder, "base"), Path(folder, "base-out"), spec, 1)
+        base = measure(Path(folder, "base"), Path(folder, "base-out"), spec, workers)
         source = Path(folder, "source")
         write_llama(source, TINY_LLAMA["hidden"], layers, **{k: v for k, v in TINY_LLAMA.items() if k != "hidden"})
         promised: Any = qpalette.quantize(source, Path(folder, "out"), spec=spec, dry_run=True)

@@ -142,6 +142,7 @@ def test_version(run):
         (("quantize", "{model}", "{tmp}/out", "--bits", "-1"), "'-1' is not a rate"),
         (("quantize", "{model}", "{tmp}/out", "--bits", "nan"), "'nan' is not a rate"),
         (("quantize", "{model}", "{tmp}/out", "--bits", "0.5"), "the least is"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--exclude", "x"), "'x' leaves nothing out"),
         (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--effort", "x"), "'x' is not an effort"),
         (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--rotation", "x"), "'x' is not a rotation"),
         (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--rotation", "block-128"), "does not divide"),
@@ -263,6 +264,14 @@ def test_calibrate_then_quantize(run, model, text, tmp_path):
     assert "of outputs" in shown.out
     assert "larger damping" not in shown.err
     assert inspect.signature(commands.quantize).parameters["damping"].default == DAMPING
+
+
+def test_linears_are_left_out(run, model, tmp_path):
+    options = ("--spec", "nuq-4", "--include", "*.mlp.*", "--exclude", "*.up_proj", "--exclude", "*.1.*", "--json")
+    kinds = json.loads(run("quantize", model, tmp_path / "out", *options).out)["kinds"]
+    assert {kind: facts["linears"] for kind, facts in kinds.items()} == {
+        f"model.layers.*.mlp.{name}_proj": 1 for name in ("gate", "down")
+    }
 
 
 def test_inspect_a_checkpoint(run, model):

@@ -16,9 +16,10 @@ from test_pipeline_resume import Stop, encoded_names, stop_after
 
 from qpalette.core.errors import ArtifactError, CheckpointError, InputError
 from qpalette.formats import check_checksums, open_artifact
+from qpalette.pipeline import partial
 from qpalette.pipeline.encode import encode_tiles
 from qpalette.runtime.device import parse_device
-from qpalette.storage import StreamingSafetensorsWriter, open_checkpoint
+from qpalette.storage import StreamingSafetensorsWriter, export_checkpoint, open_checkpoint
 
 QUANTIZE = import_module("qpalette.pipeline.quantize")  # the folder has a function of that name too
 KILLS = 30
@@ -28,7 +29,8 @@ KILLS = 30
 DRIVER = """
 import os, pathlib, random, signal, sys, time, traceback
 import qpalette.pipeline
-from qpalette.storage import find_groups, open_checkpoint
+from qpalette.models import find_groups
+from qpalette.storage import open_checkpoint
 from qpalette.plan import uniform_plan
 
 source, folder, kills = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
@@ -117,16 +119,106 @@ def change_a_byte(file: Path, position: int) -> None:
     file.write_bytes(content)
 
 
-def test_a_bit_lost_in_a_finished_linear(source, quantized, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("where", ["a tensor", "the distortion"])
+def test_a_bit_lost_in_a_finished_linear(source, quantized, tmp_path, monkeypatch, caplog, where):
     with pytest.raises(Stop):
         run(source, tmp_path / "out", progress=stop_after(3))
     damaged = sorted((tmp_path / "out.partial" / "linears").iterdir())[0]
-    change_a_byte(damaged, -40)
+    change_a_byte(damaged, -40 if where == "a tensor" else damaged.read_bytes().index(b"[0.0") + 5)
     names = encoded_names(monkeypatch)
     run(source, tmp_path / "out")
     assert "its SHA-256 differs" in caplog.text
     assert len(names) == 14 - 2
     assert files_of(tmp_path / "out") == files_of(quantized)
+
+
+def test_a_bit_lost_between_encoding_and_assembling(source, quantized, tmp_path, monkeypatch):
+    """What is certified by SHA256SUMS is what was encoded; each finished linear is read once."""
+
+    def damage(done, total, linear, distortion):
+        if done == total:
+            change_a_byte(sorted((tmp_path / "out.partial" / "linears").glob("*.safetensors"))[4], -40)
+
+    with pytest.raises(CheckpointError, match=r"has lost a bit .*run the same command again: model\.layers\.\S+ alone"):
+        run(source, tmp_path / "out", progress=damage)
+    assert not (tmp_path / "out").exists()
+    names, read = encoded_names(monkeypatch), []
+    run(source, tmp_path / "out", progress=lambda *call: read.clear() if call[0] == call[1] else None)
+    assert len(names) == 1
+    assert files_of(tmp_path / "out") == files_of(quantized)
+    original = partial._stored
+    monkeypatch.setattr(partial, "_stored", lambda file, job: read.append(file) or original(file, job))
+    run(source, tmp_path / "other" / "out")
+    assert len(read) == len(set(read)) == 14
+
+
+@pytest.mark.parametrize("spec", ["nuq-3", "nuq-2"])
+def test_a_second_run_is_told_that_another_one_writes(source, quantized, tmp_path, spec):
+    told = []
+
+    def start_another(done, total, linear, distortion):
+        with pytest.raises(
+            InputError, match=rf"out is being written by another run \(process {os.getpid()} on"
+        ) as error:
+            run(source, tmp_path / "out", spec, overwrite=True)
+        told.append(error)
+
+    run(source, tmp_path / "out", progress=start_another)
+    assert len(told) == 14
+    assert files_of(tmp_path / "out") == files_of(quantized)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def mount(directory: Path, monkeypatch) -> None:
+    """`directory` is one that cannot be renamed, nor renamed over, and has what a new file system has."""
+    replace, ismount = os.replace, os.path.ismount
+
+    def busy(old, new):
+        if directory in (Path(old), Path(new)):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(directory))
+        replace(old, new)
+
+    (directory / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == directory or ismount(path))
+
+
+def test_the_output_is_a_volume(source, quantized, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    mount(out, monkeypatch)
+    with pytest.raises(Stop):
+        run(source, out, progress=stop_after(3))
+    names = encoded_names(monkeypatch)
+    run(source, out)
+    assert len(names) == 14 - 3
+    assert files_of(out) == files_of(quantized)
+    with pytest.raises(ArtifactError, match="exists already"):
+        run(source, out, "nuq-2")
+    assert files_of(out) == files_of(quantized)
+    run(source, out, "nuq-2", overwrite=True)
+    assert open_artifact(out).records[Q].spec == "nuq-2"
+    assert check_checksums(out) == len(files_of(quantized)) - 1
+    assert {path.name for path in out.iterdir()} == {*files_of(quantized), "lost+found"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_volume_with_something_in_it_is_kept(source, tmp_path, monkeypatch):
+    mount(tmp_path / "out", monkeypatch)
+    (tmp_path / "out" / "thesis.txt").write_text("years")
+    for overwrite, message in ((False, "exists already"), (True, "no quantized model")):
+        with pytest.raises(ArtifactError, match=message):
+            run(source, tmp_path / "out", overwrite=overwrite)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"thesis.txt", "lost+found"}
+
+
+def test_a_plain_export_into_a_volume(source, tmp_path, monkeypatch):
+    mount(tmp_path / "out", monkeypatch)
+    checkpoint = open_checkpoint(source)
+    export_checkpoint(checkpoint, tmp_path / "out")
+    assert set(files_of(tmp_path / "out")) == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert open_checkpoint(tmp_path / "out").tensors == checkpoint.tensors
+    with pytest.raises(CheckpointError, match="exists already"):
+        export_checkpoint(checkpoint, tmp_path / "out")
 
 
 def test_a_source_that_changes_between_two_runs(tmp_path, monkeypatch, caplog):

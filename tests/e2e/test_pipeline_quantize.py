@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from qpalette.core.errors import ArtifactError, CheckpointError, InputError, SpecError, UnsupportedError
 from qpalette.formats import counted_bits, open_artifact
 from qpalette.models import find_groups
-from qpalette.pipeline import encode, estimate, quantize_checkpoint
+from qpalette.pipeline import encode, estimate, quantize, quantize_checkpoint
 from qpalette.plan import Plan, summarize, uniform_plan
 from qpalette.rotate import Rotation, unpack_signs, unrotate_weight
 from qpalette.runtime import backends
@@ -179,6 +179,51 @@ def test_rows_of_zeros_and_rows_too_small_for_float16(tmp_path):
     assert (scales == 0).sum() == 2
 
 
+def test_rows_too_small_for_their_scales_are_told_and_can_be_left_out(tmp_path, caplog):
+    """Again when a run goes on, and not when the linear stays as it is."""
+    weight = 1e-7 * torch.randn(INTERMEDIATE, HIDDEN, generator=torch.Generator().manual_seed(1))
+    weight[:3] *= 1e6
+    source = write_llama(tmp_path / "source", **{f"{UP}.weight".replace(".", "__"): weight})
+    for _ in range(2):
+        caplog.clear()
+        with pytest.raises(KeyError):
+            run(source, tmp_path / "out", progress=lambda done, total, *_: {}["stop"] if done == total else None)
+        (told,) = [record.getMessage() for record in caplog.records]
+        assert (
+            f"{UP}: {INTERMEDIATE - 3} of {INTERMEDIATE} rows are too small for float16 scales (below 6.1e-05)" in told
+        )
+        assert f"leave it out with --exclude '{UP}'" in told
+    caplog.clear()
+    quantize(source, tmp_path / "other", spec="nuq-3", exclude=[UP])
+    assert not caplog.records
+    assert UP not in open_artifact(tmp_path / "other").records
+    assert torch.equal(load_file(tmp_path / "other" / "model.safetensors")[f"{UP}.weight"], weight)
+
+
+def test_an_expert_is_left_out_with_all_of_its_layer():
+    """They are one module, and a plan names all of them or none."""
+    assert encode.pattern_of("model.layers.0.mlp.experts.3.up_proj") == "model.layers.0.mlp.experts.*"
+    assert encode.pattern_of(UP) == UP
+
+
+def test_what_is_quantized_can_be_chosen_however_it_is_asked(source, tmp_path):
+    whole = Plan(plan_of(source).specs, launches=((Q,), (UP,)), sensitivities=dict.fromkeys(plan_of(source).specs, 1.0))
+    ways = {"spec": "nuq-3", "bits": 3.5, "size": "152kB", "plan": whole}
+    for way, value in ways.items():
+        quantize(source, tmp_path / way, **{way: value}, include=["*.0.self_attn.*"], exclude=["*.[kv]_proj"])
+        stored = open_artifact(tmp_path / way)
+        assert set(stored.records) == {Q, Q.replace("q_proj", "o_proj")}
+        assert "model.layers.0.self_attn.k_proj" in stored.format.modules_to_not_convert
+    stored = Plan.read(tmp_path / "plan" / "qpalette_plan.json")
+    assert (stored.launches, set(stored.sensitivities)) == (((Q,),), set(stored.specs))
+    also = quantize(source, tmp_path / "also", spec="nuq-3", also=["*"], exclude=["*.mlp.*", "model.embed_tokens"])
+    assert {linear.name.split(".")[3] for linear in also.linears} == {"self_attn"}
+    with pytest.raises(CheckpointError, match=r"'\*\.upp_proj' leaves nothing out"):
+        quantize(source, tmp_path / "none", spec="nuq-3", exclude=["*.upp_proj"])
+    with pytest.raises(SpecError, match="no linear"):
+        quantize(source, tmp_path / "none", spec="nuq-3", include=["nothing"])
+
+
 def test_a_matrix_of_zeros(tmp_path):
     source = write_llama(tmp_path / "source", **{f"{Q}.weight".replace(".", "__"): torch.zeros(HIDDEN, HIDDEN)})
     report = run(source, tmp_path / "out")
@@ -191,9 +236,12 @@ def test_weights_that_cannot_be_stored_are_named(tmp_path, value):
     weight = torch.ones(INTERMEDIATE, HIDDEN)
     weight[7, 7] = value
     source = write_llama(tmp_path / "source", **{f"{UP}.weight".replace(".", "__"): weight})
-    with pytest.raises(CheckpointError, match=f"{UP}.weight"):
+    with pytest.raises(CheckpointError, match=f"{UP}.weight") as error:
         run(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    if "beyond float16" in str(error.value):
+        assert f"leave it out with --exclude '{UP}'" in str(error.value)
+        quantize(source, tmp_path / "out", spec="nuq-3", exclude=[UP])
 
 
 def test_output_that_exists(source, tmp_path):

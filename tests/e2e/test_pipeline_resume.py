@@ -17,15 +17,30 @@ from qpalette.storage import open_checkpoint
 QUANTIZE = import_module("qpalette.pipeline.quantize")  # the folder has a function of that name too
 
 # Forks one process per crash point before any thread exists. Each dies by SIGKILL at its n-th call that changes the
-# disk, so that the chain crashes in, before and after every step; the last one survives.
+# disk, so that the chain crashes in, before and after every step; the last one survives. Whenever the output has a
+# config.json, it is a model and each of its files is what was written. A "volume" cannot be renamed.
 DRIVER = """
-import os, pathlib, shutil, signal, sys, traceback
+import errno, os, pathlib, shutil, signal, sys, traceback
 import qpalette.pipeline
-from qpalette.storage import find_groups, open_checkpoint
+from qpalette.models import find_groups
+from qpalette.storage import open_checkpoint
 from qpalette.core.errors import ArtifactError
+from qpalette.formats import check_checksums, open_artifact
 from qpalette.plan import uniform_plan
 
 source, output, spec, points = sys.argv[1], sys.argv[2], sys.argv[3], map(int, sys.argv[4].split(","))
+kinds = sys.argv[5:]
+overwrite = "overwrite" in kinds
+
+if "volume" in kinds:
+    replace, ismount = os.replace, os.path.ismount
+
+    def busy(old, new):
+        if output in map(str, (old, new)):
+            raise OSError(errno.EBUSY, "Device or resource busy", output)
+        replace(old, new)
+
+    os.replace, os.path.ismount = busy, lambda path: str(path) == output or ismount(path)
 
 def trap(owner, name, countdown):
     original = getattr(owner, name)
@@ -44,7 +59,7 @@ def attempt(point):
     checkpoint = open_checkpoint(source)
     plan = uniform_plan(find_groups(checkpoint).groups, spec)
     try:
-        qpalette.pipeline.quantize_checkpoint(checkpoint, output, plan)
+        qpalette.pipeline.quantize_checkpoint(checkpoint, output, plan, overwrite=overwrite)
     except ArtifactError as error:
         assert "exists already" in str(error) and pathlib.Path(output).exists()
 
@@ -63,6 +78,11 @@ for point in points:
     status = os.waitpid(pid, 0)[1]
     assert status in (0, signal.SIGKILL), status
     killed += status == signal.SIGKILL
+    if (pathlib.Path(output) / "config.json").exists():
+        open_artifact(output)
+        check_checksums(pathlib.Path(output))
+    elif overwrite and "volume" not in kinds:
+        assert (pathlib.Path(output + ".partial") / "replaced" / "config.json").exists()
 print(killed)
 """
 
@@ -79,9 +99,9 @@ def uninterrupted(source, tmp_path_factory) -> dict[str, bytes]:
     return files_of(output)
 
 
-def crash_chain(source: Path, output: Path, spec: str, points: list[int]) -> int:
+def crash_chain(source: Path, output: Path, spec: str, points: list[int], *kinds: str) -> int:
     """How many of the runs were killed; the last of `points` should be one that is never reached."""
-    arguments = [str(source), str(output), spec, ",".join(map(str, points))]
+    arguments = [str(source), str(output), spec, ",".join(map(str, points)), *kinds]
     result = subprocess.run([sys.executable, "-c", DRIVER, *arguments], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     return int(result.stdout)
@@ -100,6 +120,25 @@ def test_crashes_while_assembling(source, uninterrupted, tmp_path):
         run(source, output, progress=stop_after(14))
     assert crash_chain(source, output, "nuq-3", [*range(1, 16), 10**6]) >= 8
     assert files_of(output) == uninterrupted
+
+
+def test_crashes_in_a_volume(source, uninterrupted, tmp_path):
+    """Every step of moving the files in; with the linears finished, a run has about thirty steps."""
+    output = tmp_path / "out"
+    output.mkdir()
+    assert crash_chain(source, output, "nuq-3", [30, *range(9, 34), 10**6], "volume") >= 15
+    assert files_of(output) == uninterrupted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kinds", [("overwrite",), ("overwrite", "volume")])
+def test_crashes_while_overwriting(source, uninterrupted, tmp_path, kinds):
+    """There is the old model or the new one, or none yet; the last run puts the new one there."""
+    output = tmp_path / "out"
+    run(source, output, "nuq-2")
+    assert crash_chain(source, output, "nuq-3", [*range(12, 42), 10**6], *kinds) >= 15
+    assert files_of(output) == uninterrupted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_crash_with_the_trellis(source, tmp_path):

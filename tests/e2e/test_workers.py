@@ -2,7 +2,10 @@
 
 import os
 import signal
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -117,6 +120,44 @@ def test_workers_that_keep_dying(source, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"3 workers died in a row, with model\.layers.* use fewer workers"):
         run(source, tmp_path / "out", "nuq-2", workers=2)
     assert not (tmp_path / "out").exists()
+
+
+class Tracked(dict):
+    """A result that can be watched."""
+
+    alive: ClassVar[weakref.WeakSet] = weakref.WeakSet()
+
+    def __init__(self, batch) -> None:
+        super().__init__(codes=torch.zeros(1), scales=torch.zeros(1), diagonal=torch.zeros(1), quality=batch[0])
+        Tracked.alive.add(self)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class Threads(ThreadPoolExecutor):
+    """Stands for a pool of processes: done with everything that it was given before it is asked again."""
+
+    def __init__(self, work, workers, device) -> None:
+        super().__init__(workers)
+
+    def submit(self, function, batch):
+        future = super().submit(lambda: [Tracked(batch)])
+        future.exception()
+        return future
+
+
+def test_results_are_dropped_once_they_are_taken(source, monkeypatch):
+    """However many batches there are, and however fast the workers."""
+    monkeypatch.setattr(workers, "_Pool", Threads)
+    batches = [(number,) for number in range(300)]
+    most, seen = 0, []
+    for batch, (result,) in workers.run_in_processes(None, batches, 3, torch.device("cpu")):
+        assert result.quality == batch[0]
+        seen.append(batch)
+        most = max(most, len(Tracked.alive))
+    assert sorted(seen) == batches
+    assert 0 < most <= workers.QUEUED * 3
 
 
 def test_what_a_worker_finds_is_told(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qpalette.core.errors import CheckpointError, InputError
 from qpalette.evaluate import bits_per_weight, evaluate, evaluate_models, metrics, sample_windows, token_windows
-from qpalette.evaluate.loading import is_artifact, load_model, plain_directory
+from qpalette.evaluate.loading import is_artifact, load_model
 
 VOCABULARY = 128
 
@@ -199,29 +198,3 @@ def test_models_that_cannot_be_loaded_are_named(saved, tmp_path):
         load_model(saved[0])
     assert not is_artifact(saved[0])
     assert not is_artifact(tmp_path / "none")
-
-
-class _FakeGguf:
-    """Stands in for a GGUF checkpoint: what the cache asks of one."""
-
-    format, fingerprint, total_bytes, config, tensors = "gguf", "f00d", 0, {"model_type": "llama"}, {}
-
-    def save_side_files(self, directory):
-        (directory / "tokenizer.json").write_text("{}")
-
-
-def test_a_gguf_is_exported_once_into_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QPALETTE_CACHE", str(tmp_path / "cache"))
-    directory = plain_directory(_FakeGguf())
-    assert directory == tmp_path / "cache" / "exported" / "f00d"
-    before = os.stat(directory / "config.json").st_mtime_ns
-    assert plain_directory(_FakeGguf()) == directory
-    assert os.stat(directory / "config.json").st_mtime_ns == before
-    assert [path.name for path in directory.parent.iterdir()] == ["f00d"], "no temporary is left"
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("QPALETTE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(CheckpointError, match="QPALETTE_CACHE"):
-        plain_directory(_FakeGguf())

@@ -224,6 +224,61 @@ def test_hostile_files_have_one_clear_error_naming_the_file(tmp_path, content, m
     assert "model.safetensors" in str(caught.value)
 
 
+def test_links_that_leave_the_model_are_not_followed(tmp_path, caplog):
+    """Neither by side files nor by the config, whose content goes into the result; weights may lie anywhere."""
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "secret").write_text("secret")
+    (private / "config.json").write_text(json.dumps({"auths": "secret"}))
+    directory = write_model(tmp_path / "model")
+    (directory / "notes.txt").symlink_to(private / "secret")
+    (directory / "more.txt").symlink_to("notes.txt")
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer_config.json").symlink_to("tokenizer.json")
+    (directory / "model.safetensors").rename(private / "model.safetensors")
+    (directory / "model.safetensors").symlink_to(private / "model.safetensors")
+    (tmp_path / "link").symlink_to(directory, target_is_directory=True)
+    for opened in (directory, tmp_path / "link"):
+        out, checkpoint = tmp_path / f"out-{opened.name}", open_checkpoint(opened)
+        assert_same(checkpoint, tensors_of_a_model())
+        out.mkdir()
+        caplog.clear()
+        checkpoint.save_side_files(out)
+        assert sorted(file.name for file in out.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+        for name in ("notes.txt", "more.txt"):
+            assert f"{name} is a link to {private / 'secret'}, outside the model: it is left out" in caplog.text
+    (directory / "config.json").unlink()
+    (directory / "config.json").symlink_to(private / "config.json")
+    with pytest.raises(
+        CheckpointError, match=r"config\.json is a link to .*, outside the model: copy it there, or give"
+    ):
+        open_checkpoint(directory)
+
+
+def test_the_links_of_the_hub_cache_are_followed(tmp_path, caplog):
+    """snapshots/REVISION/FILE -> ../../blobs/HASH, for every file; a link to anywhere else is not."""
+    repository = tmp_path / "models--owner--name"
+    snapshot, blobs = repository / "snapshots" / "f00d", repository / "blobs"
+    blobs.mkdir(parents=True)
+    plain = write_model(tmp_path / "plain")
+    (plain / "tokenizer.json").write_text("{}")
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(plain.iterdir()):
+        shutil.copyfile(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    for name, elsewhere in (("a.txt", tmp_path / "secret"), ("b.txt", repository / "secret")):
+        elsewhere.write_text("secret")
+        (snapshot / name).symlink_to(elsewhere)
+    checkpoint = open_checkpoint(snapshot)
+    assert_same(checkpoint, tensors_of_a_model())
+    assert checkpoint.fingerprint == open_checkpoint(plain).fingerprint
+    (tmp_path / "out").mkdir()
+    checkpoint.save_side_files(tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["tokenizer.json"]
+    assert "a.txt is a link" in caplog.text
+    assert "b.txt is a link" in caplog.text
+
+
 def edit_index(directory: Path, **weight_map: str) -> None:
     index = directory / "model.safetensors.index.json"
     content = json.loads(index.read_text())

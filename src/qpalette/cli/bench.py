@@ -182,10 +182,10 @@ def _original(
     if reference is not None:
         return from_directory(f"{reference} {dtype}", reference, *common)
     if model is not None:
-        from qpalette.evaluate.loading import is_artifact, plain_directory
+        from qpalette.evaluate.loading import is_artifact
 
         if not is_artifact(model):
-            from qpalette.storage import open_checkpoint
+            from qpalette.storage import open_checkpoint, plain_directory
 
             return from_directory(f"{model} {dtype}", str(plain_directory(open_checkpoint(model))), *common)
     name = str(config or model)

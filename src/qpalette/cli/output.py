@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
@@ -27,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from qpalette.core.files import write_whole
 from qpalette.core.text import speed
 
 
@@ -54,9 +54,7 @@ def write_json(value: Any, file: Path) -> None:
 def write_text(file: Path, text: str) -> None:
     """The whole of `file` or nothing of it. Raises InputError where its folder does not exist."""
     check_folder(file)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    write_whole(file, text)
 
 
 def check_folder(file: Path) -> None:

@@ -64,6 +64,14 @@ def quantize(
         list[str] | None,
         typer.Option("--also", metavar="NAME", help="Quantize this too: lm_head or embed_tokens. May be repeated."),
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="PATTERN", help="Quantize only linears of such names. May be repeated."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", metavar="PATTERN", help="Leave linears of such names, '*.0.mlp.*', as they are."),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to encode, such as cuda.")] = "cpu",
     workers: Annotated[int, typer.Option("--workers", help="Processes; with --device cuda they share the GPUs.")] = 1,
     ray: Annotated[
@@ -93,6 +101,7 @@ def quantize(
     options: dict[str, Any] = {"bits": bits, "spec": spec, "effort": effort, "rotation": rotation, "seed": seed}
     options |= {"plan": plan, "size": disk, "sensitivity": sensitivity}
     options |= {"hessians": hessians, "damping": damping, "also": also or (), "device": device}
+    options |= {"include": include or (), "exclude": exclude or ()}
     options |= {"sign_seeds": sign_seeds, "workers": workers, "ray": ray}
     if dry_run:
         estimate = run(model, out, **options, dry_run=True)

@@ -36,9 +36,9 @@ def _directory(model: str) -> str:
     """What the engines open: a quantized directory, checked; a checkpoint's directory; a GGUF file dequantized."""
     from pathlib import Path
 
-    from qpalette.evaluate.loading import is_artifact, plain_directory
+    from qpalette.evaluate.loading import is_artifact
     from qpalette.formats import open_artifact
-    from qpalette.storage import open_checkpoint
+    from qpalette.storage import open_checkpoint, plain_directory
 
     if not is_artifact(model):
         return str(plain_directory(open_checkpoint(model)))

@@ -11,3 +11,10 @@ CACHE = "QPALETTE_CACHE"
 def cache_directory() -> Path:
     """$QPALETTE_CACHE, or ~/.cache/qpalette."""
     return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "qpalette")
+
+
+def private_folder(name: str) -> Path:
+    """A folder of the cache, which nobody else may read or write; made when it is not there."""
+    for folder in (cache_directory(), cache_directory() / name):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from qpalette.core.files import write_whole
 
 
 class PartialFigures:
@@ -23,9 +24,7 @@ class PartialFigures:
             pass  # none, or half of one: start again
 
     def save(self) -> None:
-        temporary = self.file.with_name(self.file.name + ".tmp")
-        temporary.write_text(json.dumps({"identity": self.identity, "figures": self.figures}), encoding="utf-8")
-        os.replace(temporary, self.file)
+        write_whole(self.file, json.dumps({"identity": self.identity, "figures": self.figures}))
 
     def remove(self) -> None:
         self.file.unlink(missing_ok=True)

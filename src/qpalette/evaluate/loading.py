@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from qpalette.core.cache import CACHE, cache_directory
 from qpalette.core.errors import ArtifactError, CheckpointError, SpecError
 from qpalette.formats.reader import open_artifact
 from qpalette.models import find_groups, weight_bytes
 from qpalette.plan import PLAN_FILE, Plan
-from qpalette.storage import Checkpoint, export_checkpoint, open_checkpoint
+from qpalette.storage import open_checkpoint, plain_directory
 
 
 def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -78,20 +77,3 @@ def predicted_kl(path: str | Path) -> float | None:
     if plan is None or "method" not in plan.provenance.get("sensitivities", {}):
         return None
     return plan.predicted_loss
-
-
-def plain_directory(checkpoint: Checkpoint) -> Path:
-    """A Hugging Face directory with the weights of `checkpoint`: its own, or a dequantized copy in the cache."""
-    if checkpoint.format == "safetensors":
-        return checkpoint.files[0].parent
-    directory = cache_directory() / "exported" / checkpoint.fingerprint
-    if not directory.exists():
-        try:
-            export_checkpoint(checkpoint, directory)
-        except OSError as error:
-            if not directory.exists():  # otherwise another process has just written the same
-                raise CheckpointError(
-                    f"{directory} cannot be written ({error.strerror}); set {CACHE} to a directory with room for "
-                    f"{checkpoint.total_bytes / 1e9:.1f} GB"
-                ) from error
-    return directory

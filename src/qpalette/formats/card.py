@@ -29,8 +29,8 @@ TEMPLATE = """\
 import qpalette  # before from_pretrained, always
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{title}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{title}")
+model = AutoModelForCausalLM.from_pretrained({path}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({path})
 ```
 
 ## Size
@@ -75,8 +75,9 @@ def model_card(
     base = base_model or _hub_name(config)
     return TEMPLATE.format(
         front_matter=_front_matter(base, config.get("license")),
-        title=title,
-        base=f"`{base}`" if base else f"A {config.get('model_type', 'language')} model",
+        title=_escaped(title),
+        path=_quoted(title),
+        base=_code(base) if base else f"A {_escaped(str(config.get('model_type', 'language')))} model",
         weights=weights,
         count=len(records),
         rate=packed_bits / weights,
@@ -91,6 +92,33 @@ def kind_of(linear: str) -> str:
     return re.split(r"(?:^|\.)\d+\.", linear)[-1]
 
 
+def _printable(text: str) -> str:
+    """No line break, no control character, no half of a character: a "?" for each."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _quoted(text: str) -> str:
+    """A string in Python and in YAML alike."""
+    return json.dumps(_printable(text), ensure_ascii=False)
+
+
+def _escaped(text: str) -> str:
+    """Markdown that shows `text`."""
+    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", _printable(text))
+
+
+def _code(text: str) -> str:
+    """`text` as code, between more backticks than it has in a row."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{space}{_printable(text)}{space}{fence}"
+
+
+def _cell(text: str) -> str:
+    """Code in a table, where a bar would end the cell."""
+    return _code(text).replace("|", "\\|")
+
+
 def _hub_name(config: Mapping[str, Any]) -> str | None:
     """The source's own name, unless it is a path on somebody's disk."""
     name = config.get("_name_or_path")
@@ -100,9 +128,9 @@ def _hub_name(config: Mapping[str, Any]) -> str | None:
 def _front_matter(base_model: str | None, licence: Any) -> str:
     lines = ["library_name: transformers", "tags: [qpalette, quantized]"]
     if base_model:
-        lines += [f"base_model: {json.dumps(base_model)}", "base_model_relation: quantized"]
+        lines += [f"base_model: {_quoted(base_model)}", "base_model_relation: quantized"]
     if isinstance(licence, str) and licence:
-        lines.append(f"license: {json.dumps(licence)}")
+        lines.append(f"license: {_quoted(licence)}")
     return "\n".join(lines)
 
 
@@ -130,4 +158,4 @@ def _distortion_row(kind: str, records: Mapping[str, LinearRecord], distortions:
     bits = sum(counted_bits(record).total for record in records.values())
     specs = ", ".join(sorted({record.spec for record in records.values()}))
     mean = sum(sizes[name] * distortions[name] for name in records) / weights
-    return f"| {kind} | {specs} | {weights:,} | {bits / weights:.4f} | {mean:.3e} |"
+    return f"| {_cell(kind)} | {specs} | {weights:,} | {bits / weights:.4f} | {mean:.3e} |"

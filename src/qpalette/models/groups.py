@@ -87,13 +87,13 @@ def find_groups(
 
     `include` and `exclude` are glob patterns over linear names (no ".weight"): with `include`, only what matches one
     is quantized; what matches an `exclude` never is. Embeddings and the output head are optional: they stay as they
-    are unless a pattern of `also` matches their name or its last part, such as "lm_head" or "embed_tokens". A tied
-    head is the embedding, under both names. Architectures without a table give groups of one linear each: what the
-    model class in transformers has as nn.Linear or as experts, or, without such a class, every matrix of a layer.
-    The first linears of all experts in a layer read the same input, and are one group.
+    are unless a pattern of `also` matches their name or its last part, such as "lm_head" or "embed_tokens", and no
+    `exclude` their name. A tied head is the embedding, under both names. Architectures without a table give groups of
+    one linear each: what the model class in transformers has as nn.Linear or as experts, or, without such a class,
+    every matrix of a layer. The first linears of all experts in a layer read the same input, and are one group.
 
-    Raises CheckpointError when linears that share an input disagree about its size or a pattern of `also` matches
-    nothing.
+    Raises CheckpointError when linears that share an input disagree about its size, or a pattern of `also` or `exclude`
+    matches nothing.
     """
     reasons: dict[str, str] = {}
     linears: list[LinearShape] = []
@@ -105,7 +105,9 @@ def find_groups(
         elif len(info.shape) >= 2:
             reasons[info.name] = reason
     groups = _in_groups(linears, ARCHITECTURES.get(_model_type(checkpoint.config), {}))
-    chosen, optional = _choose(_optional(checkpoint), also)
+    chosen, optional = _choose(_optional(checkpoint), also, exclude)
+    names = [info.name.removesuffix(".weight") for info in checkpoint.tensors.values()]
+    _check_named(exclude, [*names, *(linear.name for linear in linears)])
     groups += chosen
     reasons = {name: reason for name, reason in reasons.items() if name not in {f"{g.name}.weight" for g in chosen}}
     grouped = {tensor_of(checkpoint, linear.name) for group in groups for linear in group.linears}
@@ -133,15 +135,27 @@ def _optional(checkpoint: Checkpoint) -> dict[LinearGroup, tuple[str, ...]]:
 
 
 def _choose(
-    optional: Mapping[LinearGroup, tuple[str, ...]], also: Sequence[str]
+    optional: Mapping[LinearGroup, tuple[str, ...]], also: Sequence[str], exclude: Sequence[str]
 ) -> tuple[tuple[LinearGroup, ...], tuple[LinearGroup, ...]]:
-    """(those that a pattern matches, the others)."""
+    """(those that a pattern of `also` matches and none of `exclude`, the others)."""
     for pattern in also:
         if not any(fnmatchcase(name, pattern) for names in optional.values() for name in names):
             known = ", ".join(group.name for group in optional) or "none here"
             raise CheckpointError(f"'{pattern}' matches no embedding and no output head; these could be named: {known}")
-    chosen = [g for g, names in optional.items() if any(fnmatchcase(n, p) for n in names for p in also)]
+    chosen = [
+        group
+        for group, names in optional.items()
+        if any(fnmatchcase(name, pattern) for name in names for pattern in also)
+        and not any(fnmatchcase(group.name, pattern) for pattern in exclude)
+    ]
     return tuple(chosen), tuple(group for group in optional if group not in chosen)
+
+
+def _check_named(exclude: Sequence[str], names: Sequence[str]) -> None:
+    """A name with a slip in it would leave in what was to be left out."""
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise CheckpointError(f"'{pattern}' leaves nothing out: no linear of the checkpoint has such a name")
 
 
 def _model_type(config: Mapping[str, Any]) -> str:

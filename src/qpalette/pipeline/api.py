@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +14,7 @@ from qpalette.codes import parse_spec
 from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import SpecError
 from qpalette.core.rate import parse_rate
+from qpalette.core.records import LinearGroup
 from qpalette.models import find_groups
 from qpalette.pipeline.forecast import forecast_seconds
 from qpalette.pipeline.jobs import Estimate, estimate
@@ -40,6 +41,8 @@ def quantize(
     damping: float = DAMPING,
     sign_seeds: int = 1,
     also: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     device: str = "cpu",
     workers: int = 1,
     ray: str | None = None,
@@ -63,8 +66,10 @@ def quantize(
 
     `hessians` is a directory that `qpalette.calibration` has filled for this model: rounding is then calibrated, with
     `damping` times the mean diagonal added to each Hessian. `also` names what is left alone otherwise: "lm_head",
-    "embed_tokens" (`find_groups`). `device` is where weights are encoded, such as "cuda";
-    `workers`, `ray` and `sign_seeds` as in `quantize_checkpoint`.
+    "embed_tokens". `include` and `exclude` are patterns over the names of linears, of those in a plan as well: with
+    `include` only what matches one is quantized, and what matches an `exclude` is not (all as in `find_groups`).
+    `device` is where weights are encoded, such as "cuda"; `workers`, `ray` and `sign_seeds` as in
+    `quantize_checkpoint`.
 
     Raises SpecError on options that mean nothing or do not fit the model, BudgetError naming the least that is possible
     on a budget that nothing fits, CheckpointError on a model that cannot be read, HessianError on Hessians that are
@@ -79,15 +84,18 @@ def quantize(
     known = Sensitivities.read(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
     store = None if hessians is None else HessianStore.open(hessians)
     checkpoint = open_checkpoint(model)
+    wanted: dict[str, Any] = {"include": include, "exclude": exclude}
     if ready is not None:
         ready = ready if effort is None else ready.with_effort(effort)
+        ready = _narrowed(ready, checkpoint, wanted) if include or exclude else ready
     elif chosen is not None:
         name = chosen.name if effort is None else chosen.with_effort(effort).name
-        ready = uniform_plan(find_groups(checkpoint, also=also).groups, name, rotation, seed)
+        ready = uniform_plan(find_groups(checkpoint, also=also, **wanted).groups, name, rotation, seed)
     else:
-        options = {"also": also, "hessians": store, "damping": damping, "device": device}
+        options: dict[str, Any] = {"hessians": store, "damping": damping, "device": device}
+        wanted |= {"also": also}
         options |= {"rotation": rotation, "seed": seed}
-        ready = _plan_within(checkpoint, bits, size, known, effort or "standard", options)
+        ready = _plan_within(checkpoint, bits, size, known, effort or "standard", wanted, options)
     if dry_run:
         return replace(estimate(checkpoint, ready, store), seconds=forecast_seconds(checkpoint, ready, device))
     base_model = None if Path(model).expanduser().exists() else str(model)
@@ -113,12 +121,34 @@ def _plan_within(
     size: str | int | None,
     known: Sensitivities | None,
     effort: str,
-    options: dict[str, Any],
+    wanted: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> Plan:
     """Uniform for bits alone; else as `make_plan` finds it, with every weight alike where nothing is known."""
     rate = None if bits is None else bits if isinstance(bits, Fraction) else parse_rate(str(bits))
-    groups = find_groups(checkpoint, also=options["also"]).groups
+    groups = find_groups(checkpoint, **wanted).groups
     if rate is not None and size is None and known is None:
         return uniform_plan(groups, spec_for_bits(groups, rate, effort), options["rotation"], options["seed"])
     budget = Budget(rate, None if size is None else parse_size(str(size)))
-    return make_plan(known or even_sensitivities(groups), budget, Space(palette_of(effort)), checkpoint, **options).plan
+    known, space = known or even_sensitivities(groups), Space(palette_of(effort))
+    return make_plan(known, budget, space, checkpoint, **wanted, **options).plan
+
+
+def _narrowed(plan: Plan, checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> Plan:
+    """The plan without the linears that are not wanted; its prediction was for all of them."""
+    whole = find_groups(checkpoint)
+    also = [group.name for group in whole.optional if group.name in plan.specs]
+    kept = _names(find_groups(checkpoint, also=also, **wanted).groups)
+    specs = {name: spec for name, spec in plan.specs.items() if name in kept or name not in _names(whole.all_groups)}
+    launches = (tuple(name for name in launch if name in specs) for launch in plan.launches)
+    return replace(
+        plan,
+        specs=specs,
+        sensitivities={name: value for name, value in plan.sensitivities.items() if name in specs},
+        launches=tuple(launch for launch in launches if launch),
+        prediction={},
+    )
+
+
+def _names(groups: Sequence[LinearGroup]) -> set[str]:
+    return {linear.name for group in groups for linear in group.linears}

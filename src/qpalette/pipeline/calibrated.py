@@ -13,7 +13,7 @@ from torch import Tensor
 from qpalette.calibration.feedback import Feedback, encode_with_feedback, factorize, fit_row_scales
 from qpalette.calibration.hessians import rotate_hessian
 from qpalette.core.records import TILE
-from qpalette.pipeline.encode import EncodedLinear, Quality, check_finite, check_scales, encode_tiles
+from qpalette.pipeline.encode import EncodedLinear, Quality, check_finite, check_scales, encode_tiles, round_scales
 from qpalette.pipeline.jobs import Job
 from qpalette.rotate import Rotation, pack_signs, rotate_weight
 from qpalette.runtime import Backend, select
@@ -80,9 +80,7 @@ def _finish(
     member: _Rows, codes: Tensor, decoded: Tensor, damped: Tensor, moments: Tensor, signs: Tensor
 ) -> EncodedLinear:
     gains = fit_row_scales(member.unit, decoded, damped)
-    # As without feedback: a scale below float16's smallest number rounds to 0, and the row counts as lost.
-    scales = (gains * member.rms).to(torch.float16)
-    check_scales(member.name, scales)
+    scales, faint = round_scales(member.name, gains * member.rms)
     source = member.unit * member.rms
     error = source - scales.double() * decoded
     return EncodedLinear(
@@ -92,6 +90,7 @@ def _finish(
         quality=Quality(
             distortion=_ratio(error.square().sum(), source.square().sum()),
             proxy=_ratio(_energy(error, moments), _energy(source, moments)),
+            faint_rows=faint,
         ),
     )
 

@@ -12,7 +12,8 @@ import torch
 
 from qpalette.codes.tiles import from_tiles, to_tiles
 from qpalette.core.errors import CheckpointError, InputError
-from qpalette.core.records import TILE, LinearGroup, LinearRecord
+from qpalette.core.records import TILE, LinearGroup, LinearRecord, LinearShape
+from qpalette.models.model_class import EXPERT
 from qpalette.rotate import Rotation, pack_signs, rotate_weight
 from qpalette.runtime import Backend, select
 
@@ -36,6 +37,7 @@ class Quality(NamedTuple):
 
     distortion: float  # sum (W - stored)^2 over sum W^2
     proxy: float | None = None  # calibrated, the same of the layer's outputs: tr(E H E^T) over tr(W H W^T)
+    faint_rows: int = 0  # of weights so small that their scale has fewer digits in float16, or none
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def encode_linear(
     backend = select("encode", record.spec, device)
     rotation = Rotation.parse(record.rotation, record.in_features)
     rows = max(1, CHUNK_WEIGHTS // (TILE * record.in_features)) * TILE
-    codes, scales, error, energy = [], [], 0.0, 0.0
+    codes, scales, error, energy, faint = [], [], 0.0, 0.0, 0
     for chunk in weight.split(rows):
         check_finite(name, chunk)
         rotated = rotate_weight(chunk.to(device), rotation, signs.to(device))
@@ -70,8 +72,9 @@ def encode_linear(
         scales.append(part.scales.cpu())
         error += part.error
         energy += part.energy
+        faint += part.faint
     distortion = error / energy if energy else 0.0
-    return EncodedLinear(torch.cat(codes), torch.cat(scales), pack_signs(signs), Quality(distortion))
+    return EncodedLinear(torch.cat(codes), torch.cat(scales), pack_signs(signs), Quality(distortion, None, faint))
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class _Rows:
     scales: torch.Tensor
     error: float
     energy: float
+    faint: int
 
 
 def _encode_rows(name: str, rotated: torch.Tensor, spec: str, backend: Backend) -> _Rows:
@@ -92,14 +96,13 @@ def _encode_rows(name: str, rotated: torch.Tensor, spec: str, backend: Backend) 
     codes = encode_tiles(backend, spec, tiles.reshape(-1, tiles.shape[-1]))
     decoded = from_tiles(backend.decode(spec, codes).reshape(tiles.shape), *source.shape).double()
     gain = (unit * decoded).sum(1, keepdim=True) / decoded.square().sum(1, keepdim=True)
-    # A scale below float16's smallest number rounds to 0: the row is lost, and counted so in the distortion.
-    scales = (gain * rms).to(torch.float16)
-    check_scales(name, scales)
+    scales, faint = round_scales(name, gain * rms)
     return _Rows(
         codes=codes.reshape(*tiles.shape[:2], -1),
         scales=scales.flatten().view(torch.int16),
         error=_total((source - scales.double() * decoded).square()),
         energy=_total(source.square()),
+        faint=faint,
     )
 
 
@@ -138,6 +141,35 @@ def check_scales(name: str, scales: torch.Tensor) -> None:
     largest = float(scales.double().abs().max())
     if not largest <= torch.finfo(torch.float16).max:
         raise CheckpointError(
-            f"tensor '{name}.weight' has a row of root mean square {largest:g}, beyond float16 (65504); "
-            "exclude this linear, or rescale the checkpoint"
+            f"tensor '{name}.weight' has a row of root mean square {largest:g}, beyond float16 (65504): "
+            f"leave it out with --exclude '{pattern_of(name)}', or rescale the checkpoint"
         )
+
+
+def round_scales(name: str, scales: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """float16 [M, 1] of float64 [M, 1], and how many have lost digits: those below float16's normal numbers.
+
+    One below its smallest number rounds to 0: the row is lost, and counted so in the distortion. Raises as
+    `check_scales`.
+    """
+    rounded = scales.to(torch.float16)
+    check_scales(name, rounded)
+    faint = (scales != 0) & (scales.abs() < torch.finfo(torch.float16).smallest_normal)
+    return rounded, int(faint.sum())
+
+
+def tell_of_faint_rows(linear: LinearShape, quality: Quality) -> None:
+    """A warning with the way out, where rows are too small for their scales."""
+    if quality.faint_rows:
+        logger.warning(
+            "%s: %d of %d rows are too small for float16 scales (below %.2g), distortion %.3g; leave it out with "
+            "--exclude '%s', or rescale the checkpoint",
+            *(linear.name, quality.faint_rows, linear.out_features, torch.finfo(torch.float16).smallest_normal),
+            *(quality.distortion, pattern_of(linear.name)),
+        )
+
+
+def pattern_of(linear: str) -> str:
+    """What leaves a linear out, for --exclude: with an expert all of its layer, which are one module."""
+    match = EXPERT.fullmatch(linear)
+    return f"{match['experts']}.*" if match else linear

@@ -28,7 +28,7 @@ def disk_bytes(checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None
     proxy = None if hessians is None else LONGEST
     results = [LinearResult(job.name, job.record, LONGEST, proxy) for job in jobs]
     calibration = None if hessians is None else hessians.calibration
-    output = Path("m" * 255)  # the longest name, which the model card repeats
+    output = Path("\\" * 255)  # the longest name, each of its characters escaped where the model card repeats it
     report = QuantizeReport(output, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration)
     write_documents(packed, report, plan, base_model=None)
     with tempfile.TemporaryDirectory() as directory:

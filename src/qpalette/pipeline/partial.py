@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from qpalette.core.errors import CheckpointError
+from qpalette.core.files import write_whole
 from qpalette.formats import parts_of
 from qpalette.models import read_weight
 from qpalette.pipeline.encode import EncodedLinear, Quality
@@ -28,7 +28,8 @@ class PartialResults:
 
     A file appears by a rename after its bytes are on disk, so what is there is whole; its SHA-256 tells of bits that
     the disk has lost since. A job's digest knows samples of the source alone. So when the source's files have another
-    size or time than in the run before, the weights that finished linears were made from are compared as well.
+    size or time than in the run before, the weights that finished linears were made from are compared as well. One run
+    at a time may use it (`Output.claimed`).
     """
 
     def __init__(self, directory: Path, jobs: Iterable[Job]) -> None:
@@ -37,8 +38,8 @@ class PartialResults:
         self._linears = directory / "linears"
         self._stamps = self._linears / "source.json"
         self._found: dict[str, Quality] = {}
+        self._at_hand: tuple[str, dict[str, torch.Tensor]] = ("", {})
         self.assembled = directory / "assembled"
-        self.replaced = directory / "replaced"
 
     def open(self, checkpoint: Checkpoint) -> None:
         """Make the folder, drop what an interrupted run left half-written in it, and see which linears are finished."""
@@ -54,9 +55,7 @@ class PartialResults:
             quality = self._load(job, checkpoint if changed else None)
             if quality is not None:
                 self._found[job.name] = quality
-        temporary = self._stamps.with_suffix(".tmp")
-        temporary.write_text(_stamps_of(checkpoint), encoding="utf-8")
-        os.replace(temporary, self._stamps)
+        write_whole(self._stamps, _stamps_of(checkpoint))
 
     def quality(self, job: Job) -> Quality | None:
         """The quality of a finished job; None when it is still to do."""
@@ -74,25 +73,39 @@ class PartialResults:
         tensors = {part.suffix: getattr(encoded, part.field) for part in parts_of(job.record)}
         infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
         metadata = {"job": job.digest, "linear": job.name, "weight": encoded.weight_sha256}
-        metadata |= {"sha256": sha256_of(*tensors.values())}
-        metadata |= {key: repr(value) for key, value in encoded.quality._asdict().items() if value is not None}
+        metadata |= {"quality": json.dumps(encoded.quality)}
+        metadata |= {"sha256": _sha256(tensors, metadata)}
         with StreamingSafetensorsWriter(self._file(job), infos, metadata) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
         self._found[job.name] = encoded.quality
 
     def read(self, linear: str, suffix: str) -> torch.Tensor:
-        """One tensor of a finished linear."""
-        file = self._file(self._jobs[linear])
-        try:
-            with safe_open(file, "pt") as stored:
-                return stored.get_tensor(suffix)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}); remove it and run again") from error
+        """One tensor of a finished linear, the bytes that were saved.
+
+        A linear's tensors are asked for one after the other: all are read and compared at once, and kept until then.
+        Raises CheckpointError naming the linear when its file cannot be read, or has lost a bit.
+        """
+        if self._at_hand[0] != linear:
+            self._at_hand = (linear, self._verified(linear))
+        return self._at_hand[1][suffix]
 
     def remove(self) -> None:
         """After the output is in place."""
-        shutil.rmtree(self.directory)
+        for folder in (self._linears, self.assembled):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _verified(self, linear: str) -> dict[str, torch.Tensor]:
+        job = self._jobs[linear]
+        file = self._file(job)
+        way_out = f"run the same command again: {linear} alone is quantized again"
+        try:
+            tensors, metadata = _stored(file, job)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); {way_out}") from error
+        if metadata.get("sha256") != _sha256(tensors, metadata):
+            raise CheckpointError(f"{file} has lost a bit since it was written (its SHA-256 differs); {way_out}")
+        return tensors
 
     def _load(self, job: Job, changed: Checkpoint | None) -> Quality | None:
         """What is stored of a job; None when nothing is, it is damaged, or the source has `changed` under it."""
@@ -100,25 +113,34 @@ class PartialResults:
         if not file.exists():
             return None
         try:
-            with safe_open(file, "pt") as stored:
-                metadata = stored.metadata() or {}
-                digest = sha256_of(*(stored.get_tensor(part.suffix) for part in parts_of(job.record)))
+            tensors, metadata = _stored(file, job)
         except (SafetensorError, OSError) as error:
             logger.warning("%s is damaged (%s): %s is quantized again", file, error, job.name)
             return None
         if metadata.get("job") != job.digest:
             return None
-        if metadata.get("sha256") != digest:
+        if metadata.get("sha256") != _sha256(tensors, metadata):
             logger.warning("%s is damaged (its SHA-256 differs): %s is quantized again", file, job.name)
             return None
         if changed is not None and metadata.get("weight") != sha256_of(read_weight(changed, job.name)):
             logger.warning("%s has changed: it is quantized again", job.name)
             return None
-        proxy = metadata.get("proxy")
-        return Quality(float(metadata["distortion"]), None if proxy is None else float(proxy))
+        return Quality(*json.loads(metadata["quality"]))
 
     def _file(self, job: Job) -> Path:
         return self._linears / f"{job.digest[:40]}.safetensors"
+
+
+def _stored(file: Path, job: Job) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a job's file, in the order in which they are hashed, and its metadata."""
+    with safe_open(file, "pt") as stored:
+        tensors = {part.suffix: stored.get_tensor(part.suffix) for part in parts_of(job.record)}
+        return tensors, stored.metadata() or {}
+
+
+def _sha256(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Of all that the output takes from a file."""
+    return hashlib.sha256(f"{sha256_of(*tensors.values())} {metadata.get('quality')}".encode()).hexdigest()
 
 
 def sha256_of(*tensors: torch.Tensor) -> str:

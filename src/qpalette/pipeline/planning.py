@@ -54,6 +54,8 @@ def make_plan(
     checkpoint: Checkpoint | None = None,
     *,
     also: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     hessians: HessianStore | None = None,
     damping: float = DAMPING,
     device: str = "cpu",
@@ -64,7 +66,8 @@ def make_plan(
 ) -> BudgetPlan:
     """The plan of least predicted loss within `budget`, for `checkpoint` or for the linears of the sensitivities alone.
 
-    `also` names optional linears to quantize ("lm_head", "embed_tokens"), as in `find_groups`. A memory budget is for
+    `also` names optional linears to quantize ("lm_head", "embed_tokens"), `include` and `exclude` which of the others
+    are and are not, as in `find_groups`. A memory budget is for
     `space.batch` sequences of `context` tokens. With `hessians` the plan is for calibrated rounding: what feedback
     takes off the error of each group is known from its Hessian.
 
@@ -76,7 +79,7 @@ def make_plan(
             raise InputError("a size or memory counts the whole model: give the model as well, or bits")
         chosen = sensitivities.of_listed
     else:
-        chosen = sensitivities.of_groups(find_groups(checkpoint, also=also).groups)
+        chosen = sensitivities.of_groups(find_groups(checkpoint, include, exclude, also).groups)
     if hessians is not None and checkpoint is not None:
         measured = find_groups(checkpoint).groups
         chosen = with_feedback(chosen, feedback_gains(hessians, measured, rotation, seed, damping, device))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +15,11 @@ import torch
 from qpalette.calibration.feedback import DAMPING
 from qpalette.calibration.hessians import HessianStore
 from qpalette.calibration.learned_signs import learn_seeds
-from qpalette.core.errors import ArtifactError, InputError
+from qpalette.core.errors import InputError
 from qpalette.formats import PackedCheckpoint, model_card, open_artifact, write_checksums
-from qpalette.pipeline.encode import Quality
+from qpalette.pipeline.encode import Quality, tell_of_faint_rows
 from qpalette.pipeline.jobs import HEADROOM_BYTES, Job, format_of, make_jobs
+from qpalette.pipeline.output import Output
 from qpalette.pipeline.partial import PartialResults
 from qpalette.pipeline.report import REPORT_FILE, LinearResult, QuantizeReport
 from qpalette.pipeline.work import Work, encode_batch
@@ -57,8 +57,9 @@ def quantize_checkpoint(
     """Quantize the linears that `plan` names, carry everything else over, and put the result at `output_dir`.
 
     Finished linears wait in `<output_dir>.partial`; a second run with the same plan and source goes on from there and
-    gives the same bytes as an uninterrupted one. `output_dir` appears whole, by one rename. `overwrite` replaces an
-    existing quantized model, and nothing else. `base_model` is the Hub name that the model card states.
+    gives the same bytes as an uninterrupted one. `output_dir` appears whole, by one rename (a mount point: `Output`).
+    `overwrite` replaces an existing quantized model, and nothing else. One run at a time may write it. `base_model` is
+    the Hub name that the model card states.
 
     With `hessians` rounding is calibrated: errors are fed back with `damping` (LDLQ), which lowers the error of each
     layer's output on text like the calibration's, at the same size. Without, no data is needed.
@@ -70,39 +71,42 @@ def quantize_checkpoint(
     Raises SpecError when the plan does not fit the checkpoint, UnsupportedError when no backend encodes on `device`,
     ArtifactError when the output exists, InputError when the disk is too full, CheckpointError naming the tensor when a
     weight is not finite or too large, and HessianError naming the group when Hessians are missing, of another model, or
-    not usable. InputError also tells of a `device` that is not there, and of workers that keep dying.
+    not usable. InputError also tells of another run that writes the output, of a `device` that is not there, and of
+    workers that keep dying.
     """
-    output, device = Path(output_dir).expanduser().resolve(), parse_device(device)
+    output, device = Output(Path(output_dir).expanduser().resolve(), overwrite), parse_device(device)
     if workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
-    jobs = make_jobs(checkpoint, plan, hessians, damping)
-    if sign_seeds > 1:
-        seeds = _learned(jobs, hessians, plan, sign_seeds, damping, device)
-        jobs = make_jobs(checkpoint, plan, hessians, damping, seeds)
-    for spec in set(plan.specs.values()):
-        select("encode", spec, device)
-    _check_output(output, overwrite)
-    partial = PartialResults(output.with_name(output.name + ".partial"), jobs)
-    partial.open(checkpoint)
-    packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), partial.read)
-    _check_disk(packed, jobs, partial)
+    with output.claimed():
+        jobs = make_jobs(checkpoint, plan, hessians, damping)
+        for spec in set(plan.specs.values()):
+            select("encode", spec, device)
+        if sign_seeds > 1:
+            seeds = _learned(jobs, hessians, plan, sign_seeds, damping, device)
+            jobs = make_jobs(checkpoint, plan, hessians, damping, seeds)
+        partial = PartialResults(output.work, jobs)
+        partial.open(checkpoint)
+        packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), partial.read)
+        _check_disk(packed, jobs, partial)
 
-    with _full_disk_is_told(partial):
-        work = Work(checkpoint.location, checkpoint.fingerprint, hessians, damping, torch.get_num_threads())
-        qualities = _quantize_linears(
-            jobs, partial, lambda batches: _finished(work, checkpoint, batches, workers, ray, device), progress
-        )
-        partial.check_source(checkpoint)
-
-        calibration = None if hessians is None else hessians.calibration
-        results = [LinearResult(job.name, job.record, *qualities[job.name]) for job in jobs]
-        report = QuantizeReport(output, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration)
-        write_documents(packed, report, plan, base_model)
-        export_checkpoint(packed, partial.assembled, max_shard_bytes)
-        open_artifact(partial.assembled)  # what was written is read back before anything is replaced
-        write_checksums(partial.assembled)
-    _check_output(output, overwrite)
-    _put_in_place(partial, output)
+        with _full_disk_is_told(partial):
+            work = Work(checkpoint.location, checkpoint.fingerprint, hessians, damping, torch.get_num_threads())
+            qualities = _quantize_linears(
+                jobs, partial, lambda batches: _finished(work, checkpoint, batches, workers, ray, device), progress
+            )
+            partial.check_source(checkpoint)
+            calibration = None if hessians is None else hessians.calibration
+            measured = [(job, qualities[job.name]) for job in jobs]
+            results = [LinearResult(job.name, job.record, found.distortion, found.proxy) for job, found in measured]
+            report = QuantizeReport(
+                output.directory, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration
+            )
+            write_documents(packed, report, plan, base_model)
+            export_checkpoint(packed, partial.assembled, max_shard_bytes)
+            open_artifact(partial.assembled)  # what was written is read back before anything is replaced
+            write_checksums(partial.assembled)
+        output.put(partial.assembled)
+        partial.remove()
     return report
 
 
@@ -160,6 +164,7 @@ def _quantize_linears(
     def finish(job: Job, quality: Quality) -> None:
         nonlocal done
         qualities[job.name] = quality
+        tell_of_faint_rows(job.linear, quality)
         done += job.linear.weights
         if progress is not None:
             progress(done, total, job.name, quality.distortion)
@@ -184,26 +189,6 @@ def write_documents(packed: PackedCheckpoint, report: QuantizeReport, plan: Plan
     calibration = None if measured is None else (measured.tokens, measured.text_sha256)
     card = model_card(report.output.name, packed.config, records, distortions, carried_bytes, base_model, calibration)
     packed.documents.update({REPORT_FILE: report.to_json(), PLAN_FILE: plan.to_json(), "README.md": card})
-
-
-def _put_in_place(partial: PartialResults, output: Path) -> None:
-    if output.exists() and any(output.iterdir()):
-        shutil.rmtree(partial.replaced, ignore_errors=True)
-        os.replace(output, partial.replaced)
-    os.replace(partial.assembled, output)
-    partial.remove()
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    """A missing or empty directory will do; only a quantized model is ever overwritten."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise ArtifactError(f"{output} exists already; choose another directory, or overwrite it (--overwrite)")
-    try:
-        open_artifact(output)
-    except ArtifactError as error:
-        raise ArtifactError(f"{output} is not overwritten, since it is no quantized model: {error}") from error
 
 
 def _check_disk(packed: PackedCheckpoint, jobs: Sequence[Job], partial: PartialResults) -> None:

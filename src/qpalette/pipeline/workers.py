@@ -12,8 +12,9 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields
 from typing import Any
@@ -28,6 +29,7 @@ from qpalette.pipeline.work import Work, encode_batch
 
 logger = logging.getLogger(__name__)
 
+QUEUED = 2  # batches for each worker: one to encode, one at hand when it is done
 DEATHS_IN_A_ROW = 3  # without any batch finished in between: then it is not bad luck
 
 Batch = tuple[Job, ...]
@@ -35,21 +37,26 @@ Result = tuple[Batch, list[EncodedLinear]]
 
 
 def run_in_processes(work: Work, batches: Sequence[Batch], workers: int, device: torch.device) -> Iterator[Result]:
-    """Each batch with its packed tensors, as they are finished.
+    """Each batch with its packed tensors, as they are finished; results wait for no more than a few batches at a time.
 
     A device "cuda" without a number means all of them. Raises what `encode_batch` raises, and InputError when
     processes keep dying.
     """
-    todo, deaths = list(batches), 0
+    todo, deaths = deque(batches), 0
     while todo:
+        running: dict[Future[list[dict[str, Any]]], Batch] = {}
         with _Pool(work, workers, device) as pool:
-            futures = {pool.submit(_encode, batch): batch for batch in todo}
             try:
-                for future in as_completed(futures):
-                    yield futures[future], _result(future)
-                    todo.remove(futures[future])
+                while todo or running:
+                    while todo and len(running) < QUEUED * workers:
+                        future = pool.submit(_encode, todo[0])
+                        running[future] = todo.popleft()
+                    future = wait(running, return_when=FIRST_COMPLETED).done.pop()
+                    result = _result(future)
+                    yield running.pop(future), result
                     deaths = 0
             except BrokenProcessPool as error:
+                todo.extendleft(reversed(running.values()))
                 deaths += 1
                 if deaths == DEATHS_IN_A_ROW:
                     raise InputError(

@@ -1,6 +1,7 @@
 """Streams a source model tensor by tensor: bytes and names, nothing of what they mean."""
 
 from qpalette.storage.export import export_checkpoint
+from qpalette.storage.exported import plain_directory
 from qpalette.storage.safetensors_source import copy_side_files
 from qpalette.storage.safetensors_writer import StreamingSafetensorsWriter
 from qpalette.storage.source import Checkpoint, TensorInfo, open_checkpoint
@@ -12,4 +13,5 @@ __all__ = [
     "copy_side_files",
     "export_checkpoint",
     "open_checkpoint",
+    "plain_directory",
 ]

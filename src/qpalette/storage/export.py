@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qpalette.core.errors import CheckpointError
+from qpalette.core.files import contents, is_mount_point, move_contents
 from qpalette.storage.base import Checkpoint, TensorInfo
 from qpalette.storage.safetensors_writer import StreamingSafetensorsWriter, header_bytes
 
@@ -19,20 +20,24 @@ METADATA = {"format": "pt"}
 def export_checkpoint(checkpoint: Checkpoint, directory: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write config.json, every tensor as it is read, and the tokenizer; one tensor in memory at a time.
 
-    The directory must not exist, or be empty; it appears whole (a sibling is filled, then renamed) or not at all.
-    Raises CheckpointError when it exists, and what reading the checkpoint raises.
+    The directory must not exist, or be empty; it appears whole (a sibling is filled, then renamed) or not at all. A
+    mount point cannot be renamed: a folder in it is filled, then all is moved up, config.json last. Raises
+    CheckpointError when it exists, and what reading the checkpoint raises.
     """
     target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or contents(target)):
         raise CheckpointError(f"{target} exists already; choose another directory or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
+    is_volume = is_mount_point(target)
+    temporary = (target if is_volume else target.parent) / f".{target.name}.{os.getpid()}.tmp"
+    temporary.mkdir(parents=True)
     try:
         checkpoint.save_side_files(temporary)
         (temporary / "config.json").write_text(_config_text(checkpoint), encoding="utf-8")
         _write_weights(checkpoint, temporary, max_shard_bytes)
-        os.replace(temporary, target)
+        if is_volume:
+            move_contents(temporary, target)
+        else:
+            os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -25,7 +25,10 @@ NOT_THE_MODEL = ("consolidated*.safetensors", "adapter_model*.safetensors")
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """Reads `directory`; raises CheckpointError naming the file when anything in it is inconsistent."""
+    """Reads `directory`; raises CheckpointError naming the file when anything in it is inconsistent.
+
+    Weights may lie elsewhere, behind links: only numbers are taken from them. What is carried as text may not.
+    """
 
     format = "safetensors"
 
@@ -56,10 +59,27 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def copy_side_files(source: Path, target: Path, but: Collection[str] = ()) -> None:
-    """Tokenizer, chat template, generation config and licence from one model directory to another, `but` some names."""
+    """Tokenizer, chat template, generation config and licence from one model directory to another, `but` some names.
+
+    What a link brings in from elsewhere is no part of the model and is left out, with a warning (`is_inside`).
+    """
     for file in sorted(source.iterdir()):
-        if _is_side_file(file) and file.name not in but:
+        if not _is_side_file(file) or file.name in but:
+            continue
+        if is_inside(file, source):
             _copy_without_remote_code(file, target / file.name)
+        else:
+            logger.warning("%s is a link to %s, outside the model: it is left out; copy it there", file, file.resolve())
+
+
+def is_inside(file: Path, directory: Path) -> bool:
+    """Whether `file`, its links followed, lies in `directory`, or where the Hub's cache keeps the files of a snapshot.
+
+    That cache has models--owner--name/snapshots/REVISION/FILE, a link into models--owner--name/blobs.
+    """
+    real, home = file.resolve(), directory.resolve()
+    blobs = home.parent.parent / "blobs"
+    return real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == blobs.resolve())
 
 
 def _read(stored: StoredTensor, index: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -94,6 +114,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; a model directory needs the config.json of its source")
+    if not is_inside(file, file.parent):  # its content goes into the result
+        raise CheckpointError(
+            f"{file} is a link to {file.resolve()}, outside the model: copy it there, or give the directory it is in"
+        )
     config = _read_json(file)
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
