@@ -163,7 +163,7 @@ def _transformers_layout(
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
         names = get_gguf_hf_weights_map(model, processor)
     except Exception as error:  # whatever a model class raises on the sizes of a damaged file
         raise CheckpointError(
