@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qpalette.core.errors import SpecError
@@ -164,6 +166,26 @@ HUGE = ["h99999999999", "h" + "9" * 5000, "c999999999", "h536870912", "h2x" * 50
 def test_hostile_names_are_refused(name):
     with pytest.raises(SpecError):
         Rotation.parse(name, 576)
+
+
+BOMBS = [("c65536", 1 << 16), ("h1024xh1024xh2", 1 << 21), ("c1022xc1022", 1022**2), ("c1024xh4xc3", 12 << 10)]
+
+
+@pytest.mark.parametrize(("name", "dim"), BOMBS)
+def test_names_that_ask_for_gigabytes_are_refused(name, dim):
+    with pytest.raises(SpecError, match=r"4096 is the most|above 1024 a cosine"):
+        Rotation.parse(name, dim)
+
+
+@given(st.one_of(st.integers(2, 5000), st.integers(2, 1 << 20), st.integers(1, 1 << 10).map(lambda n: n << 10)))
+@settings(max_examples=2000, deadline=None)
+@example(1_048_573)  # a prime: one cosine, by FFT
+@example((1 << 20) - 2)
+def test_every_rotation_that_is_chosen_can_be_read(dim):
+    for kind in ["full", *(["block"] if dim % 2 == 0 else [])]:
+        rotation = rotation_for(dim, kind)
+        assert Rotation.parse(rotation.name, dim) == rotation
+        assert rotation.dense_order <= 1024
 
 
 @pytest.mark.parametrize(("name", "dim"), [("h64", 100), ("c7", 0), ("h2", -2), ("h2", 1), ("c3xh2", 9)])
