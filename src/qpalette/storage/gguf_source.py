@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 
 from qpalette.core.errors import CheckpointError
 from qpalette.storage.base import Checkpoint, TensorInfo, layout_of
+from qpalette.storage.gguf_header import check_header
 from qpalette.storage.gguf_metadata import read_config, save_generation_config, save_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class GgufCheckpoint(Checkpoint):
 
 
 def _open_reader(file: Path) -> GGUFReader:
+    check_header(file)
     try:
         return GGUFReader(file)
     except Exception as error:  # the reader indexes a raw map: a damaged file may raise anything
