@@ -293,7 +293,9 @@ def test_headers_of_either_byte_order_are_walked(tmp_path, order):
     [
         ({"architecture": "novel"}, "cannot read GGUF architecture 'novel'"),
         ({"metadata": {"llama.expert_count": 8}}, "experts are stacked in GGUF files"),
-        ({"layers": 2**31}, "announces more layers than it has tensors"),
+        ({"layers": 2**31}, "announces 2147483648 layers and has tensors of 2, where 1 to 256 are read"),
+        ({"layers": 0}, "announces 0 layers and has tensors of 2"),
+        ({"extra": {f"blk.{i}.attn_norm.weight": np.ones(4) for i in range(2, 300)}, "layers": 300}, "tensors of 300"),
         ({"metadata": {"split.count": 2}}, "join the parts with `llama-gguf-split --merge`"),
     ],
 )

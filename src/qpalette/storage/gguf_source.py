@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ FLOATS = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
+LAYER = re.compile(r"blk\.(\d+)\.")
+MOST_LAYERS = 256  # twice the deepest model's; transformers takes a time that grows with their square
 ROPE_FACTORS = "rope_freqs.weight"  # goes into the config
 
 
@@ -135,9 +138,14 @@ def _check_supported(file: Path, reader: GGUFReader) -> None:
         raise CheckpointError(f"{file}: experts are stacked in GGUF files, which is not supported; {way_out}")
     if _count(file, reader, "split.count") > 1:
         raise CheckpointError(f"{file} is one part of a split model; join the parts with `llama-gguf-split --merge`")
-    # A corrupt count would have us build a model of a billion layers.
-    if _count(file, reader, f"{architecture}.block_count") > len(reader.tensors):
-        raise CheckpointError(f"{file} announces more layers than it has tensors; it is corrupt, fetch it again")
+    # A corrupt count would have us build a model of a billion layers, and none the 32 of transformers' default.
+    layers = _count(file, reader, f"{architecture}.block_count")
+    present = len({match[1] for tensor in reader.tensors if (match := LAYER.match(tensor.name))})
+    if not 1 <= layers <= min(present, MOST_LAYERS):
+        raise CheckpointError(
+            f"{file} announces {layers} layers and has tensors of {present}, where 1 to {MOST_LAYERS} are read; "
+            "it is corrupt, fetch it again"
+        )
 
 
 def _float_type(tensors: list[ReaderTensor]) -> torch.dtype:
