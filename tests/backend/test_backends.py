@@ -49,10 +49,8 @@ def operands(x: torch.Tensor, packed: PackedLinear) -> tuple[torch.Tensor, torch
 
 def exact(packed: PackedLinear) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The linear of x [N, K] and W' [M, K] in float64."""
-    rotation, signs = (
-        Rotation.parse(packed.rotation, packed.in_features),
-        unpack_signs(packed.signs, packed.in_features),
-    )
+    rotation = Rotation.parse(packed.rotation, packed.in_features)
+    signs = unpack_signs(packed.signs, packed.in_features)
     return lambda x, weight: rotation.apply(x.double() * signs) @ weight.T
 
 
