@@ -107,7 +107,9 @@ def write_model(case: Case, directory: Path) -> None:
     """A random model of the real class, saved as transformers does: experts under their names of the hub."""
     torch.manual_seed(0)
     sizes = COMMON | {"hidden_size": case.hidden, "intermediate_size": case.inner} | case.extra
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(case.model_type, **sizes))
+    model: Any = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(case.model_type, **sizes), trust_remote_code=False
+    )
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
@@ -126,14 +128,14 @@ def check(case: Case, spec: str, folder: Path) -> dict[str, Any]:
     artifact, checkpoint = open_artifact(out), open_checkpoint(source)
     check_nothing_is_lost(artifact, checkpoint)
 
-    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    model: Any = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)
     assert model.dtype == torch.float32
     # Decoded without the runtime's modules, written under the source's names, and loaded by transformers alone.
     export_checkpoint(DequantizedCheckpoint(artifact, torch.float32), plain)
-    decoded: Any = AutoModelForCausalLM.from_pretrained(plain)
+    decoded: Any = AutoModelForCausalLM.from_pretrained(plain, trust_remote_code=False)
     with torch.inference_mode():
         result, wanted = model(IDS).logits, decoded(IDS).logits
-        original = AutoModelForCausalLM.from_pretrained(source)(IDS).logits
+        original = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False)(IDS).logits
     difference, allowed = float((result - wanted).abs().max()), tolerance(artifact, wanted)
     assert difference <= allowed, f"{case.name}: logits differ by {difference}, {allowed} allowed"
     assert (wanted - original).abs().max() > allowed, "quantizing changes the model"

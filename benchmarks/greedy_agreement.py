@@ -77,7 +77,7 @@ def main(
 def encode_prompts(artifact: str) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(artifact)
+    tokenizer = AutoTokenizer.from_pretrained(artifact, trust_remote_code=False)
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
 
@@ -132,7 +132,9 @@ def load(artifact: str, device: str, dtype: torch.dtype) -> Any:
 
     import qpalette  # noqa: F401 - registers the method
 
-    return AutoModelForCausalLM.from_pretrained(artifact, dtype=dtype, device_map=device).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        artifact, dtype=dtype, device_map=device, trust_remote_code=False
+    ).eval()
 
 
 @torch.inference_mode()

@@ -62,7 +62,7 @@ def calibrate(
     where = str(parse_device(device))
     content = read_text(text)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
-    loaded, tokenizer = load_model(model, where, dtype)
+    loaded, tokenizer = load_model(checkpoint.location, where, dtype)
     context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or window
     length = min(window, context, tokens)
     windows = token_windows(text, tokenizer, length, tokens // length)
@@ -113,7 +113,7 @@ def measure_sensitivities(
     if text is not None:
         read_text(text)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
-    loaded, tokenizer = load_model(model, where, dtype)
+    loaded, tokenizer = load_model(checkpoint.location, where, dtype)
     windows = _windows(loaded, tokenizer, text, tokens or SENSITIVITY_TOKENS[method], window, seed)
     provenance = {
         "qpalette": version("qpalette"),

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from qpalette.backends.cuda.decoder import decoder_spec, entries
 from qpalette.backends.cuda.multiply import MOST_NORM, MOST_VALUE, fixed_point, plan_grid
+from qpalette.backends.cuda.rotate import split_rotation
 from qpalette.codes import FAMILIES, parse_spec
 from qpalette.codes.trellis import MEMORIES
+from qpalette.core.errors import UnsupportedError
 
 SPECS = [quantizer.name for family in FAMILIES.values() for quantizer in family.palette()]
 
@@ -26,6 +28,12 @@ def test_no_table_entry_can_overflow_a_sum(spec: str) -> None:
         halves = entries(name, torch.device("cpu")).view(torch.float16)
         assert len(halves) == 2 << decoder.index_bits
         assert halves.abs().max() < MOST_VALUE
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("c65537", 65537), (f"h{1 << 26}", 1 << 26)])
+def test_a_rotation_beyond_shared_memory_is_refused_before_it_is_built(name: str, inputs: int) -> None:
+    with pytest.raises(UnsupportedError, match=f"rotation '{name}' has a dense factor of \\d+, and on CUDA"):
+        split_rotation(name, inputs, torch.device("cpu"))
 
 
 @given(st.integers(16, 1 << 20))

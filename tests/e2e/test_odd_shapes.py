@@ -6,8 +6,9 @@ import torch
 from qpalette.codes import parse_spec
 from qpalette.core.records import LinearRecord
 from qpalette.pipeline.encode import encode_linear
-from qpalette.rotate import random_signs, rotation_for
+from qpalette.rotate import Rotation, random_signs, rotation_for
 from qpalette.runtime import PackedLinear, backends
+from tolerance import check_float32
 
 SPEC, ROWS = "nuq-3", 33  # not whole tiles of rows either
 # Inputs of linears in published models, Qwen3.x to Falcon; none is a power of two.
@@ -33,9 +34,15 @@ def test_rotated_quantized_and_multiplied(dim):
         encoded.codes, encoded.scales, encoded.diagonal, SPEC, record.rotation, record.out_features, record.in_features
     )
     x = torch.randn(2, dim, generator=generator)
+    rotation = Rotation.parse(record.rotation, dim)
+    roundings = sum(factor.order for factor in rotation.factors) + dim + 2
     fast, plain = (backends()[name].linear(x, packed) for name in ("cpu", "ref"))
-    # dim roundings of a product's terms, which add up like a random walk.
-    scale = weight.norm(dim=1).max() * x.norm(dim=1).max()
-    assert (fast - plain).abs().max() <= torch.finfo(torch.float32).eps * dim**0.5 * scale
+    for found in (fast, plain):
+        check_float32(
+            found,
+            lambda x, weight: rotation.apply(x.double() * signs) @ weight.double().T,
+            (x, backends()["ref"].rotated_weight(packed)),
+            roundings,
+        )
     error = (plain - x @ weight.T).square().mean() / (x @ weight.T).square().mean()
     assert error < 3 * encoded.quality.distortion

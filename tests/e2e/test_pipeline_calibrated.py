@@ -51,7 +51,7 @@ def text(source) -> Path:
 def hessians(source, text) -> Path:
     directory = source.parent / "hessians"
     seen: list[tuple[int, int]] = []
-    found = qpalette.calibration(source, directory, text, tokens=320, progress=lambda *call: seen.append(call))
+    found = qpalette.calibrate(source, directory, text, tokens=320, progress=lambda *call: seen.append(call))
     assert (found.tokens, found.window) == (320, 64), "the context is 64"
     assert seen == [(done, 5) for done in range(1, 6)]
     return directory
@@ -231,7 +231,7 @@ def test_linears_encoded_together_equal_those_encoded_alone(source, hessians, mo
     assert [item.codes.shape[2] for item in together] == [16, 16, 24]
 
 
-def test_resume_never_mixes_two_calibrations(source, hessians, text, tmp_path):
+def test_resume_never_mixes_two_calibrations(source, hessians, text, tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
@@ -241,12 +241,15 @@ def test_resume_never_mixes_two_calibrations(source, hessians, text, tmp_path):
     with pytest.raises(Stop):
         quantized(source, tmp_path / "out", hessians, progress=stop)
     names = {file.name for file in (tmp_path / "out.partial" / "linears").glob("*.safetensors")}
-    qpalette.calibration(source, tmp_path / "other", text, tokens=128)
+    qpalette.calibrate(source, tmp_path / "other", text, tokens=128)
     checkpoint, plan = open_checkpoint(source), uniform_plan(groups_of(source), SPEC)
     stores = [None, HessianStore.open(hessians), HessianStore.open(tmp_path / "other")]
     digests = [{job.digest for job in make_jobs(checkpoint, plan, store)} for store in stores]
     digests.append({job.digest for job in make_jobs(checkpoint, plan, stores[1], damping=0.02)})
-    assert len(set.union(*digests)) == 4 * 14
+    with monkeypatch.context() as another:
+        another.setattr("qpalette.pipeline.jobs.DAMPING_RULE", "of the mean diagonal")
+        digests.append({job.digest for job in make_jobs(checkpoint, plan, stores[1])})
+    assert len(set.union(*digests)) == 5 * 14
     assert {name.partition(".")[0] for name in names} < {digest[:40] for digest in digests[1]}
     quantized(source, tmp_path / "out", hessians)
     quantized(source, tmp_path / "whole" / "out", hessians)

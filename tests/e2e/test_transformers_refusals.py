@@ -14,7 +14,7 @@ from tiny_model import edit_config, save_pair
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qpalette
-from qpalette.core.errors import ArtifactError, QPaletteError, UnsupportedError
+from qpalette.core.errors import ArtifactError, UnsupportedError
 from qpalette.integrations.transformers import QPaletteConfig, QPaletteQuantizer
 from qpalette.runtime import backends
 
@@ -152,11 +152,6 @@ def test_quantizing_while_loading(pair):
     config = QPaletteConfig.from_dict(json.loads((packed / "config.json").read_text())["quantization_config"])
     with pytest.raises(ValueError, match="pre-quantized"):
         load(plain, quantization_config=config)
-
-
-def test_an_ordinary_model_is_not_for_load(pair):
-    with pytest.raises(QPaletteError, match="not quantized"):
-        qpalette.load(pair[1])
 
 
 def test_no_backend_for_the_device(pair, monkeypatch):

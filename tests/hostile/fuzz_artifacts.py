@@ -8,14 +8,10 @@ exception, and no allocation that the bytes on disk do not justify. The command 
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
 import sys
-import tempfile
-import time
-import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from fuzzing import damaged_bytes, main, try_cases
 from hypothesis import strategies as st
+from limits import bounded
 from safetensors.torch import save
 
 from qpalette.core.errors import ArtifactError, CheckpointError
@@ -35,8 +32,6 @@ from qpalette.storage import open_checkpoint
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 RECORDS = {UP: LinearRecord("tcq-3.25", 40, 36, "h36", 0), DOWN: LinearRecord("nuq-4", 36, 40, "h20xh2", 0)}
-# Reading holds a file's bytes, their JSON (some hundred bytes for each of a small number or key) and a decoded copy.
-BYTES_PER_BYTE, BYTES_AT_LEAST = 400, 4 << 20
 HOSTILE_NUMBERS = [0, -1, 1, 16, 2**31, 2**40, 2**62, 2**63, 2**64, 10**30, 1.5, 1e308, float("inf"), float("nan")]
 HOSTILE_WORDS = ["", "h2", "h1000000000", "tcq-3.25-L99", "nuq-" + "9" * 300, "F32", "I32", "../x", "\x00", "é" * 300]
 
@@ -89,23 +84,6 @@ def damaged_json(draw: Callable, value: Any) -> Any:
                 break
             node = node[key]
     return result
-
-
-@st.composite
-def damaged_bytes(draw: Callable, value: bytes) -> bytes:
-    """A copy of `value`, cut short, lengthened, or with some bytes changed; most of it near the beginning."""
-    content = bytearray(value)
-    for _ in range(draw(st.integers(1, 4))):
-        end = len(content) if draw(st.booleans()) else min(len(content), 600)
-        place = draw(st.integers(0, max(0, end - 1)))
-        how = draw(st.integers(0, 3))
-        if how == 0:
-            del content[place:]
-        elif how == 1:
-            content[place:place] = draw(st.binary(max_size=24))
-        elif content:
-            content[place] = draw(st.integers(0, 255))
-    return bytes(content)
 
 
 def with_header(header: Any) -> bytes:
@@ -166,48 +144,14 @@ def check(files: dict[str, bytes], directory: Path) -> str:
     everything = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": WEIGHTS} | files
     for name, content in everything.items():
         (directory / name).write_bytes(content)
-    size = sum(map(len, everything.values()))
-    tracemalloc.reset_peak()
-    before = tracemalloc.get_traced_memory()[0]
-    result = read_everything(directory)
-    allocated = tracemalloc.get_traced_memory()[1] - before
-    assert allocated <= BYTES_AT_LEAST + BYTES_PER_BYTE * size, f"{allocated} bytes for {size} on disk"
-    return result
+    with bounded(sum(map(len, everything.values()))):
+        return read_everything(directory)
 
 
 def run(count: int, derandomize: bool) -> Counter[str]:
     """Try `count` cases; how often each thing happened."""
-    outcomes: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder:
-
-        @settings(
-            max_examples=count,
-            deadline=None,
-            database=None,
-            derandomize=derandomize,
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(cases)
-        def try_one(files: dict[str, bytes]) -> None:
-            outcomes[check(files, Path(folder, "model"))] += 1
-
-        tracemalloc.start()
-        try:
-            try_one()
-        finally:
-            tracemalloc.stop()
-    return outcomes
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=20_000)
-    start = time.perf_counter()
-    outcomes = run(parser.parse_args().cases, derandomize=False)
-    for outcome, count in outcomes.most_common():
-        print(f"{count:7d}  {outcome}")
-    print(f"{sum(outcomes.values())} cases, no crash, {time.perf_counter() - start:.0f} s")
+    return try_cases(cases, check, count, derandomize)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, run))

@@ -159,6 +159,18 @@ CASES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
             "divides 36",
         ),
     ],
+    "its dense factors, all but a power of two at the end and cosines above 1024, have a product of 4096 at most; "
+    "those cosines are of odd order": [
+        (
+            quantization(lambda q: q["linears"][UP].update(shape=[40, 1 << 21], rotation="h1024xh1024xh2")),
+            f"{UP}: rotation 'h1024xh1024xh2' has dense factors of 1048576 together, and 4096 is the most: "
+            "write powers of two as one last factor, such as h36xh16",
+        ),
+        (
+            quantization(lambda q: q["linears"][UP].update(shape=[40, 1 << 16], rotation="c65536")),
+            f"{UP}: 'c65536': above 1024 a cosine has an odd order; put its powers of two into h",
+        ),
+    ],
     "`seed` is an integer, `0 <= seed < 2^63`": [
         (
             entry(seed=-1),

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qpalette.calibration.feedback import DAMPING, encode_with_feedback, factorize, fit_row_scales
+from qpalette.calibration.feedback import DAMPING, LOUD, encode_with_feedback, factorize, fit_row_scales
 from qpalette.codes import parse_spec
 from qpalette.codes.tiles import from_tiles, to_tiles
 from qpalette.core.errors import HessianError
@@ -126,6 +126,48 @@ def test_one_input_may_outweigh_all_others():
     _, decoded = with_feedback(source, hessian)
     assert decoded.isfinite().all()
     assert proxy(source, decoded, hessian) <= 1.001 * proxy(source, plain(source)[1], hessian)
+
+
+def loud_tokens(size: int, count: int, energy: float) -> torch.Tensor:
+    """What `count` tokens add to second moments of trace 1: `energy` in all, in directions of their own."""
+    directions = torch.linalg.qr(gaussian(size, count, seed=9).double()).Q
+    return energy / count * directions @ directions.T
+
+
+def damping_of(hessian: torch.Tensor) -> float:
+    """What `factorize` adds to the diagonal, in units of the mean diagonal."""
+    return float(factorize(hessian).hessian.diagonal().double().mean()) - 1
+
+
+@pytest.mark.parametrize("energy", [30, 300])
+@pytest.mark.parametrize("count", [1, 4])
+def test_loud_tokens_do_not_drown_the_others(count, energy):
+    """The gain on all other directions is that of a damping that has never heard of the loud ones."""
+    source, quiet = gaussian(64, 256), correlated(256)
+    quiet /= quiet.trace()
+    both = quiet + loud_tokens(256, count, energy)
+    error = proxy(source, with_feedback(source, both)[1], quiet)
+    told = both + DAMPING * quiet.diagonal().mean() * torch.eye(256, dtype=torch.float64)
+    assert error < 1.05 * proxy(source, with_feedback(source, told, damping=0)[1], quiet)
+    if count == 1:  # four directions of 256 leave less room for the errors, whatever the damping
+        assert error < 1.1 * proxy(source, with_feedback(source, quiet)[1], quiet)
+
+
+@pytest.mark.parametrize("energy", [0, 3, 30, 300])
+def test_the_damping_is_of_the_clipped_mean(energy):
+    hessian = correlated(256) / correlated(256).trace() + loud_tokens(256, 4, energy)
+    mean = damping_of(hessian) / DAMPING
+    values = torch.linalg.eigvalsh(hessian / hessian.diagonal().mean())
+    assert mean == pytest.approx(float(values.clamp(max=LOUD * mean).mean()), rel=1e-3)
+    assert mean == pytest.approx(1, rel=1e-3) if energy == 0 else mean < 0.5
+
+
+def test_the_damping_outweighs_what_float32_lost():
+    """One token a million times louder than all others: stored in float32, its rounding alone is indefinite."""
+    hessian = (correlated(128) / correlated(128).trace() + loud_tokens(128, 1, 1e6)).float()
+    assert torch.linalg.eigvalsh(hessian.double()).min() < 0
+    feedback = factorize(hessian)
+    assert torch.linalg.eigvalsh(feedback.hessian.double()).min() > 0, "after another rounding, too"
 
 
 def test_a_float32_hessian_that_rounding_made_indefinite():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qpalette.core.errors import CheckpointError, InputError
 from qpalette.evaluate import bits_per_weight, evaluate, evaluate_models, metrics, sample_windows, token_windows
@@ -95,6 +95,60 @@ def test_without_reference_only_the_perplexity():
     assert result.perplexity > 1
     assert (result.reference_perplexity, result.kl, result.kl_stderr, result.top1) == (None,) * 4
     assert seen == [(1, 2), (2, 2)]
+
+
+class CoarseCache(DynamicCache):
+    """Keeps keys and values as multiples of 1/8."""
+
+    def update(self, key_states, value_states, *arguments, **options):
+        return super().update((8 * key_states).round() / 8, (8 * value_states).round() / 8, *arguments, **options)
+
+
+def coarse(model: LlamaForCausalLM) -> CoarseCache:
+    return CoarseCache(config=model.config)
+
+
+def one_by_one(model: LlamaForCausalLM, window: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    """The logits of a window whose tokens come one after the other, as in generation."""
+    with torch.no_grad():
+        steps = [model(token[None, None], past_key_values=cache, use_cache=True).logits[0, 0] for token in window]
+    return torch.stack(steps)
+
+
+def test_what_a_cache_loses_is_measured():
+    """Against decoding token by token. The models compute in float64, so that no key falls to another side of a step;
+    logits are compared in float32: each log-probability is off by a few roundings of the largest logit, and so is the
+    mean of their differences."""
+    model, windows = tiny_llama(0).double(), random_windows(2, 40)
+    result = evaluate_models(model, model, windows, cache=coarse)
+    mine = torch.cat([one_by_one(model, window, coarse(model))[:-1] for window in windows])
+    true = torch.cat([one_by_one(model, window, DynamicCache(config=model.config))[:-1] for window in windows])
+    wanted = F.kl_div(mine.log_softmax(-1), true.log_softmax(-1), log_target=True, reduction="batchmean")
+    tolerance = 8 * torch.finfo(torch.float32).eps * float(true.abs().max())
+    assert result.kl == pytest.approx(float(wanted), abs=tolerance)
+    assert result.kl > 100 * tolerance
+    assert evaluate_models(model, model, windows).kl == 0
+
+
+def test_a_model_that_brings_its_own_cache_is_measured_with_it(monkeypatch):
+    model, windows = tiny_llama(0), random_windows(1, 40)
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.DynamicCache", CoarseCache)
+    lossy = evaluate_models(model, None, windows).perplexity
+    monkeypatch.undo()
+    assert lossy == evaluate_models(model, None, windows, cache=coarse).perplexity
+    assert lossy != evaluate_models(model, None, windows).perplexity
+
+
+def test_every_window_has_a_cache_of_its_own():
+    made = []
+
+    def make(model: LlamaForCausalLM) -> DynamicCache:
+        made.append(DynamicCache(config=model.config))
+        return made[-1]
+
+    model, windows = tiny_llama(0), random_windows(3, 10)
+    assert evaluate_models(model, model, windows, cache=make).kl == 0
+    assert [cache.get_seq_length() for cache in made] == [10, 10, 10]
 
 
 def test_one_window_has_no_standard_error():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import gguf
@@ -13,6 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qpalette.core.errors import CheckpointError
 from qpalette.storage import export_checkpoint, open_checkpoint
+from qpalette.storage.gguf_header import check_header
 
 try:
     from transformers import GgufConfig
@@ -243,12 +245,57 @@ def test_damaged_files(tmp_path):
         open_checkpoint(tmp_path / "cut.gguf")
 
 
+HEADER = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a"  # no tensor; the first metadata's name
+UINT8, STRING, ARRAY = (int(kind).to_bytes(4, "little") for kind in (0, 8, 9))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (HEADER + ARRAY + UINT8 + struct.pack("<Q", 1 << 20) + bytes(99), "announces 1048576 bytes, and 99 are left"),
+        (HEADER + ARRAY + UINT8 + struct.pack("<Q", 1 << 40), "arrays announce 1099511627776 items"),
+        (HEADER + ARRAY + UINT8 + struct.pack("<Q", 3 << 20) + bytes(3 << 20), "items, and 2097152 are the most"),
+        (HEADER + ARRAY + STRING + struct.pack("<Q", 1 << 20) + bytes(64), "requires a buffer"),
+        (HEADER + ARRAY + ARRAY + struct.pack("<Q", 1), "unknown type 9"),
+        (HEADER + STRING + struct.pack("<Q", 1 << 63), "announces 9223372036854775808 bytes, and 0 are left"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "and 65536 are the most"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "and 65536 are the most"),
+        (b"GGUF" + struct.pack("<IQQQI", 3, 1, 0, 0, 1 << 31), "a tensor of 2147483648 dimensions"),
+    ],
+)
+def test_a_header_that_announces_more_than_there_is(tmp_path, content, message, monkeypatch):
+    def parse(file: Path) -> None:
+        raise AssertionError("the library must not see it: it builds objects for all that is announced")
+
+    monkeypatch.setattr("qpalette.storage.gguf_source.GGUFReader", parse)
+    (tmp_path / "bomb.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"bomb\.gguf is truncated or no valid GGUF file") as caught:
+        open_checkpoint(tmp_path / "bomb.gguf")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("order", [gguf.GGUFEndian.LITTLE, gguf.GGUFEndian.BIG])
+def test_headers_of_either_byte_order_are_walked(tmp_path, order):
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama", endianess=order)
+    writer.add_token_list(TOKENS)
+    writer.add_array("numbers", [1.5, 2.5])
+    writer.add_bool("yes", True)
+    writer.add_tensor("a", np.ones((3, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    check_header(tmp_path / "a.gguf")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"architecture": "novel"}, "cannot read GGUF architecture 'novel'"),
         ({"metadata": {"llama.expert_count": 8}}, "experts are stacked in GGUF files"),
-        ({"layers": 2**31}, "announces more layers than it has tensors"),
+        ({"layers": 2**31}, "announces 2147483648 layers and has tensors of 2, where 1 to 256 are read"),
+        ({"layers": 0}, "announces 0 layers and has tensors of 2"),
+        ({"extra": {f"blk.{i}.attn_norm.weight": np.ones(4) for i in range(2, 300)}, "layers": 300}, "tensors of 300"),
         ({"metadata": {"split.count": 2}}, "join the parts with `llama-gguf-split --merge`"),
     ],
 )

@@ -18,7 +18,7 @@ from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "g
 from qpalette.models import Grouping, find_groups
 from qpalette.plan import Plan
 from qpalette.rotate import rotation_for
-from qpalette.storage import Checkpoint, TensorInfo
+from qpalette.storage import Checkpoint, TensorInfo, local_path
 from qpalette.storage.base import layout_of
 
 _LLAMA_3 = {
@@ -125,7 +125,7 @@ def read_config(name: str) -> Any:
             return AutoConfig.for_model(fields.pop("model_type"), **fields)
         if not path.exists():
             raise InputError(f"'{name}' is neither a config.json nor a preset: known are {', '.join(PRESETS)}")
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"transformers cannot read the config {name} ({reason})") from error
@@ -165,14 +165,16 @@ def from_directory(name: str, path: str, dtype: torch.dtype, device: torch.devic
     """A quantized directory, a checkpoint, a GGUF file or a Hub id, as `load_model` opens it."""
     from qpalette.evaluate import bits_per_weight, is_artifact, load_model
 
+    place = local_path(path)
+
     def build() -> Any:
-        model, _ = load_model(path, str(device), dtype)
+        model, _ = load_model(place, device, dtype)
         if attention is not None:
             model.set_attn_implementation(attention)
         return model
 
     return Candidate(
-        name, build, random_weights=False, bits_per_weight=bits_per_weight(path) if is_artifact(path) else None
+        name, build, random_weights=False, bits_per_weight=bits_per_weight(place) if is_artifact(place) else None
     )
 
 
@@ -196,14 +198,14 @@ def _skeleton(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _plain(config: Any, dtype: torch.dtype, device: torch.device, attention: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(attention))
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **_attention(attention))
 
 
 def _packed(

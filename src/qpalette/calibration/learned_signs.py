@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from qpalette.calibration.feedback import factorize
+from qpalette.calibration.feedback import DAMPING_RULE, factorize
 from qpalette.calibration.hessians import HessianStore, rotate_hessian
 from qpalette.core.errors import InputError
 from qpalette.core.records import TILE, LinearGroup, tiles_of
@@ -44,7 +44,7 @@ def learn_seeds(
     file, todo = hessians.directory / CHOSEN, list(groups)
     known, seeds = _read(file), {}
     for done, (group, rotation) in enumerate(todo, start=1):
-        what = [hessians.identity(group), rotation.name, damping, first_seed, candidates, group.name]
+        what = [hessians.identity(group), rotation.name, damping, DAMPING_RULE, first_seed, candidates, group.name]
         key = json.dumps(what)
         if key not in known:
             damped = factorize(hessians.read(group).to(device), damping, group.name).hessian.double()

@@ -53,7 +53,7 @@ def open_model(model: str, engine: str, device: str, dtype: str | None) -> tuple
     if engine != "transformers":
         raise InputError(f"--engine {engine}: answers here come from transformers; other engines have `qpalette serve`")
     where = parse_device(device)
-    return load_model(model, str(where), parse_dtype(dtype or ("float16" if where.type == "cuda" else "float32")))
+    return load_model(model, where, parse_dtype(dtype or ("float16" if where.type == "cuda" else "float32")))
 
 
 def parse_dtype(name: str) -> Any:

@@ -182,14 +182,14 @@ def _original(
     if reference is not None:
         return from_directory(f"{reference} {dtype}", reference, *common)
     if model is not None:
-        from qpalette.evaluate.loading import is_artifact
+        from qpalette.evaluate import is_artifact
+        from qpalette.storage import local_path, open_checkpoint, plain_directory
 
-        if not is_artifact(model):
-            from qpalette.storage import open_checkpoint, plain_directory
-
-            return from_directory(f"{model} {dtype}", str(plain_directory(open_checkpoint(model))), *common)
-    name = str(config or model)
-    return from_config(f"{name} {dtype}", read_config(name), None, *common)
+        place = local_path(model)
+        if not is_artifact(place):
+            return from_directory(f"{model} {dtype}", str(plain_directory(open_checkpoint(place))), *common)
+        return from_config(f"{model} {dtype}", read_config(str(place)), None, *common)
+    return from_config(f"{config} {dtype}", read_config(str(config)), None, *common)
 
 
 def _report(speeds: list[Speed], shares: dict[str, list[Share]], device: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def compile_kernels(
     import torch
 
     from qpalette.core.errors import InputError
-    from qpalette.integrations.load import load
+    from qpalette.evaluate import load
     from qpalette.runtime.device import parse_device
 
     where = parse_device(device)
@@ -33,7 +33,7 @@ def compile_kernels(
     if not sizes or min(sizes) < 1:
         raise InputError(f"--batch {batch}: give positive whole numbers, such as 1,8")
     start = time.perf_counter()
-    model, _ = load(artifact, device_map=where)
+    model, _ = load(artifact, device=where)
     with torch.inference_mode():
         for size in sizes:
             model(input_ids=torch.zeros(size, 1, dtype=torch.int64, device=where), use_cache=False)

@@ -31,6 +31,7 @@ def evaluate(
         str | None,
         typer.Option("--tasks", metavar="T,T", help="Score tasks of lm-eval instead: names, or task files (.yaml)."),
     ] = None,
+    device: Annotated[str, typer.Option("--device", help="Such as cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
     """Measure perplexity, KL divergence from the original and top-1 agreement, or score tasks.
@@ -39,11 +40,13 @@ def evaluate(
     """
     from qpalette.evaluate import evaluate as measure
     from qpalette.evaluate.windows import check_limit, read_text
+    from qpalette.runtime.device import parse_device
 
+    where = parse_device(device)
     if tasks is not None:
         from qpalette.cli.tasks import score_tasks
 
-        return score_tasks(model, reference, tasks, as_json)
+        return score_tasks(model, reference, tasks, as_json, where)
     check_limit(windows)
     if text is not None:
         read_text(text)  # a wrong file is told before minutes of loading
@@ -51,7 +54,7 @@ def evaluate(
         print_note("no --text: the reference writes it first, which takes a while")
     quiet_transformers()
     with step_bar("windows") as bar:
-        result = measure(model, reference, text, windows, progress=bar.show)
+        result = measure(model, reference, text, windows, where, progress=bar.show)
     if as_json:
         print_json(result)
     else:

@@ -38,13 +38,15 @@ def inspect(
     Example: [bold]qpalette inspect SmolLM2-135M-Instruct.Q4_1.gguf[/]
     """
     from qpalette.evaluate import is_artifact
+    from qpalette.storage import local_path
 
+    place = local_path(model)
     if verify:
         from qpalette.formats import check_checksums
 
-        print_note(f"{model}: {check_checksums(Path(model).expanduser())} files are as they were written")
-    describe = _describe_artifact if is_artifact(model) else _describe_checkpoint
-    describe(model, as_json)
+        print_note(f"{model}: {check_checksums(place)} files are as they were written")
+    describe = _describe_artifact if is_artifact(place) else _describe_checkpoint
+    describe(model, place, as_json)
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,11 @@ def _rotation(dim: int) -> str:
         return str(error)
 
 
-def _describe_checkpoint(model: str, as_json: bool) -> None:
+def _describe_checkpoint(model: str, place: Path, as_json: bool) -> None:
     from qpalette.models import find_groups
     from qpalette.storage import open_checkpoint
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(place)
     grouping = find_groups(checkpoint)
     kinds = group_kinds(grouping.groups)
     sizes = {bits: _size_at(checkpoint, grouping, bits) for bits in SHOWN_BITS} if grouping.groups else {}
@@ -174,16 +176,16 @@ def _print_untouched(checkpoint: Checkpoint, grouping: Grouping) -> None:
         print_table("Untouched", ("tensor", "times", "size", "reason"), rows)
 
 
-def _describe_artifact(model: str, as_json: bool) -> None:
+def _describe_artifact(model: str, place: Path, as_json: bool) -> None:
     from qpalette.evaluate import plan_of
     from qpalette.formats import PARTS, open_artifact
 
-    artifact = open_artifact(model)
+    artifact = open_artifact(place)
     summary, kinds = artifact.inspect(), _artifact_kinds(artifact)
     if as_json:
         facts = {"kind": "artifact", "model_type": summary.model_type, "bits_per_weight": summary.rate}
         facts |= {"weights": summary.weights, "bits": {**summary.bits.parts, "total": summary.bits.total}}
-        plan = plan_of(model)
+        plan = plan_of(place)
         facts |= {} if plan is None else {"plan": {**plan.prediction, "provenance": dict(plan.provenance)}}
         facts |= {"bytes": summary.tensor_bytes, "carried_bytes": summary.carried_bytes, "linears": kinds}
         print_json(facts | {"provenance": dict(summary.provenance), "files": list(summary.files)})
@@ -200,7 +202,7 @@ def _describe_artifact(model: str, as_json: bool) -> None:
             ),
             "untouched": f"{summary.carried_tensors} tensors, {size(summary.carried_bytes)}",
             "all tensors": f"{size(summary.tensor_bytes)} in {', '.join(summary.files)}",
-            **_plan_facts(model),
+            **_plan_facts(place),
             **summary.provenance,
         },
     )
@@ -212,11 +214,11 @@ def _describe_artifact(model: str, as_json: bool) -> None:
     print_table("Linears", ("linear", "times", "out x in", "spec", "rotation", "bits per weight"), rows)
 
 
-def _plan_facts(model: str) -> dict[str, str]:
+def _plan_facts(place: Path) -> dict[str, str]:
     """What the plan beside the weights was for, and what it promised."""
     from qpalette.evaluate import plan_of
 
-    plan = plan_of(model)
+    plan = plan_of(place)
     if plan is None or not plan.prediction:
         return {}
     known = plan.prediction

@@ -56,7 +56,7 @@ def quantize(
             "--hessians", metavar="DIR", help="Calibrated rounding, with what qpalette calibrate has measured."
         ),
     ] = None,
-    damping: Annotated[float, typer.Option("--damping", help="Added to each Hessian, times its mean diagonal.")] = 0.01,
+    damping: Annotated[float, typer.Option("--damping", help="Added to a Hessian, times its mean eigenvalue.")] = 0.01,
     sign_seeds: Annotated[
         int, typer.Option("--sign-seeds", metavar="N", help="With Hessians: fit each rotation, the best of N.")
     ] = 1,

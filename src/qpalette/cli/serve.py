@@ -34,13 +34,9 @@ def serve(
 
 def _directory(model: str) -> str:
     """What the engines open: a quantized directory, checked; a checkpoint's directory; a GGUF file dequantized."""
-    from pathlib import Path
-
     from qpalette.evaluate.loading import is_artifact
     from qpalette.formats import open_artifact
-    from qpalette.storage import open_checkpoint, plain_directory
+    from qpalette.storage import local_path, open_checkpoint, plain_directory
 
-    if not is_artifact(model):
-        return str(plain_directory(open_checkpoint(model)))
-    open_artifact(Path(model).expanduser())
-    return str(Path(model).expanduser())
+    place = local_path(model)
+    return str(open_artifact(place).directory if is_artifact(place) else plain_directory(open_checkpoint(place)))

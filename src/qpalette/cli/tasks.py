@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING
 from qpalette.cli.output import print_json, print_table, quiet_transformers
 
 if TYPE_CHECKING:
+    import torch
+
     from qpalette.integrations.lm_eval import TaskScore
 
 
-def score_tasks(model: str, reference: str | None, names: str, as_json: bool) -> None:
+def score_tasks(model: str, reference: str | None, names: str, as_json: bool, device: torch.device) -> None:
     """Print a row for each metric of each task, with the reference's score when there is one."""
     from qpalette.evaluate import load_model
     from qpalette.integrations.lm_eval import read_tasks, run_tasks
 
     tasks = read_tasks(names)
     quiet_transformers()
-    scores = run_tasks(*load_model(model), tasks)
-    original = [] if reference is None else run_tasks(*load_model(reference), tasks)
+    scores = run_tasks(*load_model(model, device), tasks)
+    original = [] if reference is None else run_tasks(*load_model(reference, device), tasks)
     if as_json:
         print_json({"scores": scores, "reference": original or None})
         return

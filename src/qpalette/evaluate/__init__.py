@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from qpalette.core.errors import InputError
-from qpalette.evaluate.loading import bits_per_weight, is_artifact, load_model, plan_of, predicted_kl
+from qpalette.evaluate.loading import bits_per_weight, is_artifact, load, load_model, plan_of, predicted_kl
 from qpalette.evaluate.metrics import Evaluation, Progress, evaluate_models
 from qpalette.evaluate.palette import Measurement, measure
 from qpalette.evaluate.sampled_text import sample_windows
 from qpalette.evaluate.windows import WINDOW, check_limit, token_windows
+from qpalette.storage import local_path
 
 __all__ = [
     "Evaluation",
@@ -22,6 +23,7 @@ __all__ = [
     "evaluate",
     "evaluate_models",
     "is_artifact",
+    "load",
     "load_model",
     "measure",
     "plan_of",
@@ -38,7 +40,7 @@ def evaluate(
     reference: str | Path | None = None,
     text: str | Path | None = None,
     windows: int | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -49,13 +51,14 @@ def evaluate(
     which the first `windows` are used, by default all. With `text` None the text is sampled from the reference, by
     default 2 windows. `progress` is called with (windows done, windows in all).
 
-    Raises InputError for a text or number of windows that cannot be used, ArtifactError and CheckpointError for a
-    model that cannot be read.
+    Raises InputError for a text, device or number of windows that cannot be used, ArtifactError and CheckpointError for
+    a model that cannot be read.
     """
     check_limit(windows)
     if text is None and reference is None:
         raise InputError("give a text, or a reference to sample one from")
-    model, tokenizer = load_model(model_dir, device, dtype)
+    place = local_path(model_dir)
+    model, tokenizer = load_model(place, device, dtype)
     original, tokenizer = (None, tokenizer) if reference is None else load_model(reference, device, dtype)
     length = _window_length(model)
     if text is None:
@@ -64,8 +67,8 @@ def evaluate(
         chosen = token_windows(text, tokenizer, length, windows)
     return replace(
         evaluate_models(model, original, chosen, progress),
-        bits_per_weight=bits_per_weight(model_dir),
-        predicted_kl=predicted_kl(model_dir),
+        bits_per_weight=bits_per_weight(place),
+        predicted_kl=predicted_kl(place),
     )
 
 

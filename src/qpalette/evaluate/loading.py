@@ -3,38 +3,72 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qpalette.core.errors import ArtifactError, CheckpointError, SpecError
+from qpalette.core.errors import ArtifactError, CheckpointError, SpecError, UnsupportedError
 from qpalette.formats.reader import open_artifact
 from qpalette.models import find_groups, weight_bytes
 from qpalette.plan import PLAN_FILE, Plan
-from qpalette.storage import open_checkpoint, plain_directory
+from qpalette.runtime import backends
+from qpalette.runtime.device import parse_device
+from qpalette.runtime.dispatch import ENVIRONMENT
+from qpalette.storage import local_path, open_checkpoint, plain_directory
 
 
-def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """The causal language model at `path` in evaluation mode on `device`, and its tokenizer.
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    device_map: str | dict[str, Any] | torch.device | int | None = None,
+    backend: str | None = None,
+) -> tuple[Any, Any]:
+    """The causal language model at `path`, a `PreTrainedModel` in evaluation mode, and its tokenizer.
 
-    `path` is a quantized directory, a Hugging Face directory, a .gguf file or a Hub id. A GGUF file is dequantized
-    once, into a cache. Weights that are not quantized, and activations, have `dtype`. No code of the model runs.
+    path: a quantized directory, a Hugging Face directory, a .gguf file or the Hub id of a model of either kind. A GGUF
+    file is dequantized once, into a cache. No code of the model runs. device: where all of it goes, such as cpu or
+    cuda:1; device_map, as in `from_pretrained`, spreads it instead. dtype: of the activations and of what is not
+    quantized; the checkpoint's own by default. backend: the only one that may run, by name; like the variable
+    QPALETTE_BACKEND, which it sets, it holds for the whole process.
 
-    Raises ArtifactError or CheckpointError when there is no such model or transformers cannot build it.
+    Raises InputError when there is no such device, UnsupportedError with the reasons when no backend can run the model,
+    and ArtifactError or CheckpointError when there is no intact model or transformers cannot build it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    quantized = is_artifact(path)
-    directory = Path(path).expanduser() if quantized else plain_directory(open_checkpoint(path))
+    where = parse_device(device)
+    if backend is not None:
+        if backend not in backends():
+            raise UnsupportedError(f"there is no backend '{backend}': known are {', '.join(backends())}")
+        os.environ[ENVIRONMENT] = backend
+    place = local_path(path)
+    quantized = is_artifact(place)
+    directory = open_artifact(place).directory if quantized else plain_directory(open_checkpoint(place))
+    options = {"dtype": dtype, "device_map": device_map}
+    given = {name: value for name, value in options.items() if value is not None}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        return model.to(device).eval(), tokenizer
+        model, tokenizer = _read(directory, given)
+        return (model if device_map is not None else model.to(where)).eval(), tokenizer
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
         kind = ArtifactError if quantized else CheckpointError
         reason = str(error).strip().partition("\n")[0]
         raise kind(f"transformers cannot load {path} ({type(error).__name__}: {reason})") from error
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """`load` as measurements take it: on one device, in float32 unless they ask for less."""
+    return load(path, device=device, dtype=dtype)
+
+
+def _read(directory: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
+    return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
 
 
 def is_artifact(path: str | Path) -> bool:

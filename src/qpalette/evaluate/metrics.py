@@ -14,6 +14,7 @@ from qpalette.core.errors import InputError
 CHUNK = 256  # positions whose log-probabilities are held in float32 at a time: 250 MB at a vocabulary of 256k
 
 Progress = Callable[[int, int], None]  # (windows done, windows in all)
+CacheFactory = Callable[[Any], Any]  # model -> an empty transformers Cache for one window
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,20 @@ class _Sums:
 
 
 def evaluate_models(
-    model: Any, reference: Any | None, windows: Sequence[torch.Tensor], progress: Progress | None = None
+    model: Any,
+    reference: Any | None,
+    windows: Sequence[torch.Tensor],
+    progress: Progress | None = None,
+    cache: CacheFactory | None = None,
 ) -> Evaluation:
     """Run both causal language models over `windows` (int64 [length >= 2] each) and compare their predictions.
 
     `model` and `reference` are transformers models in evaluation mode, on any devices; with `reference` None only the
     perplexity is measured. Logits are compared in float32, `CHUNK` positions at a time; sums are kept in float64.
+
+    Both run through a key-value cache, as they do when they generate: attention reads what the cache's `update` gives
+    back, so that what a cache loses is measured with the rest. A model makes its own; `cache` makes that of `model`
+    instead, one for each window.
 
     Raises InputError when there is no window, a token lies outside the vocabulary, or the vocabularies differ.
     """
@@ -56,14 +65,16 @@ def evaluate_models(
         raise InputError("there are no windows to evaluate on")
     sums = _Sums()
     for done, window in enumerate(windows, start=1):
-        _add_window(sums, model, reference, window)
+        _add_window(sums, model, reference, window, cache)
         if progress is not None:
             progress(done, len(windows))
     return _summary(sums, reference is not None, len(windows))
 
 
-def _add_window(sums: _Sums, model: Any, reference: Any | None, window: torch.Tensor) -> None:
-    logits = _logits(model, window)
+def _add_window(
+    sums: _Sums, model: Any, reference: Any | None, window: torch.Tensor, cache: CacheFactory | None
+) -> None:
+    logits = _logits(model, window, cache)
     other = None if reference is None else _logits(reference, window)
     if other is not None and other.shape != logits.shape:
         raise InputError(
@@ -86,14 +97,15 @@ def _add_window(sums: _Sums, model: Any, reference: Any | None, window: torch.Te
 
 
 @torch.inference_mode()
-def _logits(model: Any, window: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, window: torch.Tensor, cache: CacheFactory | None = None) -> torch.Tensor:
     """[length - 1, vocabulary]: the prediction of each token but the first."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(window.max()) >= vocabulary:
         raise InputError(
             f"the text has token {int(window.max())}, but the model knows {vocabulary}; it needs its own tokenizer"
         )
-    return model(window[None].to(model.device), use_cache=False).logits[0, :-1]
+    own = None if cache is None else cache(model)
+    return model(window[None].to(model.device), past_key_values=own, use_cache=True).logits[0, :-1]
 
 
 def _at(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

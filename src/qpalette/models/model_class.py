@@ -42,7 +42,7 @@ def build_on_meta(config: Mapping[str, Any]) -> nn.Module | None:
         return None
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
     except Exception as error:  # whatever a model class raises on a config that is incomplete, or of another release
         logger.info("transformers builds no model of %r (%s)", config.get("model_type"), error)
         return None

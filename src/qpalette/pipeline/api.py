@@ -64,11 +64,11 @@ def quantize(
     `effort` is "fast", "standard" or "best", by default what a spec or plan says and else "standard". `rotation` is
     "full", "block" or "block-64". With `dry_run` nothing is written, and the Estimate of the run is returned.
 
-    `hessians` is a directory that `qpalette.calibration` has filled for this model: rounding is then calibrated, with
-    `damping` times the mean diagonal added to each Hessian. `also` names what is left alone otherwise: "lm_head",
-    "embed_tokens". `include` and `exclude` are patterns over the names of linears, of those in a plan as well: with
-    `include` only what matches one is quantized, and what matches an `exclude` is not (all as in `find_groups`).
-    `device` is where weights are encoded, such as "cuda"; `workers`, `ray` and `sign_seeds` as in
+    `hessians` is a directory that `qpalette.calibrate` has filled for this model: rounding is then calibrated, with
+    `damping` times its mean eigenvalue (loud ones clipped) added to each Hessian. `also` names what is left alone
+    otherwise: "lm_head", "embed_tokens". `include` and `exclude` are patterns over the names of linears, of those in a
+    plan as well: with `include` only what matches one is quantized, and what matches an `exclude` is not (all as in
+    `find_groups`). `device` is where weights are encoded, such as "cuda"; `workers`, `ray` and `sign_seeds` as in
     `quantize_checkpoint`.
 
     Raises SpecError on options that mean nothing or do not fit the model, BudgetError naming the least that is possible

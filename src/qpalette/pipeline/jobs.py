@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 import torch
 
-from qpalette.calibration.feedback import DAMPING
+from qpalette.calibration.feedback import DAMPING, DAMPING_RULE
 from qpalette.calibration.hessians import HessianStore
 from qpalette.codes import parse_spec
 from qpalette.core.errors import SpecError
@@ -100,7 +100,9 @@ def make_jobs(
         record = LinearRecord(spec, linear.out_features, linear.in_features, rotation, seed, launch_of[linear.name])
         # Nobody measures what reads an embedding: its rows are looked up.
         calibrated = hessians is not None and group not in grouping.optional
-        feedback: Sequence[str | float] = [hessians.identity(group), damping] if hessians and calibrated else []
+        feedback: list[str | float] = []
+        if hessians is not None and calibrated:
+            feedback = [hessians.identity(group), damping, DAMPING_RULE]
         digest = _digest(linear, group.name, record, fingerprint, feedback)
         jobs.append(Job(linear, group, record, digest, calibrated))
     return jobs

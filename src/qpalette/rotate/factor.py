@@ -34,6 +34,8 @@ class Factor:
             )
         if self.kind == "h" and not is_power_of_two(self.order) and not is_hadamard_order(self.order):
             raise SpecError(f"'{self.name}': no Hadamard matrix of order {self.order} is known here; use c{self.order}")
+        if self.kind == "c" and self.order > MAX_DENSE and self.order % 2 == 0:
+            raise SpecError(f"'{self.name}': above {MAX_DENSE} a cosine has an odd order; put its powers of two into h")
 
     @property
     def name(self) -> str:

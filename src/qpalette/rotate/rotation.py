@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from qpalette.core.errors import SpecError
-from qpalette.rotate.factor import Factor
+from qpalette.rotate.factor import MAX_DENSE, Factor
+from qpalette.rotate.hadamard import is_power_of_two
 
+# Four times what any dimension needs (`choice.py`). A backend may make one matrix of these factors, 134 MB at this
+# order, and a name of a few letters could ask for terabytes.
+MAX_DENSE_ORDER = 4 * MAX_DENSE
 _FACTOR = re.compile(r"([hc])([1-9][0-9]{0,8})")
 
 
@@ -23,7 +27,8 @@ class Rotation:
     `h64` nine blocks of 64, `c107xh128` on 13696 has the orthonormal DCT-II of order 107. The input index of a block
     counts the last factor's index fastest. `hadamard.py` and `dct.py` define the matrices.
 
-    Raises SpecError when a factor does not exist or the block, the product of the orders, does not divide `dim`.
+    Raises SpecError when a factor does not exist, the block, the product of the orders, does not divide `dim`, or
+    `dense_order` is beyond MAX_DENSE_ORDER.
     """
 
     factors: tuple[Factor, ...]
@@ -36,6 +41,11 @@ class Rotation:
             raise SpecError(
                 f"rotation '{self.name}' has blocks of {self.block}, which do not divide {self.dim} inputs: "
                 f"choose factors whose product divides {self.dim}"
+            )
+        if self.dense_order > MAX_DENSE_ORDER:
+            raise SpecError(
+                f"rotation '{self.name}' has dense factors of {self.dense_order} together, and {MAX_DENSE_ORDER} is "
+                "the most: write powers of two as one last factor, such as h36xh16"
             )
 
     @classmethod
@@ -58,6 +68,14 @@ class Rotation:
     @property
     def block(self) -> int:
         return math.prod(factor.order for factor in self.factors)
+
+    @property
+    def dense_order(self) -> int:
+        """Of the Kronecker product of all factors but a power of two at the end, which butterflies apply, and cosines
+        above MAX_DENSE, which go through the FFT."""
+        last = self.factors[-1]
+        rest = self.factors[:-1] if last.kind == "h" and is_power_of_two(last.order) else self.factors
+        return math.prod(factor.order for factor in rest if factor.order <= MAX_DENSE or factor.kind == "h")
 
     def apply(self, x: Tensor) -> Tensor:
         """Q x for every vector of `x` [..., dim], a floating type, which the result keeps.

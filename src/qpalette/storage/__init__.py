@@ -4,7 +4,7 @@ from qpalette.storage.export import export_checkpoint
 from qpalette.storage.exported import plain_directory
 from qpalette.storage.safetensors_source import copy_side_files
 from qpalette.storage.safetensors_writer import StreamingSafetensorsWriter
-from qpalette.storage.source import Checkpoint, TensorInfo, open_checkpoint
+from qpalette.storage.source import Checkpoint, TensorInfo, local_path, open_checkpoint
 
 __all__ = [
     "Checkpoint",
@@ -12,6 +12,7 @@ __all__ = [
     "TensorInfo",
     "copy_side_files",
     "export_checkpoint",
+    "local_path",
     "open_checkpoint",
     "plain_directory",
 ]

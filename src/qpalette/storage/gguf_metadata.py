@@ -33,7 +33,7 @@ def read_config(file: Path, dtype: torch.dtype, rope_factors: torch.Tensor | Non
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
-        parsed = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+        parsed = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
     except Exception as error:  # whatever a config class raises on the metadata of a damaged file
         raise CheckpointError(
             f"{file}: transformers cannot read a config from its metadata ({error}); fetch it again"
@@ -63,7 +63,7 @@ def save_tokenizer(file: Path, config: dict[str, Any], pre: str | None, director
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
     except Exception as error:  # as above, for tokenizers
         raise CheckpointError(f"{file}: transformers cannot build its tokenizer ({error}); fetch it again") from error
     for kind in ("bos", "eos", "pad", "unk"):  # older transformers guess them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 
 from qpalette.core.errors import CheckpointError
 from qpalette.storage.base import Checkpoint, TensorInfo, layout_of
+from qpalette.storage.gguf_header import check_header
 from qpalette.storage.gguf_metadata import read_config, save_generation_config, save_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,8 @@ FLOATS = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
+LAYER = re.compile(r"blk\.(\d+)\.")
+MOST_LAYERS = 256  # twice the deepest model's; transformers takes a time that grows with their square
 ROPE_FACTORS = "rope_freqs.weight"  # goes into the config
 
 
@@ -96,6 +100,7 @@ class GgufCheckpoint(Checkpoint):
 
 
 def _open_reader(file: Path) -> GGUFReader:
+    check_header(file)
     try:
         return GGUFReader(file)
     except Exception as error:  # the reader indexes a raw map: a damaged file may raise anything
@@ -133,9 +138,14 @@ def _check_supported(file: Path, reader: GGUFReader) -> None:
         raise CheckpointError(f"{file}: experts are stacked in GGUF files, which is not supported; {way_out}")
     if _count(file, reader, "split.count") > 1:
         raise CheckpointError(f"{file} is one part of a split model; join the parts with `llama-gguf-split --merge`")
-    # A corrupt count would have us build a model of a billion layers.
-    if _count(file, reader, f"{architecture}.block_count") > len(reader.tensors):
-        raise CheckpointError(f"{file} announces more layers than it has tensors; it is corrupt, fetch it again")
+    # A corrupt count would have us build a model of a billion layers, and none the 32 of transformers' default.
+    layers = _count(file, reader, f"{architecture}.block_count")
+    present = len({match[1] for tensor in reader.tensors if (match := LAYER.match(tensor.name))})
+    if not 1 <= layers <= min(present, MOST_LAYERS):
+        raise CheckpointError(
+            f"{file} announces {layers} layers and has tensors of {present}, where 1 to {MOST_LAYERS} are read; "
+            "it is corrupt, fetch it again"
+        )
 
 
 def _float_type(tensors: list[ReaderTensor]) -> torch.dtype:
@@ -163,7 +173,7 @@ def _transformers_layout(
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
         names = get_gguf_hf_weights_map(model, processor)
     except Exception as error:  # whatever a model class raises on the sizes of a damaged file
         raise CheckpointError(

@@ -10,10 +10,11 @@ from qpalette.storage.base import Checkpoint, TensorInfo
 from qpalette.storage.gguf_source import GgufCheckpoint
 from qpalette.storage.safetensors_source import SafetensorsCheckpoint
 
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "local_path", "open_checkpoint"]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
+HUB_FILES += ["README.md", "SHA256SUMS"]  # with these a quantized model is whole: its checksums name its card
 HUB_IGNORED = ["*/*", "consolidated*", "adapter_model*", "*.py"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
@@ -27,13 +28,20 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     Raises CheckpointError when there is no such model, when it holds pickles only (they are never loaded), and for
     every inconsistency of its files.
     """
+    path = local_path(path_or_id)
+    return _open_directory(path) if path.is_dir() else _open_file(path)
+
+
+def local_path(path_or_id: str | Path) -> Path:
+    """Where the model is on this machine, of whatever kind it is: the path itself, or the Hub id's, fetched first.
+
+    Raises CheckpointError when there is neither.
+    """
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return _open_directory(path)
-    if path.is_file():
-        return _open_file(path)
+    if path.exists():
+        return path
     if isinstance(path_or_id, str) and HUB_ID.fullmatch(path_or_id) and path.suffix not in (".gguf", ".safetensors"):
-        return _open_directory(_fetch(path_or_id))
+        return _fetch(path_or_id)
     raise CheckpointError(f"{path} does not exist; give a model directory, a .gguf file or a Hub id (owner/name)")
 
 

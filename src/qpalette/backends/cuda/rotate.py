@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from qpalette.backends.cuda.compiler import launch, load_kernel
 from qpalette.backends.cuda.decoder import COMMON_SOURCE
+from qpalette.core.errors import UnsupportedError
 from qpalette.rotate import Factor, Rotation
 
 SOURCE = COMMON_SOURCE + Path(__file__).with_name("rotate.cu").read_text()
@@ -19,6 +21,7 @@ MOST_HADAMARD_BITS = 11  # of the part that runs in registers: MOST_THREADS of f
 MOST_ROW_BITS = 9  # threads for a row of that
 MOST_THREADS = 512
 MOST_EACH = 8
+MOST_ORDER = 8192  # of A: a line of it takes 32 KB of shared memory, and all of it 256 MB
 MOST_FLOATS = 5632  # of A, and of its output, in a block's shared memory: 22 KB each, of 48
 # Blocks of a token that is alone: as many as products often leave multiprocessors free (Llama-3.1-8B on an H100: 128 of
 # 132 are used). A few tokens keep more of them busy anyway, and are done sooner in smaller pieces; many need the least
@@ -56,7 +59,10 @@ def padded_columns(inputs: int) -> int:
 
 @lru_cache(maxsize=256)
 def split_rotation(name: str, inputs: int, device: torch.device) -> Split:
-    """Of the rotation `name`; its last factor's power of two runs in registers, the rest is dense."""
+    """Of the rotation `name`; its last factor's power of two runs in registers, the rest is dense.
+
+    Raises UnsupportedError when that is beyond MOST_ORDER.
+    """
     rotation = Rotation.parse(name, inputs)
     last = rotation.factors[-1]
     power = last.order & -last.order if last.kind == "h" and last.order & (last.order - 1) == 0 else 1
@@ -64,6 +70,12 @@ def split_rotation(name: str, inputs: int, device: torch.device) -> Split:
     rest = list(rotation.factors[:-1])
     if last.order >> log_h > 1:
         rest.append(Factor(last.kind, last.order >> log_h))
+    order = math.prod(factor.order for factor in rest)
+    if order > MOST_ORDER:
+        raise UnsupportedError(
+            f"rotation '{name}' has a dense factor of {order}, and on CUDA {MOST_ORDER} is the most: "
+            "quantize with the rotation `block`, or run it with QPALETTE_BACKEND=ref"
+        )
     dense = torch.ones(1, 1, dtype=torch.float64)
     for factor in rest:
         dense = torch.kron(dense, torch.from_numpy(factor.matrix()))
