@@ -50,7 +50,7 @@ def test_keeps_its_rate_and_distortion_on_a_gaussian_source(quantizer) -> None:
 
 
 @pytest.mark.parametrize("family", [TrellisCoded, TrellisCodedPairs])
-def test_every_trellis_quantizer_has_a_measured_distortion_and_memory_pays(family) -> None:
+def test_every_trellis_quantizer_has_a_distortion_of_its_own_and_memory_pays(family) -> None:
     """Between two rates of one codebook the gap moves by percents: what was not measured would have to be made up."""
     for quantizer in family.palette():
         claims = [replace(quantizer, memory=memory).claimed_distortion for memory in MEMORIES]
