@@ -272,9 +272,10 @@ def test_sensitivity_command(run, model, text, tmp_path):
     assert run("sensitivity", model, tmp_path / "no" / "s.json", "--text", text).code == 1
 
 
-def test_what_a_budget_takes_depends_on_the_target(run, model, sensitivity):
+def test_what_a_budget_takes_depends_on_the_target(run, model, sensitivity, monkeypatch):
     """Alike for all, by size and by plan: a GPU gets the faster of two codes of nearly equal distortion, a processor
     the better."""
+    monkeypatch.setattr("qpalette.pipeline.api.forecast_seconds", lambda *_: None)  # which compiles every encoder
     checkpoint = open_checkpoint(model)
     even = even_sensitivities(find_groups(checkpoint).groups)
     size = make_plan(even, Budget(Fraction(4)), Space(palette_of()), checkpoint).disk_bytes
