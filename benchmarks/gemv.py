@@ -27,7 +27,7 @@ from qpalette.backends.cuda.backend import CudaBackend
 from qpalette.backends.cuda.compiler import compile_cubin, load_kernel
 from qpalette.backends.cuda.decoder import decoder_spec
 from qpalette.backends.cuda.multiply import device_limits, kernel_macros, source_for
-from qpalette.backends.cuda.probe import launch_seconds, rotation_seconds
+from qpalette.backends.cuda.probe import launch_seconds, plain_seconds, rotation_seconds
 from qpalette.backends.cuda.timing import cold_copies, graph_seconds
 from qpalette.core.cache import CACHE
 
@@ -40,11 +40,7 @@ CROSSOVER = (1, 16, 32, 64, 96, 128, 256)
 
 
 def cublas(rows: int, columns: int, batch: int) -> float:
-    x = torch.randn(batch, columns, dtype=torch.float16, device="cuda")
-    weights = [
-        torch.randn(rows, columns, dtype=torch.float16, device="cuda") for _ in range(cold_copies(2 * rows * columns))
-    ]
-    return graph_seconds([lambda w=w: x @ w.T for w in weights])
+    return plain_seconds(rows, columns, batch, torch.device("cuda"))
 
 
 def tinygemm(rows: int, columns: int, batch: int) -> float:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from report import machine, write
 from peft import LoraConfig, get_peft_model
+from report import machine, write
 
 from qpalette.evaluate import load_model, token_windows
 

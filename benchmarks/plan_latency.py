@@ -41,6 +41,7 @@ def main(sensitivities: str, profile: Annotated[str, typer.Option()] = "h100-lla
                 "batch": batch,
                 "budget": name,
                 "bits": float(made.planned.average_bits),
+                "asked tokens/s": speed,
                 "predicted loss": made.planned.choice.loss,
                 "predicted ms": predicted * 1e3,
                 "measured ms": measured.decode_seconds * 1e3,

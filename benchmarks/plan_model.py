@@ -66,7 +66,7 @@ def main(
     if not calibrated_bits:
         return
     hessians = work / "hessians"
-    qpalette.calibration(model, hessians, calibration, tokens=calibration_tokens, window=window, device=device)
+    qpalette.calibrate(model, hessians, calibration, tokens=calibration_tokens, window=window, device=device)
     trial.hessians = hessians
     for budget in calibrated_bits:
         for m in methods:

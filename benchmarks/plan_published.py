@@ -127,7 +127,7 @@ def published_profile(data: Path) -> LatencyProfile:
         for row in csv.DictReader(file):
             segments = tuple((_name(row), *SHAPES[letter]) for letter in row["group"])
             launches.append(Launch(segments, 1, float(row["seconds"]), row["cores"]))
-    return LatencyProfile("NVIDIA GeForce RTX 4090", CONSTANT_SECONDS, tuple(launches))
+    return LatencyProfile("NVIDIA GeForce RTX 4090", CONSTANT_SECONDS, tuple(launches), spread=0.0)
 
 
 def _name(row: dict[str, str]) -> str:

@@ -270,3 +270,32 @@ def test_sensitivity_command(run, model, text, tmp_path):
     assert json.loads(shown.out)["sensitivities"] == Sensitivities.read(out).values
     assert run("sensitivity", model, out, "--method", "guess").code == 1
     assert run("sensitivity", model, tmp_path / "no" / "s.json", "--text", text).code == 1
+
+
+def test_what_a_budget_takes_depends_on_the_target(run, model, sensitivity, monkeypatch):
+    """Alike for all, by size and by plan: a GPU gets the faster of two codes of nearly equal distortion, a processor
+    the better."""
+    monkeypatch.setattr("qpalette.pipeline.api.forecast_seconds", lambda *_: None)  # which compiles every encoder
+    checkpoint = open_checkpoint(model)
+    even = even_sensitivities(find_groups(checkpoint).groups)
+    size = make_plan(even, Budget(Fraction(4)), Space(palette_of()), checkpoint).disk_bytes
+    for budget in ({"bits": "4"}, {"size": size}, {"bits": "4", "sensitivity": sensitivity}):
+        families = {
+            target: {
+                spec.partition("-")[0]
+                for spec in qpalette.quantize(model, "unused", **budget, target=target, dry_run=True).specs
+            }
+            for target in ("cpu", "cuda")
+        }
+        assert families["cpu"] == {"tcq"}
+        assert "tcq2" in families["cuda"]
+    shown = run(
+        "quantize", model, "unused", "--bits", "4", "--target", "cuda", "--prefer", "quality", "--dry-run", "--json"
+    )
+    assert {spec.partition("-")[0] for spec in json.loads(shown.out)["specs"]} == {"tcq"}
+    options = ("--sensitivity", sensitivity, "--bits", "3", "--json", "--target")
+    planned = {target: json.loads(run("plan", model, *options, target).out) for target in ("cpu", "cuda")}
+    assert any(spec.startswith("tcq2-") for spec in planned["cuda"]["assignments"].values())
+    assert planned["cpu"]["predicted_loss"] < planned["cuda"]["predicted_loss"] < 1.1 * planned["cpu"]["predicted_loss"]
+    assert "no target" in run("quantize", model, "unused", "--bits", "4", "--target", "tpu", "--dry-run").err
+    assert "no preference" in run("plan", model, *options, "cpu", "--prefer", "fast").err

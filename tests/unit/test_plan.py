@@ -9,8 +9,9 @@ from qpalette.codes import parse_spec
 from qpalette.core.errors import SpecError
 from qpalette.core.records import LinearGroup, LinearShape
 from qpalette.formats import packed_bits
-from qpalette.plan import Plan, counted_rate, spec_for_bits, summarize, uniform_plan
+from qpalette.plan import Plan, counted_rate, palette_of, spec_for_bits, summarize, uniform_plan
 
+PALETTE = palette_of()
 GROUPS = (
     LinearGroup("g.qk", (LinearShape("g.q", 256, 192), LinearShape("g.k", 72, 192))),
     LinearGroup("g.o", (LinearShape("g.o", 192, 250),)),
@@ -45,32 +46,32 @@ def test_mixed_specs_are_summed_one_by_one():
 
 @pytest.mark.parametrize("bits", ["1.5", "2", "3.3", "4", "7.9", "8", "12"])
 def test_budget_is_hard_and_used_up(bits):
-    quantizer = parse_spec(spec_for_bits(GROUPS, bits))
+    quantizer = parse_spec(spec_for_bits(GROUPS, bits, PALETTE))
     assert counted_rate(GROUPS, quantizer.rate) <= Fraction(bits)
     assert quantizer.rate == 8 or counted_rate(GROUPS, quantizer.rate + Fraction(1, 8)) > Fraction(bits)
 
 
 def test_a_large_model_of_4_bits_gets_3_875():
     big = (LinearGroup("a", (LinearShape("a", 4096, 4096),)),)
-    assert spec_for_bits(big, "4") == "tcq-3.875"
-    assert spec_for_bits(big, counted_rate(big, Fraction(4))) == "tcq-4"
-    assert spec_for_bits(big, "4", effort="best") == "tcq-3.875-L18"
+    assert spec_for_bits(big, "4", PALETTE) == "tcq-3.875"
+    assert spec_for_bits(big, counted_rate(big, Fraction(4)), PALETTE) == "tcq-4"
+    assert spec_for_bits(big, "4", palette_of("best")) == "tcq-3.875-L18"
 
 
 def test_least_budget_is_named_and_works():
     with pytest.raises(SpecError, match="the least is") as error:
-        spec_for_bits(GROUPS, "1")
+        spec_for_bits(GROUPS, "1", PALETTE)
     least = str(error.value).split("the least is ")[1].split(",")[0]
-    assert spec_for_bits(GROUPS, least) == "tcq-1"
+    assert spec_for_bits(GROUPS, least, PALETTE) == "tcq-1"
 
 
 def test_wrong_requests():
     with pytest.raises(SpecError, match="choose fast, standard, best"):
-        spec_for_bits(GROUPS, "4", effort="huge")
+        palette_of("huge")
     with pytest.raises(SpecError, match="not a rate"):
-        spec_for_bits(GROUPS, "four")
+        spec_for_bits(GROUPS, "four", PALETTE)
     with pytest.raises(SpecError, match="no linear to quantize"):
-        spec_for_bits((), "4")
+        spec_for_bits((), "4", PALETTE)
     with pytest.raises(SpecError, match="no linear"):
         uniform_plan((), "tcq-4")
     with pytest.raises(SpecError, match="names 'nope'"):

@@ -53,7 +53,7 @@ def linear_profile(setup: float = 1.0) -> LatencyProfile:
                 segments = tuple((candidate.spec, *SHAPES[name]) for name in names)
                 bits = sum(float(candidate.rate) * out * inputs for _, out, inputs in segments)
                 launches.append(Launch(segments, 1, setup + bits / 1000))
-    return LatencyProfile("test", 0.5, tuple(launches))
+    return LatencyProfile("test", 0.5, tuple(launches), spread=0.0)
 
 
 def best_by_force(limit_bits: float) -> float:
@@ -196,7 +196,7 @@ def test_limits_that_exclude_each_other_are_told():
     launches = [
         Launch(((spec, *SHAPES[n]),), 1, seconds) for n in "qkvo" for spec, seconds in (("c1", 5.0), ("c4", 1.0))
     ]
-    planner = Planner(small(), Space(palette, LatencyProfile("t", 0.0, tuple(launches))))
+    planner = Planner(small(), Space(palette, LatencyProfile("t", 0.0, tuple(launches), spread=0.0), fusion="none"))
     budget = Budget(bits=Fraction(3), tokens_per_second=0.2)
     with pytest.raises(BudgetError) as error:
         planner.plan(budget.limits(planner.weights, Overhead()))

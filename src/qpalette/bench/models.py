@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "g
 from qpalette.models import Grouping, find_groups
 from qpalette.plan import Plan
 from qpalette.rotate import rotation_for
-from qpalette.storage import Checkpoint, TensorInfo, local_path
+from qpalette.storage import Checkpoint, TensorInfo, local_path, open_checkpoint
 from qpalette.storage.base import layout_of
 
 _LLAMA_3 = {
@@ -134,6 +134,19 @@ def read_config(name: str) -> Any:
     return config
 
 
+def config_of(model: str) -> Any:
+    """The transformers config of a preset, as `read_config`, or of any checkpoint: directory, .gguf, Hub id.
+
+    Raises InputError and CheckpointError.
+    """
+    from transformers import AutoConfig
+
+    path = Path(model).expanduser()
+    if model in PRESETS or (path.exists() and path.suffix != ".gguf"):
+        return read_config(model)
+    return AutoConfig.for_model(**open_checkpoint(model).config)
+
+
 def groups_of(config: Any, also: Sequence[str] = ()) -> Grouping:
     """The linears of a model with this config, as `find_groups` finds them in its checkpoint."""
     return find_groups(_Sketch(config), also=also)
@@ -143,7 +156,7 @@ def with_head(plan: Plan, config: Any, spec: str) -> Plan:
     """The plan, and `spec` for the output head: for the embedding, where the two are one."""
     inner = {linear.name for group in groups_of(config).groups for linear in group.linears}
     every = {linear.name for group in groups_of(config, ["lm_head"]).groups for linear in group.linears}
-    return Plan({**plan.specs, **dict.fromkeys(every - inner, spec)}, plan.rotation, plan.seed)
+    return replace(plan, specs={**plan.specs, **dict.fromkeys(every - inner, spec)}, prediction={})
 
 
 def records_of(config: Any, plan: Plan) -> dict[str, LinearRecord]:

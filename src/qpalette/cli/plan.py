@@ -64,6 +64,21 @@ def plan(
         list[str] | None,
         typer.Option("--family", metavar="F", help="Only this family; may be repeated.  [default: all]"),
     ] = None,
+    prefer: Annotated[
+        str | None,
+        typer.Option(
+            "--prefer",
+            help="quality: any quantizer; or, at each rate, the fastest on --target of at most 10 % (balanced) or 20 % "
+            "(speed) more distortion.  [default: balanced; with --tokens-per-second quality]",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            help="What the model is to run on, cpu or cuda; --profile says more.  [default: cuda if it is here]",
+        ),
+    ] = None,
     also: Annotated[
         list[str] | None,
         typer.Option("--also", metavar="NAME", help="Plan this too: lm_head or embed_tokens. May be repeated."),
@@ -89,13 +104,15 @@ def plan(
 
     Example: [bold]qpalette plan MODEL --sensitivity sensitivity.json --bits 3.25 --out plan.json[/]
     """
-    from qpalette.plan import FUSIONS, LatencyProfile, Space, palette_of
+    from qpalette.plan import FUSIONS, LatencyProfile, Space, palette_of, preferred, profile_of
 
     if fusion not in FUSIONS:
         raise typer.BadParameter(f"--fusion is one of {', '.join(FUSIONS)}")
     budget = _budget(bits, disk, memory, tokens_per_second)
     measured = None if profile is None else LatencyProfile.read(profile)
-    space = Space(palette_of(effort, family or ()), measured, batch, fusion, not free_experts)
+    chosen = prefer or ("balanced" if tokens_per_second is None else "quality")
+    palette = preferred(palette_of(effort, family or ()), chosen, measured or profile_of(target))
+    space = Space(palette, measured, batch, fusion, not free_experts)
     checkpoint = _checkpoint(model)
     known = _sensitivities(model, sensitivity, checkpoint)
     found = _made(known, budget, space, checkpoint, also or (), context, solver, rotation, seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +12,10 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from qpalette.bench.steps import Subject
     from qpalette.core.resume import PartialFigures
-    from qpalette.plan.profile import Launch
+    from qpalette.plan import Plan
+    from qpalette.plan.profile import LatencyProfile, Launch
 
     Segments = tuple[tuple[str, int, int], ...]  # spec, out-features, in-features
     Problem = tuple[Segments, int]  # and the batch size
@@ -38,23 +40,33 @@ def profile(
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, such as 1,8.")] = "1",
     spec: Annotated[list[str] | None, typer.Option(help="Only these quantizers.")] = None,
+    head: Annotated[
+        str | None,
+        typer.Option("--head", metavar="S", help="With --model: its output head is quantized so.  [default: float16]"),
+    ] = None,
     constant: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Milliseconds of a step besides the linears (qpalette bench --breakdown): one, or one for each batch."
+            help="Milliseconds of a step besides the linears, the head counted: one, or one for each batch.  "
+            "[default: measured on --model]"
         ),
-    ] = "0",
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation, or grouped.")
+    ] = None,
     device: Annotated[str, typer.Option(help="CUDA device.")] = "cuda",
 ) -> None:
-    """Measure the fused products of a model on a GPU: every shape alone and each group as one launch.
+    """Measure the fused products of a model on a GPU: every shape alone, each group as one launch, the output head.
 
-    Weights are random, and cold; launches are replayed in a CUDA graph, each with the rotation of its input.
+    Weights are random, and cold; launches are replayed in a CUDA graph, each with the rotation of its input. What a
+    step costs besides them is measured on whole steps of the model, compiled, after 1024 tokens.
     An interrupted measurement goes on from OUT.partial.
 
     Example: [bold]qpalette profile h100.json --model meta-llama/Llama-3.1-8B --batch 1,8[/]
     """
     import torch
 
+    from qpalette.bench.steps import Subject
     from qpalette.cli.output import check_folder, write_text
     from qpalette.codes import parse_spec
     from qpalette.core.errors import InputError
@@ -67,18 +79,37 @@ def profile(
         raise InputError(f"a profile is measured on a CUDA device, and {device} is none")
     if (model is None) == (not group):
         raise InputError("give either --model, or --group such as --group 4096x4096+1024x4096+1024x4096")
+    if model is None and (constant is None or head is not None):
+        raise InputError("--group times no whole step: give its --constant, such as 0.8 milliseconds, and no --head")
     specs = [parse_spec(name).name for name in spec or DEFAULT_SPECS]
     batches = [_number(text, "--batch") for text in batch.split(",")]
-    constants = _constants(constant, batches)
-    groups = _groups_of_model(model) if model is not None else [_parse_group(text) for text in group or ()]
+    given = None if constant is None else _constants(constant, batches)
+    subject = None if model is None else Subject(model, head and parse_spec(head).name)
+    plans = subject.probes(specs) if subject is not None and given is None else {}
+    groups = subject.launches if subject is not None else [_parse_group(text) for text in group or ()]
     problems = [(_segments(parts, name), size) for parts in _launches(groups) for name in specs for size in batches]
     check_folder(out)
     name = torch.cuda.get_device_name(where)
     partial = PartialFigures(out.with_name(out.name + ".partial"), {"device": name})
-    result = LatencyProfile(name, constants, _measure_all(problems, where, partial))
+    result = LatencyProfile(name, given or 0.0, _measure_all(problems, where, partial))
+    if subject is not None and plans:
+        result = _completed(subject, plans, result, where, attention, partial)
     write_text(out, result.to_json())
     partial.remove()
     typer.echo(f"{out}: {len(result.launches)} launches on {name}")
+
+
+def _completed(
+    subject: Subject,
+    plans: Mapping[str, Plan],
+    measured: LatencyProfile,
+    device: torch.device,
+    attention: str | None,
+    partial: PartialFigures,
+) -> LatencyProfile:
+    steps = subject.step_seconds(device, attention, partial)
+    head = {batch: subject.head_seconds(batch, device) for batch in measured.batches}
+    return subject.complete(measured, plans, steps, head)
 
 
 def _measure_all(problems: Sequence[Problem], device: torch.device, partial: PartialFigures) -> tuple[Launch, ...]:
@@ -117,14 +148,6 @@ def _constants(text: str, batches: Sequence[int]) -> float | dict[int, float]:
     if len(values) not in (1, len(batches)):
         raise InputError(f"--constant {text}: give one, or as many as batches: {len(batches)}")
     return values[0] if len(values) == 1 else dict(zip(batches, values, strict=True))
-
-
-def _groups_of_model(model: str) -> list[tuple[Part, ...]]:
-    from qpalette.models import find_groups
-    from qpalette.storage import open_checkpoint
-
-    groups = find_groups(open_checkpoint(model)).groups
-    return [tuple((linear.out_features, linear.in_features) for linear in group.linears) for group in groups]
 
 
 def _launches(groups: Sequence[tuple[Part, ...]]) -> list[tuple[Part, ...]]:

@@ -48,6 +48,21 @@ def quantize(
             "--effort", help="fast, standard or best: how long to search.  [default: standard, or as the spec says]"
         ),
     ] = None,
+    prefer: Annotated[
+        str,
+        typer.Option(
+            "--prefer",
+            help="With --bits or --size: quality; or, at each rate, the fastest on --target of at most 10 % (balanced) "
+            "or 20 % (speed) more distortion.",
+        ),
+    ] = "balanced",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            help="What the model is to run on, cpu or cuda.  [default: cuda where --device or the machine is]",
+        ),
+    ] = None,
     rotation: Annotated[str, typer.Option("--rotation", help="full, block or block-N.")] = "full",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the rotation's signs.")] = 0,
     hessians: Annotated[
@@ -99,7 +114,7 @@ def quantize(
     from qpalette.pipeline import quantize as run
 
     options: dict[str, Any] = {"bits": bits, "spec": spec, "effort": effort, "rotation": rotation, "seed": seed}
-    options |= {"plan": plan, "size": disk, "sensitivity": sensitivity}
+    options |= {"plan": plan, "size": disk, "sensitivity": sensitivity, "prefer": prefer, "target": target}
     options |= {"hessians": hessians, "damping": damping, "also": also or (), "device": device}
     options |= {"include": include or (), "exclude": exclude or ()}
     options |= {"sign_seeds": sign_seeds, "workers": workers, "ray": ray}

@@ -30,12 +30,6 @@ class TrellisCoded(Trellis):
     values_per_step = 1
     most_eighths = 64
     best_scale = (56, 64, 67, 69, 70, 71, 74, 76)  # the least distortion found on a grid of scales (L = 16)
-    measured_gap = {  # noqa: RUF012 - a table, never changed
-        12: (1.090, 1.138, 1.179, 1.225, 1.289, 1.355, 1.476, 1.658),
-        16: (1.061, 1.081, 1.097, 1.123, 1.137, 1.160, 1.197, 1.251),
-        18: (1.055, 1.068, 1.079, 1.097, 1.104, 1.117, 1.148, 1.181),
-        20: (1.053, 1.063, 1.072, 1.088, 1.093, 1.100, 1.127, 1.155),
-    }
 
     @property
     def codebook_bits(self) -> int:

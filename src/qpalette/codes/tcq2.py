@@ -29,12 +29,6 @@ class TrellisCodedPairs(Trellis):
     values_per_step = 2
     most_eighths = 40
     best_scale = (57, 64, 70, 72, 74)  # the least distortion found on a grid of scales (L = 16)
-    measured_gap = {  # noqa: RUF012 - a table, never changed
-        12: (1.091, 1.171, 1.261, 1.449, 1.647),
-        16: (1.061, 1.095, 1.149, 1.241, 1.430),
-        18: (1.056, 1.079, 1.123, 1.200, 1.282),
-        20: (1.055, 1.070, 1.110, 1.177, 1.207),
-    }
 
     @property
     def codebook_bits(self) -> int:

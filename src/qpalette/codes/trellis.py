@@ -22,10 +22,10 @@ import torch
 from qpalette.codes.base import Quantizer
 from qpalette.codes.bits import pack_fields, windows
 from qpalette.codes.description import LANE_WEIGHTS, Decoder, Search
+from qpalette.codes.distortions import distortions
 from qpalette.core.errors import SpecError
 from qpalette.core.rate import format_rate, parse_rate
 from qpalette.core.records import TILE_WEIGHTS
-from qpalette.theory.gaussian import distortion_bound
 
 EFFORT = {"fast": 12, "standard": 16, "best": 18}  # names of trellis memories
 MEMORIES = (12, 16, 18, 20)
@@ -41,7 +41,6 @@ class Trellis(Quantizer):
     values_per_step: ClassVar[int]
     least_eighths: ClassVar[int] = 8
     most_eighths: ClassVar[int]
-    measured_gap: ClassVar[dict[int, tuple[float, ...]]]  # by memory: distortion over the bound at 1, 2, .. bits
     best_scale: ClassVar[tuple[int, ...]]  # of the codebook, in 1/64, at 1, 2, .. bits
     eighths: int
     memory: int = STANDARD
@@ -62,8 +61,8 @@ class Trellis(Quantizer):
 
     @property
     def claimed_distortion(self) -> float:
-        """Measured: `qpalette palette --measure` (tail-biting in two passes, 2 * 10^5 to 10^6 weights)."""
-        return at_rate(self.measured_gap[self.memory], self.rate) * distortion_bound(float(self.rate))
+        """Measured, each member by itself, but for some at L = 20: `distortions.py` says how, and how closely."""
+        return distortions()[self.name]
 
     @classmethod
     def parse(cls, parameters: str) -> Self:

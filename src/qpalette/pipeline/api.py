@@ -21,7 +21,19 @@ from qpalette.pipeline.jobs import Estimate, estimate
 from qpalette.pipeline.planning import even_sensitivities, make_plan
 from qpalette.pipeline.quantize import Progress, quantize_checkpoint
 from qpalette.pipeline.report import QuantizeReport
-from qpalette.plan import Budget, Plan, Sensitivities, Space, palette_of, parse_size, spec_for_bits, uniform_plan
+from qpalette.plan import (
+    Budget,
+    Candidate,
+    Plan,
+    Sensitivities,
+    Space,
+    palette_of,
+    parse_size,
+    preferred,
+    profile_of,
+    spec_for_bits,
+    uniform_plan,
+)
 from qpalette.storage import Checkpoint, open_checkpoint
 
 
@@ -35,6 +47,8 @@ def quantize(
     size: str | int | None = None,
     sensitivity: str | Path | Sensitivities | None = None,
     effort: str | None = None,
+    prefer: str = "balanced",
+    target: str | None = None,
     rotation: str = "full",
     seed: int = 0,
     hessians: str | Path | None = None,
@@ -60,6 +74,11 @@ def quantize(
       every weight mattered alike; may be combined with `bits`;
     - `spec`: one quantizer for all linears, such as "tcq-3.25";
     - `plan`: a plan or its file, which states rotation and seed as well.
+
+    `prefer` says which quantizers `bits` and `size` may take: "quality", those of least distortion; "balanced" or
+    "speed", at each rate the fastest on `target` of at most 10 or 20 % more distortion than the least. `target` is what
+    the model is to run on, "cpu" or "cuda": by default "cuda" where `device` is or the machine has one. On a CPU all
+    three are the same (`qpalette.plan.preference`).
 
     `effort` is "fast", "standard" or "best", by default what a spec or plan says and else "standard". `rotation` is
     "full", "block" or "block-64". With `dry_run` nothing is written, and the Estimate of the run is returned.
@@ -95,7 +114,8 @@ def quantize(
         options: dict[str, Any] = {"hessians": store, "damping": damping, "device": device}
         wanted |= {"also": also}
         options |= {"rotation": rotation, "seed": seed}
-        ready = _plan_within(checkpoint, bits, size, known, effort or "standard", wanted, options)
+        palette = preferred(palette_of(effort or "standard"), prefer, profile_of(target, device))
+        ready = _plan_within(checkpoint, bits, size, known, palette, wanted, options)
     if dry_run:
         return replace(estimate(checkpoint, ready, store), seconds=forecast_seconds(checkpoint, ready, device))
     base_model = None if Path(model).expanduser().exists() else str(model)
@@ -120,7 +140,7 @@ def _plan_within(
     bits: str | float | Fraction | None,
     size: str | int | None,
     known: Sensitivities | None,
-    effort: str,
+    palette: tuple[Candidate, ...],
     wanted: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Plan:
@@ -128,10 +148,10 @@ def _plan_within(
     rate = None if bits is None else bits if isinstance(bits, Fraction) else parse_rate(str(bits))
     groups = find_groups(checkpoint, **wanted).groups
     if rate is not None and size is None and known is None:
-        return uniform_plan(groups, spec_for_bits(groups, rate, effort), options["rotation"], options["seed"])
+        return uniform_plan(groups, spec_for_bits(groups, rate, palette), options["rotation"], options["seed"])
     budget = Budget(rate, None if size is None else parse_size(str(size)))
-    known, space = known or even_sensitivities(groups), Space(palette_of(effort))
-    return make_plan(known, budget, space, checkpoint, **wanted, **options).plan
+    known = known or even_sensitivities(groups)
+    return make_plan(known, budget, Space(palette), checkpoint, **wanted, **options).plan
 
 
 def _narrowed(plan: Plan, checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> Plan:

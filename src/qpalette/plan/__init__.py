@@ -1,20 +1,24 @@
 """Which quantizer for which linear, and what that costs, counted exactly."""
 
 from qpalette.plan.budget import Budget, Overhead, parse_size, readable, spec_for_bits
-from qpalette.plan.build import FUSIONS, Candidate, Limits, Space, candidate_of, palette_of
+from qpalette.plan.build import FUSIONS, Candidate, Limits, Space, candidate_of, is_expert, palette_of
 from qpalette.plan.memory import device_bytes
 from qpalette.plan.plan import PLAN_FILE, Plan, PlanSummary, counted_rate, select_linears, summarize, uniform_plan
 from qpalette.plan.planner import Choice, FrontPoint, Planned, Planner
-from qpalette.plan.profile import LatencyProfile, Launch
+from qpalette.plan.preference import ALLOWED, TARGETS, preferred, profile_of
+from qpalette.plan.profile import Head, LatencyProfile, Launch
 from qpalette.plan.sensitivities import SensitiveLinear, Sensitivities
 
 __all__ = [
+    "ALLOWED",
     "FUSIONS",
     "PLAN_FILE",
+    "TARGETS",
     "Budget",
     "Candidate",
     "Choice",
     "FrontPoint",
+    "Head",
     "LatencyProfile",
     "Launch",
     "Limits",
@@ -29,8 +33,11 @@ __all__ = [
     "candidate_of",
     "counted_rate",
     "device_bytes",
+    "is_expert",
     "palette_of",
     "parse_size",
+    "preferred",
+    "profile_of",
     "readable",
     "select_linears",
     "spec_for_bits",

@@ -8,35 +8,32 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor, inf
 
-from qpalette.codes.tcq import TrellisCoded
-from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import BudgetError, SpecError
 from qpalette.core.rate import parse_rate
 from qpalette.core.records import LinearGroup
-from qpalette.plan.build import Limits
+from qpalette.plan.build import Candidate, Limits
 from qpalette.plan.plan import counted_rate
 
 
-def spec_for_bits(groups: Sequence[LinearGroup], bits: str | Fraction, effort: str = "standard") -> str:
-    """The best uniform quantizer within `bits` per weight, a hard budget in which everything stored counts.
+def spec_for_bits(groups: Sequence[LinearGroup], bits: str | Fraction, palette: Sequence[Candidate]) -> str:
+    """The quantizer of least distortion, alike for all linears, within `bits` per weight: a hard budget in which
+    everything stored counts.
 
-    A row scale and the signs cost a few hundredths of a bit, so that a budget of 4 buys tcq-3.875.
-    Raises SpecError when `bits` is no rate, no quantizer fits (naming the least budget), or `effort` is unknown.
+    A row scale and the signs cost a few hundredths of a bit, so that a budget of 4 buys a code of 3.875.
+    Raises SpecError when `bits` is no rate, or when no quantizer fits, naming the least budget.
     """
-    if effort not in EFFORT:
-        raise SpecError(f"'{effort}' is not an effort: choose {', '.join(EFFORT)}")
     budget = parse_rate(bits) if isinstance(bits, str) else bits
-    palette = TrellisCoded.palette()
     if not any(group.linears for group in groups):
         raise SpecError("there is no linear to quantize: check include and exclude")
-    fitting = [quantizer for quantizer in palette if counted_rate(groups, quantizer.rate) <= budget]
+    counted = {rate: counted_rate(groups, rate) for rate in {candidate.rate for candidate in palette}}
+    fitting = [candidate for candidate in palette if counted[candidate.rate] <= budget]
     if not fitting:
-        least = counted_rate(groups, palette[0].rate)
+        least = min(palette, key=lambda candidate: (candidate.rate, candidate.distortion))
         raise SpecError(
-            f"{float(budget):g} bits per weight cannot hold these linears: the least is {_rounded_up(least)}, "
-            f"{palette[0].name} with its scales and signs"
+            f"{float(budget):g} bits per weight cannot hold these linears: the least is "
+            f"{_rounded_up(counted[least.rate])}, {least.spec} with its scales and signs"
         )
-    return fitting[-1].with_effort(effort).name
+    return min(fitting, key=lambda candidate: (candidate.distortion, candidate.rate)).spec
 
 
 def _rounded_up(rate: Fraction) -> str:

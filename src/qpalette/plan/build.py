@@ -16,7 +16,7 @@ from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import InputError, SpecError
 from qpalette.formats.parts import packed_bits
 from qpalette.plan.problem import Block, Problem, Segment, Variant
-from qpalette.plan.profile import LatencyProfile
+from qpalette.plan.profile import LatencyProfile, fastest_kernel
 from qpalette.plan.sensitivities import SensitiveLinear, Sensitivities
 
 FUSIONS = ("none", "same", "free")
@@ -36,10 +36,15 @@ class Candidate(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Hard limits: stored bits of all linears, and seconds per token, constants included. None: no limit."""
+    """Hard limits: stored bits of all linears, and predicted seconds per token, constants included. None: no limit."""
 
     bits: int | None = None
     seconds: float | None = None
+
+
+def is_expert(name: str) -> bool:
+    """Whether a linear is one of many experts, of which a token takes a few."""
+    return _EXPERT.search(name) is not None
 
 
 def stored_bits(rate: Fraction, out_features: int, in_features: int) -> int:
@@ -62,7 +67,7 @@ class Space:
     palette: tuple[Candidate, ...]
     profile: LatencyProfile | None = None
     batch: int = 1
-    fusion: str = "none"
+    fusion: str = "free"
     group_experts: bool = True  # the experts of a layer share a spec, linear by linear
     count_bits: CountBits = stored_bits
 
@@ -102,11 +107,19 @@ def build_problem(sensitivities: Sensitivities, space: Space, limits: Limits) ->
     if limits.seconds is not None:
         if space.profile is None:
             raise InputError("a limit on time needs a latency profile")
-        limited[SECONDS] = max(0.0, limits.seconds - space.profile.constant(space.batch))
+        limited[SECONDS] = max(0.0, limits.seconds - constant_seconds(sensitivities, space))
     values = {name: float(limit) for name, limit in limited.items() if limit is not None}
     builder = _Builder(space, list(values))
     blocks = [block for units in _units_by_group(sensitivities, space) for block in builder.blocks(units)]
     return Problem(blocks, list(values), list(values.values()))
+
+
+def constant_seconds(sensitivities: Sensitivities, space: Space) -> float:
+    """What a step costs besides these linears; 0 without a profile."""
+    if space.profile is None:
+        return 0.0
+    shapes = {(linear.shape.out_features, linear.shape.in_features) for linear in sensitivities.linears}
+    return space.profile.constant(space.batch, shapes)
 
 
 class _Unit(NamedTuple):
@@ -157,7 +170,7 @@ class _Builder:
 
     def blocks(self, units: list[_Unit]) -> Iterator[Block]:
         """One block for a group that may fuse; one for each unit otherwise."""
-        if SECONDS in self.resources and any(_EXPERT.search(name) for unit in units for name in unit.names):
+        if SECONDS in self.resources and any(is_expert(name) for unit in units for name in unit.names):
             raise InputError("a limit on time does not know yet which experts a token takes: give bits or a size")
         fuses = SECONDS in self.resources and self.space.fusion != "none" and 1 < len(units) <= MOST_FUSED
         if not fuses:
@@ -211,9 +224,8 @@ class _Builder:
         seconds: dict[str, float] = {}
         if SECONDS in self.resources:
             assert self.space.profile is not None
-            for name, measured in self.space.profile.seconds(launch, self.space.batch).items():
-                if kernel is None or name == kernel:
-                    seconds |= {spec: min(time, seconds.get(spec, np.inf)) for spec, time in measured.items()}
+            measured = self.space.profile.seconds(launch, self.space.batch)
+            seconds = fastest_kernel(measured if kernel is None else {kernel: measured.get(kernel, {})})
         rows = []
         for candidate in self.space.palette:
             if SECONDS in self.resources and candidate.spec not in seconds:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qpalette.core.errors import BudgetError
-from qpalette.plan.build import BITS, SECONDS, Candidate, CountBits, Limits, Space, build_problem
+from qpalette.plan.build import BITS, SECONDS, Candidate, CountBits, Limits, Space, build_problem, constant_seconds
 from qpalette.plan.exact import Solved, solve
 from qpalette.plan.lagrangian import pareto_front
 from qpalette.plan.problem import Problem, Selection
@@ -21,13 +21,13 @@ from qpalette.theory import reverse_water_filling
 
 @dataclass(frozen=True)
 class Choice:
-    """A spec for each linear, and the launches that a latency profile asked for (none without one)."""
+    """A spec for each linear, and which of them share a launch; empty: all that read one input and may."""
 
     specs: Mapping[str, str]
     launches: tuple[tuple[str, ...], ...]
     loss: float  # predicted: sum of sensitivity * distortion
     bits: int  # stored, of all linears
-    seconds: float | None  # per token, constants included; None without a profile
+    seconds: float | None  # per token, as predicted, constants included; None without a limit on time
 
     def weights_by_spec(self, sensitivities: Sensitivities) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -81,9 +81,13 @@ class Planner:
     def plan(self, limits: Limits, solver: str = "exact") -> Planned:
         """The choice of least loss within `limits`, never worse than the best uniform one.
 
+        A step may take longer than predicted, by as much as the profile says: it is within the limit even so.
+
         Raises BudgetError, which holds the least that is possible, when nothing is within the limits; SpecError and
         InputError as `build_problem`.
         """
+        if limits.seconds is not None:
+            limits = limits._replace(seconds=limits.seconds / self.margin)
         problem = build_problem(self.sensitivities, self.space, limits)
         self._check(problem, limits)
         uniform = self.best_uniform(limits)
@@ -150,15 +154,15 @@ class Planner:
             part = problem.segments[segment]
             specs |= dict.fromkeys(part.linears, part.specs[option])
         variants = np.unique(problem.variant_of_segment[chosen])
-        launches = tuple(launch for v in variants for launch in problem.variants[v].launches)
+        timed = tuple(launch for v in variants for launch in problem.variants[v].launches)
         seconds = None
         if SECONDS in problem.resources:
             seconds = float(selection.costs[-1]) + self.constant_seconds
         order = {linear.name: specs[linear.name] for linear in self.sensitivities.linears}
-        return self._choice(order, launches, seconds)
+        return self._choice(order, timed, seconds)
 
     def _choice(
-        self, specs: Mapping[str, str], launches: tuple[tuple[str, ...], ...] = (), seconds: float | None = None
+        self, specs: Mapping[str, str], timed: tuple[tuple[str, ...], ...] = (), seconds: float | None = None
     ) -> Choice:
         by_spec = {candidate.spec: candidate for candidate in self.space.palette}
         loss, bits = 0.0, 0
@@ -166,7 +170,17 @@ class Planner:
             candidate = by_spec[specs[linear.name]]
             loss += linear.sensitivity * candidate.distortion
             bits += self._count_bits(candidate.rate, linear.shape.out_features, linear.shape.in_features)
-        return Choice(specs, launches, loss, bits, seconds)
+        return Choice(specs, timed or self._launches(specs), loss, bits, seconds)
+
+    def _launches(self, specs: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
+        """As the fusion allows, where no limit on time has chosen them; "free" leaves it to the run time."""
+        if self.space.fusion == "free":
+            return ()
+        launches: dict[tuple[str, str], list[str]] = {}
+        for linear in self.sensitivities.linears:
+            key = (linear.name, "") if self.space.fusion == "none" else (linear.group, specs[linear.name])
+            launches.setdefault(key, []).append(linear.name)
+        return tuple(map(tuple, launches.values()))
 
     @cached_property
     def _count_bits(self) -> CountBits:
@@ -181,18 +195,25 @@ class Planner:
                     f"{limits.bits} bits cannot hold these linears: the least is {int(least)}", least_bits=int(least)
                 )
             if least > limit:
-                seconds = float(least) + self.constant_seconds
-                raise BudgetError(f"no plan takes less than {seconds:.3g} s per token", least_seconds=seconds)
+                seconds = self.margin * (float(least) + self.constant_seconds)
+                raise BudgetError(f"no plan is sure to take less than {seconds:.3g} s per token", least_seconds=seconds)
 
     def _together(self, problem: Problem, limits: Limits) -> BudgetError:
         """Each limit can be met, but not both: the least bits within the time."""
         cheapest = solve(problem.minimising(0))
         bits = None if cheapest is None else int(cheapest.selection.loss)
-        return BudgetError(f"within {limits.seconds:.3g} s per token the least is {bits} bits", least_bits=bits)
+        assert limits.seconds is not None
+        asked = self.margin * limits.seconds
+        return BudgetError(f"within {asked:.3g} s per token the least is {bits} bits", least_bits=bits)
+
+    @cached_property
+    def constant_seconds(self) -> float:
+        return constant_seconds(self.sensitivities, self.space)
 
     @property
-    def constant_seconds(self) -> float:
-        return 0.0 if self.space.profile is None else self.space.profile.constant(self.space.batch)
+    def margin(self) -> float:
+        """Seconds that a step may take over the predicted ones."""
+        return 1.0 if self.space.profile is None else 1 + self.space.profile.spread
 
 
 def _within(choice: Choice, limits: Limits) -> bool:

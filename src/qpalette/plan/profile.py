@@ -12,6 +12,7 @@ from typing import Any
 from qpalette.core.errors import InputError
 
 PROFILE_VERSION = 1
+SPREAD = 0.03  # plans for an H100 took 0.98 to 1.02 of what its profile predicts (benchmarks/results/plan_latency.json)
 SHIPPED = Path(__file__).with_name("profiles")
 Shape = tuple[int, int]  # out_features, in_features
 
@@ -27,9 +28,18 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Head:
+    """An output head inside `constant_seconds`: its shape, and its seconds at each batch size."""
+
+    shape: Shape
+    seconds: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class LatencyProfile:
     """Launches measured on one device. `constant_seconds` is what a step costs besides its linears: at any batch size,
-    or at each.
+    or at each. `head` is the output head as it was left in the constant, at each batch size: a plan that quantizes it
+    takes it out. `spread` is how far, relatively, a step may take longer than predicted.
 
     A fused launch is known by its shapes, in any order, and the one spec of all its segments.
     """
@@ -37,6 +47,8 @@ class LatencyProfile:
     device: str
     constant_seconds: float | Mapping[int, float]
     launches: tuple[Launch, ...]
+    spread: float = SPREAD
+    head: Head | None = None
     _known: Mapping[tuple[tuple[Shape, ...], int], dict[str, dict[str, float]]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -55,25 +67,40 @@ class LatencyProfile:
     def batches(self) -> tuple[int, ...]:
         return tuple(sorted({launch.batch for launch in self.launches}))
 
-    def constant(self, batch: int) -> float:
-        """Seconds of a step besides its linears. `batch` is one of `batches`."""
+    def constant(self, batch: int, planned: Iterable[Shape] = ()) -> float:
+        """Seconds of a step besides its linears, which have the shapes `planned`: where the head is one of them, its
+        time is not counted twice. `batch` is one of `batches`."""
         known = self.constant_seconds
-        return known[batch] if isinstance(known, Mapping) else known
+        seconds = known[batch] if isinstance(known, Mapping) else known
+        return seconds if self.head is None or self.head.shape not in planned else seconds - self.head.seconds[batch]
 
     @property
     def specs(self) -> frozenset[str]:
         return frozenset(spec for launch in self.launches for spec, _, _ in launch.segments)
 
+    def seconds_by_spec(self, batch: int) -> dict[str, float]:
+        """Seconds of one launch of everything that was measured at `batch`, for each spec that has all of it."""
+        measured = [kernels for (_, size), kernels in self._known.items() if size == batch]
+        best = [fastest_kernel(kernels) for kernels in measured]
+        common = set.intersection(*map(set, best)) if best else set()
+        return {spec: sum(seconds[spec] for seconds in best) for spec in sorted(common)}
+
     def seconds(self, shapes: Iterable[Shape], batch: int) -> dict[str, dict[str, float]]:
         """Kernel -> spec -> seconds of one launch of `shapes` that all have that spec; empty when none was measured."""
         return self._known.get((tuple(sorted(shapes)), batch), {})
 
+    def fastest(self, shapes: Iterable[Shape], batch: int) -> dict[str, float]:
+        """Spec -> seconds of one launch of `shapes`, by the best kernel for each."""
+        return fastest_kernel(self.seconds(shapes, batch))
+
     def to_json(self) -> str:
+        fields = {"profile_version": PROFILE_VERSION, "device": self.device, "constant_seconds": self.constant_seconds}
+        fields |= {"spread": self.spread}
+        if self.head is not None:
+            fields |= {"head": {"shape": list(self.head.shape), "seconds": dict(self.head.seconds)}}
+        head = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in fields.items())
         launches = ",\n".join(f"  {json.dumps(_entry(launch))}" for launch in self.launches)
-        return (
-            f'{{\n "profile_version": {PROFILE_VERSION},\n "device": {json.dumps(self.device)},\n'
-            f' "constant_seconds": {json.dumps(self.constant_seconds)},\n "launches": [\n{launches}\n ]\n}}\n'
-        )
+        return f'{{\n{head} "launches": [\n{launches}\n ]\n}}\n'
 
     @classmethod
     def read(cls, file: str | Path) -> LatencyProfile:
@@ -103,7 +130,20 @@ class LatencyProfile:
         if not isinstance(launches, list) or not launches:
             raise InputError("launches must be a list of at least one launch")
         parsed = tuple(_launch(index, entry) for index, entry in enumerate(launches))
-        return cls(str(content.get("device", "unknown")), _constants(content, parsed), parsed)
+        spread = _seconds(content, "spread", least=True) if "spread" in content else SPREAD
+        head = _head(content["head"], parsed) if "head" in content else None
+        profile = cls(str(content.get("device", "unknown")), _constants(content, parsed), parsed, spread, head)
+        if head is not None and any(profile.constant(batch, [head.shape]) < 0 for batch in profile.batches):
+            raise InputError("head takes longer than the constant_seconds that it is a part of")
+        return profile
+
+
+def fastest_kernel(kernels: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Spec -> seconds, from kernel -> spec -> seconds."""
+    fastest: dict[str, float] = {}
+    for seconds in kernels.values():
+        fastest |= {spec: min(time, fastest.get(spec, math.inf)) for spec, time in seconds.items()}
+    return fastest
 
 
 def shipped_profiles() -> list[str]:
@@ -115,10 +155,21 @@ def _constants(content: Mapping[str, Any], launches: Sequence[Launch]) -> float 
     constants = content.get("constant_seconds")
     if not isinstance(constants, dict):
         return _seconds(content, "constant_seconds", least=True)
+    return _by_batch(constants, launches, "constant_seconds")
+
+
+def _head(content: Any, launches: Sequence[Launch]) -> Head:
+    shape = content.get("shape") if isinstance(content, dict) else None
+    if not isinstance(shape, list) or not _is_segment(["", *shape]) or not isinstance(content.get("seconds"), dict):
+        raise InputError("head must be an object of shape, [out_features, in_features], and seconds by batch")
+    return Head((shape[0], shape[1]), _by_batch(content["seconds"], launches, "seconds of the head"))
+
+
+def _by_batch(seconds: Mapping[str, Any], launches: Sequence[Launch], name: str) -> dict[int, float]:
     batches = sorted({launch.batch for launch in launches})
-    if sorted(constants) != sorted(map(str, batches)):
-        raise InputError(f"constant_seconds must have the batches of the launches: {', '.join(map(str, batches))}")
-    return {batch: _seconds(constants, str(batch), "constant_seconds: ", least=True) for batch in batches}
+    if sorted(seconds) != sorted(map(str, batches)):
+        raise InputError(f"{name} must have the batches of the launches: {', '.join(map(str, batches))}")
+    return {batch: _seconds(seconds, str(batch), f"{name}: ", least=True) for batch in batches}
 
 
 def _entry(launch: Launch) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def plan_json(found: BudgetPlan) -> dict[str, Any]:
         "memory_bytes": found.memory_bytes,
         "seconds_per_token": choice.seconds,
         "tokens_per_second": None if choice.seconds is None else 1 / choice.seconds,
+        "least_tokens_per_second": None if choice.seconds is None else 1 / (found.planner.margin * choice.seconds),
         "optimality_gap": planned.optimality_gap,
         "uniform": None if uniform is None else {"spec": _only(uniform.specs), "predicted_loss": uniform.loss},
         "launches": [list(launch) for launch in choice.launches],
@@ -78,7 +79,8 @@ def facts_of(found: BudgetPlan, budget: str) -> dict[str, str]:
         "memory": "" if found.memory_bytes is None else f"{size(found.memory_bytes)}, cache and activations included",
         "speed": ""
         if choice.seconds is None
-        else f"{1 / choice.seconds:.1f} tokens/s in {len(choice.launches)} launches",
+        else f"{1 / choice.seconds:.1f} tokens/s predicted in {len(choice.launches)} launches, "
+        f"{1 / (found.planner.margin * choice.seconds):.1f} at least",
         "predicted loss": f"{choice.loss:.4g}",
         "over the bound": f"{planned.loss_over_bound:.4f} (reverse water-filling, same bits)",
         "over uniform": "no uniform plan is within the budget"

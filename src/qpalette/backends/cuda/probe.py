@@ -48,6 +48,15 @@ def launch_seconds(parts: Sequence[Part], batch: int, device: torch.device, with
     return graph_seconds([partial(multiply, rotated, batch, these, x.dtype) for these in copies])
 
 
+def plain_seconds(rows: int, columns: int, batch: int, device: torch.device) -> float:
+    """Seconds of torch's product of `batch` tokens with a float16 matrix, cold weights."""
+    x = torch.randn(batch, columns, dtype=torch.float16, device=device)
+    weights = [
+        torch.randn(rows, columns, dtype=torch.float16, device=device) for _ in range(cold_copies(2 * rows * columns))
+    ]
+    return graph_seconds([partial(torch.nn.functional.linear, x, weight) for weight in weights])
+
+
 def rotation_seconds(columns: int, batch: int, device: torch.device) -> float:
     """Seconds to rotate `batch` tokens of `columns` values."""
     member = random_member("nuq-2", 16, columns, device)
