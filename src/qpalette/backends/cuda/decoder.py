@@ -13,13 +13,11 @@ from qpalette.codes.description import Decoder
 
 COMMON_SOURCE = Path(__file__).with_name("common.cuh").read_text()
 SOURCE = COMMON_SOURCE + Path(__file__).with_name("decoder.cuh").read_text()
-MOST_PAIR_BITS = (
-    6  # of a scalar index: up to here a look-up gives two weights; more pairs do not fit
-)
+MOST_PAIR_BITS = 6  # of a scalar index: up to here a look-up gives two weights; more pairs do not fit
 _COPIES_BYTES = 4 * 32  # of an entry with a copy in each bank
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class DecoderSpec:
     """The template arguments of `Decoder`: see decoder.cuh."""
 
