@@ -121,5 +121,5 @@ def _missing(device: torch.device) -> str:
 
 @cache
 def _warn_of_no_compiler() -> None:
-    """Once: the model answers all the same, by plain torch."""
-    logger.warning("the CUDA kernels cannot be compiled, and without them a model is many times slower: %s", INSTALL)
+    """Once: the model answers all the same."""
+    logger.warning("CUDA kernels cannot be compiled; plain torch does their work, many times slower: %s", INSTALL)
