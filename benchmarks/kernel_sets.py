@@ -3,8 +3,8 @@
     python benchmarks/kernel_sets.py PLAN                   # a plan of `qpalette plan`
     python benchmarks/kernel_sets.py tcq2-3+tcq-2.5 nuq-3   # or launches: the specs of each
 
-A second row of figures is for a kernel of the plan's first 1, 2, 4, ... decoders: how compilation grows. Seconds are of
-the processor, so that other programs on the machine do not count.
+The table is of kernels of the first 1, 2, 4, ... decoders, and of all: how compilation grows. Seconds are of the processor,
+so that other programs on the machine count little.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def main(
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n")
     sizes = sorted({n for n in (1, 2, 4, 8, 16, 32) if n < len(decoders)} | {len(decoders)})
     rows = [row_of(decoders[:n], arch, int(batch)) for batch in batches.split(",") for n in sizes]
-    report("kernel_sets", f"{processor()}, compiler alone", rows, arch=arch, **facts)
+    of = [Path(argument).name for argument in launches]
+    report("kernel_sets", f"{processor()}, compiler alone", rows, of=of, arch=arch, **facts)
 
 
 def launches_of(argument: str) -> list[tuple[DecoderSpec, ...]]:
