@@ -3,8 +3,8 @@
     python benchmarks/kernel_sets.py PLAN                   # a plan of `qpalette plan`
     python benchmarks/kernel_sets.py tcq2-3+tcq-2.5 nuq-3   # or launches: the specs of each
 
-The table is of kernels of the first 1, 2, 4, ... decoders, and of all: how compilation grows. Seconds are of the processor,
-so that other programs on the machine count little.
+The table is of kernels of the first 1, 2, 4, ... decoders, and of all: how compilation grows. Seconds are of the
+processor, so that other programs on the machine count little.
 """
 
 from __future__ import annotations
