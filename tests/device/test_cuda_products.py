@@ -5,14 +5,23 @@ are independent over K terms, so relative to the norm of the result they stay ne
 the rounding of the result: 2^-11 / sqrt(3) for float16, 2^-8 / sqrt(3) for bfloat16. Twice their sum is allowed.
 """
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
+from qpalette.backends.cuda import compiler, multiply
+from qpalette.backends.cuda.decoder import decoder_spec
+from qpalette.backends.cuda.decoder_sets import DecoderSets
+from qpalette.backends.cuda.layout import from_chunks
 from qpalette.backends.cuda.probe import random_member
 from qpalette.backends.cuda.rotate import rotate
 from qpalette.backends.cuda.unpack import multiply_by_library
+from qpalette.codes import parse_spec
+from qpalette.core.records import tiles_of
 from qpalette.rotate import Rotation, full_rotation, unpack_signs
-from qpalette.runtime import PackedLinear, backends
+from qpalette.runtime import TILES, PackedLinear, backends, select
 
 pytestmark = [
     pytest.mark.device,
@@ -48,10 +57,22 @@ def members(specs: list[str], rows: list[int], columns: int) -> list[PackedLinea
     return found
 
 
+def diagonal_of(member: PackedLinear, columns: int) -> torch.Tensor:
+    if member.diagonal.dtype == torch.uint8:
+        return unpack_signs(member.diagonal, columns).double()
+    return member.diagonal.view(torch.float16).double()
+
+
+def as_stored(member: PackedLinear) -> PackedLinear:
+    words = parse_spec(member.spec).words_per_tile
+    shape = (tiles_of(member.out_features), tiles_of(member.in_features), words)
+    return replace(member, codes=from_chunks(member.codes, shape), layout=TILES)
+
+
 def expected(x: torch.Tensor, found: list[PackedLinear]) -> torch.Tensor:
     """float64, from the exact weights."""
     cuda, columns = backends()["cuda"], x.shape[1]
-    rotated = Rotation.parse(found[0].rotation, columns).apply(x.double() * unpack_signs(found[0].diagonal, columns))
+    rotated = Rotation.parse(found[0].rotation, columns).apply(x.double() * diagonal_of(found[0], columns))
     return torch.cat([rotated @ cuda.rotated_weight(member).double().T for member in found], dim=1)
 
 
@@ -144,3 +165,129 @@ def test_rms_norm_before_the_rotation(columns: int, name: str) -> None:
     wanted = Rotation.parse(rotation, columns).apply(normed * unpack_signs(signs, columns))
     result = found.values[:, place(columns)].double() * found.scales[:, None].double()
     assert (result - wanted).norm() <= TOLERANCE[torch.float16] * wanted.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16, 40, 100])
+def test_stored_codes_give_the_same_bits(tokens: int) -> None:
+    cuda, found = backends()["cuda"], members(["tcq2-3.25", "nuq-4", "tcq-2.125"], [1000, 48, 256], 1040)
+    x = torch.randn(tokens, 1040, device="cuda", dtype=torch.float16)
+    stored = [as_stored(member) for member in found]
+    assert torch.equal(cuda.linears(x, stored), cuda.linears(x, found))
+    for before, after in zip(stored, found, strict=True):
+        assert torch.equal(cuda.rotated_weight(before), cuda.rotated_weight(after))
+        assert torch.equal(cuda.rotated_weight(before), backends()["ref"].rotated_weight(before))
+
+
+def with_diagonal(found: list[PackedLinear], diagonal: torch.Tensor) -> None:
+    for member in found:
+        member.diagonal = diagonal.half().view(torch.int16)
+
+
+@pytest.mark.parametrize("columns", [250, 576, 2880, 4096, 14336])
+@pytest.mark.parametrize("rotation", ["full", "h2", "h64"])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 60])
+def test_a_diagonal_of_float16_values(columns: int, rotation: str, tokens: int) -> None:
+    if rotation == "h64" and columns % 64:
+        pytest.skip("no blocks of 64")
+    found = members(["nuq-4", "tcq2-3.25"], [64, 100], columns)
+    for member in found:
+        member.rotation = full_rotation(columns).name if rotation == "full" else rotation
+    with_diagonal(found, torch.randn(columns, device="cuda") * torch.logspace(-2, 2, columns, device="cuda"))
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.float16)
+    result, wanted = backends()["cuda"].linears(x, found).double(), expected(x, found)
+    # Above MOST_FUSED_TOKENS the product is rounded to float16 once more.
+    tolerance = TOLERANCE[torch.float16] + (2 * 2**-11 / 3**0.5 if tokens > 48 else 0)
+    assert (result - wanted).norm() <= tolerance * wanted.norm()
+
+
+def test_a_diagonal_of_ones_and_minus_ones_is_the_signs() -> None:
+    """The same bits: a product by 1 or -1 is exact, and so is the norm."""
+    found = members(["tcq2-3.25"], [256], 4096)
+    x = torch.randn(3, 4096, device="cuda").half()
+    wanted = backends()["cuda"].linears(x, found)
+    with_diagonal(found, unpack_signs(found[0].diagonal, 4096))
+    assert torch.equal(backends()["cuda"].linears(x, found), wanted)
+
+
+@pytest.mark.parametrize("size", [6e-5, 1.0, 6e4])
+@pytest.mark.parametrize("of_x", [1e-6, 1.0, 1e12])
+def test_no_diagonal_leaves_float16(size: float, of_x: float) -> None:
+    """A norm taken before the diagonal would overflow, or lose every bit."""
+    found = members(["nuq-8"], [256], 1024)
+    with_diagonal(found, torch.full((1024,), size, device="cuda"))
+    x = torch.randn(2, 1024, device="cuda") * of_x
+    result, wanted = backends()["cuda"].linears(x, found).double(), expected(x, found)
+    assert (result - wanted).norm() <= TOLERANCE[torch.float16] * wanted.norm()
+
+
+def test_a_diagonal_that_begins_anywhere_and_one_after_an_rms_norm() -> None:
+    columns, rotation = 4096, full_rotation(4096).name
+    x, weight = torch.randn(3, columns, device="cuda").half(), torch.rand(columns, device="cuda").half() + 0.5
+    longer = torch.randn(columns + 1, device="cuda").half()
+    found = rotate(x, longer[1:].view(torch.int16), rotation, None, norm=(weight, 1e-5))
+    normed = torch.nn.functional.rms_norm(x.double(), (columns,), weight.double(), 1e-5)
+    wanted = Rotation.parse(rotation, columns).apply(normed * longer[1:].double())
+    result = found.values[:, place(columns)].double() * found.scales[:, None].double()
+    assert (result - wanted).norm() <= TOLERANCE[torch.float16] * wanted.norm()
+
+
+def test_a_diagonal_of_another_type_is_refused() -> None:
+    x = torch.randn(1, 1024, device="cuda").half()
+    with pytest.raises(ValueError, match=r"diagonal of torch\.float32"):
+        rotate(x, torch.ones(1024, device="cuda"), "h1024", 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_a_kernel_of_many_decoders_gives_the_same_bits(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = ["nuq-3", "nuq-8", "tcq-2.125", "tcq-3.25", "tcq-8", "tcq2-2", "tcq2-3.25", "vq-1.5", "vq-3"]
+    cuda, found = backends()["cuda"], members(many, [1000] * len(many), 2880)
+    x = torch.randn(tokens, 2880, device="cuda", dtype=torch.float16)
+    all_of_them = [decoder_spec(spec) for spec in many]
+
+    def products(sets: DecoderSets) -> list[torch.Tensor]:
+        multiply._kernel_of.cache_clear()
+        monkeypatch.setattr(multiply, "_sets", lambda *_: sets)
+        results = [cuda.linear(x, member) for member in found]
+        multiply._kernel_of.cache_clear()
+        return results
+
+    shared = DecoderSets()
+    shared.serving(all_of_them)
+    together, each = products(shared), products(DecoderSets())
+    assert len(shared.sets) == 1
+    for one, other in zip(each, together, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_the_backend_says_of_this_device() -> None:
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        verdict = backends()["cuda"].supports("linear", "tcq2-3.25", device)
+        assert verdict.ok == (torch.cuda.get_device_capability(device) >= (8, 0)), verdict.reason
+        assert (select("linear", "tcq2-3.25", device).name == "cuda") == verdict.ok
+    beyond = torch.device("cuda", torch.cuda.device_count())
+    assert "no device" in backends()["cuda"].supports("linear", "tcq2-3.25", beyond).reason
+
+
+def test_damaged_kernels_on_disk_are_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QPALETTE_COMPILE_CACHE", str(tmp_path))
+    found = members(["nuq-4"], [64], 576)
+    x = torch.randn(1, 576, device="cuda").half()
+
+    def fresh() -> torch.Tensor:
+        """As another process finds the kernels; those that are loaded stay, in `kept`."""
+        kept.append(compiler._loaded)
+        monkeypatch.setattr(compiler, "_loaded", {})
+        compiler.compile_cubin.cache_clear()
+        multiply._kernel_of.cache_clear()
+        return backends()["cuda"].linears(x, found)
+
+    kept: list[object] = []
+    wanted = fresh()
+    files = {file: file.read_bytes() for file in (tmp_path / "cubins").iterdir()}
+    assert len(files) == 2
+    for file, content in files.items():
+        file.write_bytes(content[: len(content) // 2])
+    assert torch.equal(fresh(), wanted)
+    assert {file: file.read_bytes() for file in files} == files
+    torch.cuda.synchronize()

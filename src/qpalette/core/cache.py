@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 CACHE = "QPALETTE_CACHE"
+COMPILE_CACHE = "QPALETTE_COMPILE_CACHE"
 
 
 def cache_directory() -> Path:
@@ -18,3 +19,8 @@ def private_folder(name: str) -> Path:
     for folder in (cache_directory(), cache_directory() / name):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def compile_cache_directory() -> Path:
+    """Of compiled code: $QPALETTE_COMPILE_CACHE, or `cache_directory()`."""
+    return Path(os.environ.get(COMPILE_CACHE) or cache_directory())

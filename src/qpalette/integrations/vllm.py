@@ -64,7 +64,7 @@ class QPaletteVllmConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return 75
+        return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:

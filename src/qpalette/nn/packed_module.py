@@ -123,6 +123,7 @@ class PackedModule(nn.Module):
     def _lay_out(self, backend: Backend) -> None:
         self.qp_codes = backend.to_layout(self.qp_codes)
         self.layout = backend.layout
+        backend.expect(self.packed)
 
     def restore(self) -> None:
         """Bring the codes back to the stored layout."""

@@ -80,6 +80,11 @@ class Backend(ABC):
         """Stored codes -> this backend's layout."""
         return codes
 
+    def expect(self, packed: PackedLinear) -> None:
+        """Told of every matrix that is laid out for products, before the first of them: a backend that compiles kernels
+        may make one for all. Nothing depends on it, and it ends when the codes are freed."""
+        return None
+
     def from_layout(self, codes: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
         """This backend's layout -> stored codes of `stored_shape`."""
         return codes

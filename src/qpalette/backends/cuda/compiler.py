@@ -5,19 +5,17 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import io
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from functools import cache, lru_cache
 from typing import Any
 
-from qpalette.core.cache import cache_directory
+from qpalette.backends.cuda import cubins
 from qpalette.core.errors import UnsupportedError
 
-_INSTALL = "pip install 'qpalette[cuda]'"
+INSTALL = "pip install 'qpalette[cuda]'"
+_STANDARD = "c++17"
 
 
 @lru_cache(maxsize=512)
@@ -26,18 +24,24 @@ def compile_cubin(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -
 
     Raises UnsupportedError when the compiler is missing or refuses; its own message is in the text.
     """
+    key = hashlib.sha256(repr((source, arch, macros, _STANDARD, compiler_version())).encode()).hexdigest()
+    code = cubins.read(key)
+    if code is None:
+        code = _compile(source, arch, macros)
+        cubins.write(key, code)
+    return code
+
+
+def _compile(
+    source: str, arch: str, macros: tuple[tuple[str, int], ...], logs: io.StringIO | None = None, **more: Any
+) -> bytes:
     cuda = _cuda_core()
-    options = _options(arch, macros)
-    key = hashlib.sha256(repr((source, arch, macros, cuda.__version__)).encode()).hexdigest()
-    file = cache_directory() / "kernels" / f"{key}.cubin"
-    if file.is_file():
-        return file.read_bytes()
+    defines = [(name, str(value)) for name, value in macros] or None  # cuda.core refuses an empty list
+    options = cuda.ProgramOptions(arch=arch, std=_STANDARD, define_macro=defines, **more)
     try:
-        code = bytes(cuda.Program(source, "c++", options).compile("cubin").code)
+        return bytes(cuda.Program(source, "c++", options).compile("cubin", logs=logs).code)
     except Exception as error:  # NVRTC's errors have no common base class
         raise UnsupportedError(f"a CUDA kernel does not compile for {arch}: {error}") from error
-    _write(file, code)
-    return code
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,8 @@ class Resources:
 
 def resources(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -> Resources:
     """Registers and spills of the only kernel in `source`, compiled for `arch`. Raises as `compile_cubin`."""
-    cuda, log = _cuda_core(), io.StringIO()
-    options = _options(arch, macros, ptxas_options=["-v"])
-    try:
-        cuda.Program(source, "c++", options).compile("cubin", logs=log)
-    except Exception as error:
-        raise UnsupportedError(f"a CUDA kernel does not compile for {arch}: {error}") from error
+    log = io.StringIO()
+    _compile(source, arch, macros, log, ptxas_options=["-v"])
     registers = re.search(r"Used (\d+) registers", log.getvalue())
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
     if registers is None or not spills:
@@ -63,18 +63,20 @@ def resources(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -> Re
     return Resources(int(registers[1]), sum(map(int, spills[0])))
 
 
-def _options(arch: str, macros: tuple[tuple[str, int], ...], **more: Any) -> Any:
-    defines = [(name, str(value)) for name, value in macros] or None  # cuda.core refuses an empty list
-    return _cuda_core().ProgramOptions(arch=arch, std="c++17", define_macro=defines, **more)
-
-
 def load_kernel(source: str, name: str, macros: Mapping[str, int], device: int, shared_bytes: int = 0) -> Any:
     """The cuda.core Kernel `name` of `source`, loaded on CUDA device `device`, allowed `shared_bytes` of dynamic shared
-    memory per block. Raises as `compile_cubin`."""
-    return _load(source, name, tuple(sorted(macros.items())), device, shared_bytes)
+    memory per block. Raises as `compile_cubin`.
+
+    It stays loaded: a captured CUDA graph may call it for as long as the process lives.
+    """
+    key = (source, name, tuple(sorted(macros.items())), device, shared_bytes)
+    kernel = _loaded.get(key)
+    return _loaded.setdefault(key, _load(*key)) if kernel is None else kernel  # threads at once get one and the same
 
 
-@lru_cache(maxsize=512)
+_loaded: dict[tuple[Any, ...], Any] = {}
+
+
 def _load(source: str, name: str, macros: tuple[tuple[str, int], ...], device: int, shared_bytes: int) -> Any:
     cuda = _cuda_core()
     handle = cuda.Device(device)
@@ -140,25 +142,28 @@ def _cuda_core() -> Any:
     try:
         import cuda.core
     except ImportError as error:
-        raise UnsupportedError(f"CUDA kernels need cuda.core and NVRTC ({error}): {_INSTALL}") from error
+        raise UnsupportedError(f"CUDA kernels need cuda.core and NVRTC ({error}): {INSTALL}") from error
     return cuda.core
+
+
+@cache
+def compiler_version() -> tuple[str, int, int]:
+    """(version of cuda.core, NVRTC's major, minor). Raises UnsupportedError when one of them is missing."""
+    version = _cuda_core().__version__
+    try:
+        from cuda.bindings import nvrtc
+
+        status, major, minor = nvrtc.nvrtcVersion()
+    except Exception as error:  # the loader of NVIDIA's libraries has errors of its own
+        raise UnsupportedError(f"CUDA kernels need NVRTC ({error}): {INSTALL}") from error
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS
+    return version, major, minor
 
 
 def compiler_is_installed() -> bool:
     """Whether there is a way to compile CUDA kernels at all."""
     try:
-        _cuda_core()
+        compiler_version()
     except UnsupportedError:
         return False
     return True
-
-
-def _write(file: Path, code: bytes) -> None:
-    """By rename, so that another process sees all of it or nothing. A cache that cannot be written is only slow."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-            temporary.write(code)
-        os.replace(temporary.name, file)
-    except OSError:
-        return

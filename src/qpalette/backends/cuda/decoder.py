@@ -17,7 +17,7 @@ MOST_PAIR_BITS = 6  # of a scalar index: up to here a look-up gives two weights;
 _COPIES_BYTES = 4 * 32  # of an entry with a copy in each bank
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class DecoderSpec:
     """The template arguments of `Decoder`: see decoder.cuh."""
 

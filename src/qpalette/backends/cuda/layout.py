@@ -8,14 +8,31 @@ and half of one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 
 from qpalette.codes.bits import WORD, pack_stream, unpack_stream
+from qpalette.core.errors import UnsupportedError
+from qpalette.runtime import TILES, PackedLinear
 
 LAYOUT = "chunks"
 CHUNK = 16  # tiles
 LANES = 32
 _BATCH_BITS = 1 << 27  # a bit takes 8 bytes while it is moved
+
+
+def laid_out(packed: PackedLinear) -> PackedLinear:
+    """The same matrix in this layout: converted where it is stored, as it is in a model that was not prepared."""
+    return replace(packed, codes=to_chunks(packed.codes), layout=LAYOUT) if packed.layout == TILES else packed
+
+
+def check_layout(members: Sequence[PackedLinear]) -> None:
+    """The kernels read what others would lay out past its end. Raises UnsupportedError for any other layout."""
+    for member in members:
+        if member.layout != LAYOUT:
+            raise UnsupportedError(f"codes laid out for '{member.layout}', not for '{LAYOUT}': lay the model out anew")
 
 
 def to_chunks(codes: torch.Tensor) -> torch.Tensor:

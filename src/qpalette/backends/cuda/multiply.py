@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import count
 from math import ceil, log2, sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qpalette.backends.cuda.compiler import launch, load_kernel
 from qpalette.backends.cuda.decoder import DecoderSpec, decoder_spec, entries, with_decoders
+from qpalette.backends.cuda.decoder_sets import DecoderSets
+from qpalette.backends.cuda.layout import check_layout
 from qpalette.backends.cuda.rotate import TYPES, Rotated
 from qpalette.runtime import PackedLinear
 
@@ -150,7 +153,7 @@ def decode_cost(spec: DecoderSpec) -> float:
 
 
 def source_for(decoders: Sequence[DecoderSpec]) -> str:
-    """One translation unit: every decoder of the launch, then the kernel."""
+    """One translation unit: every decoder of the kernel's set, then the kernel."""
     return with_decoders(SOURCE, tuple(decoders))
 
 
@@ -160,13 +163,17 @@ def kernel_macros(limits: DeviceLimits, batch: int) -> dict[str, int]:
 
 
 def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: torch.dtype) -> torch.Tensor:
-    """[tokens, sum of out_features] of `dtype`: every member's product, side by side. Codes are in the chunk layout."""
+    """[tokens, sum of out_features] of `dtype`: every member's product, side by side. Codes are in the chunk layout.
+
+    Raises UnsupportedError for another layout.
+    """
+    check_layout(members)
     device = x.values.device
     limits = device_limits(device.index or 0)
     batch = len(x.values)
-    specs = [_spec_of(member.spec) for member in members]
-    decoders = list(dict.fromkeys(specs))
+    specs = tuple(_spec_of(member.spec) for member in members)
     chunks = members[0].codes.shape[1]
+    kernel, indices = _kernel_of(specs, batch, device.index or 0)
     row_tiles = tuple(len(member.codes) for member in members)
     costs = tuple(decode_cost(spec) for spec in specs)
     grid = plan_grid(row_tiles, costs, limits.multiprocessors, limits.most_rows(batch))
@@ -193,18 +200,28 @@ def multiply(x: Rotated, tokens: int, members: Sequence[PackedLinear], dtype: to
             rows_per_block=grid.rows_per_block[i],
             first_block=first,
             out_offset=offset,
-            decoder=decoders.index(spec),
+            decoder=indices[i],
             hash_unit=spec.hash_unit(limits.table_bytes),
         )
         first += grid.blocks[i]
         offset += member.out_features
     room = limits.table_bytes + max(grid.rows_per_block) * _sum_bytes(batch)
-    kernel = load_kernel(
-        source_for(decoders), "multiply", kernel_macros(limits, batch), device.index or 0, limits.shared_bytes
-    )
     stream = torch.cuda.current_stream(device).cuda_stream
     launch(kernel, stream, first, THREADS, room, [problem], overlap=limits.overlap)
     return y
+
+
+@cache
+def _kernel_of(specs: tuple[DecoderSpec, ...], batch: int, device: int) -> tuple[Any, tuple[int, ...]]:
+    """The kernel of a launch over such segments, and the index of each one's decoder in it: the same ever after."""
+    limits, decoders = device_limits(device), _sets(batch, device).serving(specs)
+    kernel = load_kernel(source_for(decoders), "multiply", kernel_macros(limits, batch), device, limits.shared_bytes)
+    return kernel, tuple(map(decoders.index, specs))
+
+
+@cache
+def _sets(batch: int, device: int) -> DecoderSets:
+    return DecoderSets()
 
 
 def _spec_of(name: str) -> DecoderSpec:

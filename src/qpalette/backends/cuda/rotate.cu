@@ -1,4 +1,4 @@
-// x' = Q diag(s) x for the one product or group that follows, written in the order in which `multiply` reads it.
+// x' = Q diag(d) x for the one product or group that follows, written in the order in which `multiply` reads it.
 //
 // Q = I (x) A (x) H: A any dense matrix of order DENSE, H the Hadamard matrix of order 2^LOG_H. A block makes LINES * EACH
 // rows of A's output for one token: it reads the whole of the token's block of x (from L2; 8 to 28 KB), so that no block
@@ -7,11 +7,11 @@
 //
 // Few blocks: a product has one on nearly every multiprocessor, and starts late on those where it finds a rotation.
 //
-// A token is divided by a power of two near its norm: rotated values are at most the norm, so float16 cannot overflow.
-// With NORM the input goes through RMSNorm first (x / rms(x) * weight).
+// A token is divided by a power of two near the norm of diag(d) x: rotated values are at most that, so float16 cannot
+// overflow. With NORM the input goes through RMSNorm first (x / rms(x) * weight).
 //
-// Compile-time constants: DENSE, LOG_H, LOG_VALUES, LINES, EACH (1, or a divisor of DENSE), IN_TYPE, NORM, BATCH (0: tokens
-// one by one).
+// Compile-time constants: DENSE, LOG_H, LOG_VALUES, LINES, EACH (1, or a divisor of DENSE), IN_TYPE, NORM, SIGNS (d: 1 packed
+// signs, 0 float16 values), BATCH (0: tokens one by one).
 
 constexpr int H = 1 << LOG_H, VALUES = 1 << LOG_VALUES, ROW_THREADS = H / VALUES, BLOCK = DENSE * H, GROUP = LINES * EACH;
 constexpr int THREADS = (ROW_THREADS * LINES + 31) / 32 * 32;
@@ -20,15 +20,17 @@ constexpr int SHUFFLED = LOG_H - LOG_VALUES < 5 ? LOG_H - LOG_VALUES : 5;  // bi
 constexpr int HIGH = 1 << (LOG_H - LOG_VALUES - SHUFFLED);                 // what is left, behind the exchange
 constexpr int LOW = H / HIGH;
 constexpr int PART = DENSE < 32 / VALUES ? DENSE : 32 / VALUES;  // of x's elements for a column, in registers
+constexpr bool SCALED = NORM || !SIGNS;  // the norm of what is rotated is not x's
 constexpr float TARGET_NORM = 128;  // of a scaled token: typical values near 1, none above 128
 
 struct __align__(4 * VALUES) Values { float of[VALUES]; };  // loaded and stored at once
 
+template <int TYPE>
 __device__ __forceinline__ Values load_values(const void *x, size_t i) {
     Values values;
-    if constexpr (IN_TYPE == 2 || VALUES == 1) {
+    if constexpr (TYPE == 2 || VALUES == 1) {
 #pragma unroll
-        for (int v = 0; v < VALUES; v++) values.of[v] = load(x, i + v, IN_TYPE);
+        for (int v = 0; v < VALUES; v++) values.of[v] = load(x, i + v, TYPE);
     } else {
         u32 pairs[(VALUES + 1) / 2];
         if constexpr (VALUES == 4) {
@@ -38,7 +40,7 @@ __device__ __forceinline__ Values load_values(const void *x, size_t i) {
 #pragma unroll
         for (int v = 0; v < VALUES; v++) {
             const u16 bits = v % 2 ? pairs[v / 2] >> 16 : pairs[v / 2] & 0xffff;
-            values.of[v] = IN_TYPE == 1 ? __uint_as_float((u32)bits << 16) : half_to_float(bits);
+            values.of[v] = TYPE == 1 ? __uint_as_float((u32)bits << 16) : half_to_float(bits);
         }
     }
     return values;
@@ -93,7 +95,7 @@ __device__ __forceinline__ size_t place(int k, int column, int padded) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-rotate(const void *x, long long x_stride, const u8 *signs, const float *dense, const void *weight, float epsilon, int inputs,
+rotate(const void *x, long long x_stride, const void *diagonal, const float *dense, const void *weight, float epsilon, int inputs,
        int padded, u16 *out, float *scales) {
     __shared__ __align__(16) float room[GROUP * H];
     __shared__ float squares[THREADS / 32], weighted_squares[THREADS / 32];
@@ -111,27 +113,31 @@ rotate(const void *x, long long x_stride, const u8 *signs, const float *dense, c
     float square = 0, weighted = 0;
     for (int part = 0; part < DENSE; part += PART) {
         u8 negative[PART];
-        Values elements[PART];
+        Values elements[PART], input_factors[PART];
 #pragma unroll
         for (int i = 0; i < PART; i++) {
             const int k = safe_base + min(part + i, DENSE - 1) * H + column;
-            negative[i] = signs[k / 8] >> k % 8;
+            if constexpr (SIGNS) negative[i] = ((const u8 *)diagonal)[k / 8] >> k % 8;
+            else input_factors[i] = load_values<0>(diagonal, k);
         }
         if (part == 0) wait_for_previous_kernel();  // nothing above depends on it
 #pragma unroll
-        for (int i = 0; i < PART; i++) elements[i] = load_values(x, start + safe_base + min(part + i, DENSE - 1) * H + column);
+        for (int i = 0; i < PART; i++) elements[i] = load_values<IN_TYPE>(x, start + safe_base + min(part + i, DENSE - 1) * H + column);
         if (part == 0) __syncthreads();  // the factors are there
 #pragma unroll
         for (int i = 0; i < PART; i++) {
             if (part + i >= DENSE) break;
             Values weights;
-            if (NORM) weights = load_values(weight, safe_base + (part + i) * H + column);
+            if (NORM) weights = load_values<IN_TYPE>(weight, safe_base + (part + i) * H + column);
 #pragma unroll
             for (int v = 0; v < VALUES; v++) {
                 float element = elements[i].of[v];
                 square += squared(element);
-                if (NORM) element *= weights.of[v], weighted += squared(element);
-                if (negative[i] >> v & 1) element = -element;
+                if (NORM) element *= weights.of[v];
+                if constexpr (!SIGNS) element *= input_factors[i].of[v];
+                if (SCALED) weighted += squared(element);
+                if constexpr (SIGNS)
+                    if (negative[i] >> v & 1) element = -element;
 #pragma unroll
                 for (int e = 0; e < EACH; e++) values[e].of[v] += element * factors[part + i][line][e];
             }
@@ -141,13 +147,15 @@ rotate(const void *x, long long x_stride, const u8 *signs, const float *dense, c
     if (inputs > BLOCK) {            // and that is not all of it: in one order for all blocks, whose norms must be the same
         square = weighted = 0;
         for (int k = thread; k < inputs; k += THREADS) {
-            const float element = load(x, start + k, IN_TYPE);
+            float element = load(x, start + k, IN_TYPE);
             square += squared(element);
-            if (NORM) weighted += squared(element * load(weight, k, IN_TYPE));
+            if (NORM) element *= load(weight, k, IN_TYPE);
+            if (!SIGNS) element *= load(diagonal, k, 0);
+            if (SCALED) weighted += squared(element);
         }
     }
     leave_sum_of_warp(square, squares);
-    if (NORM) leave_sum_of_warp(weighted, weighted_squares);
+    if (SCALED) leave_sum_of_warp(weighted, weighted_squares);
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
         butterflies(values[e].of);
@@ -157,10 +165,8 @@ rotate(const void *x, long long x_stride, const u8 *signs, const float *dense, c
     }
     __syncthreads();
     float factor = 1, norm = sqrtf(sum_of_warps(squares));
-    if (NORM) {
-        factor = rsqrtf(squared(norm) / inputs + epsilon);
-        norm = sqrtf(sum_of_warps(weighted_squares)) * factor;
-    }
+    if (NORM) factor = rsqrtf(squared(norm) / inputs + epsilon);
+    if (SCALED) norm = sqrtf(sum_of_warps(weighted_squares)) * factor;
     // The power of two that brings the norm to [TARGET_NORM / 2, TARGET_NORM), from its exponent alone.
     const float power = norm > 0 ? __uint_as_float(min(max(__float_as_uint(norm) & 0x7f800000u, 0x08000000u), 0x7e000000u)) : 1;
     const float scale = power * (2 / TARGET_NORM);

@@ -109,7 +109,9 @@ def cut_of(order: int, log_h: int, inputs: int, tokens: int) -> Cut:
     return min(cuts, key=lambda cut: (max(cut.blocks, few), cut.each))
 
 
-def rotation_macros(order: int, log_h: int, cut: Cut, in_type: int, norm: bool, batch: int | None) -> dict[str, int]:
+def rotation_macros(
+    order: int, log_h: int, cut: Cut, in_type: int, norm: bool, batch: int | None, signs: bool = True
+) -> dict[str, int]:
     """The compile-time constants of rotate.cu."""
     return {
         "DENSE": order,
@@ -119,22 +121,26 @@ def rotation_macros(order: int, log_h: int, cut: Cut, in_type: int, norm: bool, 
         "EACH": cut.each,
         "IN_TYPE": in_type,
         "NORM": int(norm),
+        "SIGNS": int(signs),
         "BATCH": batch or 0,
     }
 
 
 def rotate(
     x: torch.Tensor,
-    signs: torch.Tensor,
+    diagonal: torch.Tensor,
     rotation: str,
     batch: int | None,
     norm: tuple[torch.Tensor, float] | None = None,
+    overlap: bool = True,
 ) -> Rotated:
-    """Q diag(s) x for x [N, K]; signs uint8 [ceil(K/8)], packed.
+    """Q diag(d) x for x [N, K]; d as packed signs, uint8 [ceil(K/8)], or as the bits of float16 values, int16 [K].
 
     For `batch` columns (N or more: 1, 2, 4, 8 or 16) in the order of `multiply.cu`; None gives [N, padded K], each row
     in the order of a single column.
-    `norm` is (weight [K], epsilon) of an RMSNorm to apply first. Raises ValueError when its type is not x's.
+    `norm` is (weight [K], epsilon) of an RMSNorm to apply first. Without `overlap` the kernel starts when
+    all before it has ended: where that made the diagonal, or codes that the product behind will read ahead.
+    Raises ValueError when the weight's type is not x's, or the diagonal's none of the two.
     """
     tokens, inputs = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -144,8 +150,13 @@ def rotate(
         x = x.clone(memory_format=torch.contiguous_format)  # no vectors can be loaded where it lies
     if norm is not None and norm[0].dtype != x.dtype:
         raise ValueError(f"a weight of {norm[0].dtype} for an input of {x.dtype}")
+    if diagonal.dtype not in (torch.uint8, torch.int16):
+        raise ValueError(f"an input diagonal of {diagonal.dtype}: uint8 (packed signs) or int16 (bits of float16)")
+    if diagonal.data_ptr() % (diagonal.element_size() << cut.log_values):
+        diagonal, overlap = diagonal.clone(), False
     padded = padded_columns(inputs)
-    macros = rotation_macros(split.order, split.log_h, cut, TYPES[x.dtype], norm is not None, batch)
+    signs = diagonal.dtype == torch.uint8
+    macros = rotation_macros(split.order, split.log_h, cut, TYPES[x.dtype], norm is not None, batch, signs)
     device = x.device.index or 0
     kernel = load_kernel(SOURCE, "rotate", macros, device)
     values = torch.empty(batch or tokens, padded, dtype=torch.float16, device=x.device)
@@ -154,7 +165,7 @@ def rotate(
     arguments = [
         ctypes.c_void_p(x.data_ptr()),
         ctypes.c_longlong(x.stride(0)),
-        ctypes.c_void_p(signs.data_ptr()),
+        ctypes.c_void_p(diagonal.data_ptr()),
         ctypes.c_void_p(split.dense.data_ptr()),
         ctypes.c_void_p(weight.data_ptr()),
         ctypes.c_float(epsilon),
@@ -164,6 +175,6 @@ def rotate(
         ctypes.c_void_p(scales.data_ptr()),
     ]
     stream = torch.cuda.current_stream(device).cuda_stream
-    overlap = torch.cuda.get_device_capability(device) >= (9, 0)
+    overlap = overlap and torch.cuda.get_device_capability(device) >= (9, 0)
     launch(kernel, stream, (tokens, cut.blocks), cut.threads, 0, arguments, overlap=overlap)
     return Rotated(values, scales)

@@ -10,7 +10,7 @@ import torch
 
 from qpalette.backends.cuda.compiler import launch, load_kernel
 from qpalette.backends.cuda.decoder import COMMON_SOURCE, decoder_spec, entries, with_decoders
-from qpalette.backends.cuda.layout import CHUNK
+from qpalette.backends.cuda.layout import CHUNK, check_layout
 from qpalette.backends.cuda.multiply import THREADS, device_limits
 from qpalette.backends.cuda.rotate import TYPES, Rotated
 from qpalette.core.records import TILE
@@ -37,7 +37,8 @@ def multiply_by_library(x: Rotated, members: Sequence[PackedLinear], dtype: torc
 
 def unpack(members: Sequence[PackedLinear]) -> torch.Tensor:
     """W' without its row scales, float16 [16 row tiles of all members, columns of all chunks], the columns in the order
-    of `rotate` for batch None; codes are in the chunk layout."""
+    of `rotate` for batch None; codes are in the chunk layout. Raises UnsupportedError for another one."""
+    check_layout(members)
     device, chunks = members[0].codes.device, members[0].codes.shape[1]
     limits = device_limits(device.index or 0)
     rows = TILE * sum(len(member.codes) for member in members)
