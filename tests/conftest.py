@@ -1,8 +1,16 @@
-"""CI draws the same examples every time: a failure there is the change's own. Elsewhere they differ from run to run."""
+"""CI draws the same examples every time: a failure there is the change's own. Elsewhere they differ from run to run.
+
+Compiled code is found by content: all tests, workers and subprocesses share what lies in the user's own cache, whatever
+QPALETTE_CACHE a test sets.
+"""
 
 import os
 
 from hypothesis import settings
+
+from qpalette.core.cache import COMPILE_CACHE, compile_cache_directory
+
+os.environ[COMPILE_CACHE] = str(compile_cache_directory())
 
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

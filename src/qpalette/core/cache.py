@@ -6,8 +6,14 @@ import os
 from pathlib import Path
 
 CACHE = "QPALETTE_CACHE"
+COMPILE_CACHE = "QPALETTE_COMPILE_CACHE"
 
 
 def cache_directory() -> Path:
     """$QPALETTE_CACHE, or ~/.cache/qpalette."""
     return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "qpalette")
+
+
+def compile_cache_directory() -> Path:
+    """Of compiled code, which is found by its content: $QPALETTE_COMPILE_CACHE, or `cache_directory`."""
+    return Path(os.environ.get(COMPILE_CACHE) or cache_directory())
