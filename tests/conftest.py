@@ -1,4 +1,8 @@
-"""CI draws the same examples every time: a failure there is the change's own. Elsewhere they differ from run to run."""
+"""CI draws the same examples every time: a failure there is the change's own. Elsewhere they differ from run to run.
+
+Compiled code is found by content: all tests, workers and subprocesses share what lies in the user's own cache, whatever
+QPALETTE_CACHE a test sets.
+"""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +10,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from qpalette.core.cache import CACHE, private_folder
+from qpalette.core.cache import CACHE, COMPILE_CACHE, compile_cache_directory
+
+os.environ[COMPILE_CACHE] = str(compile_cache_directory())
 
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
@@ -15,9 +21,7 @@ if os.environ.get("CI"):
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads what an earlier run has left, but for compiled kernels: each is named after all that makes it."""
-    kernels, cache = private_folder("kernels"), tmp_path_factory.mktemp("cache")
-    (cache / "kernels").symlink_to(kernels, target_is_directory=True)
+    """No test reads what an earlier run has left, but for compiled code."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE, str(cache))
+        patch.setenv(CACHE, str(tmp_path_factory.mktemp("cache")))
         yield

@@ -1,11 +1,13 @@
 """Every spec on every backend against the reference: equal codes, equal weights, products within float32 rounding."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from qpalette.backends.cpu import viterbi
 from qpalette.codes import parse_spec
 from qpalette.core.errors import UnsupportedError
 from qpalette.rotate import Rotation, pack_signs, random_signs, rotation_for, unpack_signs
@@ -14,6 +16,7 @@ from tolerance import check_float32, float32_error
 
 CPU = torch.device("cpu")
 REF = backends()["ref"]
+cpu = importlib.import_module("qpalette.backends.cpu.backend")  # the package names its instance `backend`
 SPECS = ["tcq-1-L12", "tcq-2", "tcq-2.875-L18", "tcq-3.25", "tcq-5.5-L20", "tcq-8"]
 SPECS += ["tcq2-1.125-L12", "tcq2-2", "tcq2-3.375", "tcq2-5-L20", "vq-1.5", "vq-4.5", "vq-6", "nuq-2", "nuq-5", "nuq-8"]
 OTHERS = ["cpu"]  # the backends that run on this machine's processor; tests/device has those of a GPU
@@ -130,6 +133,36 @@ def test_layouts_are_permutations(name: str, rows: int) -> None:
     codes = torch.arange(rows * 5 * 6, dtype=torch.int32).reshape(rows, 5, 6)
     backend = backends()[name]
     assert torch.equal(backend.from_layout(backend.to_layout(codes), (rows, 5, 6)), codes)
+
+
+def test_compiled_code_does_not_grow_with_the_rates() -> None:
+    """One product and one unpacking for each way of decoding; two searches, for one and two weights per step, each with
+    candidates that fit a byte or do not."""
+    linears, searches = set(), set()
+    for spec in (
+        "tcq-1",
+        "tcq-2.375-L12",
+        "tcq-4",
+        "tcq-8-L20",
+        "tcq2-1.125-L12",
+        "tcq2-4",
+        "vq-2",
+        "vq-6",
+        "nuq-2",
+        "nuq-8",
+    ):
+        kernels = cpu._kernels(spec)
+        linears.add(kernels.linear)
+        packed = laid_out("cpu", random_linear(spec, 20, 40))
+        backends()["cpu"].linear(torch.randn(2, 40), packed)
+        backends()["cpu"].rotated_weight(packed)
+        assert len(kernels.linear.signatures) == len(kernels.dequantize.signatures) == 1
+    for spec in ("tcq-1-L12", "tcq-2.375-L12", "tcq-6-L12", "tcq2-1.125-L12", "tcq2-3-L12", "tcq2-4-L12"):
+        backends()["cpu"].encode(spec, torch.randn(1, 256))
+        searches.add(viterbi._make_search(parse_spec(spec).values_per_step))
+    assert len(linears) == 4
+    assert len(searches) == 2
+    assert all(len(search.signatures) <= 2 for search in searches)
 
 
 def test_no_vectors_in_no_vectors_out() -> None:

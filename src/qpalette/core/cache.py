@@ -22,5 +22,5 @@ def private_folder(name: str) -> Path:
 
 
 def compile_cache_directory() -> Path:
-    """Of compiled code: $QPALETTE_COMPILE_CACHE, or `cache_directory()`."""
+    """Of compiled code, which is found by its content: $QPALETTE_COMPILE_CACHE, or `cache_directory`."""
     return Path(os.environ.get(COMPILE_CACHE) or cache_directory())

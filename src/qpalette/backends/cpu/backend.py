@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import torch
 
-from qpalette.backends.cpu.decoders import decoder_of
+from qpalette.backends.cpu.decoders import Arrays, decoder_of
 from qpalette.backends.cpu.layout import from_lanes, tile_rows, to_lanes
 from qpalette.backends.cpu.matmul import make_kernels
 from qpalette.backends.cpu.transform import factors_of
@@ -28,15 +28,13 @@ _one_caller = threading.Lock()  # numba's default thread pool may not be entered
 class Kernels(NamedTuple):
     linear: Any
     dequantize: Any
-    parameters: np.ndarray
+    arrays: Arrays
 
 
 @lru_cache(maxsize=256)
 def _kernels(spec: str) -> Kernels:
-    quantizer = parse_spec(spec)
-    found = decoder_of(quantizer)
-    assert found is not None, "supports() said no"
-    return Kernels(*make_kernels(found.decode, found.pattern), found.parameters)
+    way, arrays = decoder_of(parse_spec(spec))
+    return Kernels(*make_kernels(way), arrays)
 
 
 class CpuBackend(Backend):
@@ -95,7 +93,7 @@ class CpuBackend(Backend):
                 packed.scales.numpy(),
                 _threads(x.shape[0] * packed.in_features * packed.out_features),
                 result.numpy(),
-                kernels.parameters,
+                *kernels.arrays,
             )
         return result.to(x.dtype)
 
@@ -104,7 +102,7 @@ class CpuBackend(Backend):
         kernels = _kernels(packed.spec)
         with _one_caller:
             numba.set_num_threads(_threads())
-            kernels.dequantize(_codes(packed), packed.scales.numpy(), weight.numpy(), kernels.parameters)
+            kernels.dequantize(_codes(packed), packed.scales.numpy(), weight.numpy(), *kernels.arrays)
         return weight
 
 

@@ -1,8 +1,7 @@
-"""How sixteen codewords become sixteen weights, one compile-time decoder for each way to do it.
+"""How the code words of sixteen tiles become weights: one compiled way for each kind of decoder, whatever its rate.
 
-A decoder is a numba function `(window, parameters) -> F`, or a pair of F for codes that take two weights at a time.
-`window` holds the stream bits that end with the code's last bit, the newest lowest, with older bits above (never masked
-off: each decoder ignores them).
+Rates, memories and tables reach the kernels as arrays (`Arrays`), so that a model of many rates compiles few kernels;
+so does where the bits lie, which leaves a few loads per half lane to the kernel.
 """
 
 from __future__ import annotations
@@ -13,111 +12,147 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qpalette.backends.cpu import simd
-from qpalette.backends.cpu.jit import kernel
+from qpalette.backends.cpu.jit import inlined
 from qpalette.codes import Quantizer
 
+HALVES = 64  # of a tile: four weights, 4 to 32 bits; two are a scan-order lane (`codes.description`)
 _SIGN = np.int32(-(1 << 31))
 
 
-@kernel
-def _hash_at_top(state, to_top):  # type: ignore[no-untyped-def]
-    """s (2 s + 1) << `to_top` = 32 - L: the L bits of the hash come to the top, what is older than L falls off."""
-    factor = simd.addi(simd.shli(state, simd.splati(to_top + np.int32(1))), simd.splati(np.int32(1) << to_top))
-    return simd.muli(state, factor)
+class Arrays(NamedTuple):
+    """A code as the kernels take it.
 
+    words: int64 [64 * 3], where three neighbouring words start among those of sixteen tiles, for each half lane: the
+    last bit before it is in the second one. turns: int32 [64], how far right this bit is from becoming the lowest.
+    ends: int32 [steps of a lane], how far right the last bit of a step is from there, in the 32 bits from its half on.
+    numbers: int32 [4], and table: float32, as the way of decoding wants them.
+    """
 
-@lru_cache(maxsize=64)
-def computed_decoder(memory: int, index_bits: int) -> Any:
-    """Codebook value of a trellis state, computed: the table of slopes and intercepts stays in registers."""
-    to_top, keep_index = np.int32(32 - memory), np.int32(31 - index_bits)
-    index_mask = np.int32((1 << index_bits) - 1)
-
-    @kernel
-    def decode(state, parameters):  # type: ignore[no-untyped-def]
-        hashed = _hash_at_top(state, to_top)
-        index = simd.andi(simd.shri(hashed, simd.splati(keep_index)), simd.splati(index_mask))
-        odd = simd.to_float(simd.ori(index, simd.splati(np.int32(1))))
-        segment = simd.shri(simd.bits_of_float(odd), simd.splati(np.int32(22)))
-        slope = simd.lookup32(simd.loadf(parameters, 0), simd.loadf(parameters, 16), segment)
-        intercept = simd.lookup32(simd.loadf(parameters, 32), simd.loadf(parameters, 48), segment)
-        magnitude = simd.bits_of_float(simd.fmaf(slope, odd, intercept))
-        return simd.float_of_bits(simd.xori(magnitude, simd.andi(hashed, simd.splati(_SIGN))))
-
-    return decode
-
-
-@lru_cache(maxsize=64)
-def hashed_pair_decoder(memory: int, index_bits: int) -> Any:
-    """Both weights of a trellis state, from a table [first weights, second weights] in memory."""
-    to_top, drop = np.int32(32 - memory), np.int32(32 - index_bits)
-    entries = np.int32(1 << index_bits)
-
-    @kernel
-    def decode(state, parameters):  # type: ignore[no-untyped-def]
-        index = simd.shri(_hash_at_top(state, to_top), simd.splati(drop))
-        return simd.gatherf(parameters, index), simd.gatherf(parameters, simd.addi(index, simd.splati(entries)))
-
-    return decode
-
-
-@lru_cache(maxsize=64)
-def hashed_decoder(memory: int, index_bits: int) -> Any:
-    """The weight of a trellis state, from a table in memory."""
-    to_top, drop = np.int32(32 - memory), np.int32(32 - index_bits)
-
-    @kernel
-    def decode(state, parameters):  # type: ignore[no-untyped-def]
-        return simd.gatherf(parameters, simd.shri(_hash_at_top(state, to_top), simd.splati(drop)))
-
-    return decode
-
-
-@lru_cache(maxsize=16)
-def pair_decoder(bits: int) -> Any:
-    """Entry of a table [first weights, second weights] in memory."""
-    mask, entries = np.int32((1 << bits) - 1), np.int32(1 << bits)
-
-    @kernel
-    def decode(window, parameters):  # type: ignore[no-untyped-def]
-        index = simd.andi(window, simd.splati(mask))
-        return simd.gatherf(parameters, index), simd.gatherf(parameters, simd.addi(index, simd.splati(entries)))
-
-    return decode
-
-
-@lru_cache(maxsize=16)
-def scalar_decoder(bits: int) -> Any:
-    """Entry of a table in memory."""
-    mask = np.int32((1 << bits) - 1)
-
-    @kernel
-    def decode(window, parameters):  # type: ignore[no-untyped-def]
-        return simd.gatherf(parameters, simd.andi(window, simd.splati(mask)))
-
-    return decode
+    words: np.ndarray
+    turns: np.ndarray
+    ends: np.ndarray
+    numbers: np.ndarray
+    table: np.ndarray
 
 
 class CompiledDecoder(NamedTuple):
-    """`decode` gives the weights of a window; `pattern` has the bits that each step of eight weights takes."""
+    """The name of a way in `WAYS`, and what it decodes."""
 
-    decode: Any
-    parameters: np.ndarray
-    pattern: tuple[int, ...]
+    way: str
+    arrays: Arrays
 
 
 @lru_cache(maxsize=256)
-def decoder_of(quantizer: Quantizer) -> CompiledDecoder | None:
-    """None for a code that does not say how it is decoded."""
-    decoder = quantizer.decoder
-    if decoder is None:
-        return None
-    segments = quantizer.segments()
+def decoder_of(quantizer: Quantizer) -> CompiledDecoder:
+    """For a code that says how it is decoded."""
+    decoder, segments = quantizer.decoder, quantizer.segments()
+    assert decoder is not None, "supports() said no"
+    top, index = decoder.memory, decoder.index_bits
+    numbers: tuple[int, ...]
     if decoder.hashed and segments is not None:
-        parameters = np.concatenate([part.numpy() for part in segments])
-        return CompiledDecoder(computed_decoder(decoder.memory, decoder.index_bits), parameters, decoder.shifts)
-    table = quantizer.entries().T.flatten().numpy()
-    if decoder.hashed:
-        make = hashed_pair_decoder if decoder.width == 2 else hashed_decoder
-        return CompiledDecoder(make(decoder.memory, decoder.index_bits), table, decoder.shifts)
-    plain = pair_decoder if decoder.width == 2 else scalar_decoder
-    return CompiledDecoder(plain(decoder.index_bits), table, decoder.shifts)
+        numbers = (33 - top, 1 << (32 - top), 31 - index, (1 << index) - 1)
+        way, table = "computed", np.concatenate([part.numpy() for part in segments])
+    elif decoder.hashed:
+        numbers = (33 - top, 1 << (32 - top), 32 - index, 1 << index)
+        way, table = ("hashed", "hashed pair")[decoder.width - 1], quantizer.entries().T.flatten().numpy()
+    else:
+        numbers = ((1 << index) - 1, 1 << index)
+        way, table = ("plain", "plain pair")[decoder.width - 1], quantizer.entries().T.flatten().numpy()
+    return CompiledDecoder(way, Arrays(*_windows(decoder.shifts), np.array(numbers, np.int32), table))
+
+
+def _windows(shifts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`words`, `turns` and `ends` of Arrays for the bits that enter at each step of eight weights."""
+    half, bits = len(shifts) // 2, sum(shifts)  # of a lane; a tile has as many words
+    starts = np.array([0, sum(shifts[:half])])
+    last = (bits * np.arange(HALVES // 2)[:, None] + starts).reshape(-1) - 1
+    words = (last[:, None] // 32 + np.arange(-1, 2)) % bits * simd.LANES  # the stream is a circle
+    ends = 32 - np.concatenate([np.cumsum(shifts[:half]), np.cumsum(shifts[half:])])
+    return words.reshape(-1).astype(np.int64), (31 - last % 32).astype(np.int32), ends.astype(np.int32)
+
+
+@inlined
+def half_lane(codes, base, half, words, turns):  # type: ignore[no-untyped-def]
+    """The 32 stream bits of each tile before a half lane, and the 32 from there on; the tiles start at codes[base]."""
+    w0 = simd.loadi(codes, base + words[3 * half])
+    w1 = simd.loadi(codes, base + words[3 * half + 1])
+    w2 = simd.loadi(codes, base + words[3 * half + 2])
+    turn = simd.load_splati(turns, half)
+    return simd.funnel_shift_right(w0, w1, turn), simd.funnel_shift_right(w1, w2, turn)
+
+
+@inlined
+def _window(before, after, step, ends):  # type: ignore[no-untyped-def]
+    """The stream bits that end with those of `step`, the newest lowest; older ones than a decoder's are not masked."""
+    return simd.funnel_shift_right(before, after, simd.load_splati(ends, step))
+
+
+@inlined
+def _hash_at_top(state, numbers):  # type: ignore[no-untyped-def]
+    """s (2 s + 1) << (32 - L): the L bits of the hash come to the top, what is older than L falls off."""
+    doubled = simd.shli(state, simd.load_splati(numbers, 0))
+    return simd.muli(state, simd.addi(doubled, simd.load_splati(numbers, 1)))
+
+
+@inlined
+def _computed(state, numbers, table):  # type: ignore[no-untyped-def]
+    """The codebook's value from 32 slopes and intercepts, which stay in registers."""
+    hashed = _hash_at_top(state, numbers)
+    index = simd.andi(simd.shri(hashed, simd.load_splati(numbers, 2)), simd.load_splati(numbers, 3))
+    odd = simd.to_float(simd.ori(index, simd.splati(np.int32(1))))
+    segment = simd.shri(simd.bits_of_float(odd), simd.splati(np.int32(22)))
+    slope = simd.lookup32(simd.loadf(table, 0), simd.loadf(table, 16), segment)
+    intercept = simd.lookup32(simd.loadf(table, 32), simd.loadf(table, 48), segment)
+    magnitude = simd.bits_of_float(simd.fmaf(slope, odd, intercept))
+    return simd.float_of_bits(simd.xori(magnitude, simd.andi(hashed, simd.splati(_SIGN))))
+
+
+@inlined
+def _hashed(state, numbers, table):  # type: ignore[no-untyped-def]
+    return simd.gatherf(table, simd.shri(_hash_at_top(state, numbers), simd.load_splati(numbers, 2)))
+
+
+@inlined
+def _hashed_pair(state, numbers, table):  # type: ignore[no-untyped-def]
+    """`table` has first weights, then second ones."""
+    index = simd.shri(_hash_at_top(state, numbers), simd.load_splati(numbers, 2))
+    return simd.gatherf(table, index), simd.gatherf(table, simd.addi(index, simd.load_splati(numbers, 3)))
+
+
+@inlined
+def _plain(window, numbers, table):  # type: ignore[no-untyped-def]
+    return simd.gatherf(table, simd.andi(window, simd.load_splati(numbers, 0)))
+
+
+@inlined
+def _plain_pair(window, numbers, table):  # type: ignore[no-untyped-def]
+    """`table` has first weights, then second ones."""
+    index = simd.andi(window, simd.load_splati(numbers, 0))
+    return simd.gatherf(table, index), simd.gatherf(table, simd.addi(index, simd.load_splati(numbers, 1)))
+
+
+def _two_of_singles(decode: Any) -> Any:
+    @inlined
+    def two_weights(before, after, pair, ends, numbers, table):  # type: ignore[no-untyped-def]
+        first = decode(_window(before, after, 2 * pair, ends), numbers, table)
+        return first, decode(_window(before, after, 2 * pair + 1, ends), numbers, table)
+
+    return two_weights
+
+
+def _two_of_pairs(decode: Any) -> Any:
+    @inlined
+    def two_weights(before, after, pair, ends, numbers, table):  # type: ignore[no-untyped-def]
+        return decode(_window(before, after, pair, ends), numbers, table)
+
+    return two_weights
+
+
+# Each gives weights 2 `pair` and 2 `pair` + 1 of the eight of a lane, from the `half_lane` that they are in.
+WAYS = {
+    "computed": _two_of_singles(_computed),
+    "hashed": _two_of_singles(_hashed),
+    "hashed pair": _two_of_pairs(_hashed_pair),
+    "plain": _two_of_singles(_plain),
+    "plain pair": _two_of_pairs(_plain_pair),
+}

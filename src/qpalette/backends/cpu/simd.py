@@ -132,6 +132,7 @@ def _call(name: str, vector: ir.VectorType, builder: Any, *args: Any) -> Any:
 loadf = _define_load(F)
 loadi = _define_load(I)
 load_splatf = _define_load_splat(F)
+load_splati = _define_load_splat(I)
 splatf = _define_splat(F, types.float32)
 splati = _define_splat(I, types.int32)
 

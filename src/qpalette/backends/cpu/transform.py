@@ -76,15 +76,24 @@ def _dense(row, size, order, inner, matrix, scratch):  # type: ignore[no-untyped
 
 
 @kernel
-def transform_rows(x, signs, rotation, out):  # type: ignore[no-untyped-def]
-    """out[n, :K] = Q (signs * x[n]), float32; `signs` packed as stored, `rotation` a Factors."""
+def sign_multiplier(signs, size):  # type: ignore[no-untyped-def]
+    """The input diagonal that packed `signs` stand for, as `transform_rows` takes it: float32 [size] of +-1."""
+    multiplier = np.empty(size, np.float32)
+    for k in range(size):
+        multiplier[k] = np.float32(1 - 2 * np.int32((signs[k >> 3] >> (k & 7)) & 1))
+    return multiplier
+
+
+@kernel
+def transform_rows(x, multiplier, rotation, out):  # type: ignore[no-untyped-def]
+    """out[n, :K] = Q (multiplier * x[n]), float32; `multiplier` float32 [K], `rotation` a Factors."""
     orders, inners, offsets, matrices, scale = rotation
     size = x.shape[1]
     scratch = np.empty(size, np.float32)
     for n in range(x.shape[0]):
         row = out[n, :size]
         for k in range(size):
-            row[k] = -x[n, k] * scale if (signs[k >> 3] >> (k & 7)) & 1 else x[n, k] * scale
+            row[k] = x[n, k] * multiplier[k] * scale
         for f in range(orders.size):
             if offsets[f] == _BUTTERFLY:
                 _butterflies(row, size, orders[f], inners[f])

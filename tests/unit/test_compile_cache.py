@@ -1,0 +1,158 @@
+"""Compiled code on disk: found again, never trusted when it should not be, and never worth an exception."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numba import prange
+
+from qpalette.backends.cpu import jit
+
+# Two kernels, one of them parallel, small enough to compile in a test; what was found on disk, and what was not.
+PROGRAM = "import json; from tests.unit.test_compile_cache import run; print(json.dumps(run()))"
+RESULT = [20.0, 20.0]  # twice 0 + 1 + 2 + 3 + 4
+SIGNATURES = 3
+
+
+def kernels():  # type: ignore[no-untyped-def]
+    @jit.entry("test double", parallel=True)
+    def double(x):  # type: ignore[no-untyped-def]
+        for i in prange(x.size):
+            x[i] *= 2
+
+    @jit.entry("test total")
+    def total(x):  # type: ignore[no-untyped-def]
+        return x.sum()
+
+    return double, total
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QPALETTE_COMPILE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(jit, "_directory", jit._directory.__wrapped__)  # asked anew each time
+    return tmp_path / "cache"
+
+
+def run() -> dict[str, int]:
+    """The kernels above in this process, as a fresh one would find them: new dispatchers, nothing compiled."""
+    double, total = kernels()
+    x = np.arange(5, dtype=np.float32)
+    double(x)
+    result = [float(total(x)), float(total(x.astype(np.float64)))]
+    stats = double.stats, total.stats
+    assert result == RESULT
+    return {
+        "hits": sum(sum(each.cache_hits.values()) for each in stats),
+        "misses": sum(sum(each.cache_misses.values()) for each in stats),
+    }
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.bin"))
+
+
+def test_a_second_process_compiles_nothing(cache: Path) -> None:
+    first, second = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", PROGRAM],
+                cwd=Path(__file__).parents[2],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        )
+        for _ in range(2)
+    )
+    assert first == {"hits": 0, "misses": SIGNATURES}
+    assert second == {"hits": SIGNATURES, "misses": 0}
+    assert all(directory.stat().st_mode & 0o777 == 0o700 for directory in (cache / "numba").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "text", "swapped"])
+def test_a_damaged_file_is_compiled_anew(cache: Path, damage: str) -> None:
+    assert run() == {"hits": 0, "misses": SIGNATURES}
+    kept = [file.read_bytes() for file in files(cache)]
+    assert len(kept) == SIGNATURES
+    for i, (file, content) in enumerate(zip(files(cache), kept, strict=True)):
+        middle = len(content) // 2
+        file.write_bytes(
+            {
+                "empty": b"",
+                "cut": content[:middle],
+                "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+                "text": b"no kernel at all",
+                "swapped": kept[i - 1],  # whole, but of another signature
+            }[damage]
+        )
+    assert run() == {"hits": 0, "misses": SIGNATURES}
+    assert run() == {"hits": SIGNATURES, "misses": 0}  # and repaired
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_directory_that_others_can_write_is_not_used(cache: Path, mode: int) -> None:
+    run()
+    (directory,) = (cache / "numba").iterdir()
+    directory.chmod(mode)
+    expected = {"hits": 0, "misses": SIGNATURES} if mode & 0o022 else {"hits": SIGNATURES, "misses": 0}
+    assert run() == expected
+    directory.chmod(0o700)
+    (cache / "numba").chmod(mode)
+    assert run() == expected
+
+
+def test_a_directory_of_someone_else_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run()
+    monkeypatch.setattr(os, "geteuid", lambda: (cache / "numba").stat().st_uid + 1)
+    assert run() == {"hits": 0, "misses": SIGNATURES}
+
+
+def test_a_link_in_place_of_the_directory_is_not_used(cache: Path) -> None:
+    run()
+    (directory,) = (cache / "numba").iterdir()
+    directory.rename(cache / "elsewhere")
+    directory.symlink_to(cache / "elsewhere")
+    assert run() == {"hits": 0, "misses": SIGNATURES}
+
+
+def test_what_cannot_be_written_is_only_slow(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.write_text("a file where a directory should be")
+    assert run() == {"hits": 0, "misses": SIGNATURES}
+    cache.unlink()
+
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(jit.tempfile, "NamedTemporaryFile", full)
+    assert run() == {"hits": 0, "misses": SIGNATURES}
+    assert not files(cache)
+
+
+def test_other_sources_have_another_directory(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    for source in Path(jit.__file__).parent.glob("*.py"):
+        (folder / source.name).write_bytes(source.read_bytes())
+    same = jit._directory()
+    monkeypatch.setattr(jit, "__file__", str(folder / "jit.py"))
+    assert jit._directory() == same
+    for source in sorted(folder.iterdir()):
+        before = jit._directory()
+        source.write_bytes(source.read_bytes() + b"\n")
+        assert jit._directory() != before
+    monkeypatch.setattr(jit.numba, "__version__", "0.0")
+    assert jit._directory() != before
+
+
+def test_directories_long_unused_are_removed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for i in range(jit.KEPT + 3):
+        monkeypatch.setattr(jit, "_digest", lambda i=i: f"{i:032}")
+        made.append(jit._directory())
+        os.utime(made[-1], (i, i))
+    assert sorted((cache / "numba").iterdir()) == made[-jit.KEPT :]
