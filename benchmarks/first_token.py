@@ -40,7 +40,7 @@ def start() -> dict[str, float]:
             PackedLinear(
                 codes=backend.to_layout(codes),
                 scales=torch.full((FEATURES,), FEATURES**-0.5).half().view(torch.int16),
-                signs=pack_signs(random_signs(FEATURES, 0, quantizer.name)),
+                diagonal=pack_signs(random_signs(FEATURES, 0, quantizer.name)),
                 spec=quantizer.name,
                 rotation=rotation_for(FEATURES, "full").name,
                 out_features=FEATURES,

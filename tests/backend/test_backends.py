@@ -33,7 +33,7 @@ def random_linear(spec: str, out_features: int, in_features: int, rotation: str 
     return PackedLinear(
         codes=torch.randint(-(2**31), 2**31 - 1, shape, generator=generator(2), dtype=torch.int32),
         scales=scales.half().view(torch.int16),
-        signs=pack_signs(random_signs(in_features, 7, "test")),
+        diagonal=pack_signs(random_signs(in_features, 7, "test")),
         spec=spec,
         rotation=rotation_for(in_features, rotation).name,
         out_features=out_features,

@@ -289,7 +289,7 @@ def test_inspect_a_checkpoint(run, model):
 def test_inspect_a_quantized_model(run, packed):
     report = json.loads(run("inspect", packed, "--json").out)
     assert report["kind"] == "artifact"
-    assert report["bits"]["total"] == sum(report["bits"][part] for part in ("codes", "scales", "signs"))
+    assert report["bits"]["total"] == sum(report["bits"][part] for part in ("qp_codes", "qp_scales", "qp_signs"))
     assert report["bits_per_weight"] == pytest.approx(report["bits"]["total"] / report["weights"])
     assert {linear["spec"] for linear in report["linears"]} == {"nuq-4"}
     assert "everything counted" in run("inspect", packed).out

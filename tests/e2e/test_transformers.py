@@ -235,7 +235,7 @@ def test_what_the_quantizer_promises(packed):
     quantizer = load(packed).hf_quantizer
     assert quantizer.is_serializable()
     assert quantizer.is_compileable
-    assert not quantizer.is_trainable
+    assert quantizer.is_trainable
 
 
 def test_a_copy_is_independent(packed):

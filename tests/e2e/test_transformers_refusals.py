@@ -64,7 +64,7 @@ def test_a_tensor_too_many(copy, name):
 
 def test_a_scale_that_is_not_finite(copy):
     edit_tensors(copy, lambda tensors: tensors[f"{LINEAR}.qp_scales"].view(torch.float16)[3:4].fill_(float("nan")))
-    with pytest.raises(ArtifactError, match=f"{LINEAR}.qp_scales has a scale that is not finite"):
+    with pytest.raises(ArtifactError, match=f"{LINEAR}.qp_scales has a value that is not finite"):
         load(copy)
 
 
@@ -134,7 +134,7 @@ def test_the_config_of_another_model(copy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=3), "format_version is 3"),
+        (lambda q: q.update(format_version=4), "format_version is 4"),
         (lambda q: q["linears"][LINEAR].update(spec="nuq-99"), "nuq-99"),
         (lambda q: q["linears"][LINEAR].update(rotation="h7"), "h7"),
         (lambda q: q.update(linears={}), "linears"),

@@ -14,7 +14,6 @@ from qpalette.cli.output import print_facts, print_json, print_note, print_table
 from qpalette.core.errors import SpecError
 from qpalette.core.records import LinearGroup
 from qpalette.core.text import count, size
-from qpalette.models.kinds import linear_kind
 
 if TYPE_CHECKING:
     from qpalette.formats.reader import Artifact
@@ -62,6 +61,8 @@ class GroupKind:
 
 def group_kinds(groups: tuple[LinearGroup, ...]) -> list[GroupKind]:
     """Groups gathered by kind, in order of first appearance."""
+    from qpalette.models.kinds import linear_kind
+
     gathered: dict[tuple[Any, ...], list[LinearGroup]] = {}
     for group in groups:
         shapes = tuple((linear.name.rpartition(".")[2], *_shape(linear)) for linear in group.linears)
@@ -165,6 +166,8 @@ def _print_kinds(kinds: list[GroupKind]) -> None:
 
 def _print_untouched(checkpoint: Checkpoint, grouping: Grouping) -> None:
     """Vectors (norms, biases) are small and many: one row for all of a kind."""
+    from qpalette.models.kinds import linear_kind
+
     times: Counter[tuple[str, str]] = Counter()
     nbytes: Counter[tuple[str, str]] = Counter()
     for name in grouping.untouched:
@@ -234,6 +237,7 @@ def _plan_facts(place: Path) -> dict[str, str]:
 def _artifact_kinds(artifact: Artifact) -> list[dict[str, Any]]:
     """Linears that differ only in their layer, with what they have in common."""
     from qpalette.formats import counted_bits
+    from qpalette.models.kinds import linear_kind
 
     times: Counter[tuple[Any, ...]] = Counter()
     rates: dict[tuple[Any, ...], float] = {}
