@@ -1,6 +1,6 @@
 """LoRA by peft on a packed model and on the same weights unpacked: the loss of each step, one beside the other.
 
-Usage: python benchmarks/lora.py ARTIFACT --text FILE [--steps 20] [--device cpu] [--out benchmarks/results/lora.json]
+Usage: python benchmarks/lora.py ARTIFACT --text FILE [--steps 20] [--device cpu]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from peft import LoraConfig, get_peft_model
-from report import machine, write
+from report import device_name, report
 
 from qpalette.evaluate import load_model, token_windows
 
@@ -40,18 +40,13 @@ def main(
     text: Annotated[Path, typer.Option()],
     steps: int = 20,
     device: str = "cpu",
-    out: Path | None = None,
 ) -> None:
     model, tokenizer = load_model(artifact, device)
     windows = list(token_windows(text, tokenizer, WINDOW, BATCH * steps))
     packed = losses(model, windows, steps)
     plain = losses(load_model(artifact, device)[0].dequantize(), windows, steps)
     rows = [{"step": step, "packed": a, "unpacked": b} for step, (a, b) in enumerate(zip(packed, plain, strict=True))]
-    print("step  packed  unpacked")
-    for row in rows:
-        print(f"{row['step']:4}  {row['packed']:.4f}  {row['unpacked']:.4f}")
-    if out is not None:
-        write(out, rows, artifact=Path(artifact).name, device=device, machine=machine())
+    report("lora", device_name(device), rows, artifact=Path(artifact).name)
 
 
 if __name__ == "__main__":
