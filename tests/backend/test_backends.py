@@ -171,8 +171,9 @@ def test_no_vectors_in_no_vectors_out() -> None:
 
 def test_the_operator_is_well_behaved() -> None:
     packed = random_linear("tcq-2", 32, 96)
-    arguments = (packed.codes, packed.scales, packed.diagonal, packed.spec, packed.rotation, packed.layout, 32)
-    torch.library.opcheck(torch.ops.qpalette.linear.default, (torch.randn(3, 96), *arguments))
+    operands = (packed.codes, packed.scales, packed.diagonal, packed.spec, packed.rotation, packed.layout, 32, 96)
+    torch.library.opcheck(torch.ops.qpalette.linear.default, (torch.randn(3, 96, requires_grad=True), *operands, ""))
+    torch.library.opcheck(torch.ops.qpalette.linear_transposed.default, (torch.randn(3, 32), *operands))
 
 
 def test_every_reason_is_given_when_no_backend_fits(monkeypatch: pytest.MonkeyPatch) -> None:
