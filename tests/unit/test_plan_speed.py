@@ -55,8 +55,9 @@ def llama(layers: int) -> Sensitivities:
 @pytest.mark.parametrize("row", MEASURED["rows"], ids=lambda row: f"{row['budget']}, batch {row['batch']}")
 def test_a_promised_speed_is_kept_by_the_slowest_step_that_was_measured(row):
     """The four budgets that were timed on an H100, planned again: were each as much slower than predicted as the
-    slowest was, it would be within what was asked."""
-    slowest = max(other["measured over predicted"] for other in MEASURED["rows"])
+    slowest of its batch size was, it would be within what was asked."""
+    alike = [other for other in MEASURED["rows"] if other["batch"] == row["batch"]]
+    slowest = max(other["measured over predicted"] for other in alike)
     assert slowest > 1
     asked = float(row["budget"].split(", ")[1].split()[0])
     planner = Planner(llama(32), Space(palette_of(), H100, row["batch"]))
@@ -75,7 +76,7 @@ def test_what_cannot_be_promised_is_refused_with_what_can():
     message = str(budget.explain(error.value, planner.weights, Overhead()))
     most = float(message.split("the most is ")[1].split()[0])
     planned = planner.plan(Budget(tokens_per_second=most).limits(planner.weights, Overhead()))
-    assert (1 + H100.spread) * planned.choice.seconds <= 1 / most
+    assert H100.longest(1) * planned.choice.seconds <= 1 / most
 
 
 def test_a_head_that_is_planned_is_not_counted_twice():
@@ -94,6 +95,7 @@ def test_profiles_come_back_from_their_file():
     for profile in (
         LatencyProfile("a", 0.5, launches),
         LatencyProfile("a", {1: 0.5, 4: 1.0}, launches, spread=0.125, head=head),
+        LatencyProfile("a", {1: 0.5, 4: 1.0}, launches, spread={1: 0.125, 4: 0.25}, head=head),
     ):
         assert LatencyProfile.from_dict(json.loads(profile.to_json())) == profile
 

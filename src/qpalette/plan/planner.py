@@ -213,7 +213,7 @@ class Planner:
     @property
     def margin(self) -> float:
         """Seconds that a step may take over the predicted ones."""
-        return 1.0 if self.space.profile is None else 1 + self.space.profile.spread
+        return 1.0 if self.space.profile is None else self.space.profile.longest(self.space.batch)
 
 
 def _within(choice: Choice, limits: Limits) -> bool:

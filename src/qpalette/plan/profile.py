@@ -39,7 +39,7 @@ class Head:
 class LatencyProfile:
     """Launches measured on one device. `constant_seconds` is what a step costs besides its linears: at any batch size,
     or at each. `head` is the output head as it was left in the constant, at each batch size: a plan that quantizes it
-    takes it out. `spread` is how far, relatively, a step may take longer than predicted.
+    takes it out. `spread` is how far, relatively, a step may take longer than predicted: at any batch size, or at each.
 
     A fused launch is known by its shapes, in any order, and the one spec of all its segments.
     """
@@ -47,7 +47,7 @@ class LatencyProfile:
     device: str
     constant_seconds: float | Mapping[int, float]
     launches: tuple[Launch, ...]
-    spread: float = SPREAD
+    spread: float | Mapping[int, float] = SPREAD
     head: Head | None = None
     _known: Mapping[tuple[tuple[Shape, ...], int], dict[str, dict[str, float]]] = field(init=False, repr=False)
 
@@ -70,9 +70,12 @@ class LatencyProfile:
     def constant(self, batch: int, planned: Iterable[Shape] = ()) -> float:
         """Seconds of a step besides its linears, which have the shapes `planned`: where the head is one of them, its
         time is not counted twice. `batch` is one of `batches`."""
-        known = self.constant_seconds
-        seconds = known[batch] if isinstance(known, Mapping) else known
+        seconds = _at(self.constant_seconds, batch)
         return seconds if self.head is None or self.head.shape not in planned else seconds - self.head.seconds[batch]
+
+    def longest(self, batch: int) -> float:
+        """How many times its predicted seconds a step may take; `batch` is one of `batches`."""
+        return 1 + _at(self.spread, batch)
 
     @property
     def specs(self) -> frozenset[str]:
@@ -130,9 +133,15 @@ class LatencyProfile:
         if not isinstance(launches, list) or not launches:
             raise InputError("launches must be a list of at least one launch")
         parsed = tuple(_launch(index, entry) for index, entry in enumerate(launches))
-        spread = _seconds(content, "spread", least=True) if "spread" in content else SPREAD
+        spread = _by_batch_or_all(content, "spread", parsed) if "spread" in content else SPREAD
         head = _head(content["head"], parsed) if "head" in content else None
-        profile = cls(str(content.get("device", "unknown")), _constants(content, parsed), parsed, spread, head)
+        profile = cls(
+            str(content.get("device", "unknown")),
+            _by_batch_or_all(content, "constant_seconds", parsed),
+            parsed,
+            spread,
+            head,
+        )
         if head is not None and any(profile.constant(batch, [head.shape]) < 0 for batch in profile.batches):
             raise InputError("head takes longer than the constant_seconds that it is a part of")
         return profile
@@ -151,11 +160,13 @@ def shipped_profiles() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.json"))
 
 
-def _constants(content: Mapping[str, Any], launches: Sequence[Launch]) -> float | dict[int, float]:
-    constants = content.get("constant_seconds")
-    if not isinstance(constants, dict):
-        return _seconds(content, "constant_seconds", least=True)
-    return _by_batch(constants, launches, "constant_seconds")
+def _at(known: float | Mapping[int, float], batch: int) -> float:
+    return known[batch] if isinstance(known, Mapping) else known
+
+
+def _by_batch_or_all(content: Mapping[str, Any], name: str, launches: Sequence[Launch]) -> float | dict[int, float]:
+    values = content.get(name)
+    return _by_batch(values, launches, name) if isinstance(values, dict) else _seconds(content, name, least=True)
 
 
 def _head(content: Any, launches: Sequence[Launch]) -> Head:
