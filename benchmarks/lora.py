@@ -31,7 +31,7 @@ def losses(model: Any, windows: list[torch.Tensor], steps: int) -> list[float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(float(loss))
+        found.append(float(loss.detach()))
     return found
 
 
