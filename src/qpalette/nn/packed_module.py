@@ -73,6 +73,8 @@ class PackedModule(nn.Module):
     @property
     def packed(self) -> PackedLinear:
         """The weight as it computes: `stored`, or with the parameters that are being fitted."""
+        if not self.fitted:
+            return self.stored
         return self.stored.with_(**{field: getattr(self, _FITTED + field) for field in self.fitted})
 
     def fit(self, *fields: str) -> list[nn.Parameter]:

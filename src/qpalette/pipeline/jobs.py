@@ -111,15 +111,15 @@ def make_jobs(
 def _launches(plan: Plan, groups: Sequence[LinearGroup]) -> dict[str, str]:
     """Linear -> the id that those of its launch share: its group's name, or where the plan cuts the group into several
     launches the name with a number."""
+    numbers = {name: number for number, launch in enumerate(plan.launches) for name in launch}
     ids = {}
     for group in groups:
         named = [linear.name for linear in group.linears if linear.name in plan.specs]
-        launches = [set(launch) & set(named) for launch in plan.launches]
-        parts = [part for part in launches if part]
-        parts += [{name} for name in named if parts and not any(name in part for part in parts)]
+        cut = any(name in numbers for name in named)
+        parts = list(dict.fromkeys(numbers.get(name, name) for name in named)) if cut else []
         for name in named:
-            number = next((index for index, part in enumerate(parts) if name in part), 0)
-            ids[name] = group.name if len(parts) <= 1 else f"{group.name}#{number}"
+            place = f"#{parts.index(numbers.get(name, name))}" if len(parts) > 1 else ""
+            ids[name] = group.name + place
     return ids
 
 
