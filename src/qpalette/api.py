@@ -41,18 +41,24 @@ def calibrate(
     hessians: str | Path,
     text: str | Path,
     *,
+    one_sided: bool = False,
     tokens: int = TOKENS,
     window: int = WINDOW,
+    seed: int = 0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    memory_budget_bytes: int = MEMORY_BUDGET,
+    memory_budget_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure the Hessians of all groups of linears of `model` into the directory `hessians`, for `quantize`.
 
     `model` is a directory, a .gguf file or a Hub id; `text` a UTF-8 file, of which the first `tokens` are read in
-    windows of `window` tokens (less in a model of shorter context). Interrupted, the same call goes on where it
-    stopped. `progress` is called with (windows done, windows in all). Returns what was measured on.
+    windows of `window` tokens (less in a model of shorter context). With two sides each window takes a backward pass,
+    its labels drawn by `seed`; `one_sided` is forward only. Interrupted, the same call goes on where it stopped.
+
+    Besides the model there are activations of one window and at most `memory_budget_bytes` of sums on the device (see
+    `collect_hessians`), by default 4 GiB, or half of what a GPU has left. `progress` is called with (windows done,
+    windows in all). Returns what was measured on.
 
     Raises InputError for a text or a number that cannot be used, CheckpointError for a model that cannot be read, and
     HessianError as `collect_hessians` does.
@@ -71,11 +77,18 @@ def calibrate(
         text_sha256=hashlib.sha256(content.encode()).hexdigest(),
         tokens=sum(map(len, windows)),
         window=length,
+        sides=1 if one_sided else 2,
+        seed=0 if one_sided else seed,
     )
     store = HessianStore(hessians, calibration)
     groups = find_groups(checkpoint).groups
-    collect_hessians(loaded, windows, groups, store, memory_budget_bytes=memory_budget_bytes, progress=progress)
+    budget = _memory_budget(loaded.device) if memory_budget_bytes is None else memory_budget_bytes
+    collect_hessians(loaded, windows, groups, store, memory_budget_bytes=budget, progress=progress)
     return calibration
+
+
+def _memory_budget(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else MEMORY_BUDGET
 
 
 def measure_sensitivities(

@@ -1,20 +1,33 @@
-"""Runs calibration text through a model and sums x x^T of what each group of linears reads."""
+"""Runs calibration text through a model and sums the second moments of what its linears read and hand back.
+
+Two sides take one backward pass for each window, with labels drawn from the model's own predictions: then the Fisher
+form is the curvature of KL (`sensitivity.py`). The Kronecker form H_I (x) H_O is its expectation over errors that are
+independent from one weight to the next, which is what rounding leaves before feedback shapes it: variance r_m c_k in
+row m and column k, r the mean squares of the rows and c those of the equalized columns. So a token's x x^T is weighed
+by g^T diag(r) g, its g g^T by x^T diag(c) x; weights from the moments themselves (a second pass) change nothing that
+could be seen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from qpalette.calibration.gradients import backward_of_drawn_labels, frozen
 from qpalette.calibration.hessians import HessianStore
-from qpalette.core.errors import CheckpointError, InputError
+from qpalette.calibration.sums import GroupSums, PartialSums, family_of, fill_up, sum_bytes
+from qpalette.calibration.taps import Taps, Weight, one_expert_at_a_time, weights_of
+from qpalette.core.errors import InputError
 from qpalette.core.records import LinearGroup
 
-MEMORY_BUDGET = 2 << 30  # bytes
-ACCUMULATOR_BYTES = torch.float64.itemsize
+MEMORY_BUDGET = 4 << 30  # bytes
+PARTIAL = "sums.partial"  # in the directory of a store
 
 Progress = Callable[[int, int], None]  # (windows done, windows in all), over all passes
 
@@ -28,90 +41,100 @@ def collect_hessians(
     memory_budget_bytes: int = MEMORY_BUDGET,
     progress: Progress | None = None,
 ) -> None:
-    """Write the Hessian of each group that `store` does not have yet.
+    """Write the Hessians of each group that `store` does not have yet, of as many sides as its calibration says.
 
     `model` is a transformers model in evaluation mode on any device; `windows` are int64 [length] each. The sums are
-    kept in float64 on the model's device, `memory_budget_bytes` of them at a time: a large model takes several passes
-    over the text, each for a run of consecutive groups, and stops the forward pass after the last of them. A pass ends
-    by writing its groups, so that an interrupted collection goes on from there.
+    kept in float64 on the model's device, `memory_budget_bytes` of them at a time (or those of one group, or of a
+    layer's experts, if they are more): a large model takes several passes over the text, each for a run of consecutive
+    groups. Forward alone, a pass leaves the model after the last of them; with gradients it keeps activations from the
+    first of them on, of one window. A window that is done is not read again: sums are kept on disk now and then, and
+    a pass ends by writing its groups, so that an interrupted collection goes on and gives the same bytes.
+
+    Experts are told from each other by the tokens that are routed to them. The first linears of all experts in a layer
+    share one H_I. Where fewer tokens than inputs (or rows) came, the moments of all experts of the layer fill up.
 
     Raises InputError when there are no windows, CheckpointError when the model lacks a linear of a group, HessianError
     when no token reaches a group, its inputs overflow, or the store holds another calibration.
     """
     if not windows:
         raise InputError("there is no text to calibrate on")
-    passes = _passes(store.missing(groups), memory_budget_bytes)
+    groups = list(groups)
+    absent = {group.name for group in store.missing(groups)}
+    passes = _passes(groups, absent, memory_budget_bytes, store.two_sided)
+    identity = json.dumps(asdict(store.calibration))
     for index, run in enumerate(passes):
-        sums = [_Sum(group, _linear(model, group)) for group in run]
-        for done, window in enumerate(windows, start=index * len(windows) + 1):
-            _read(model, window, sums)
+        weights = {group.name: weights_of(model, [linear.name for linear in group.linears]) for group in run}
+        sums = [GroupSums(group, weights[group.name], store.two_sided) for group in run]
+        partial = PartialSums(store.directory / PARTIAL, identity, sums)
+        reader = _Reader(model, sums, {name: weight for each in weights.values() for name, weight in each.items()})
+        for number in range(partial.load(), len(windows)):
+            if store.two_sided:
+                reader.both_sides(windows[number], store.calibration.seed + number)
+            else:
+                reader.inputs(windows[number])
+            partial.keep(number + 1)
             if progress is not None:
-                progress(done, len(passes) * len(windows))
+                progress(index * len(windows) + number + 1, len(passes) * len(windows))
+        fill_up(sums)
         for item in sums:
-            store.save(item.group, item.total, item.seen)
-
-
-class _Sum:
-    """The running sum of x x^T of one group's inputs."""
-
-    def __init__(self, group: LinearGroup, module: nn.Module) -> None:
-        self.group, self.module = group, module
-        device = next(module.parameters()).device
-        self.total = torch.zeros(group.in_features, group.in_features, dtype=torch.float64, device=device)
-        self.seen = 0
-        self.reached = False  # by the current window
-
-    def add(self, x: Tensor) -> None:
-        """x: [..., K]. float32 within a window, where the sum is short; float64 between windows."""
-        rows = x.detach().reshape(-1, self.group.in_features).float()
-        self.total += rows.T @ rows
-        self.seen += len(rows)
-        self.reached = True
+            store.save(item.group, item.input, sum(item.seen.values()), item.outputs)
+        partial.remove()
 
 
 class _AllReached(Exception):
     """Leaves the forward pass: the layers above are not needed."""
 
 
-def _read(model: Any, window: Tensor, sums: Sequence[_Sum]) -> None:
-    def hook_of(item: _Sum) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, inputs: Any) -> None:
-            item.add(inputs[0])
-            if all(other.reached for other in sums):
+class _Reader:
+    """Reads windows of text into the sums of a pass."""
+
+    def __init__(self, model: Any, sums: Sequence[GroupSums], weights: Mapping[str, Weight]) -> None:
+        self.model, self.weights = model, weights
+        self._sums_of = {linear.name: item for item in sums for linear in item.group.linears}
+        self._read_by = set().union(*(item.leaders for item in sums))
+
+    def inputs(self, window: Tensor) -> None:
+        """Forward only, up to the last of the linears."""
+        waiting = set(self._read_by)
+
+        def seen(linear: str, x: Tensor, y: Tensor, rows: slice) -> None:
+            self._sums_of[linear].add_input(linear, x)
+            waiting.discard(linear)
+            if not waiting:
                 raise _AllReached
 
-        return hook
+        with torch.inference_mode(), one_expert_at_a_time(self.model), Taps(self.weights, seen), suppress(_AllReached):
+            self.model(window[None].to(self.model.device), use_cache=False)
 
-    with ExitStack() as hooks, torch.inference_mode():
-        for item in sums:
-            item.reached = False
-            hooks.callback(item.module.register_forward_pre_hook(hook_of(item)).remove)
-        try:
-            model(window[None].to(model.device), use_cache=False)
-        except _AllReached:
-            return
+    def both_sides(self, window: Tensor, seed: int) -> None:
+        """Forward and backward; no gradient goes below the first of the linears, nor into a parameter."""
 
+        def seen(linear: str, x: Tensor, y: Tensor, rows: slice) -> None:
+            if not y.requires_grad:
+                y.requires_grad_()
+            y.register_hook(lambda gradient: self._sums_of[linear].add(linear, x, gradient[..., rows]))
 
-def _linear(model: nn.Module, group: LinearGroup) -> nn.Module:
-    name = group.linears[0].name
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise CheckpointError(
-            f"group {group.name}: the model that transformers builds has no module '{name}'; "
-            "quantize it without Hessians"
-        ) from error
+        with frozen(self.model), one_expert_at_a_time(self.model), Taps(self.weights, seen):
+            backward_of_drawn_labels(self.model, window, torch.Generator().manual_seed(seed))
 
 
-def _passes(groups: Iterable[LinearGroup], budget: int) -> list[list[LinearGroup]]:
-    """Runs of consecutive groups whose sums fit the budget; a group that alone is beyond it has a pass for itself."""
+def _passes(groups: Iterable[LinearGroup], absent: set[str], budget: int, two_sided: bool) -> list[list[LinearGroup]]:
+    """Runs of consecutive groups whose sums fit the budget; one that alone is beyond it has a pass for itself.
+
+    Groups that fill each other up come together, and all of them again if one is absent.
+    """
+    families: dict[str, list[LinearGroup]] = {}
+    for group in groups:
+        families.setdefault(family_of(group), []).append(group)
     runs: list[list[LinearGroup]] = []
     free = 0
-    for group in groups:
-        size = ACCUMULATOR_BYTES * group.in_features**2
+    for family in families.values():
+        if not any(group.name in absent for group in family):
+            continue
+        size = sum(sum_bytes(group, two_sided) for group in family)
         if not runs or size > free:
             runs.append([])
             free = budget
-        runs[-1].append(group)
+        runs[-1] += family
         free -= size
     return runs

@@ -1,9 +1,15 @@
-"""Second moments of the linears' inputs, H = sum of x x^T, one safetensors file per group of linears."""
+"""Second moments of what the linears read and of the gradients of what they write, a safetensors file per group.
+
+To second order the loss of an error E in a linear is 1/2 sum over tokens of (g^T E x)^2, x its input and g the gradient
+at its output. Its Kronecker form needs two matrices: H_I = sum of a x x^T, shared by the linears that read x, and H_O =
+sum of b g g^T for each linear, in blocks of its rows where there are many. One-sided: H_I alone, with weights of 1.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,11 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qpalette.core.errors import HessianError
-from qpalette.core.records import LinearGroup
+from qpalette.core.records import TILE, LinearGroup, tiles_of
 from qpalette.rotate import Rotation
 from qpalette.storage import StreamingSafetensorsWriter, TensorInfo
 
-SUM = "sum"
+VERSION = 2  # of the files; 1 had one tensor, the whole of H_I
+SUM = "sum"  # its name
+INPUT = "input"
+STRIP = 256  # rows: a symmetric matrix is stored as strips, each from its own diagonal on
+BLOCK_TILES = 128  # rows of tiles, at most, that share an H_O: 2048 rows
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,8 @@ class Calibration:
     text_sha256: str
     tokens: int  # read by the model; an expert sees fewer
     window: int
+    sides: int = 1  # 2: output moments as well, and every token weighed by the other side
+    seed: int = 0  # of the labels that are drawn for the gradients
 
 
 class HessianStore:
@@ -47,50 +59,59 @@ class HessianStore:
             raise HessianError(f"{path} holds no Hessians; collect them with `qpalette calibrate MODEL {path}`")
         return cls(path, _calibration(first, _metadata(first)))
 
-    def save(self, group: LinearGroup, hessian: torch.Tensor, seen: int) -> None:
-        """Store the sum of x x^T over the `seen` tokens that reached the group: [K, K], a floating type, any device.
+    @property
+    def two_sided(self) -> bool:
+        return self.calibration.sides == 2
 
-        Raises HessianError when it is not finite or no token was seen.
+    def save(
+        self,
+        group: LinearGroup,
+        hessian: torch.Tensor,
+        seen: int,
+        outputs: Mapping[str, Sequence[torch.Tensor]] | None = None,
+    ) -> None:
+        """Store H_I [K, K] over the `seen` tokens that reached the group, and where there are two sides H_O of each
+        linear by its name, a matrix for each of its `row_blocks`: symmetric, floating types, any device.
+
+        Raises HessianError when a matrix is not finite or of another shape, or no token was seen.
         """
-        stored = hessian.to("cpu", torch.float32).contiguous()
-        _check(group, stored, seen)
+        _check_seen(group, seen)
+        matrices = {INPUT: hessian}
+        for linear in group.linears if self.two_sided else ():
+            assert outputs is not None
+            blocks = zip(_output_names(linear.name, linear.out_features), outputs[linear.name], strict=True)
+            matrices |= dict(blocks)
+        sizes = self._sizes(group)
+        packed = {name: pack_symmetric(matrix.to("cpu", torch.float32)) for name, matrix in matrices.items()}
+        for name, matrix in matrices.items():
+            _check(group, name, tuple(matrix.shape), (sizes[name], sizes[name]), packed[name])
         self.directory.mkdir(parents=True, exist_ok=True)
         calibration = {key: str(value) for key, value in asdict(self.calibration).items()}
-        metadata = {"group": group.name, **calibration, "seen": str(seen), "sha256": _sha256(stored)}
-        info = TensorInfo(SUM, tuple(stored.shape), stored.dtype)
-        with StreamingSafetensorsWriter(self._file(group.name), [info], metadata) as writer:
-            writer.write(SUM, stored)
+        digests = json.dumps({name: _sha256(tensor) for name, tensor in packed.items()})
+        metadata = {"version": str(VERSION), "group": group.name, **calibration, "seen": str(seen), "sha256": digests}
+        infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in packed.items()]
+        with StreamingSafetensorsWriter(self._file(group.name), infos, metadata) as writer:
+            for name, tensor in packed.items():
+                writer.write(name, tensor)
 
     def read(self, group: LinearGroup) -> torch.Tensor:
-        """The sum of x x^T over all tokens, float32 [K, K]. Raises HessianError naming what is wrong with the file."""
-        identity, file = self.identity(group), self._file(group.name)
-        try:
-            with safe_open(file, "pt") as stored:
-                hessian, seen = stored.get_tensor(SUM), int(stored.metadata()["seen"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise _damaged(file, str(error)) from error
-        _check(group, hessian, seen)
-        if _sha256(hessian) != identity:
-            raise _damaged(file, "its SHA-256 differs")
-        return hessian
+        """H_I, float32 [K, K]. Raises HessianError naming what is wrong with the file."""
+        return self._read(group, [INPUT])[0]
+
+    def read_outputs(self, group: LinearGroup, linear: str) -> list[torch.Tensor]:
+        """H_O of a linear of `group`, float32, one for each of its `row_blocks`; none of a calibration of one side.
+
+        Raises as `read`.
+        """
+        if not self.two_sided:
+            return []
+        rows = next(shape.out_features for shape in group.linears if shape.name == linear)
+        return self._read(group, _output_names(linear, rows))
 
     def identity(self, group: LinearGroup) -> str:
-        """The SHA-256 of what `read` returns, from the header alone. Raises HessianError as `read` does."""
-        file = self._file(group.name)
-        if not file.exists():
-            raise HessianError(f"{self.directory} has no Hessian of {group.name}; run `qpalette calibrate` again")
-        metadata = _metadata(file)
-        found = _calibration(file, metadata)
-        if found != self.calibration:
-            mine, theirs = asdict(self.calibration), asdict(found)
-            differing = next(key for key in mine if mine[key] != theirs[key])
-            raise HessianError(
-                f"{file} was collected with another {differing} ({theirs[differing]}, not {mine[differing]}); "
-                "choose another directory"
-            )
-        if metadata.get("group") != group.name or "sha256" not in metadata:
-            raise _damaged(file, f"it is not of {group.name}")
-        return metadata["sha256"]
+        """Differs where anything that can be read of the group does, from the header alone. Raises HessianError as
+        `read` does."""
+        return self._header(group)["sha256"]
 
     def missing(self, groups: Iterable[LinearGroup]) -> list[LinearGroup]:
         """Those still to collect. Raises HessianError when a file is of another model or text."""
@@ -108,33 +129,117 @@ class HessianStore:
                 f"this one has {fingerprint[:12]}); run `qpalette calibrate` for this one"
             )
 
+    def _read(self, group: LinearGroup, names: Sequence[str]) -> list[torch.Tensor]:
+        metadata, file, sizes = self._header(group), self._file(group.name), self._sizes(group)
+        old = "version" not in metadata
+        try:
+            digests = {INPUT: metadata["sha256"]} if old else json.loads(metadata["sha256"])
+            _check_seen(group, int(metadata["seen"]))
+            with safe_open(file, "pt") as stored:
+                tensors = {name: stored.get_tensor(SUM if old else name) for name in names}
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise _damaged(file, str(error)) from error
+        found = []
+        for name, tensor in tensors.items():
+            size = sizes[name]
+            shape = (size, size) if old else (packed_length(size),)
+            _check(group, name, tuple(tensor.shape), shape, tensor)
+            if _sha256(tensor) != digests.get(name):
+                raise _damaged(file, "its SHA-256 differs")
+            found.append(tensor if old else unpack_symmetric(tensor, size))
+        return found
+
+    def _header(self, group: LinearGroup) -> dict[str, str]:
+        file = self._file(group.name)
+        if not file.exists():
+            raise HessianError(f"{self.directory} has no Hessian of {group.name}; run `qpalette calibrate` again")
+        metadata = _metadata(file)
+        found = _calibration(file, metadata)
+        if found != self.calibration:
+            mine, theirs = asdict(self.calibration), asdict(found)
+            differing = next(key for key in mine if mine[key] != theirs[key])
+            raise HessianError(
+                f"{file} was collected with another {differing} ({theirs[differing]}, not {mine[differing]}); "
+                "choose another directory"
+            )
+        if metadata.get("group") != group.name or "sha256" not in metadata:
+            raise _damaged(file, f"it is not of {group.name}")
+        return metadata
+
+    def _sizes(self, group: LinearGroup) -> dict[str, int]:
+        """Name of a stored matrix -> its rows."""
+        sizes = {INPUT: group.in_features}
+        for linear in group.linears if self.two_sided else ():
+            names = _output_names(linear.name, linear.out_features)
+            blocks = row_blocks(linear.out_features)
+            sizes |= {name: block.stop - block.start for name, block in zip(names, blocks, strict=True)}
+        return sizes
+
     def _file(self, group: str) -> Path:
         return self.directory / f"{hashlib.sha256(group.encode()).hexdigest()[:40]}.safetensors"
 
 
-def rotate_hessian(hessian: torch.Tensor, rotation: Rotation, signs: torch.Tensor) -> torch.Tensor:
-    """H' = Q S H S Q^T, float64 [K, K], for `hessian` [K, K] and `signs` [K] of +-1: the moments of x' = Q S x.
+def row_blocks(rows: int) -> list[slice]:
+    """The rows that share an H_O: at most 128 rows of tiles, of one height but for the last, which may have less."""
+    tiles = tiles_of(rows)
+    height = TILE * -(-tiles // -(-tiles // BLOCK_TILES))
+    return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
+
+
+def pack_symmetric(matrix: torch.Tensor) -> torch.Tensor:
+    """The upper triangle of [n, n] in strips of 256 rows, each from its diagonal block on: 1-D, a little over half."""
+    strips = [matrix[start : start + STRIP, start:].reshape(-1) for start in range(0, len(matrix), STRIP)]
+    return torch.cat(strips)
+
+
+def unpack_symmetric(packed: torch.Tensor, size: int) -> torch.Tensor:
+    """[size, size], exactly symmetric, from what `pack_symmetric` kept."""
+    matrix, place = packed.new_empty(size, size), 0
+    for start in range(0, size, STRIP):
+        stop = min(start + STRIP, size)
+        strip = packed[place : place + (stop - start) * (size - start)].view(stop - start, size - start)
+        corner = strip[:, : stop - start].triu()
+        matrix[start:stop, start:stop] = corner + corner.triu(1).T
+        matrix[start:stop, stop:] = strip[:, stop - start :]
+        matrix[stop:, start:stop] = strip[:, stop - start :].T
+        place += strip.numel()
+    return matrix
+
+
+def packed_length(size: int) -> int:
+    return sum(min(STRIP, size - start) * (size - start) for start in range(0, size, STRIP))
+
+
+def rotate_hessian(hessian: torch.Tensor, rotation: Rotation, diagonal: torch.Tensor) -> torch.Tensor:
+    """H' = Q S H S Q^T, float64 [K, K], for `hessian` [K, K] and a `diagonal` S [K]: the moments of x' = Q S x.
 
     float64: one outlier input may outweigh the damping of all others a million times.
     """
-    half = rotation.apply(hessian.double() * signs)
-    return rotation.apply(half.T.contiguous() * signs)
+    half = rotation.apply(hessian.double() * diagonal)
+    return rotation.apply(half.T.contiguous() * diagonal)
 
 
-def _check(group: LinearGroup, hessian: torch.Tensor, seen: int) -> None:
-    size = group.in_features
-    if tuple(hessian.shape) != (size, size) or hessian.dtype != torch.float32:
+def _output_names(linear: str, rows: int) -> list[str]:
+    return [f"output.{index}.{linear}" for index in range(len(row_blocks(rows)))]
+
+
+def _check(
+    group: LinearGroup, name: str, shape: tuple[int, ...], expected: tuple[int, ...], values: torch.Tensor
+) -> None:
+    what = f"the Hessian of {group.name}" if name == INPUT else f"the moments {name} of {group.name}"
+    if shape != expected or values.dtype != torch.float32:
         raise HessianError(
-            f"the Hessian of {group.name} is {hessian.dtype} {tuple(hessian.shape)}, not float32 [{size}, {size}]; "
+            f"{what} is {values.dtype} {list(shape)}, not float32 {list(expected)}; "
             "remove it and run `qpalette calibrate` again"
         )
+    if not bool(values.isfinite().all()):
+        raise HessianError(f"{what} holds NaN or infinity: the model overflows; calibrate in float32")
+
+
+def _check_seen(group: LinearGroup, seen: int) -> None:
     if seen < 1:
         raise HessianError(
             f"no token of the text reached {group.name}; calibrate on more or other text, or exclude the group"
-        )
-    if not bool(hessian.isfinite().all()):
-        raise HessianError(
-            f"the Hessian of {group.name} holds NaN or infinity: its inputs overflow; calibrate in float32"
         )
 
 
@@ -148,9 +253,13 @@ def _metadata(file: Path) -> dict[str, str]:
 
 def _calibration(file: Path, metadata: dict[str, str]) -> Calibration:
     try:
-        return Calibration(
-            metadata["source"], metadata["text_sha256"], int(metadata["tokens"]), int(metadata["window"])
-        )
+        if (version := int(metadata.get("version", "1"))) > VERSION:
+            raise HessianError(
+                f"{file} is of version {version}, and this release reads up to {VERSION}: upgrade qpalette"
+            )
+        tokens, window = int(metadata["tokens"]), int(metadata["window"])
+        sides, seed = int(metadata.get("sides", "1")), int(metadata.get("seed", "0"))
+        return Calibration(metadata["source"], metadata["text_sha256"], tokens, window, sides, seed)
     except (KeyError, ValueError) as error:
         raise _damaged(file, f"no {error} in its metadata") from error
 

@@ -9,79 +9,23 @@ diagonal (Martens, "New insights and perspectives on the natural gradient method
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qpalette.core.errors import CheckpointError, InputError
+from qpalette.calibration.equalize import row_mean_square
+from qpalette.calibration.gradients import backward_of_drawn_labels, frozen
+from qpalette.calibration.taps import Weight, weights_of
+from qpalette.core.errors import InputError
 from qpalette.core.resume import PartialFigures
-from qpalette.models.model_class import DOWN, EXPERT, FIRST, Modules
 
 CHUNK = 256  # positions whose log-probabilities are held in float32 at a time: 250 MB at a vocabulary of 256k
 METHODS = ("fisher", "perturbation")
 DISTORTION = 0.01  # of the noise: small enough for the loss to be linear, large enough to stand out of rounding
 
 Progress = Callable[[int, int], None]
-
-
-class Weight(NamedTuple):
-    """The matrix of one linear: a parameter, or the part of one that stacks all experts of a layer."""
-
-    parameter: nn.Parameter
-    expert: int | None = None
-    rows: slice = slice(None)
-    transposed: bool = False  # the parameter holds in_features x out_features
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """This linear's [out_features, in_features] view of the parameter, or of a tensor like it."""
-        if self.expert is None:
-            return tensor
-        matrix = tensor[self.expert]
-        return (matrix.T if self.transposed else matrix)[self.rows]
-
-    @property
-    def values(self) -> Tensor:
-        return self.of(self.parameter.data)
-
-
-def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Weight]:
-    """The weight of each linear or embedding, by its name in the checkpoint.
-
-    Raises CheckpointError naming one that the model does not have.
-    """
-    modules = Modules(model)
-    found = {}
-    for name in names:
-        place = modules.find(name)
-        weight = None if place is None else getattr(modules.all[place], "weight", None)
-        if isinstance(weight, nn.Parameter):
-            found[name] = Weight(weight)
-        elif (holder := modules.find_experts(name)) is not None:
-            found[name] = _expert_weight(modules.all[holder], name)
-        else:
-            raise CheckpointError(
-                f"the model that transformers builds has no weight '{name}.weight': its sensitivity cannot be measured"
-            )
-    return found
-
-
-def _expert_weight(module: Any, name: str) -> Weight:
-    """transformers stacks gate above up, whatever the checkpoint calls them."""
-    expert = EXPERT.fullmatch(name)
-    assert expert is not None
-    leaf, index = expert["leaf"], int(expert["index"])
-    if leaf in DOWN:
-        return Weight(module.down_proj, index, transposed=module.is_transposed)
-    parameter = getattr(module, "gate_up_proj", None)
-    if parameter is None:
-        return Weight(module.up_proj, index, transposed=module.is_transposed)
-    half = parameter.shape[2 if module.is_transposed else 1] // 2
-    place = next((pair.index(leaf) for pair in FIRST if leaf in pair and len(pair) == 2), None)
-    rows = slice(None) if place is None else slice(place * half, (place + 1) * half)
-    return Weight(parameter, index, rows, module.is_transposed)
 
 
 def embeddings_of(model: Any) -> list[str]:
@@ -120,12 +64,10 @@ def fisher_sensitivities(
     figures = {} if partial is None else partial.figures
     sums = figures.setdefault("sums", dict.fromkeys(names, 0.0))
     hooks = [_reduce_gradient(parameter, weights, sums) for parameter, weights in parts.items()]
-    requires = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for parameter in requires:
-        parameter.requires_grad_(parameter in parts)
     try:
         for index in range(figures.get("windows", 0), len(windows)):
-            _backward(model, windows[index], torch.Generator().manual_seed(seed + index))
+            with frozen(model, all_but=parts):
+                backward_of_drawn_labels(model, windows[index], torch.Generator().manual_seed(seed + index))
             figures["windows"] = index + 1
             if partial is not None:
                 partial.save()
@@ -134,8 +76,6 @@ def fisher_sensitivities(
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, required in requires.items():
-            parameter.requires_grad_(required)
     tokens = sum(len(window) - 1 for window in windows)
     return {name: _finite(name, sums[name] / tokens) for name in names}
 
@@ -145,22 +85,10 @@ def _reduce_gradient(parameter: nn.Parameter, weights: Mapping[str, Weight], sum
         assert reached.grad is not None
         for name, weight in weights.items():
             square = weight.of(reached.grad).float().square().sum(1)
-            sums[name] += 0.5 * float((square * _row_mean_square(weight.values)).double().sum())
+            sums[name] += 0.5 * float((square * row_mean_square(weight.values)).double().sum())
         reached.grad = None
 
     return parameter.register_post_accumulate_grad_hook(hook)
-
-
-def _row_mean_square(weight: Tensor) -> Tensor:
-    return weight.detach().float().square().mean(1)
-
-
-def _backward(model: Any, window: Tensor, generator: torch.Generator) -> None:
-    logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1].float()
-    with torch.no_grad():
-        uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
-        labels = (logits.softmax(-1).cumsum(-1) < uniform).sum(-1).clamp_(max=logits.shape[-1] - 1)
-    F.cross_entropy(logits, labels, reduction="sum").backward()
 
 
 def _finite(name: str, value: float) -> float:
@@ -231,7 +159,7 @@ def perturbation_sensitivities(
 def add_noise(weight: Tensor, distortion: float, generator: torch.Generator) -> None:
     """Add what a rotated quantizer of that distortion adds: white along each row of `weight` [M, K], in place."""
     noise = torch.randn(weight.shape, generator=generator).to(weight.device)
-    weight += (noise * (distortion * _row_mean_square(weight)).sqrt()[:, None]).to(weight.dtype)
+    weight += (noise * (distortion * row_mean_square(weight)).sqrt()[:, None]).to(weight.dtype)
 
 
 def noise_generator(seed: int, name: str) -> torch.Generator:

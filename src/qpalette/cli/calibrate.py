@@ -1,4 +1,4 @@
-"""qpalette calibrate: what the linears of a model read, measured on a text."""
+"""qpalette calibrate: what the linears of a model read and how their outputs matter, measured on a text."""
 
 from __future__ import annotations
 
@@ -12,39 +12,57 @@ from qpalette.cli.output import print_facts, print_json, quiet_transformers, ste
 
 def calibrate(
     model: Annotated[str, typer.Argument(help="A Hugging Face directory, a .gguf file or a Hub id.")],
-    hessians: Annotated[Path, typer.Argument(metavar="HESSIANS", help="The directory to fill.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to fill.")],
     text: Annotated[Path, typer.Option("--text", metavar="FILE", help="A UTF-8 text file.")],
     tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Read the first N tokens.")] = 65_536,
     window: Annotated[int, typer.Option("--window", metavar="N", help="In windows of N tokens.")] = 2048,
+    one_sided: Annotated[
+        bool, typer.Option("--one-sided", help="Inputs alone: forward passes, a third of the time, less gain.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the labels drawn from the model's predictions.")] = 0,
     memory: Annotated[
-        float, typer.Option("--memory", metavar="GIB", help="For Hessians; with less, the text is read more often.")
-    ] = 2,
+        float | None,
+        typer.Option(
+            "--memory",
+            metavar="GIB",
+            help="For sums; with less, the text is read more often.  [default: 4, or half of what a GPU has left]",
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the model: float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option("--device", help="Where to run the model, such as cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
-    """Measure Hessians for quantize --hessians. Interrupted, the same command goes on where it stopped.
+    """Measure what quantize --calibration needs. Interrupted, the same command goes on where it stopped.
 
-    Example: [bold]qpalette calibrate MODEL HESSIANS --text wiki.train.raw[/]
+    Example: [bold]qpalette calibrate MODEL DIR --text wiki.train.raw[/]
     """
     from qpalette.api import calibrate as run
+    from qpalette.cli.answer import parse_dtype
     from qpalette.core.errors import InputError
 
-    if not 0 < memory < 1 << 20:
+    if memory is not None and not 0 < memory < 1 << 20:
         raise InputError(f"memory must be a positive number of GiB, got {memory:g}")
     quiet_transformers()
     with step_bar("windows") as bar:
         found = run(
             model,
-            hessians,
+            directory,
             text,
             tokens=tokens,
             window=window,
             device=device,
-            memory_budget_bytes=int(memory * (1 << 30)),
+            memory_budget_bytes=None if memory is None else int(memory * (1 << 30)),
+            dtype=parse_dtype(dtype),
+            one_sided=one_sided,
+            seed=seed,
             progress=bar.show,
         )
     if as_json:
         print_json(found)
     else:
-        facts = {"tokens": f"{found.tokens}, in windows of {found.window}", "text": f"SHA-256 {found.text_sha256}"}
-        print_facts(str(hessians), facts)
+        facts = {
+            "sides": "inputs and outputs" if found.sides == 2 else "inputs",
+            "tokens": f"{found.tokens}, in windows of {found.window}",
+            "text": f"SHA-256 {found.text_sha256}",
+        }
+        print_facts(str(directory), facts)

@@ -1,0 +1,178 @@
+"""Running sums of second moments: those of one group of linears, and all of a pass on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qpalette.calibration.equalize import equalize, row_mean_square
+from qpalette.calibration.hessians import pack_symmetric, packed_length, row_blocks, unpack_symmetric
+from qpalette.calibration.taps import Weight
+from qpalette.core.records import LinearGroup
+from qpalette.models.model_class import EXPERT
+from qpalette.storage import StreamingSafetensorsWriter, TensorInfo
+
+logger = logging.getLogger(__name__)
+
+SUM_TYPE = torch.float64
+SPACING = 20  # times what saving takes: at most a twentieth of the time goes into it
+
+
+class GroupSums:
+    """The sums of one group: H_I, H_O of each linear if there are two sides, and the tokens that each linear saw.
+
+    On the device of the weights; products are float32 within a window, where sums are short, float64 between windows.
+    """
+
+    def __init__(self, group: LinearGroup, weights: Mapping[str, Weight], two_sided: bool) -> None:
+        self.group = group
+        device = next(iter(weights.values())).parameter.device
+        self.input = torch.zeros(group.in_features, group.in_features, dtype=SUM_TYPE, device=device)
+        self.outputs: dict[str, list[Tensor]] = {}
+        self.seen = dict.fromkeys(weights, 0)
+        self.leaders = _leaders(group)
+        if not two_sided:
+            return
+        matrices = {name: weight.values.float() for name, weight in weights.items()}
+        scale = equalize(list(matrices.values())).float()
+        self._columns = scale.square()
+        self._rows = {name: row_mean_square(matrix / scale) for name, matrix in matrices.items()}
+        for linear in group.linears:
+            heights = [block.stop - block.start for block in row_blocks(linear.out_features)]
+            self.outputs[linear.name] = [torch.zeros(n, n, dtype=SUM_TYPE, device=device) for n in heights]
+
+    def add_input(self, linear: str, x: Tensor) -> None:
+        """x [..., K], of one side: what siblings read counts once."""
+        rows = x.detach().reshape(-1, self.group.in_features).float()
+        self.seen[linear] += len(rows)
+        if linear in self.leaders:
+            self.input += rows.T @ rows
+
+    def add(self, linear: str, x: Tensor, gradient: Tensor) -> None:
+        """x [..., K] and the gradient [..., M] at the output, each weighed by the other (see `collect.py`)."""
+        x = x.detach().reshape(-1, self.group.in_features).float()
+        gradient = gradient.detach().reshape(len(x), -1).float()
+        self.seen[linear] += len(x)
+        weighed = x * (gradient.square() @ self._rows[linear]).sqrt()[:, None]
+        self.input += weighed.T @ weighed
+        weighed = gradient * (x.square() @ self._columns).sqrt()[:, None]
+        for block, total in zip(row_blocks(weighed.shape[1]), self.outputs[linear], strict=True):
+            total += weighed[:, block].T @ weighed[:, block]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums by name."""
+        blocks = ((name, number, block) for name, each in self.outputs.items() for number, block in enumerate(each))
+        return {f"input.{self.group.name}": self.input} | {f"output.{n}.{name}": block for name, n, block in blocks}
+
+
+def sum_bytes(group: LinearGroup, two_sided: bool) -> int:
+    """What `GroupSums` holds."""
+    sizes = [group.in_features]
+    for linear in group.linears if two_sided else ():
+        sizes += [block.stop - block.start for block in row_blocks(linear.out_features)]
+    return SUM_TYPE.itemsize * sum(size**2 for size in sizes)
+
+
+def family_of(group: LinearGroup) -> str:
+    """Groups whose moments are pooled have one family: the same linear of all experts in a layer."""
+    expert = EXPERT.fullmatch(group.linears[0].name)
+    return group.name if expert is None else f"{expert['experts']}.{expert['leaf']}"
+
+
+def fill_up(sums: Iterable[GroupSums]) -> None:
+    """Experts that saw fewer tokens than a matrix has rows get the missing ones from all experts of their layer.
+
+    The pool is the mean over the tokens of the layer; an expert that saw enough is left as it is. H_I of linears that
+    share it has all their tokens already.
+    """
+    families: dict[str, list[tuple[GroupSums, str]]] = {}
+    for group in sums:
+        for linear in group.seen:
+            if expert := EXPERT.fullmatch(linear):
+                families.setdefault(f"{expert['experts']}.{expert['leaf']}", []).append((group, linear))
+    for members in families.values():
+        tokens = sum(group.seen[linear] for group, linear in members)
+        if tokens == 0:
+            continue
+        stacks = [
+            [*([group.input] if len(group.seen) == 1 else []), *group.outputs.get(linear, ())]
+            for group, linear in members
+        ]
+        for matrices in zip(*stacks, strict=True):
+            pool = sum(matrices[1:], matrices[0].clone()) / tokens
+            for matrix, (group, linear) in zip(matrices, members, strict=True):
+                matrix += pool * max(0, len(matrix) - group.seen[linear])
+        for group, linear in members:
+            group.seen[linear] = max(1, group.seen[linear])
+
+
+class PartialSums:
+    """The sums of a pass on disk, so that windows which are done need not be read again.
+
+    They are kept now and then, as often as it costs little; what is done twice gives the same sums.
+    """
+
+    def __init__(self, file: Path, identity: str, sums: Sequence[GroupSums]) -> None:
+        self.file, self._identity, self._sums = file, identity, sums
+        self._cost, self._kept = 0.0, time.monotonic()
+
+    def load(self) -> int:
+        """The windows that are done; 0 where nothing is kept of these groups and this calibration."""
+        try:
+            with safe_open(self.file, "pt") as stored:
+                metadata = stored.metadata()
+                if metadata["identity"] != self._identity:
+                    return 0
+                seen = json.loads(metadata["seen"])
+                loaded = [
+                    (total, unpack_symmetric(stored.get_tensor(name), len(total)))
+                    for group in self._sums
+                    for name, total in group.tensors().items()
+                ]
+                counts = [{name: int(seen[name]) for name in group.seen} for group in self._sums]
+                windows = int(metadata["windows"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError):
+            return 0  # none, half of one, or one of other groups: start again
+        for total, values in loaded:
+            total.copy_(values)
+        for group, count in zip(self._sums, counts, strict=True):
+            group.seen = count
+        return windows
+
+    def keep(self, windows: int) -> None:
+        """What the sums are after so many windows, unless that was done a short time ago."""
+        start = time.monotonic()
+        if start - self._kept < SPACING * self._cost:
+            return
+        tensors = {name: total for group in self._sums for name, total in group.tensors().items()}
+        infos = [TensorInfo(name, (packed_length(len(total)),), SUM_TYPE) for name, total in tensors.items()]
+        seen = json.dumps({name: count for group in self._sums for name, count in group.seen.items()})
+        metadata = {"identity": self._identity, "windows": str(windows), "seen": seen}
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with StreamingSafetensorsWriter(self.file, infos, metadata) as writer:
+                for name, total in tensors.items():
+                    writer.write(name, pack_symmetric(total))
+        except OSError as error:
+            logger.warning("%s cannot be kept (%s): interrupted, this pass begins again", self.file, error)
+        self._kept = time.monotonic()
+        self._cost = self._kept - start
+
+    def remove(self) -> None:
+        self.file.unlink(missing_ok=True)
+
+
+def _leaders(group: LinearGroup) -> set[str]:
+    """The first of the linears that read the same tensor: of all, or of each expert's."""
+    first: dict[str, str] = {}
+    for linear in group.linears:
+        expert = EXPERT.fullmatch(linear.name)
+        first.setdefault(expert["index"] if expert else "", linear.name)
+    return set(first.values())
