@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qpalette.calibration.feedback import DAMPING, LOUD, encode_with_feedback, factorize, fit_row_scales
+from qpalette.calibration.feedback import DAMPING, LOUD, Feedback, encode_with_feedback, factorize, fit_row_scales
 from qpalette.codes import parse_spec
 from qpalette.codes.tiles import from_tiles, to_tiles
 from qpalette.core.errors import HessianError
@@ -31,7 +31,9 @@ def plain(source: torch.Tensor, quantizer=NUQ) -> tuple[torch.Tensor, torch.Tens
 
 
 def with_feedback(source: torch.Tensor, hessian, quantizer=NUQ, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    return encode_with_feedback(source, hessian, quantizer.encode, quantizer.decode, **options)
+    feedback = hessian if isinstance(hessian, Feedback) else factorize(hessian, **options)
+    codes, decoded = encode_with_feedback(source[None], feedback.upper[None], quantizer.encode, quantizer.decode)
+    return codes[0], decoded[0]
 
 
 def proxy(source: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -23,7 +23,7 @@ from qpalette.calibration.gradients import backward_of_drawn_labels, frozen
 from qpalette.calibration.hessians import HessianStore
 from qpalette.calibration.sums import GroupSums, PartialSums, family_of, fill_up, sum_bytes
 from qpalette.calibration.taps import Taps, Weight, one_expert_at_a_time, weights_of
-from qpalette.core.errors import InputError
+from qpalette.core.errors import HessianError, InputError
 from qpalette.core.records import LinearGroup
 
 MEMORY_BUDGET = 4 << 30  # bytes
@@ -76,8 +76,12 @@ def collect_hessians(
             if progress is not None:
                 progress(index * len(windows) + number + 1, len(passes) * len(windows))
         fill_up(sums)
-        for item in sums:
-            store.save(item.group, item.input, sum(item.seen.values()), item.outputs)
+        try:
+            for item in sums:
+                store.save(item.group, item.input, item.tokens, item.outputs)
+        except HessianError:  # sums that cannot be used are not to be gone on with
+            partial.remove()
+            raise
         partial.remove()
 
 

@@ -27,7 +27,7 @@ def equalize(weights: Sequence[Tensor]) -> Tensor:
         # In float64 and matrix by matrix, so that the sum does not depend on what else is in memory.
         energy = torch.stack([_column_energy(weight.double(), scale) for weight in weights]).sum(0)
         scale = (energy / count).sqrt()
-        scale = _centred(scale.clamp_min(FAINTEST * float(scale.mean())))
+        scale = _centred(scale.clamp_min(FAINTEST * float(scale.mean()) or 1.0))
     return _centred(scale.clamp(FAINTEST, 1 / FAINTEST))
 
 

@@ -1,21 +1,25 @@
-"""Calibrated rounding: the error of a column is made good by the columns after it, weighed by a Hessian.
+"""Calibrated rounding: the error of a tile is made good by the tiles after it, by Hessians of one side or both.
 
-LDLQ of QuIP (Chee et al., arXiv 2307.13304, sections 3 and 4) with the blocks of QuIP# (Tseng et al., arXiv
-2402.04396): for H = (I + U) D (I + U)^T, U strictly block upper triangular, rounding block k to the nearest of
-W_k + (W - W^) U_k makes tr((W - W^) H (W - W^)^T) = tr(R D R^T) with R the plain rounding errors. The last columns have
-seen the errors of all others, and among all linear feedback this choice is the best.
+The loss of an error E = W - W^ is tr(H_O E H_I E^T). With H_I = (I + U) D (I + U)^T and H_O = (I + V) C (I + V)^T, U
+and V strictly block upper triangular in blocks of 16, it is the sum over tiles of tr(C_i R_ij D_j R_ij^T) for
+R = (I + V)^T E (I + U). So tile (i, j) is best rounded to the nearest of W_ij plus what the tiles before it ask for:
+
+    X_ij = sum over j' < j of E_ij' U_j'j,    F = E + X,    target = W_ij + X_ij + sum over i' < i of V_i'i^T F_i'j,
+
+which leaves the plain rounding error in R_ij. With V = 0 it is LDLQ of QuIP (Chee et al., arXiv 2307.13304, sections 3
+and 4) with the blocks of QuIP# (Tseng et al., arXiv 2402.04396); with both, YAQA (arXiv 2505.22988).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qpalette.codes.tiles import from_tiles, to_tiles
+from qpalette.codes.tiles import scan_order
 from qpalette.core.errors import HessianError
 from qpalette.core.records import TILE, tiles_of
 
@@ -25,6 +29,7 @@ LOUD = 16  # times the mean: what no eigenvalue counts for more than
 LOUDEST = 64  # eigenvalues that are looked at; attention sinks are a handful
 STORED = 2**-23  # of the norm of H: what two roundings to float32, as it is stored and as it is returned, may take away
 ASYMMETRY = 1e-3  # of the largest entry: far above rounding, far below another matrix
+SINGULAR = 1e-9  # of the mean diagonal: what keeps rows that are decoded to zeros from having any scale
 
 Encode = Callable[[Tensor], Tensor]  # float32 [tiles, 256] -> int32 [tiles, words]
 Decode = Callable[[Tensor], Tensor]  # and back
@@ -38,35 +43,102 @@ class Feedback(NamedTuple):
 
 
 def encode_with_feedback(
-    source: Tensor,
-    hessian: Tensor | Feedback,
-    encode: Encode,
-    decode: Decode,
-    damping: float = DAMPING,
+    sources: Tensor, inputs: Tensor, encode: Encode, decode: Decode, outputs: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Round `source` [M, K], float32 rows of unit variance, so that tr(E H E^T) is small: LDLQ, 16 columns at a time.
+    """Round `sources` [B, M, K], float32 matrices of unit rows, so that tr(H_O E H_I E^T) of each is small.
 
-    `hessian` is H [K, K], a floating type, in the basis of the source, or its `factorize`d form, which then holds the
-    damping. Each step encodes ceil(M/16) tiles in one call: the rows of linears that share an input are best stacked.
-    Returns the codes, int32 [ceil(M/16), ceil(K/16), words], and what they decode to, float32 [M, K].
+    `inputs` is U of each, float64 [B, K', K']. `outputs` is V of each block of rows that has an H_O of its own, float64
+    [B, blocks, height, height]: block b is of the rows from b * height on, height a multiple of 16, and the last one
+    may have fewer. None: rows do not know each other.
 
-    Raises HessianError as `factorize` does.
+    Tiles whose place in their block and whose column add up to the same are independent of each other: they are encoded
+    in one call, of all matrices and blocks, so that there are height / 16 + K' / 16 - 1 steps, or K' / 16.
+
+    Returns the codes, int32 [B, ceil(M/16), ceil(K/16), words], and what they decode to, float32 [B, M, K].
     """
-    upper = (hessian if isinstance(hessian, Feedback) else factorize(hessian, damping)).upper
-    rows, columns = source.shape
-    padded = F.pad(source, (0, len(upper) - columns))
-    decoded, errors = torch.empty_like(padded), torch.zeros_like(padded, dtype=upper.dtype)
-    codes = []
-    for start in range(0, len(upper), TILE):
-        block = slice(start, start + TILE)
-        # float64, so that the sum, and with it the codes, do not depend on how many rows are stacked.
-        target = padded[:, block] + errors[:, :start] @ upper[:start, block]
-        tiles = to_tiles(target.float())[:, 0]
-        words = encode(tiles)
-        decoded[:, block] = from_tiles(decode(words)[:, None], rows, TILE)
-        errors[:, block] = padded[:, block].double() - decoded[:, block].double()
-        codes.append(words)
-    return torch.stack(codes, dim=1), decoded[:, :columns]
+    state = _State(sources, inputs, outputs)
+    words: Tensor | None = None
+    for step in range(state.depth + state.columns - 1):
+        first, last = max(0, step - state.columns + 1), min(state.depth, step + 1)
+        places = torch.arange(first, last, device=sources.device)
+        columns = step - places
+        fed = state.from_inputs(first, last, step)
+        target = state.source[:, :, places, columns] + fed + state.from_outputs(first, last, step)
+        row, column = scan_order(sources.device)
+        tiles = target[..., row, column].float()
+        codes = encode(tiles.flatten(0, -2).contiguous())
+        decoded = torch.empty_like(target, dtype=torch.float32)
+        decoded[..., row, column] = decode(codes).view(tiles.shape)
+        state.put(places, columns, fed, decoded)
+        if words is None:
+            words = codes.new_zeros(*state.source.shape[:4], codes.shape[-1])
+        words[:, :, places, columns] = codes.view(*tiles.shape[:-1], -1)
+    assert words is not None
+    return words.flatten(1, 2)[:, : tiles_of(sources.shape[1])], state.matrix(state.decoded)
+
+
+class _State:
+    """Matrices while they are rounded: B of them, each of P blocks of S tile rows, of C tile columns.
+
+    Everything but weights is float64, so that sums, and with them the codes, do not depend on what is rounded together.
+    """
+
+    def __init__(self, sources: Tensor, inputs: Tensor, outputs: Tensor | None) -> None:
+        batch, self.rows, self.width = sources.shape
+        size = inputs.shape[-1]
+        self.depth = 1 if outputs is None else outputs.shape[-1] // TILE
+        height = TILE * self.depth
+        blocks = -(-self.rows // height)
+        self.columns = size // TILE
+        self.shape = (batch, blocks, self.depth, TILE, self.columns, TILE)
+        padded = F.pad(sources, (0, size - self.width, 0, blocks * height - self.rows))
+        self.source = padded.view(self.shape).transpose(3, 4).contiguous()  # [B, P, S, C, 16, 16]
+        self.decoded = torch.empty_like(self.source)
+        # E with a row's tiles side by side, F with a column's tiles one below the other: as they are multiplied.
+        self.errors = inputs.new_zeros(batch, self.depth, blocks, TILE, size)
+        self.upper = inputs.view(batch, size, self.columns, TILE)
+        self.left = self.owed = None
+        if outputs is not None:
+            self.left = outputs.transpose(2, 3).reshape(batch, blocks, self.depth, TILE, height)  # V^T
+            self.owed = inputs.new_zeros(batch, blocks, self.columns, height, TILE)
+
+    def from_inputs(self, first: int, last: int, step: int) -> Tensor:
+        """X of the tiles of a step, at the places `first` .. `last` - 1 of their blocks: [B, P, places, 16, 16]."""
+        batch, blocks = self.shape[:2]
+        known = TILE * (step - first)
+        errors = self.errors[:, first:last, :, :, :known].flatten(2, 3)
+        factor = self.upper[:, :known, step - last + 1 : step - first + 1].flip(2).transpose(1, 2)
+        return (errors @ factor).view(batch, last - first, blocks, TILE, TILE).transpose(1, 2)
+
+    def from_outputs(self, first: int, last: int, step: int) -> Tensor | float:
+        """sum of V^T F over the rows above, [B, P, places, 16, 16]."""
+        if self.left is None or self.owed is None:
+            return 0.0
+        known = TILE * (last - 1)
+        owed = self.owed[:, :, step - last + 1 : step - first + 1, :known].flip(2)
+        return self.left[:, :, first:last, :, :known] @ owed
+
+    def put(self, places: Tensor, columns: Tensor, fed: Tensor, decoded: Tensor) -> None:
+        """What some tiles were rounded to."""
+        error = self.source[:, :, places, columns].double() - decoded
+        self.decoded[:, :, places, columns] = decoded
+        batch, blocks, depth, _, count, _ = self.shape
+        rows = self.errors.view(batch, depth, blocks, TILE, count, TILE)
+        rows[:, places, :, :, columns] = error.permute(2, 0, 1, 3, 4)
+        if self.owed is not None:
+            owed = self.owed.view(batch, blocks, count, depth, TILE, TILE)
+            owed[:, :, columns, places] = fed + error
+
+    def matrix(self, tiles: Tensor) -> Tensor:
+        """[B, P, S, C, 16, 16] -> [B, M, K]."""
+        whole = tiles.transpose(3, 4).reshape(len(tiles), -1, TILE * self.columns)
+        return whole[:, : self.rows, : self.width]
+
+
+def stack_factors(blocks: Sequence[Feedback]) -> Tensor:
+    """V of the blocks of one matrix, float64 [blocks, height, height]; the last is filled up to the first's height."""
+    height = len(blocks[0].upper)
+    return torch.stack([F.pad(block.upper, (0, height - len(block.upper)) * 2) for block in blocks])
 
 
 def factorize(hessian: Tensor, damping: float = DAMPING, name: str = "the group") -> Feedback:
@@ -95,15 +167,28 @@ def factorize(hessian: Tensor, damping: float = DAMPING, name: str = "the group"
     return Feedback(_unit_upper(lower.flip(0, 1)), damped.float())
 
 
-def fit_row_scales(source: Tensor, decoded: Tensor, hessian: Tensor) -> Tensor:
-    """The scale s of each row that minimises (w - s w^) H (w - s w^)^T, which is w H w^ / w^ H w^: float64 [M, 1].
+def fit_row_scales(source: Tensor, decoded: Tensor, hessian: Tensor, outputs: Sequence[Tensor] = ()) -> Tensor:
+    """The row scales s that minimise tr(H_O E H_I E^T), E = W - diag(s) W^: float64 [M, 1].
 
-    Plain least squares would undo part of the feedback: its errors are large in the norm of I and small in that of H.
-    `source` and `decoded` are [M, K], `hessian` [K, K]; a decoded row of zeros gets 0.
+    They solve A s = b with A = H_O o (W^ H_I W^^T) and b the row sums of H_O o (W^ H_I W^T), o entry by entry, block by
+    block of `outputs`. Without outputs A is diagonal: s = w H w^ / w^ H w^, row by row. Plain least squares would undo
+    part of the feedback: its errors are large in the norm of I and small in that of H. `source` and `decoded` are
+    [M, K], `hessian` [K, K]; a decoded row of zeros gets 0.
     """
     weighed = (decoded @ hessian).double()
     norms = (weighed * decoded).sum(1, keepdim=True)
-    return torch.where(norms > 0, (weighed * source).sum(1, keepdim=True) / norms, 0.0)
+    if not outputs:
+        return torch.where(norms > 0, (weighed * source).sum(1, keepdim=True) / norms, 0.0)
+    scales, start = [], 0
+    for block in outputs:
+        rows = slice(start, start + len(block))
+        system = block.double() * (weighed[rows] @ decoded[rows].double().T)
+        system = (system + system.T) / 2
+        system.diagonal().add_(SINGULAR * system.diagonal().mean()).clamp_(min=torch.finfo(torch.float64).tiny)
+        right = (block.double() * (weighed[rows] @ source[rows].double().T)).sum(1, keepdim=True)
+        scales.append(torch.linalg.solve(system, right))
+        start = rows.stop
+    return torch.where(norms > 0, torch.cat(scales), 0.0)
 
 
 def _damped(hessian: Tensor, damping: float, name: str) -> Tensor:

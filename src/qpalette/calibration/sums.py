@@ -48,6 +48,11 @@ class GroupSums:
             heights = [block.stop - block.start for block in row_blocks(linear.out_features)]
             self.outputs[linear.name] = [torch.zeros(n, n, dtype=SUM_TYPE, device=device) for n in heights]
 
+    @property
+    def tokens(self) -> int:
+        """That reached the group; an expert's have their own."""
+        return sum(self.seen[linear] for linear in self.leaders)
+
     def add_input(self, linear: str, x: Tensor) -> None:
         """x [..., K], of one side: what siblings read counts once."""
         rows = x.detach().reshape(-1, self.group.in_features).float()

@@ -65,13 +65,22 @@ def quantize(
     ] = None,
     rotation: Annotated[str, typer.Option("--rotation", help="full, block or block-N.")] = "full",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the rotation's signs.")] = 0,
-    hessians: Annotated[
+    calibration: Annotated[
         Path | None,
         typer.Option(
-            "--hessians", metavar="DIR", help="Calibrated rounding, with what qpalette calibrate has measured."
+            "--calibration",
+            "--hessians",
+            metavar="DIR",
+            help="Calibrated rounding, with what qpalette calibrate has measured.",
         ),
     ] = None,
-    damping: Annotated[float, typer.Option("--damping", help="Added to a Hessian, times its mean eigenvalue.")] = 0.01,
+    damping: Annotated[
+        float, typer.Option("--damping", help="Added to an input's Hessian, times its mean eigenvalue.")
+    ] = 0.01,
+    output_damping: Annotated[float, typer.Option("--output-damping", help="The same of an output's.")] = 0.1,
+    equalize: Annotated[
+        bool, typer.Option(help="With a calibration: columns of one norm, for 16 bits per input in place of 1.")
+    ] = True,
     sign_seeds: Annotated[
         int, typer.Option("--sign-seeds", metavar="N", help="With Hessians: fit each rotation, the best of N.")
     ] = 1,
@@ -115,7 +124,8 @@ def quantize(
 
     options: dict[str, Any] = {"bits": bits, "spec": spec, "effort": effort, "rotation": rotation, "seed": seed}
     options |= {"plan": plan, "size": disk, "sensitivity": sensitivity, "prefer": prefer, "target": target}
-    options |= {"hessians": hessians, "damping": damping, "also": also or (), "device": device}
+    options |= {"calibration": calibration, "damping": damping, "also": also or (), "device": device}
+    options |= {"output_damping": output_damping, "equalize": equalize}
     options |= {"include": include or (), "exclude": exclude or ()}
     options |= {"sign_seeds": sign_seeds, "workers": workers, "ray": ray}
     if dry_run:

@@ -10,11 +10,12 @@ from typing import Any
 
 from qpalette.calibration.feedback import DAMPING
 from qpalette.calibration.hessians import HessianStore
+from qpalette.calibration.rounding import OUTPUT_DAMPING, Rounding
 from qpalette.codes import parse_spec
 from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import SpecError
 from qpalette.core.rate import parse_rate
-from qpalette.core.records import LinearGroup
+from qpalette.core.records import SIGNS, LinearGroup
 from qpalette.models import find_groups
 from qpalette.pipeline.forecast import forecast_seconds
 from qpalette.pipeline.jobs import Estimate, estimate
@@ -51,8 +52,11 @@ def quantize(
     target: str | None = None,
     rotation: str = "full",
     seed: int = 0,
+    calibration: str | Path | None = None,
     hessians: str | Path | None = None,
     damping: float = DAMPING,
+    output_damping: float = OUTPUT_DAMPING,
+    equalize: bool = True,
     sign_seeds: int = 1,
     also: Sequence[str] = (),
     include: Sequence[str] = (),
@@ -83,8 +87,10 @@ def quantize(
     `effort` is "fast", "standard" or "best", by default what a spec or plan says and else "standard". `rotation` is
     "full", "block" or "block-64". With `dry_run` nothing is written, and the Estimate of the run is returned.
 
-    `hessians` is a directory that `qpalette.calibrate` has filled for this model: rounding is then calibrated, with
-    `damping` times its mean eigenvalue (loud ones clipped) added to each Hessian. `also` names what is left alone
+    `calibration` is a directory that `qpalette.calibrate` has filled for this model (`hessians` is its older name):
+    rounding is then calibrated, on the sides that were measured, with `damping` times its mean eigenvalue (loud ones
+    clipped) added to each Hessian of an input, `output_damping` times to that of an output. With `equalize` the input's
+    diagonal makes columns alike, for 16 bits per input in place of 1. `also` names what is left alone
     otherwise: "lm_head", "embed_tokens". `include` and `exclude` are patterns over the names of linears, of those in a
     plan as well: with `include` only what matches one is quantized, and what matches an `exclude` is not (all as in
     `find_groups`). `device` is where weights are encoded, such as "cuda"; `workers`, `ray` and `sign_seeds` as in
@@ -101,7 +107,11 @@ def quantize(
     chosen = None if spec is None else parse_spec(spec)  # before a large model is fetched
     ready = Plan.read(plan) if isinstance(plan, (str, Path)) else plan
     known = Sensitivities.read(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
-    store = None if hessians is None else HessianStore.open(hessians)
+    if calibration is not None and hessians is not None:
+        raise SpecError("calibration and hessians are two names of one option: give the first")
+    directory = hessians if calibration is None else calibration
+    store = None if directory is None else HessianStore.open(directory)
+    rounding = Rounding(damping, output_damping, equalize)
     checkpoint = open_checkpoint(model)
     wanted: dict[str, Any] = {"include": include, "exclude": exclude}
     if ready is not None:
@@ -111,20 +121,22 @@ def quantize(
         name = chosen.name if effort is None else chosen.with_effort(effort).name
         ready = uniform_plan(find_groups(checkpoint, also=also, **wanted).groups, name, rotation, seed)
     else:
-        options: dict[str, Any] = {"hessians": store, "damping": damping, "device": device}
+        options: dict[str, Any] = {"hessians": store, "rounding": rounding, "device": device}
         wanted |= {"also": also}
         options |= {"rotation": rotation, "seed": seed}
         palette = preferred(palette_of(effort or "standard"), prefer, profile_of(target, device))
         ready = _plan_within(checkpoint, bits, size, known, palette, wanted, options)
     if dry_run:
-        return replace(estimate(checkpoint, ready, store), seconds=forecast_seconds(checkpoint, ready, device))
+        return replace(
+            estimate(checkpoint, ready, store, rounding), seconds=forecast_seconds(checkpoint, ready, device)
+        )
     base_model = None if Path(model).expanduser().exists() else str(model)
     return quantize_checkpoint(
         checkpoint,
         out,
         ready,
         hessians=store,
-        damping=damping,
+        rounding=rounding,
         sign_seeds=sign_seeds,
         progress=progress,
         device=device,
@@ -148,7 +160,9 @@ def _plan_within(
     rate = None if bits is None else bits if isinstance(bits, Fraction) else parse_rate(str(bits))
     groups = find_groups(checkpoint, **wanted).groups
     if rate is not None and size is None and known is None:
-        return uniform_plan(groups, spec_for_bits(groups, rate, palette), options["rotation"], options["seed"])
+        diagonal = SIGNS if options["hessians"] is None else options["rounding"].diagonal
+        spec = spec_for_bits(groups, rate, palette, diagonal)
+        return uniform_plan(groups, spec, options["rotation"], options["seed"])
     budget = Budget(rate, None if size is None else parse_size(str(size)))
     known = known or even_sensitivities(groups)
     return make_plan(known, budget, Space(palette), checkpoint, **wanted, **options).plan

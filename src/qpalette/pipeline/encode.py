@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from qpalette.calibration.hessians import row_blocks
 from qpalette.codes.tiles import from_tiles, to_tiles
 from qpalette.core.errors import CheckpointError, InputError
-from qpalette.core.records import TILE, LinearGroup, LinearRecord, LinearShape
+from qpalette.core.records import TILE, LinearRecord, LinearShape
 from qpalette.models.model_class import EXPERT
 from qpalette.rotate import Rotation, pack_signs, rotate_weight
 from qpalette.runtime import Backend, select
@@ -20,6 +21,8 @@ from qpalette.runtime import Backend, select
 logger = logging.getLogger(__name__)
 
 CHUNK_WEIGHTS = 1 << 21  # encoded at a time, in whole tile rows: enough to fill a GPU, and it bounds the temporaries
+BATCH_BYTES = 1 << 28  # of temporaries while calibrated linears are rounded together on a CPU; one may take more
+GPU_SHARE = 5  # on a GPU a fifth of its memory: a step sees a few tiles of each linear, and must fill it
 
 
 def working_bytes(weights: int, rate: Fraction) -> int:
@@ -27,9 +30,10 @@ def working_bytes(weights: int, rate: Fraction) -> int:
     return int(min(weights, CHUNK_WEIGHTS) * (40 + 32 * rate))
 
 
-def feedback_bytes(group: LinearGroup) -> int:
-    """Peak of the temporaries of calibrated rounding: Hessian, factors, and a group's rows in float32 and float64."""
-    return 40 * (group.in_features**2 + group.weights)
+def feedback_bytes(linear: LinearShape) -> int:
+    """Of calibrated rounding: Hessians and factors of both sides, and weights in float32 and float64."""
+    height = row_blocks(linear.out_features)[0].stop
+    return 40 * (linear.in_features**2 + linear.weights) + 16 * height * linear.out_features
 
 
 class Quality(NamedTuple):

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from qpalette.calibration.hessians import HessianStore
+from qpalette.calibration.rounding import ROUNDING, Rounding
 from qpalette.formats import PackedCheckpoint, checksums_bytes, total_bits
 from qpalette.pipeline.jobs import format_of, make_jobs, no_tensor
 from qpalette.pipeline.quantize import write_documents
@@ -17,13 +18,15 @@ from qpalette.storage.export import exported_bytes, exported_names
 LONGEST = 1.2345678901234567e-05  # as many digits as a measured figure of the report can have
 
 
-def disk_bytes(checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None = None) -> int:
+def disk_bytes(
+    checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None = None, rounding: Rounding = ROUNDING
+) -> int:
     """All files of the directory that `quantize_checkpoint` writes, from headers alone; never too few.
 
     Exact but for the figures that are measured on the way: their digits are counted as long as they can be.
     Raises as `make_jobs`.
     """
-    jobs = make_jobs(checkpoint, plan, hessians)
+    jobs = make_jobs(checkpoint, plan, hessians, rounding)
     packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), no_tensor)
     proxy = None if hessians is None else LONGEST
     results = [LinearResult(job.name, job.record, LONGEST, proxy) for job in jobs]

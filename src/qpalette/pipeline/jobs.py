@@ -12,15 +12,16 @@ from importlib.metadata import version
 
 import torch
 
-from qpalette.calibration.feedback import DAMPING, DAMPING_RULE
+from qpalette.calibration.feedback import DAMPING_RULE
 from qpalette.calibration.hessians import HessianStore
+from qpalette.calibration.rounding import ROUNDING, Rounding
 from qpalette.codes import parse_spec
 from qpalette.core.errors import SpecError
-from qpalette.core.records import LinearGroup, LinearRecord, LinearShape, PackedBits
+from qpalette.core.records import SIGNS, LinearGroup, LinearRecord, LinearShape, PackedBits
 from qpalette.formats import FORMAT_VERSION, PackedCheckpoint, QuantizationFormat, counted_bits, total_bits
 from qpalette.models import Grouping, find_groups, weight_bytes
 from qpalette.models.model_class import EXPERT
-from qpalette.pipeline.encode import feedback_bytes, working_bytes
+from qpalette.pipeline.encode import BATCH_BYTES, feedback_bytes, working_bytes
 from qpalette.plan import Plan, select_linears
 from qpalette.rotate import random_signs, rotation_for
 from qpalette.storage import Checkpoint
@@ -75,7 +76,7 @@ def make_jobs(
     checkpoint: Checkpoint,
     plan: Plan,
     hessians: HessianStore | None = None,
-    damping: float = DAMPING,
+    rounding: Rounding = ROUNDING,
     seeds: Mapping[str, int] | None = None,
 ) -> list[Job]:
     """One job per linear of the plan, in layer order. `seeds` has those of groups that do not take the plan's.
@@ -97,12 +98,15 @@ def make_jobs(
         spec = plan.specs[linear.name]
         group = group_of[linear.name]
         seed = (seeds or {}).get(group.name, plan.seed)
-        record = LinearRecord(spec, linear.out_features, linear.in_features, rotation, seed, launch_of[linear.name])
         # Nobody measures what reads an embedding: its rows are looked up.
         calibrated = hessians is not None and group not in grouping.optional
+        record = LinearRecord(
+            *(spec, linear.out_features, linear.in_features, rotation, seed, launch_of[linear.name]),
+            rounding.diagonal if calibrated else SIGNS,
+        )
         feedback: list[str | float] = []
         if hessians is not None and calibrated:
-            feedback = [hessians.identity(group), damping, DAMPING_RULE]
+            feedback = [hessians.identity(group), rounding.damping, rounding.output_damping, DAMPING_RULE]
         digest = _digest(linear, group.name, record, fingerprint, feedback)
         jobs.append(Job(linear, group, record, digest, calibrated))
     return jobs
@@ -153,9 +157,11 @@ def format_of(
     return QuantizationFormat.of(records, provenance, _left_alone(find_groups(checkpoint), plan))
 
 
-def estimate(checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None = None) -> Estimate:
+def estimate(
+    checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None = None, rounding: Rounding = ROUNDING
+) -> Estimate:
     """The figures of a run without running it: headers only, no weight is read. Raises as `make_jobs`."""
-    jobs = make_jobs(checkpoint, plan, hessians)
+    jobs = make_jobs(checkpoint, plan, hessians, rounding)
     result = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), no_tensor)
     bits = total_bits(job.record for job in jobs)
     specs: Counter[str] = Counter()
@@ -175,12 +181,12 @@ def estimate(checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None =
 
 def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job]) -> int:
     """The largest linear with its codes and one chunk in flight, and the largest tensor that is only copied: what one
-    has used stays with the allocator. With Hessians a whole group is in flight.
+    has used stays with the allocator. With Hessians a whole batch is in flight.
     """
 
     def of_job(job: Job) -> int:
         chunk = working_bytes(job.linear.weights, parse_spec(job.record.spec).rate)
-        together = feedback_bytes(job.group) if job.calibrated else 0
+        together = max(BATCH_BYTES, feedback_bytes(job.linear)) if job.calibrated else 0
         return weight_bytes(checkpoint, job.linear) + 2 * job.packed_bytes + chunk + together
 
     copied = max(info.nbytes for info in checkpoint.tensors.values())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from qpalette.calibration.feedback import DAMPING
 from qpalette.calibration.gains import feedback_gains, with_feedback
 from qpalette.calibration.hessians import HessianStore
+from qpalette.calibration.rounding import ROUNDING, Rounding
 from qpalette.core.errors import BudgetError, InputError
 from qpalette.core.records import LinearGroup
 from qpalette.formats import total_bits
@@ -24,6 +25,7 @@ from qpalette.plan import (
     Sensitivities,
     Space,
     device_bytes,
+    stored_bits,
 )
 from qpalette.storage import Checkpoint
 
@@ -57,7 +59,7 @@ def make_plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     hessians: HessianStore | None = None,
-    damping: float = DAMPING,
+    rounding: Rounding = ROUNDING,
     device: str = "cpu",
     context: int = 4096,
     solver: str = "exact",
@@ -82,8 +84,10 @@ def make_plan(
         chosen = sensitivities.of_groups(find_groups(checkpoint, include, exclude, also).groups)
     if hessians is not None and checkpoint is not None:
         measured = find_groups(checkpoint).groups
-        chosen = with_feedback(chosen, feedback_gains(hessians, measured, rotation, seed, damping, device))
-    draft = _Draft(chosen, budget, space, checkpoint, hessians, context, rotation, seed)
+        chosen = with_feedback(chosen, feedback_gains(hessians, measured, rotation, seed, rounding.damping, device))
+    if hessians is not None:
+        space = replace(space, count_bits=partial(stored_bits, diagonal=rounding.diagonal))
+    draft = _Draft(chosen, budget, space, checkpoint, hessians, rounding, context, rotation, seed)
     return draft.plan(solver)
 
 
@@ -102,6 +106,7 @@ class _Draft:
     space: Space
     checkpoint: Checkpoint | None
     hessians: HessianStore | None
+    rounding: Rounding
     context: int
     rotation: str
     seed: int
@@ -117,7 +122,7 @@ class _Draft:
             plan = self._described(
                 planned.choice.specs, _prediction(planned), solver, str(self.budget), planned.choice.launches
             )
-            size = None if self.checkpoint is None else disk_bytes(self.checkpoint, plan, self.hessians)
+            size = None if self.checkpoint is None else disk_bytes(self.checkpoint, plan, self.hessians, self.rounding)
             excess = 0 if size is None or self.budget.size is None else size - self.budget.size
             if excess <= 0:
                 break
@@ -134,8 +139,9 @@ class _Draft:
         plan = self._described(specs, dict.fromkeys(PREDICTION, LONGEST), solver, LONGEST_BUDGET)
         disk = memory = 0
         if self.budget.size is not None:
-            packed = total_bits(job.record for job in make_jobs(self.checkpoint, plan)).total // 8
-            disk = disk_bytes(self.checkpoint, plan, self.hessians) - packed
+            jobs = make_jobs(self.checkpoint, plan, self.hessians, self.rounding)
+            packed = total_bits(job.record for job in jobs).total // 8
+            disk = disk_bytes(self.checkpoint, plan, self.hessians, self.rounding) - packed
         if self.budget.memory is not None:
             needed = device_bytes(self.checkpoint.config, self.context, self.space.batch)
             memory = carried_bytes(self.checkpoint, plan) + sum(needed)

@@ -6,15 +6,14 @@ import errno
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from qpalette.calibration.feedback import DAMPING
 from qpalette.calibration.hessians import HessianStore
 from qpalette.calibration.learned_signs import learn_seeds
+from qpalette.calibration.rounding import ROUNDING, Rounding
 from qpalette.core.errors import InputError
 from qpalette.formats import PackedCheckpoint, model_card, open_artifact, write_checksums
 from qpalette.pipeline.encode import Quality, tell_of_faint_rows
@@ -22,7 +21,7 @@ from qpalette.pipeline.jobs import HEADROOM_BYTES, Job, format_of, make_jobs
 from qpalette.pipeline.output import Output
 from qpalette.pipeline.partial import PartialResults
 from qpalette.pipeline.report import REPORT_FILE, LinearResult, QuantizeReport
-from qpalette.pipeline.work import Work, encode_batch
+from qpalette.pipeline.work import Work, batches_of, encode_batch
 from qpalette.pipeline.workers import Batch, Result, run_in_processes
 from qpalette.plan import PLAN_FILE, Plan
 from qpalette.rotate import Rotation
@@ -44,7 +43,7 @@ def quantize_checkpoint(
     plan: Plan,
     *,
     hessians: HessianStore | None = None,
-    damping: float = DAMPING,
+    rounding: Rounding = ROUNDING,
     progress: Progress | None = None,
     device: str | torch.device = "cpu",
     overwrite: bool = False,
@@ -61,8 +60,9 @@ def quantize_checkpoint(
     `overwrite` replaces an existing quantized model, and nothing else. One run at a time may write it. `base_model` is
     the Hub name that the model card states.
 
-    With `hessians` rounding is calibrated: errors are fed back with `damping` (LDLQ), which lowers the error of each
-    layer's output on text like the calibration's, at the same size. Without, no data is needed.
+    With `hessians` rounding is calibrated: errors are fed back as `rounding` says (LDLQ, on the sides that were
+    measured), which lowers what they cost on text like the calibration's, at the same rate; columns are equalized, for
+    16 bits per input. Without, no data is needed.
 
     With `sign_seeds` N, which needs Hessians, each group's rotation has the best of N seeds for its signs.
     `workers` processes share the linears, and the GPUs of this host where `device` is "cuda"; with `ray`, a cluster's
@@ -78,21 +78,25 @@ def quantize_checkpoint(
     if workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
     with output.claimed():
-        jobs = make_jobs(checkpoint, plan, hessians, damping)
+        jobs = make_jobs(checkpoint, plan, hessians, rounding)
         for spec in set(plan.specs.values()):
             select("encode", spec, device)
         if sign_seeds > 1:
-            seeds = _learned(jobs, hessians, plan, sign_seeds, damping, device)
-            jobs = make_jobs(checkpoint, plan, hessians, damping, seeds)
+            seeds = _learned(jobs, hessians, plan, sign_seeds, rounding.damping, device)
+            jobs = make_jobs(checkpoint, plan, hessians, rounding, seeds)
         partial = PartialResults(output.work, jobs)
         partial.open(checkpoint)
         packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), partial.read)
         _check_disk(packed, jobs, partial)
 
         with _full_disk_is_told(partial):
-            work = Work(checkpoint.location, checkpoint.fingerprint, hessians, damping, torch.get_num_threads())
+            work = Work(checkpoint.location, checkpoint.fingerprint, hessians, rounding, torch.get_num_threads())
             qualities = _quantize_linears(
-                jobs, partial, lambda batches: _finished(work, checkpoint, batches, workers, ray, device), progress
+                jobs,
+                partial,
+                device,
+                lambda batches: _finished(work, checkpoint, batches, workers, ray, device),
+                progress,
             )
             partial.check_source(checkpoint)
             calibration = None if hessians is None else hessians.calibration
@@ -133,11 +137,6 @@ def _full_disk_is_told(partial: PartialResults) -> Iterator[None]:
         ) from error
 
 
-def _batches(jobs: Sequence[Job]) -> list[Batch]:
-    """Jobs that are encoded together: with Hessians those of a group, else each alone."""
-    return [tuple(batch) for _, batch in groupby(jobs, key=lambda job: job.group.name if job.calibrated else job.name)]
-
-
 def _finished(
     work: Work, checkpoint: Checkpoint, batches: Sequence[Batch], workers: int, ray: str | None, device: torch.device
 ) -> Iterator[Result]:
@@ -154,6 +153,7 @@ def _finished(
 def _quantize_linears(
     jobs: Sequence[Job],
     partial: PartialResults,
+    device: torch.device,
     finished: Callable[[Sequence[Batch]], Iterator[Result]],
     progress: Progress | None,
 ) -> dict[str, Quality]:
@@ -172,7 +172,7 @@ def _quantize_linears(
     for job in jobs:
         if (found := partial.quality(job)) is not None:
             finish(job, found)
-    results = finished(_batches([job for job in jobs if job.name not in qualities]))
+    results = finished(batches_of([job for job in jobs if job.name not in qualities], device))
     for batch, encoded in results:
         for job, packed in zip(batch, encoded, strict=True):
             partial.save(job, packed)

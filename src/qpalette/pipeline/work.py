@@ -9,13 +9,24 @@ from pathlib import Path
 
 import torch
 
+from qpalette.calibration.equalize import equalize
 from qpalette.calibration.hessians import HessianStore
+from qpalette.calibration.rounding import Prepared, Rounding, input_diagonal, prepare
 from qpalette.core.errors import CheckpointError, InputError
+from qpalette.core.records import LinearGroup, LinearRecord
 from qpalette.models import read_weight
 from qpalette.pipeline.calibrated import encode_linears
-from qpalette.pipeline.encode import EncodedLinear, encode_linear
+from qpalette.pipeline.encode import (
+    BATCH_BYTES,
+    GPU_SHARE,
+    EncodedLinear,
+    check_finite,
+    encode_linear,
+    feedback_bytes,
+)
 from qpalette.pipeline.jobs import Job
 from qpalette.pipeline.partial import sha256_of
+from qpalette.rotate import Rotation
 from qpalette.storage import Checkpoint, open_checkpoint
 
 
@@ -26,7 +37,7 @@ class Work:
     location: Path  # of the checkpoint, the same on every host
     fingerprint: str
     hessians: HessianStore | None
-    damping: float
+    rounding: Rounding
     threads: int  # of torch: the rounding of a factorized Hessian depends on it, nothing else does
 
     def open(self) -> Checkpoint:
@@ -38,14 +49,15 @@ class Work:
 
 
 def encode_batch(work: Work, checkpoint: Checkpoint, jobs: Sequence[Job], device: torch.device) -> list[EncodedLinear]:
-    """Jobs that belong together: the calibrated ones of a group, or a single one.
+    """Jobs that belong together: calibrated ones of one shape and spec, or a single one.
 
-    Raises as `encode_linear` and `encode_linears`, and InputError when `device` has no room for the group.
+    Raises as `encode_linear` and `encode_linears`, HessianError, and InputError when `device` has no room for them.
     """
     weights = [read_weight(checkpoint, job.name) for job in jobs]
     try:
-        if work.hessians is not None and jobs[0].calibrated:
-            encoded = encode_linears(jobs, weights, work.hessians.read(jobs[0].group), work.damping, device)
+        if jobs[0].calibrated:
+            members = [_prepared(work, job, weight, device) for job, weight in zip(jobs, weights, strict=True)]
+            encoded = encode_linears(jobs, members, device)
         else:
             (job,), (weight,) = jobs, weights
             encoded = [encode_linear(job.name, weight, job.record, job.signs(), device)]
@@ -55,6 +67,41 @@ def encode_batch(work: Work, checkpoint: Checkpoint, jobs: Sequence[Job], device
             "of it, or use --device cpu; finished linears are kept"
         ) from error
     return [replace(e, weight_sha256=sha256_of(w)) for e, w in zip(encoded, weights, strict=True)]
+
+
+def batches_of(jobs: Sequence[Job], device: torch.device) -> list[tuple[Job, ...]]:
+    """Jobs that are encoded together: each alone, but calibrated ones of one shape and spec as far as there is room."""
+    room = BATCH_BYTES if device.type != "cuda" else torch.cuda.mem_get_info(device)[1] // GPU_SHARE
+    batches: list[list[Job]] = []
+    open_of: dict[LinearRecord, tuple[list[Job], int]] = {}
+    for job in jobs:
+        alike = replace(job.record, group="", seed=0)
+        size = feedback_bytes(job.linear)
+        batch, used = open_of.get(alike, ([], room))
+        if not job.calibrated or used + size > room:
+            batch, used = [], 0
+            batches.append(batch)
+        batch.append(job)
+        if job.calibrated:
+            open_of[alike] = (batch, used + size)
+    return [tuple(batch) for batch in batches]
+
+
+def _prepared(work: Work, job: Job, weight: torch.Tensor, device: torch.device) -> Prepared:
+    assert work.hessians is not None
+    check_finite(job.name, weight)
+    scale = _scale_of(work.location, work.fingerprint, job.group) if work.rounding.equalize else None
+    diagonal = input_diagonal(scale, job.signs().to(device))
+    rotation = Rotation.parse(job.record.rotation, job.linear.in_features)
+    hessian, outputs = work.hessians.read(job.group), work.hessians.read_outputs(job.group, job.name)
+    return prepare(job.name, weight, rotation, diagonal, hessian, outputs, work.rounding)
+
+
+@lru_cache(maxsize=256)
+def _scale_of(location: Path, fingerprint: str, group: LinearGroup) -> torch.Tensor:
+    """S of a group, from the weights of all its linears: those that are not quantized count as well."""
+    checkpoint = _open(location)
+    return equalize([read_weight(checkpoint, linear.name) for linear in group.linears])
 
 
 @lru_cache(maxsize=1)

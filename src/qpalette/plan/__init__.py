@@ -1,7 +1,7 @@
 """Which quantizer for which linear, and what that costs, counted exactly."""
 
 from qpalette.plan.budget import Budget, Overhead, parse_size, readable, spec_for_bits
-from qpalette.plan.build import FUSIONS, Candidate, Limits, Space, candidate_of, is_expert, palette_of
+from qpalette.plan.build import FUSIONS, Candidate, Limits, Space, candidate_of, is_expert, palette_of, stored_bits
 from qpalette.plan.memory import device_bytes
 from qpalette.plan.plan import PLAN_FILE, Plan, PlanSummary, counted_rate, select_linears, summarize, uniform_plan
 from qpalette.plan.planner import Choice, FrontPoint, Planned, Planner
@@ -41,6 +41,7 @@ __all__ = [
     "readable",
     "select_linears",
     "spec_for_bits",
+    "stored_bits",
     "summarize",
     "uniform_plan",
 ]

@@ -10,22 +10,24 @@ from math import ceil, floor, inf
 
 from qpalette.core.errors import BudgetError, SpecError
 from qpalette.core.rate import parse_rate
-from qpalette.core.records import LinearGroup
+from qpalette.core.records import SIGNS, LinearGroup
 from qpalette.plan.build import Candidate, Limits
 from qpalette.plan.plan import counted_rate
 
 
-def spec_for_bits(groups: Sequence[LinearGroup], bits: str | Fraction, palette: Sequence[Candidate]) -> str:
+def spec_for_bits(
+    groups: Sequence[LinearGroup], bits: str | Fraction, palette: Sequence[Candidate], diagonal: str = SIGNS
+) -> str:
     """The quantizer of least distortion, alike for all linears, within `bits` per weight: a hard budget in which
     everything stored counts.
 
-    A row scale and the signs cost a few hundredths of a bit, so that a budget of 4 buys a code of 3.875.
+    A row scale and the input's `diagonal` cost a few hundredths of a bit, so that a budget of 4 buys a code of 3.875.
     Raises SpecError when `bits` is no rate, or when no quantizer fits, naming the least budget.
     """
     budget = parse_rate(bits) if isinstance(bits, str) else bits
     if not any(group.linears for group in groups):
         raise SpecError("there is no linear to quantize: check include and exclude")
-    counted = {rate: counted_rate(groups, rate) for rate in {candidate.rate for candidate in palette}}
+    counted = {rate: counted_rate(groups, rate, diagonal) for rate in {candidate.rate for candidate in palette}}
     fitting = [candidate for candidate in palette if counted[candidate.rate] <= budget]
     if not fitting:
         least = min(palette, key=lambda candidate: (candidate.rate, candidate.distortion))

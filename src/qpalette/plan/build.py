@@ -14,6 +14,7 @@ import numpy as np
 from qpalette.codes import FAMILIES, Quantizer
 from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import InputError, SpecError
+from qpalette.core.records import SIGNS
 from qpalette.formats.parts import packed_bits
 from qpalette.plan.problem import Block, Problem, Segment, Variant
 from qpalette.plan.profile import LatencyProfile, fastest_kernel
@@ -47,9 +48,9 @@ def is_expert(name: str) -> bool:
     return _EXPERT.search(name) is not None
 
 
-def stored_bits(rate: Fraction, out_features: int, in_features: int) -> int:
-    """Codes, scales, signs and padding."""
-    return packed_bits(rate, out_features, in_features).total
+def stored_bits(rate: Fraction, out_features: int, in_features: int, diagonal: str = SIGNS) -> int:
+    """Codes, scales, the input's diagonal and padding."""
+    return packed_bits(rate, out_features, in_features, diagonal).total
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from qpalette.codes import parse_spec
 from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import SpecError
-from qpalette.core.records import LinearGroup, LinearShape, PackedBits
+from qpalette.core.records import SIGNS, LinearGroup, LinearShape, PackedBits
 from qpalette.formats.parts import packed_bits
 
 PLAN_VERSION = 2
@@ -177,9 +177,10 @@ def summarize(plan: Plan, groups: Iterable[LinearGroup]) -> PlanSummary:
     )
 
 
-def counted_rate(groups: Iterable[LinearGroup], rate: Fraction) -> Fraction:
-    """Average bits per weight when every linear's codes have `rate`: scales, signs and padding included."""
-    return _sum_bits((linear, rate) for group in groups for linear in group.linears).rate
+def counted_rate(groups: Iterable[LinearGroup], rate: Fraction, diagonal: str = SIGNS) -> Fraction:
+    """Average bits per weight when every linear's codes have `rate`: scales, input diagonals and padding
+    included."""
+    return _sum_bits(((linear, rate) for group in groups for linear in group.linears), diagonal).rate
 
 
 def select_linears(plan: Plan, groups: Iterable[LinearGroup]) -> list[LinearShape]:
@@ -190,8 +191,8 @@ def select_linears(plan: Plan, groups: Iterable[LinearGroup]) -> list[LinearShap
     return linears
 
 
-def _sum_bits(linears: Iterable[tuple[LinearShape, Fraction]]) -> PackedBits:
-    return PackedBits.sum(packed_bits(rate, linear.out_features, linear.in_features) for linear, rate in linears)
+def _sum_bits(linears: Iterable[tuple[LinearShape, Fraction]], diagonal: str = SIGNS) -> PackedBits:
+    return PackedBits.sum(packed_bits(rate, x.out_features, x.in_features, diagonal) for x, rate in linears)
 
 
 def _check_content(content: Any) -> None:
