@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qpalette.calibration import MEMORY_BUDGET, Progress, collect_hessians
 from qpalette.calibration.hessians import Calibration, HessianStore
+from qpalette.calibration.rounding import ROUNDING, Rounding
 from qpalette.calibration.sensitivity import (
     DISTORTION,
     METHODS,
+    Divergence,
     embeddings_of,
     fisher_sensitivities,
     perturbation_sensitivities,
     weights_of,
 )
-from qpalette.core.errors import InputError
+from qpalette.calibration.shaped import BANDS, ShapedNoise, curvatures, measured_sensitivities
+from qpalette.core.errors import HessianError, InputError
+from qpalette.core.files import write_whole
 from qpalette.core.records import LinearShape
 from qpalette.core.resume import PartialFigures
 from qpalette.evaluate.loading import load_model
 from qpalette.evaluate.sampled_text import sample_windows
 from qpalette.evaluate.windows import WINDOW, read_text, token_windows
 from qpalette.models import find_groups
+from qpalette.pipeline.planning import SHAPED
 from qpalette.plan import SensitiveLinear, Sensitivities
 from qpalette.runtime.device import parse_device
 from qpalette.storage import Checkpoint, open_checkpoint
 
 TOKENS = 65_536
+SENSITIVITIES = "sensitivities.json"  # in a calibration's directory
+HOW_WELL = ("qpalette", "windows", "bands", "dtype")  # of its provenance: not what was measured
+HELD_OUT = 8  # windows, at most, that are set aside
 SENSITIVITY_TOKENS = {"fisher": 16_384, "perturbation": 2048}  # one backward pass in all, against one pass per linear
 
 
@@ -53,7 +62,8 @@ def calibrate(
     """Measure the Hessians of all groups of linears of `model` into the directory `hessians`, for `quantize`.
 
     `model` is a directory, a .gguf file or a Hub id; `text` a UTF-8 file, of which the first `tokens` are read in
-    windows of `window` tokens (less in a model of shorter context). With two sides each window takes a backward pass,
+    windows of `window` tokens (less in a model of shorter context); windows after them are set aside, to measure
+    sensitivities on. With two sides each window takes a backward pass,
     its labels drawn by `seed`; `one_sided` is forward only. Interrupted, the same call goes on where it stopped.
 
     Besides the model there are activations of one window and at most `memory_budget_bytes` of sums on the device (see
@@ -71,7 +81,7 @@ def calibrate(
     loaded, tokenizer = load_model(checkpoint.location, where, dtype)
     context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or window
     length = min(window, context, tokens)
-    windows = token_windows(text, tokenizer, length, tokens // length)
+    windows, held_out = _split(token_windows(text, tokenizer, length, tokens // length + HELD_OUT), tokens // length)
     calibration = Calibration(
         source=checkpoint.fingerprint,
         text_sha256=hashlib.sha256(content.encode()).hexdigest(),
@@ -82,13 +92,88 @@ def calibrate(
     )
     store = HessianStore(hessians, calibration)
     groups = find_groups(checkpoint).groups
+    store.missing(groups)  # told of another calibration in the directory before anything is written
+    store.set_aside(held_out)
     budget = _memory_budget(loaded.device) if memory_budget_bytes is None else memory_budget_bytes
     collect_hessians(loaded, windows, groups, store, memory_budget_bytes=budget, progress=progress)
     return calibration
 
 
+def _split(windows: Sequence[torch.Tensor], count: int) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """The first `count` windows, to calibrate on, and those after them; of a text that ends before, its last eighth. A
+    text of one window is both."""
+    first = min(count, len(windows) - max(1, len(windows) // HELD_OUT)) or 1
+    return windows[:first], windows[first:] or windows
+
+
 def _memory_budget(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else MEMORY_BUDGET
+
+
+def calibrated_sensitivities(
+    model: str | Path,
+    directory: str | Path,
+    *,
+    rotation: str = "full",
+    seed: int = 0,
+    rounding: Rounding = ROUNDING,
+    windows: int | None = None,
+    bands: int = BANDS,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    memory_budget_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Sensitivities:
+    """How much KL the error that calibrated rounding leaves in each linear of `model` costs (`calibration/shaped.py`).
+
+    `directory` was filled by `calibrate` for this model; figures are measured on the windows that it has set aside, KL
+    on the first `windows` of them, for linears of a kind in `bands` runs of layers. They are kept in the directory, so
+    that the same call returns at once; interrupted, it goes on where it stopped. `windows` None: what was measured
+    before, however many there were, and else all of them on a GPU, 1 on a CPU. The factors of `memory_budget_bytes` of linears are on the device at a time, and the noise of all of them
+    in the host's memory. `progress` is called with (steps done, steps in all), twice from the beginning.
+
+    Raises HessianError when the directory cannot be used, CheckpointError for a model that cannot be read.
+    """
+    if windows is not None and windows < 1:
+        raise InputError(f"the number of windows must be at least 1, got {windows}")
+    if bands < 1:
+        raise InputError(f"the number of bands must be at least 1, got {bands}")
+    where, store, checkpoint = parse_device(device), HessianStore.open(directory), open_checkpoint(model)
+    store.check_source(checkpoint.fingerprint)
+    groups, held_out = find_groups(checkpoint).groups, store.held_out
+    if missing := store.missing(groups):
+        raise HessianError(f"{directory} has no Hessian of {missing[0].name}; run `qpalette calibrate` again")
+    few = held_out[: windows or (len(held_out) if where.type == "cuda" else 1)]
+    what = asdict(store.calibration) | asdict(rounding) | {"rotation": rotation, "noise_seed": seed}
+    what |= {"windows": len(few), "bands": bands, "dtype": str(dtype).removeprefix("torch.")}
+    provenance = {
+        "qpalette": version("qpalette"),
+        "method": SHAPED,
+        "held_out_sha256": hashlib.sha256(torch.cat(held_out).numpy().tobytes()).hexdigest(),
+        **{key: str(value) for key, value in what.items()},
+    }
+    kept = store.directory / SENSITIVITIES
+    effort = HOW_WELL if windows is None else ()  # whatever was measured before is good enough
+    if kept.exists() and _without(effort, (found := Sensitivities.read(kept)).provenance) == _without(
+        effort, provenance
+    ):
+        return found
+    loaded, _ = load_model(checkpoint.location, str(where), dtype)
+    budget = _memory_budget(loaded.device) if memory_budget_bytes is None else memory_budget_bytes
+    noise = ShapedNoise(loaded, groups, store, rounding, rotation, seed)
+    partial = PartialFigures(kept.with_name(kept.name + ".partial"), provenance)
+    options: dict[str, Any] = {"partial": partial, "progress": progress}
+    prior = curvatures(loaded, held_out, noise, memory_budget_bytes=budget, seed=seed, **options)
+    values, curve = measured_sensitivities(Divergence(loaded, few), noise, prior, bands=bands, **options)
+    linears = (SensitiveLinear(shape, group.name, values[shape.name]) for group in groups for shape in group.linears)
+    found = Sensitivities(tuple(linears), provenance, tuple(curve))
+    write_whole(kept, found.to_json())
+    partial.remove()
+    return found
+
+
+def _without(keys: Sequence[str], facts: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in facts.items() if key not in keys}
 
 
 def measure_sensitivities(

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qpalette.core.errors import HessianError
+from qpalette.core.files import write_whole
 from qpalette.core.records import TILE, LinearGroup, tiles_of
 from qpalette.rotate import Rotation
 from qpalette.storage import StreamingSafetensorsWriter, TensorInfo
@@ -24,6 +25,7 @@ from qpalette.storage import StreamingSafetensorsWriter, TensorInfo
 VERSION = 2  # of the files; 1 had one tensor, the whole of H_I
 SUM = "sum"  # its name
 INPUT = "input"
+HELD_OUT = "held_out.json"
 STRIP = 256  # rows: a symmetric matrix is stored as strips, each from its own diagonal on
 BLOCK_TILES = 128  # rows of tiles, at most, that share an H_O: 2048 rows
 
@@ -120,6 +122,22 @@ class HessianStore:
         for group in present:
             self.identity(group)
         return [group for group in groups if group not in present]
+
+    def set_aside(self, windows: Sequence[torch.Tensor]) -> None:
+        """Keep windows of tokens that are not calibrated on, int64 [length] each, to measure on later."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_whole(self.directory / HELD_OUT, json.dumps([window.tolist() for window in windows]))
+
+    @property
+    def held_out(self) -> list[torch.Tensor]:
+        """What was set aside. Raises HessianError when nothing was, as in directories of earlier releases."""
+        file = self.directory / HELD_OUT
+        try:
+            return [torch.tensor(window, dtype=torch.int64) for window in json.loads(file.read_text(encoding="utf-8"))]
+        except (OSError, ValueError, TypeError) as error:
+            raise HessianError(
+                f"{file} cannot be read ({error}): run `qpalette calibrate` into another directory"
+            ) from error
 
     def check_source(self, fingerprint: str) -> None:
         """Raises HessianError unless these Hessians belong to the checkpoint of `fingerprint`."""

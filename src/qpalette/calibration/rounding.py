@@ -34,6 +34,42 @@ ROUNDING = Rounding()
 
 
 @dataclass(frozen=True)
+class Shaping:
+    """The linear map from plain rounding errors R, in unit rows, to the error that feedback leaves in a linear:
+
+    E = diag(rms) (I + V)^-T R (I + U)^-1 Q diag(diagonal),  all float32.
+    """
+
+    upper: Tensor  # U, [K, K]
+    lefts: tuple[Tensor, ...]  # V of each block of rows, or none
+    rms: Tensor
+    diagonal: Tensor
+    rotation: Rotation
+
+    def apply(self, noise: Tensor) -> Tensor:
+        """E [M, K], in the basis of the checkpoint, of R [M, K]."""
+        fed = _solve(self.upper, noise, upper=True, left=False)
+        if self.lefts:
+            fed = torch.cat([_solve(left.T, rows, upper=False) for left, rows in self._by_blocks(fed)])
+        return unrotate_weight(fed * self.rms, self.rotation, self.diagonal)
+
+    def adjoint(self, gradient: Tensor) -> Tensor:
+        """The matrix A [M, K] with tr(A^T R) = tr(G^T E) for every R, of a `gradient` G [M, K] of the weight."""
+        turned = self.rotation.apply(gradient.float() * self.diagonal) * self.rms
+        pulled = _solve(self.upper.T, turned, upper=False, left=False)
+        if not self.lefts:
+            return pulled
+        return torch.cat([_solve(left, rows, upper=True) for left, rows in self._by_blocks(pulled)])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.upper, *self.lefts))
+
+    def _by_blocks(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.lefts, rows.split([len(left) for left in self.lefts]), strict=True))
+
+
+@dataclass(frozen=True)
 class Prepared:
     """W = diag(rms) unit Q diag(diagonal), and the factors of H_I and diag(rms) H_O diag(rms) in that basis.
 
@@ -55,6 +91,14 @@ class Prepared:
     def left(self) -> Tensor | None:
         """V of all blocks, as `encode_with_feedback` takes it."""
         return stack_factors(self.outputs) if self.outputs else None
+
+    @property
+    def shaping(self) -> Shaping:
+        size = self.rotation.dim
+        heights = [len(block.hessian) for block in self.outputs]
+        lefts = [block.upper[:n, :n].float() for block, n in zip(self.outputs, heights, strict=True)]
+        upper = self.inputs.upper[:size, :size].float()
+        return Shaping(upper, tuple(lefts), self.rms.float(), self.diagonal, self.rotation)
 
     def restore(self, unit: Tensor) -> Tensor:
         """A matrix of unit rows in this basis [M, K], such as an error, in that of the checkpoint: float32."""
@@ -102,3 +146,8 @@ def prepare(
         outputs=tuple(factorize(block, rounding.output_damping, f"the outputs of {name}") for block in scaled),
         output_moments=tuple((block / mean).float() for block in scaled),
     )
+
+
+def _solve(strict: Tensor, right: Tensor, upper: bool, left: bool = True) -> Tensor:
+    """(I + `strict`)^-1 times `right`, or with `left` False the other way round; `strict` is strictly triangular."""
+    return torch.linalg.solve_triangular(strict, right, upper=upper, left=left, unitriangular=True)

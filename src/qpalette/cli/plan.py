@@ -13,6 +13,7 @@ from qpalette.cli.output import print_facts, print_json, print_note, print_table
 from qpalette.core.text import count
 
 if TYPE_CHECKING:
+    from qpalette.calibration import HessianStore
     from qpalette.pipeline.planning import BudgetPlan
     from qpalette.plan import Budget, Sensitivities, Space
     from qpalette.storage import Checkpoint
@@ -32,6 +33,15 @@ def plan(
             help="JSON of qpalette sensitivity, or CSV: layer,linear,out_features,in_features,sensitivity.",
         ),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="DIR",
+            help="Plan for calibrated rounding: what its error costs is measured once, and kept in DIR.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where to measure that, such as cuda.")] = "cpu",
     bits: Annotated[
         str | None, typer.Option("--bits", metavar="R", help="At most R bits per weight, everything counted.")
     ] = None,
@@ -102,8 +112,12 @@ def plan(
 ) -> None:
     """Choose a quantizer for every linear: the least predicted loss within hard limits, any combination of them.
 
-    Example: [bold]qpalette plan MODEL --sensitivity sensitivity.json --bits 3.25 --out plan.json[/]
+    Example: [bold]qpalette plan MODEL --calibration DIR --bits 3.25 --out plan.json[/]
     """
+    if calibration is not None and (sensitivity is not None or model is None):
+        raise typer.BadParameter(
+            "--calibration has sensitivities of its own, of a MODEL: give it without --sensitivity"
+        )
     from qpalette.plan import FUSIONS, LatencyProfile, Space, palette_of, preferred, profile_of
 
     if fusion not in FUSIONS:
@@ -114,8 +128,12 @@ def plan(
     palette = preferred(palette_of(effort, family or ()), chosen, measured or profile_of(target))
     space = Space(palette, measured, batch, fusion, not free_experts)
     checkpoint = _checkpoint(model)
-    known = _sensitivities(model, sensitivity, checkpoint)
-    found = _made(known, budget, space, checkpoint, also or (), context, solver, rotation, seed)
+    store = None
+    if calibration is None or model is None:
+        known = _sensitivities(model, sensitivity, checkpoint)
+    else:
+        known, store = of_calibration(model, calibration, rotation, seed, device)
+    found = _made(known, budget, space, checkpoint, store, also or (), context, solver, rotation, seed)
     if out is not None:
         write_text(out, found.plan.to_json())
     if plot is not None:
@@ -133,7 +151,7 @@ def plan(
         print_json(plan_json(found))
     else:
         show_plan(found, str(budget))
-        _say_next(model, out)
+        _say_next(model, out, calibration)
 
 
 def _budget(bits: str | None, disk: str | None, memory: str | None, tokens_per_second: float | None) -> Budget:
@@ -182,11 +200,28 @@ def _sensitivities(model: str | None, file: Path | None, checkpoint: Checkpoint 
         return measure_sensitivities(model, kept, tokens=4096, progress=bar.show)
 
 
+def of_calibration(
+    model: str, directory: Path, rotation: str, seed: int, device: str
+) -> tuple[Sensitivities, HessianStore]:
+    """What was measured with a calibration, or is now."""
+    from qpalette.api import calibrated_sensitivities
+    from qpalette.calibration import HessianStore
+    from qpalette.cli.output import quiet_transformers, step_bar
+
+    quiet_transformers()
+    with step_bar("sensitivities") as bar:
+        known = calibrated_sensitivities(
+            model, directory, rotation=rotation, seed=seed, device=device, progress=bar.show
+        )
+    return known, HessianStore.open(directory)
+
+
 def _made(
     known: Sensitivities,
     budget: Budget,
     space: Space,
     checkpoint: Checkpoint | None,
+    hessians: HessianStore | None,
     also: Any,
     context: int,
     solver: str,
@@ -195,7 +230,14 @@ def _made(
 ) -> BudgetPlan:
     from qpalette.pipeline.planning import make_plan
 
-    options: dict[str, Any] = {"also": also, "context": context, "solver": solver, "rotation": rotation, "seed": seed}
+    options: dict[str, Any] = {
+        "hessians": hessians,
+        "also": also,
+        "context": context,
+        "solver": solver,
+        "rotation": rotation,
+        "seed": seed,
+    }
     return make_plan(known, budget, space, checkpoint, **options)
 
 
@@ -218,6 +260,7 @@ def show_plan(found: BudgetPlan, budget: str) -> None:
     print_facts("What the budget buys", facts_of(found, budget))
 
 
-def _say_next(model: str | None, out: Path | None) -> None:
+def _say_next(model: str | None, out: Path | None, calibration: Path | None) -> None:
     if out is not None:
-        print_note(f"now: qpalette quantize {model or 'MODEL'} OUT --plan {out}")
+        guided = "" if calibration is None else f" --calibration {calibration}"
+        print_note(f"now: qpalette quantize {model or 'MODEL'} OUT --plan {out}{guided}")

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qpalette.cli.output import print_facts, print_json, print_note, print_table, quiet_transformers, step_bar
+from qpalette.cli.output import (
+    print_facts,
+    print_json,
+    print_note,
+    print_table,
+    quiet_transformers,
+    step_bar,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    from qpalette.plan import Sensitivities
 
 
 def sensitivity(
@@ -16,6 +27,14 @@ def sensitivity(
     text: Annotated[
         Path | None,
         typer.Option("--text", metavar="FILE", help="A UTF-8 text file.  [default: sampled from the model]"),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="DIR",
+            help="Of calibrated rounding's error, on the text that qpalette calibrate set aside; kept in DIR, too.",
+        ),
     ] = None,
     method: Annotated[
         str,
@@ -39,8 +58,17 @@ def sensitivity(
 
     Example: [bold]qpalette sensitivity MODEL sensitivity.json --text wiki.train.raw[/]
     """
-    from qpalette.api import measure_sensitivities
+    from qpalette.api import calibrated_sensitivities, measure_sensitivities
 
+    if calibration is not None:
+        if text is not None:
+            raise typer.BadParameter("--calibration has a text of its own: give it without --text")
+        quiet_transformers()
+        with step_bar("calibrated") as bar:
+            found = calibrated_sensitivities(model, calibration, seed=seed, device=device, progress=bar.show)
+        write_text(out, found.to_json())
+        _show(found, out, as_json)
+        return
     if text is None:
         print_note("no --text: the model writes it first, which takes a while")
     quiet_transformers()
@@ -57,6 +85,10 @@ def sensitivity(
             device=device,
             progress=bar.show,
         )
+    _show(found, out, as_json)
+
+
+def _show(found: Sensitivities, out: Path, as_json: bool) -> None:
     if as_json:
         print_json({"provenance": dict(found.provenance), "sensitivities": found.values})
         return

@@ -30,6 +30,7 @@ from qpalette.plan import (
 from qpalette.storage import Checkpoint
 
 ATTEMPTS = 4
+SHAPED = "shaped"  # the method of sensitivities to the error that calibrated rounding leaves
 LONGEST_BUDGET = "9" * 120  # characters of a budget with every limit: what is told as the least holds any other text
 PREDICTION = (
     *("predicted_loss", "loss_over_bound", "loss_over_uniform"),
@@ -70,8 +71,9 @@ def make_plan(
 
     `also` names optional linears to quantize ("lm_head", "embed_tokens"), `include` and `exclude` which of the others
     are and are not, as in `find_groups`. A memory budget is for
-    `space.batch` sequences of `context` tokens. With `hessians` the plan is for calibrated rounding: what feedback
-    takes off the error of each group is known from its Hessian.
+    `space.batch` sequences of `context` tokens. With `hessians` the plan is for calibrated rounding. What feedback
+    takes off the error is in the sensitivities that were measured for it; others are multiplied by what is known of it
+    from the Hessian of each group.
 
     Raises BudgetError naming the least that is possible, InputError when sensitivities lack a linear of the checkpoint
     or a size or memory is asked for without one, SpecError for options that mean nothing.
@@ -82,13 +84,15 @@ def make_plan(
         chosen = sensitivities.of_listed
     else:
         chosen = sensitivities.of_groups(find_groups(checkpoint, include, exclude, also).groups)
-    if hessians is not None and checkpoint is not None:
+    if hessians is not None and checkpoint is not None and chosen.provenance.get("method") != SHAPED:
         measured = find_groups(checkpoint).groups
         chosen = with_feedback(chosen, feedback_gains(hessians, measured, rotation, seed, rounding.damping, device))
     if hessians is not None:
         space = replace(space, count_bits=partial(stored_bits, diagonal=rounding.diagonal))
     draft = _Draft(chosen, budget, space, checkpoint, hessians, rounding, context, rotation, seed)
-    return draft.plan(solver)
+    found = draft.plan(solver)
+    told = chosen.at(found.planned.choice.loss)
+    return found if told is chosen else replace(draft, sensitivities=told).plan(solver)
 
 
 def even_sensitivities(groups: Sequence[LinearGroup]) -> Sensitivities:

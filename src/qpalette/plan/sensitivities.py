@@ -8,9 +8,11 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qpalette.core.errors import InputError
 from qpalette.core.records import LinearGroup, LinearShape
@@ -37,15 +39,31 @@ class SensitiveLinear:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """The sensitivity of each linear, in layer order, and where the figures come from (all values are strings)."""
+    """The sensitivity of each linear, in layer order, and where the figures come from (all values are strings).
+
+    curve: by rising loss, pairs of (sum of sensitivity times distortion, what that costs when it is in all linears at
+    once), where that was measured.
+    """
 
     linears: tuple[SensitiveLinear, ...]
     provenance: Mapping[str, str] = field(default_factory=dict)
+    curve: tuple[tuple[float, float], ...] = ()
 
     @property
     def of_listed(self) -> Sensitivities:
         """Without what the checkpoint did not list as a linear to quantize."""
-        return Sensitivities(tuple(linear for linear in self.linears if linear.listed), self.provenance)
+        return replace(self, linears=tuple(linear for linear in self.linears if linear.listed))
+
+    def at(self, loss: float) -> Sensitivities:
+        """The same, all scaled so that a predicted `loss` becomes what the curve says: log-log between its points, the
+        factor of the nearest beyond them. The best plan for a budget stays the best."""
+        points = [(x, y) for x, y in self.curve if x > 0 and y > 0]
+        if not points or not loss > 0:
+            return self
+        x, y = (np.log([point[axis] for point in points]) for axis in (0, 1))
+        factor = float(np.exp(np.interp(np.log(loss), x, y - x)))
+        linears = tuple(replace(linear, sensitivity=factor * linear.sensitivity) for linear in self.linears)
+        return replace(self, linears=linears, curve=())
 
     @property
     def values(self) -> dict[str, float]:
@@ -72,14 +90,15 @@ class Sensitivities:
                         f"{found.out_features} x {found.in_features}: measure them on this model"
                     )
                 chosen.append(SensitiveLinear(shape, group.name, values[shape.name].sensitivity))
-        return Sensitivities(tuple(chosen), self.provenance)
+        return replace(self, linears=tuple(chosen))
 
     def to_json(self) -> str:
         """One line per linear. `from_json` of it gives an equal record."""
+        curve = f' "curve": {json.dumps(self.curve)},\n' if self.curve else ""
         lines = ",\n".join(f"  {json.dumps(linear.name)}: {json.dumps(_entry(linear))}" for linear in self.linears)
         return (
             f'{{\n "sensitivity_version": {SENSITIVITY_VERSION},\n'
-            f' "provenance": {json.dumps(dict(self.provenance))},\n "linears": {{\n{lines}\n }}\n}}\n'
+            f' "provenance": {json.dumps(dict(self.provenance))},\n{curve} "linears": {{\n{lines}\n }}\n}}\n'
         )
 
     @classmethod
@@ -99,7 +118,8 @@ class Sensitivities:
             raise InputError(f"{source}: linears must be an object of at least one linear")
         if not isinstance(provenance, dict) or not all(isinstance(value, str) for value in provenance.values()):
             raise InputError(f"{source}: provenance must be an object of strings")
-        return cls(tuple(_parsed(source, name, entry) for name, entry in linears.items()), provenance)
+        curve = _curve(source, content.get("curve", []))
+        return cls(tuple(_parsed(source, name, entry) for name, entry in linears.items()), provenance, curve)
 
     @classmethod
     def from_csv(cls, text: str, source: str = "the sensitivities") -> Sensitivities:
@@ -136,6 +156,16 @@ class Sensitivities:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
         return (cls.from_csv if path.suffix == ".csv" else cls.from_json)(text, str(path))
+
+
+def _curve(source: str, points: Any) -> tuple[tuple[float, float], ...]:
+    try:
+        curve = tuple((float(x), float(y)) for x, y in points)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{source}: the curve must be pairs of numbers ({error})") from error
+    if list(curve) != sorted(curve) or not all(0 <= number < math.inf for point in curve for number in point):
+        raise InputError(f"{source}: the curve must be pairs of numbers of at least 0, by rising loss")
+    return curve
 
 
 def _entry(linear: SensitiveLinear) -> dict[str, Any]:
