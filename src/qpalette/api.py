@@ -129,8 +129,9 @@ def calibrated_sensitivities(
     `directory` was filled by `calibrate` for this model; figures are measured on the windows that it has set aside, KL
     on the first `windows` of them, for linears of a kind in `bands` runs of layers. They are kept in the directory, so
     that the same call returns at once; interrupted, it goes on where it stopped. `windows` None: what was measured
-    before, however many there were, and else all of them on a GPU, 1 on a CPU. The factors of `memory_budget_bytes` of linears are on the device at a time, and the noise of all of them
-    in the host's memory. `progress` is called with (steps done, steps in all), twice from the beginning.
+    before, however many there were, and else all of them on a GPU, 1 on a CPU. The factors of `memory_budget_bytes` of
+    linears are on the device at a time, and the noise of all of them in the host's memory. `progress` is called with
+    (steps done, steps in all), twice from the beginning.
 
     Raises HessianError when the directory cannot be used, CheckpointError for a model that cannot be read.
     """
