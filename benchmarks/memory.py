@@ -23,7 +23,9 @@ import qpalette
 from qpalette.storage import StreamingSafetensorsWriter, TensorInfo, open_checkpoint
 
 
-def write_llama(directory: Path, hidden: int, layers: int, inner: int = 0, kv: int = 0, vocabulary: int = 256) -> None:
+def write_llama(
+    directory: Path, hidden: int, layers: int, inner: int = 0, kv: int = 0, vocabulary: int = 256, scale: float = 1.0
+) -> None:
     """A Llama of random bfloat16 weights, written tensor by tensor; heads of 64, untied with more than 256 words."""
     inner, kv, tied = inner or 2 * hidden, kv or hidden, vocabulary <= 256
     directory.mkdir()
@@ -46,7 +48,7 @@ def write_llama(directory: Path, hidden: int, layers: int, inner: int = 0, kv: i
     infos = [TensorInfo(name, shape, torch.bfloat16) for name, shape in shapes.items()]
     with StreamingSafetensorsWriter(directory / "model.safetensors", infos) as writer:
         for info in infos:
-            writer.write(info.name, torch.randn(info.shape).to(torch.bfloat16))
+            writer.write(info.name, (scale * torch.randn(info.shape)).to(torch.bfloat16))
 
 
 def peak_of_quantizing(source: Path, out: Path, spec: str, workers: int) -> int:
