@@ -72,7 +72,7 @@ def main(repeats: int = 3) -> None:
         torch.cuda.synchronize()
         taken = seconds(
             lambda b=backend, n=name, s=source, f=feedback: encode_with_feedback(
-                s, f, lambda t: b.encode(n, t), lambda c: b.decode(n, c)
+                s[None], f.upper[None], lambda t: b.encode(n, t), lambda c: b.decode(n, c)
             )
         )
         factor_seconds = seconds(lambda h=hessian: factorize(h))

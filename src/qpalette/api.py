@@ -154,11 +154,9 @@ def calibrated_sensitivities(
         **{key: str(value) for key, value in what.items()},
     }
     kept = store.directory / SENSITIVITIES
-    effort = HOW_WELL if windows is None else ()  # whatever was measured before is good enough
-    if kept.exists() and _without(effort, (found := Sensitivities.read(kept)).provenance) == _without(
-        effort, provenance
-    ):
-        return found
+    known = _measured_before(kept, provenance, besides=HOW_WELL if windows is None else ())
+    if known is not None:
+        return known
     loaded, _ = load_model(checkpoint.location, str(where), dtype)
     budget = _memory_budget(loaded.device) if memory_budget_bytes is None else memory_budget_bytes
     noise = ShapedNoise(loaded, groups, store, rounding, rotation, seed)
@@ -173,8 +171,14 @@ def calibrated_sensitivities(
     return found
 
 
-def _without(keys: Sequence[str], facts: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in facts.items() if key not in keys}
+def _measured_before(file: Path, provenance: Mapping[str, str], besides: Sequence[str]) -> Sensitivities | None:
+    """What `file` has, if it comes from the same, `besides` some facts that may differ."""
+    if not file.exists():
+        return None
+    found = Sensitivities.read(file)
+    facts = (provenance.keys() | found.provenance.keys()) - set(besides)
+    alike = all(found.provenance.get(key) == provenance.get(key) for key in facts)
+    return found if alike else None
 
 
 def measure_sensitivities(

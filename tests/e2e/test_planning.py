@@ -192,6 +192,31 @@ def test_a_calibrated_plan_weighs_groups_by_their_gain(model, sensitivity, hessi
     assert found.plan.sensitivities == weighed.values
 
 
+def test_calibrate_plan_quantize_eval(run, model, text, tmp_path, monkeypatch):
+    """Sensitivities are measured by the first plan, and kept; the second does not load the model."""
+    directory, plan, out = tmp_path / "moments", tmp_path / "plan.json", tmp_path / "out"
+    assert run("calibrate", model, directory, "--text", text, "--tokens", 512, "--window", 64, "--json").code == 0
+    options = ("--calibration", directory, "--family", "nuq", "--out", plan)
+    assert run("plan", model, *options, "--bits", "3.5").code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("qpalette.api.load_model", None)
+        assert run("plan", model, *options, "--bits", "4").code == 0
+        file = tmp_path / "sensitivity.json"
+        assert run("sensitivity", model, file, "--calibration", directory).code == 0
+    known, content = Sensitivities.read(file), json.loads(plan.read_text())
+    assert len(known.curve) >= 3
+    assert content["provenance"]["sensitivities"]["method"] == "shaped"
+    made = json.loads(run("quantize", model, out, "--plan", plan, "--calibration", directory, "--json").out)
+    assert Fraction(made["bits"], made["weights"]) <= 4
+    assert content["prediction"]["average_bits"] == pytest.approx(float(Fraction(made["bits"], made["weights"])))
+    found = json.loads(run("eval", out, "--reference", model, "--text", text, "--windows", 1, "--json").out)
+    assert found["predicted_kl"] == pytest.approx(content["prediction"]["predicted_loss"])
+    assert 0.2 < found["kl"] / found["predicted_kl"] < 5
+    refused = run("plan", model, *options, "--bits", "3", "--sensitivity", file)
+    assert refused.code != 0
+    assert "has its own" in refused.err
+
+
 def test_plan_quantize_inspect_eval(run, model, sensitivity, text, tmp_path):
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     options = ["--sensitivity", sensitivity, "--bits", "3.5", "--family", "nuq", "--family", "vq", "--out", plan]

@@ -51,14 +51,21 @@ def test_two_processes(source, alone, tmp_path):
     assert calls[-1][0] == calls[-1][1]
 
 
-def test_two_processes_with_hessians(source, tmp_path):
+@pytest.mark.parametrize("sides", [1, 2])
+def test_two_processes_with_hessians(source, tmp_path, monkeypatch, sides):
     checkpoint = open_checkpoint(source)
-    store = HessianStore(tmp_path / "hessians", Calibration(checkpoint.fingerprint, "cafe", 96, 32))
+    store = HessianStore(tmp_path / "hessians", Calibration(checkpoint.fingerprint, "cafe", 96, 32, sides))
     generator = torch.Generator().manual_seed(0)
+
+    def moments(size: int) -> torch.Tensor:
+        x = torch.randn(4 * size, size, generator=generator)
+        return x.T @ x
+
     for group in find_groups(checkpoint).groups:
-        x = torch.randn(4 * group.in_features, group.in_features, generator=generator)
-        store.save(group, x.T @ x, len(x))
+        outputs = {linear.name: [moments(linear.out_features)] for linear in group.linears}
+        store.save(group, moments(group.in_features), 100, outputs)
     run(source, tmp_path / "one" / "out", "nuq-2", hessians=store)
+    monkeypatch.setattr("qpalette.pipeline.work.BATCH_BYTES", 1)  # batches of one
     run(source, tmp_path / "two" / "out", "nuq-2", hessians=store, workers=2)
     assert files_of(tmp_path / "one" / "out") == files_of(tmp_path / "two" / "out")
 

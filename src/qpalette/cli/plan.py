@@ -115,9 +115,7 @@ def plan(
     Example: [bold]qpalette plan MODEL --calibration DIR --bits 3.25 --out plan.json[/]
     """
     if calibration is not None and (sensitivity is not None or model is None):
-        raise typer.BadParameter(
-            "--calibration has sensitivities of its own, of a MODEL: give it without --sensitivity"
-        )
+        raise typer.BadParameter("--calibration needs a MODEL and no --sensitivity: it has its own")
     from qpalette.plan import FUSIONS, LatencyProfile, Space, palette_of, preferred, profile_of
 
     if fusion not in FUSIONS:
