@@ -31,6 +31,9 @@ STORED = 2**-23  # of the norm of H: what two roundings to float32, as it is sto
 ASYMMETRY = 1e-3  # of the largest entry: far above rounding, far below another matrix
 SINGULAR = 1e-9  # of the mean diagonal: what keeps rows that are decoded to zeros from having any scale
 
+PANEL = 8  # tiles whose errors reach the others one step at a time
+WIDTH = PANEL * TILE
+
 Encode = Callable[[Tensor], Tensor]  # float32 [tiles, 256] -> int32 [tiles, words]
 Decode = Callable[[Tensor], Tensor]  # and back
 
@@ -62,14 +65,15 @@ def encode_with_feedback(
         first, last = max(0, step - state.columns + 1), min(state.depth, step + 1)
         places = torch.arange(first, last, device=sources.device)
         columns = step - places
-        fed = state.from_inputs(first, last, step)
-        target = state.source[:, :, places, columns] + fed + state.from_outputs(first, last, step)
+        fed = state.from_inputs(places, columns)
+        target = state.source[:, :, places, columns] + fed + state.from_outputs(places, columns)
         row, column = scan_order(sources.device)
         tiles = target[..., row, column].float()
         codes = encode(tiles.flatten(0, -2).contiguous())
         decoded = torch.empty_like(target, dtype=torch.float32)
         decoded[..., row, column] = decode(codes).view(tiles.shape)
         state.put(places, columns, fed, decoded)
+        state.pass_on(first, last, step)
         if words is None:
             words = codes.new_zeros(*state.source.shape[:4], codes.shape[-1])
         words[:, :, places, columns] = codes.view(*tiles.shape[:-1], -1)
@@ -80,59 +84,88 @@ def encode_with_feedback(
 class _State:
     """Matrices while they are rounded: B of them, each of P blocks of S tile rows, of C tile columns.
 
-    Everything but weights is float64, so that sums, and with them the codes, do not depend on what is rounded together.
+    What a tile has from others of its panel (8 tiles) is summed when it is its turn; what it has from panels before,
+    when these are done, as one large product. Everything but weights is float64, so that sums, and with them the codes,
+    do not depend on what is rounded together.
     """
 
     def __init__(self, sources: Tensor, inputs: Tensor, outputs: Tensor | None) -> None:
         batch, self.rows, self.width = sources.shape
-        size = inputs.shape[-1]
+        self.columns = inputs.shape[-1] // TILE
         self.depth = 1 if outputs is None else outputs.shape[-1] // TILE
-        height = TILE * self.depth
+        height, size = TILE * self.depth, TILE * self.columns
         blocks = -(-self.rows // height)
-        self.columns = size // TILE
-        self.shape = (batch, blocks, self.depth, TILE, self.columns, TILE)
+        self.shape = (batch, blocks, self.depth, self.columns)
         padded = F.pad(sources, (0, size - self.width, 0, blocks * height - self.rows))
-        self.source = padded.view(self.shape).transpose(3, 4).contiguous()  # [B, P, S, C, 16, 16]
-        self.decoded = torch.empty_like(self.source)
-        # E with a row's tiles side by side, F with a column's tiles one below the other: as they are multiplied.
-        self.errors = inputs.new_zeros(batch, self.depth, blocks, TILE, size)
-        self.upper = inputs.view(batch, size, self.columns, TILE)
-        self.left = self.owed = None
+        self.source = padded.view(batch, blocks, self.depth, TILE, self.columns, TILE).transpose(3, 4).contiguous()
+        self.decoded = torch.empty_like(self.source)  # [B, P, S, C, 16, 16], as the source
+        # As they are multiplied: E and X with a row's tiles side by side, F and V^T F with a column's on each other.
+        self.upper = _whole_panels(inputs)
+        self.errors = inputs.new_zeros(batch, self.depth, blocks * TILE, self.upper.shape[-1])
+        self.fed = torch.zeros_like(self.errors)
+        self.left: Tensor | None = None
         if outputs is not None:
-            self.left = outputs.transpose(2, 3).reshape(batch, blocks, self.depth, TILE, height)  # V^T
-            self.owed = inputs.new_zeros(batch, blocks, self.columns, height, TILE)
+            self.left = _whole_panels(outputs.transpose(2, 3))  # V^T
+            self.owed = inputs.new_zeros(batch, blocks, self.columns, self.left.shape[-1], TILE)
+            self.owing = torch.zeros_like(self.owed)
 
-    def from_inputs(self, first: int, last: int, step: int) -> Tensor:
-        """X of the tiles of a step, at the places `first` .. `last` - 1 of their blocks: [B, P, places, 16, 16]."""
+    def from_inputs(self, places: Tensor, columns: Tensor) -> Tensor:
+        """X of the tiles of a step, one at each of the `places` in their blocks: float64 [B, P, places, 16, 16]."""
         batch, blocks = self.shape[:2]
-        known = TILE * (step - first)
-        errors = self.errors[:, first:last, :, :, :known].flatten(2, 3)
-        factor = self.upper[:, :known, step - last + 1 : step - first + 1].flip(2).transpose(1, 2)
-        return (errors @ factor).view(batch, last - first, blocks, TILE, TILE).transpose(1, 2)
+        panels, within = columns // PANEL, columns % PANEL
+        errors = self.errors.unflatten(3, (-1, WIDTH))[:, places, :, panels]  # [places, B, P * 16, WIDTH]
+        factor = _diagonal_panels(self.upper).unflatten(3, (PANEL, TILE))[:, panels, :, within]
+        known = self.fed.unflatten(3, (-1, TILE))[:, places, :, columns]
+        near = known + errors @ factor
+        return near.view(len(places), batch, blocks, TILE, TILE).permute(1, 2, 0, 3, 4)
 
-    def from_outputs(self, first: int, last: int, step: int) -> Tensor | float:
-        """sum of V^T F over the rows above, [B, P, places, 16, 16]."""
-        if self.left is None or self.owed is None:
+    def from_outputs(self, places: Tensor, columns: Tensor) -> Tensor | float:
+        """sum of V^T F over the rows above, float64 [B, P, places, 16, 16]."""
+        if self.left is None:
             return 0.0
-        known = TILE * (last - 1)
-        owed = self.owed[:, :, step - last + 1 : step - first + 1, :known].flip(2)
-        return self.left[:, :, first:last, :, :known] @ owed
+        panels, within = places // PANEL, places % PANEL
+        owed = self.owed.unflatten(3, (-1, WIDTH))[:, :, columns, panels]
+        factor = _diagonal_panels(self.left).unflatten(3, (PANEL, TILE))[:, :, panels, within]
+        return self.owing.unflatten(3, (-1, TILE))[:, :, columns, places] + factor @ owed
 
     def put(self, places: Tensor, columns: Tensor, fed: Tensor, decoded: Tensor) -> None:
-        """What some tiles were rounded to."""
+        """What the tiles of a step were rounded to; `fed` is their X."""
         error = self.source[:, :, places, columns].double() - decoded
         self.decoded[:, :, places, columns] = decoded
-        batch, blocks, depth, _, count, _ = self.shape
-        rows = self.errors.view(batch, depth, blocks, TILE, count, TILE)
+        batch, blocks = self.shape[:2]
+        rows = self.errors.view(batch, self.shape[2], blocks, TILE, -1, TILE)
         rows[:, places, :, :, columns] = error.permute(2, 0, 1, 3, 4)
-        if self.owed is not None:
-            owed = self.owed.view(batch, blocks, count, depth, TILE, TILE)
-            owed[:, :, columns, places] = fed + error
+        if self.left is not None:
+            self.owed.unflatten(3, (-1, TILE))[:, :, columns, places] = fed + error
+
+    def pass_on(self, first: int, last: int, step: int) -> None:
+        """Panels that ended with the tiles of a step give the tiles after them all that they have for them."""
+        for place in range(first, last):
+            done = step - place + 1  # tile columns of this row
+            if done % PANEL == 0 and done < self.columns:
+                panel, rest = slice(TILE * (done - PANEL), TILE * done), slice(TILE * done, None)
+                self.fed[:, place, :, rest] += self.errors[:, place, :, panel] @ self.upper[:, panel, rest]
+            done, column = place + 1, step - place
+            if self.left is not None and done % PANEL == 0 and done < self.depth:
+                panel, rest = slice(TILE * (done - PANEL), TILE * done), slice(TILE * done, None)
+                self.owing[:, :, column, rest] += self.left[:, :, rest, panel] @ self.owed[:, :, column, panel]
 
     def matrix(self, tiles: Tensor) -> Tensor:
         """[B, P, S, C, 16, 16] -> [B, M, K]."""
         whole = tiles.transpose(3, 4).reshape(len(tiles), -1, TILE * self.columns)
         return whole[:, : self.rows, : self.width]
+
+
+def _whole_panels(factor: Tensor) -> Tensor:
+    """[..., n, n] -> the same, filled up to a multiple of WIDTH."""
+    return F.pad(factor, (0, -factor.shape[-1] % WIDTH) * 2).contiguous()
+
+
+def _diagonal_panels(factor: Tensor) -> Tensor:
+    """A view of the diagonal blocks of [..., n, n]: [..., n / WIDTH, WIDTH, WIDTH]."""
+    count = factor.shape[-1] // WIDTH
+    cut = factor.unflatten(-1, (count, WIDTH)).unflatten(-3, (count, WIDTH))  # [..., count, WIDTH, count, WIDTH]
+    return cut.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def stack_factors(blocks: Sequence[Feedback]) -> Tensor:
