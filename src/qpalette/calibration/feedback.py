@@ -157,8 +157,9 @@ class _State:
 
 
 def _whole_panels(factor: Tensor) -> Tensor:
-    """[..., n, n] -> the same, filled up to a multiple of WIDTH."""
-    return F.pad(factor, (0, -factor.shape[-1] % WIDTH) * 2).contiguous()
+    """[..., n, n] -> the same, filled up to a multiple of WIDTH; what is whole already is not copied."""
+    missing = -factor.shape[-1] % WIDTH
+    return (F.pad(factor, (0, missing) * 2) if missing else factor).contiguous()
 
 
 def _diagonal_panels(factor: Tensor) -> Tensor:

@@ -26,16 +26,21 @@ def encode_linears(jobs: Sequence[Job], members: Sequence[Prepared], device: tor
     backend = select("encode", spec, device)
     for member in members:
         check_scales(member.name, member.rms)
-    lefts = [member.left for member in members]
+    lefts = [left for member in members if (left := member.left) is not None]
     codes, decoded = encode_with_feedback(
-        torch.stack([member.unit for member in members]),
-        torch.stack([member.inputs.upper for member in members]),
+        _stacked([member.unit for member in members]),
+        _stacked([member.inputs.upper for member in members]),
         partial(encode_tiles, backend, spec),
         partial(backend.decode, spec),
-        torch.stack([left for left in lefts if left is not None]) if members[0].outputs else None,
+        _stacked(lefts) if lefts else None,
     )
     together = zip(jobs, members, codes, decoded, strict=True)
     return [_finish(job, member, words, values) for job, member, words, values in together]
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """One is not copied: alone, it may be as large as there is room for."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _finish(job: Job, member: Prepared, codes: Tensor, decoded: Tensor) -> EncodedLinear:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK_WEIGHTS = 1 << 21  # encoded at a time, in whole tile rows: enough to fill a GPU, and it bounds the temporaries
 BATCH_BYTES = 1 << 28  # of temporaries while calibrated linears are rounded together on a CPU; one may take more
-GPU_SHARE = 5  # on a GPU a fifth of its memory: a step sees a few tiles of each linear, and must fill it
+GPU_SHARE = 3  # on a GPU a third of its memory: a step sees a few tiles of each linear, and must fill it
 
 
 def working_bytes(weights: int, rate: Fraction) -> int:
