@@ -1,0 +1,118 @@
+"""Steps compiled beside the generation, never in its way."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from qpalette.generation.cache import cache_bytes, new_cache
+from qpalette.generation.step import Inputs, Reduced, Step, compile_options, reduced
+
+MODES = ("never", "background", "now")
+SWITCH_SECONDS = 1e-4  # how long a compiling thread may hold Python while tokens wait; the default is 50 times as much
+SPARE = 1 << 30  # bytes of a device that are left alone: workspaces, the prompt of the next request
+
+logger = logging.getLogger(__name__)
+
+
+def compiled(function: Callable[..., torch.Tensor]) -> Reduced:
+    """Compiled at the first call; lengths and batch sizes stay symbols, so that few calls compile it again."""
+    return torch.compile(function, fullgraph=True, dynamic=True, options=compile_options())  # type: ignore[no-any-return]
+
+
+class Compiler:
+    """Compiles steps of one model, one at a time, on a cache of their own; a failure is told once, and ends it."""
+
+    def __init__(self, model: Any, mode: str) -> None:
+        self.model, self.mode = model, mode
+        self.thread: threading.Thread | None = None
+        self.failed = False
+        self.functions: dict[Any, Reduced] = {}  # by what the choice is
+        # What torch.compile is set to is known in the context it was set in: that of whoever loaded the model.
+        self.context = contextvars.copy_context()
+
+    @property
+    def busy(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def wants(self, step: Step) -> bool:
+        return self.mode != "never" and not (self.failed or step.is_compiled or step.compiled is not None)
+
+    def start(self, step: Step) -> None:
+        """Compile in a thread, unless one is at work already."""
+        if not self.busy:
+            name = "compile a step of generation"
+            self.thread = threading.Thread(target=self.work, args=(step,), name=name, daemon=True)
+            self.thread.start()
+
+    def work(self, step: Step) -> None:
+        """Compile here. The step takes the function up at its next token."""
+        try:
+            with _short_turns(), torch.no_grad():
+                step.compiled = self.context.copy().run(self._compile, step)
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Told once; steps stay as they are."""
+        if not self.failed:
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("a step cannot be compiled and runs without (%s: %s)", type(error).__name__, reason)
+        self.failed = True
+
+    def wait(self) -> None:
+        """Until nothing is being compiled."""
+        if self.thread is not None:
+            self.thread.join()
+
+    def _compile(self, step: Step) -> Reduced:
+        choice = step.choice
+        function = self.functions.setdefault(choice.key, compiled(partial(reduced, self.model, choice)))
+        scratch = _like(step.inputs, self.model.config)
+        with _own_stream(step.inputs.token.device):
+            for _ in range(2):  # a second run compiles what the first one's guards did not foresee
+                choice.finish(function(scratch))
+        return function
+
+
+def _like(inputs: Inputs, config: Any) -> Inputs:
+    """The same shapes in memory of its own. Raises MemoryError where there is none."""
+    device, needed = inputs.token.device, cache_bytes(inputs.cache) + SPARE
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < needed:
+        raise MemoryError(f"{device} has no {needed >> 20} MiB free for it")
+    cache = new_cache(config, inputs.cache.layers[0].max_cache_len, inputs.cache)  # type: ignore[attr-defined]
+    offset = None if inputs.offset is None else torch.zeros_like(inputs.offset)
+    mask = None if inputs.mask is None else torch.ones_like(inputs.mask)
+    return Inputs(torch.zeros_like(inputs.token), cache, offset, mask)
+
+
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """What runs here does not wait for the generation, nor the generation for it."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
