@@ -21,6 +21,9 @@ class Layer(StaticLayer):
     was compiled with one cache serves the next.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Memory for `max_cache_len` tokens like these: keys and values [batch, heads, tokens, width]."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -50,40 +53,48 @@ def holds(config: Any) -> bool:
     return kinds <= {StaticLayer, StaticSlidingWindowLayer}
 
 
-def new_cache(config: Any, length: int, like: StaticCache | None = None) -> StaticCache:
-    """Empty. It takes its memory at the first tokens, or at once where `like` tells their shapes."""
-    cache = StaticCache(config=config, max_cache_len=length)
-    cache.layers = [Layer(length) for _ in cache.layers]
-    if like is not None:
-        for layer, other in zip(cache.layers, like.layers, strict=True):
-            layer.lazy_initialization(other.keys, other.values)
-    return cache
+class TokenCache(StaticCache):
+    """`length` tokens of a model that `holds` says yes to. It takes its memory at the first tokens, or at once where
+    `like` tells their shapes."""
 
+    layers: list[Layer]  # type: ignore[assignment]  # transformers allows more
 
-def set_length(cache: StaticCache, tokens: int) -> None:
-    """The first `tokens` count; what follows is written over."""
-    for layer in cache.layers:
-        layer.cumulative_length.fill_(tokens)
+    def __init__(self, config: Any, length: int, like: TokenCache | None = None) -> None:
+        super().__init__(config=config, max_cache_len=length)
+        self.config, self.length = config, length
+        self.layers = [Layer(length) for _ in self.layers]
+        if like is not None:
+            self._take_memory(like)
 
+    @property
+    def bytes(self) -> int:
+        """Of keys and values; 0 before the first tokens."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._with_memory)
 
-def clear(cache: StaticCache, start: int, end: int) -> None:
-    """Zeros from token `start` to `end`: a value that is not finite would spoil sums even where it is masked."""
-    for layer in cache.layers:
-        if layer.is_initialized:
+    def set_length(self, tokens: int) -> None:
+        """The first `tokens` count; what follows is written over."""
+        for layer in self.layers:
+            layer.cumulative_length.fill_(tokens)
+
+    def clear(self, start: int, end: int) -> None:
+        """Zeros from token `start` to `end`: a value that is not finite would spoil sums even where it is masked."""
+        for layer in self._with_memory:
             layer.keys[:, :, start:end].zero_()
             layer.values[:, :, start:end].zero_()
 
+    def copy(self, other: TokenCache, tokens: int) -> None:
+        """The first `tokens` of the other, which become the length."""
+        if not self._with_memory:
+            self._take_memory(other)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.keys[:, :, :tokens].copy_(theirs.keys[:, :, :tokens])
+            mine.values[:, :, :tokens].copy_(theirs.values[:, :, :tokens])
+        self.set_length(tokens)
 
-def copy_tokens(source: StaticCache, target: StaticCache, tokens: int) -> None:
-    """The first `tokens` of `source` into `target`, whose length they become."""
-    for old, new in zip(source.layers, target.layers, strict=True):
-        if not new.is_initialized:
-            new.lazy_initialization(old.keys, old.values)
-        new.keys[:, :, :tokens].copy_(old.keys[:, :, :tokens])
-        new.values[:, :, :tokens].copy_(old.values[:, :, :tokens])
-    set_length(target, tokens)
+    @property
+    def _with_memory(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.is_initialized]
 
-
-def cache_bytes(cache: StaticCache) -> int:
-    """Of keys and values; 0 before the first tokens."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+    def _take_memory(self, like: TokenCache) -> None:
+        for layer, other in zip(self.layers, like.layers, strict=True):
+            layer.lazy_initialization(other.keys, other.values)

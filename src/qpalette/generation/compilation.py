@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from qpalette.generation.cache import cache_bytes, new_cache
+from qpalette.core.errors import InputError
+from qpalette.generation.cache import TokenCache
 from qpalette.generation.step import Inputs, Reduced, Step, compile_options, reduced
 
 MODES = ("never", "background", "now")
@@ -23,9 +24,15 @@ SPARE = 1 << 30  # bytes of a device that are left alone: workspaces, the prompt
 logger = logging.getLogger(__name__)
 
 
+def check_mode(mode: str) -> None:
+    """Raises InputError for what is none of MODES."""
+    if mode not in MODES:
+        raise InputError(f"'{mode}' is no way to compile: choose {', '.join(MODES)}")
+
+
 def compiled(function: Callable[..., torch.Tensor]) -> Reduced:
     """Compiled at the first call; lengths and batch sizes stay symbols, so that few calls compile it again."""
-    return torch.compile(function, fullgraph=True, dynamic=True, options=compile_options())  # type: ignore[no-any-return]
+    return torch.compile(function, fullgraph=True, dynamic=True, options=compile_options())
 
 
 class Compiler:
@@ -76,19 +83,19 @@ class Compiler:
     def _compile(self, step: Step) -> Reduced:
         choice = step.choice
         function = self.functions.setdefault(choice.key, compiled(partial(reduced, self.model, choice)))
-        scratch = _like(step.inputs, self.model.config)
+        scratch = _like(step.inputs)
         with _own_stream(step.inputs.token.device):
             for _ in range(2):  # a second run compiles what the first one's guards did not foresee
                 choice.finish(function(scratch))
         return function
 
 
-def _like(inputs: Inputs, config: Any) -> Inputs:
+def _like(inputs: Inputs) -> Inputs:
     """The same shapes in memory of its own. Raises MemoryError where there is none."""
-    device, needed = inputs.token.device, cache_bytes(inputs.cache) + SPARE
+    device, needed = inputs.token.device, inputs.cache.bytes + SPARE
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < needed:
         raise MemoryError(f"{device} has no {needed >> 20} MiB free for it")
-    cache = new_cache(config, inputs.cache.layers[0].max_cache_len, inputs.cache)  # type: ignore[attr-defined]
+    cache = TokenCache(inputs.cache.config, inputs.cache.length, inputs.cache)
     offset = None if inputs.offset is None else torch.zeros_like(inputs.offset)
     mask = None if inputs.mask is None else torch.ones_like(inputs.mask)
     return Inputs(torch.zeros_like(inputs.token), cache, offset, mask)

@@ -14,11 +14,10 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from qpalette.core.errors import InputError
 from qpalette.generation.cache import holds
-from qpalette.generation.compilation import MODES, Compiler
+from qpalette.generation.compilation import Compiler, check_mode
 from qpalette.generation.loop import Loop
-from qpalette.generation.request import NotOurs, Request, request_of
+from qpalette.generation.request import NotOurs, request_of
 from qpalette.generation.step import Capture, capture_graph
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
 
@@ -35,8 +34,7 @@ def fast(model: Any, compile: str = "never") -> Any:
 
     Raises InputError for another `compile`.
     """
-    if compile not in MODES:
-        raise InputError(f"'{compile}' is no way to compile: choose {', '.join(MODES)}")
+    check_mode(compile)
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if {device.type for device in devices} != {"cuda"} or len(devices) > 1 or not _can_serve(model):
         return model
@@ -50,7 +48,7 @@ def fast(model: Any, compile: str = "never") -> Any:
 def attach(model: Any, compile: str, capture: Capture | None) -> Generate:
     """Put the loop behind `model.generate`, on any device; `capture` None runs every step eagerly."""
     model.generate = Generate(model, compile, capture)
-    return model.generate  # type: ignore[no-any-return]
+    return model.generate
 
 
 def _can_serve(model: Any) -> bool:
@@ -63,21 +61,21 @@ class Generate:
     def __init__(self, model: Any, compile: str, capture: Capture | None) -> None:
         self.model, self.compile, self.capture = model, compile, capture
         self.plain = type(model).generate.__get__(model)  # transformers' own
-        self.loop = Loop(model, Compiler(model, compile), capture)
         self.lock, self.running = threading.RLock(), False
-        self.stamp = _stamp(model)
+        self.loop: Loop | None = None  # made for what the stamp says of the model
+        self.stamp: Hashable = None
         functools.update_wrapper(self, self.plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.GenerationMixin.generate`, whose arguments and results these are."""
         try:
             given = self._arguments(args, kwargs)
-            decode = partial(self._decode, given.pop("streamer", None))
+            streamer = given.pop("streamer", None)
             with self.lock:
-                self._check()
+                loop = self._current_loop()
                 self.running = True
                 try:
-                    return self.plain(**given, custom_generate=decode)
+                    return self.plain(**given, custom_generate=partial(_decode, loop, streamer))
                 finally:
                     self.running = False
         except NotOurs:
@@ -86,9 +84,15 @@ class Generate:
     def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
         return Generate(copy.deepcopy(self.model, memo), self.compile, self.capture)
 
+    @property
+    def warm_since(self) -> float | None:
+        """time.perf_counter() of the latest capture; None before the first."""
+        return None if self.loop is None else self.loop.warm_since
+
     def wait(self) -> None:
         """Until nothing is being compiled; the next request takes it up."""
-        self.loop.compiler.wait()
+        if self.loop is not None:
+            self.loop.compiler.wait()
 
     def _arguments(self, args: Any, kwargs: Any) -> dict[str, Any]:
         """By name. Raises NotOurs for what transformers does not hand on to a decoding loop."""
@@ -115,38 +119,39 @@ class Generate:
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
         return given | {"stopping_criteria": criteria}
 
-    def _check(self) -> None:
+    def _current_loop(self) -> Loop:
         """Raises NotOurs for a model in a state that a captured step would not know of, or within its own request."""
         model = self.model
         if self.running or model.training or getattr(model, "peft_config", None):
             raise NotOurs
         if model.config.get_text_config()._attn_implementation not in ATTENTION:
             raise NotOurs
-        if (stamp := _stamp(model)) != self.stamp:
+        if (stamp := _stamp(model)) != self.stamp or self.loop is None:
             self.stamp = stamp
             self.loop = Loop(model, Compiler(model, self.compile), self.capture)
+        return self.loop
 
-    def _decode(
-        self,
-        streamer: Any,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **inputs: Any,
-    ) -> torch.Tensor:
-        """What transformers calls for its decoding loop, but for the streamer, which it does not hand on."""
-        device = model.device
-        # In inference mode tensors would have no version, by which launches are joined, and a cache made there could
-        # not be written to elsewhere.
-        with torch.inference_mode(False), torch.no_grad(), _on(device):
-            request: Request = request_of(
-                input_ids, logits_processor, stopping_criteria, generation_config, streamer, device, inputs
-            )
-            if streamer is not None:
-                streamer.put(input_ids.cpu())
-            return self.loop.run(request).to(input_ids.device, copy=True)
+
+def _decode(
+    loop: Loop,
+    streamer: Any,
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **inputs: Any,
+) -> torch.Tensor:
+    """What transformers calls for its decoding loop; the streamer it does not hand on."""
+    device = model.device
+    # In inference mode tensors would have no version, by which launches are joined, and a cache made there could not
+    # be written to elsewhere.
+    with torch.inference_mode(False), torch.no_grad(), _on(device):
+        prepared = (input_ids, logits_processor, stopping_criteria, generation_config)
+        request = request_of(*prepared, streamer, device, inputs)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        return loop.run(request).to(input_ids.device, copy=True)
 
 
 def _on(device: torch.device) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qpalette.generation.cache import bucket, set_length
+from qpalette.generation.cache import bucket
 from qpalette.generation.compilation import Compiler
 from qpalette.generation.reader import Reader
 from qpalette.generation.request import Request
@@ -67,7 +67,7 @@ class Loop:
             if not step.is_compiled:
                 raise
             self._without_compilation(step, error)
-            set_length(session.inputs.cache, session.used)  # some layers may have taken the token
+            session.inputs.cache.set_length(session.used)  # some layers may have taken the token
             step.run()
         step.warm += 1
 
@@ -175,7 +175,7 @@ class _Running:
 
     def _send(self) -> None:
         token = self.step.inputs.token
-        if not self.step.choice.inside:
+        if self.step.logits is not None:
             known = self.ids[:, : self.length].to(token.device)
             token.copy_(self.step.choice.outside(known, self.step.logits))
         self.reader.send(token)

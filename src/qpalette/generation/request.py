@@ -43,7 +43,7 @@ class Request:
     @property
     def ids(self) -> torch.Tensor:
         """int64 [batch, tokens]."""
-        return self.prompt["input_ids"]  # type: ignore[no-any-return]
+        return self.prompt["input_ids"]
 
     @property
     def masked(self) -> bool:
@@ -73,12 +73,12 @@ def request_of(
         and given.get("use_cache") is True
         and type(given.get("past_key_values")) is DynamicCache
         and not getattr(given["past_key_values"], "_is_user_defined", False)
-        and criteria.max_length is not None
         and ids.shape[1] > 0
         and (mask is None or mask.shape == ids.shape)
         and (positions is None or (positions.ndim == 2 and positions.shape[1] == ids.shape[1]))
     )
-    if not fits:
+    limit = criteria.max_length
+    if limit is None or not fits:
         raise NotOurs
     prompt = {"input_ids": ids.to(device)}
     if mask is not None and not bool((mask == 1).all()):
@@ -92,7 +92,7 @@ def request_of(
         prompt,
         choice_of(bool(config.do_sample), processors),
         stops,
-        limit=int(criteria.max_length),
+        limit=limit,
         pad=int(pad) if stops.pads and pad is not None else None,
         continues=len(ids) == 1 and "attention_mask" not in prompt and _counts(positions),
         streamer=streamer,
@@ -105,7 +105,7 @@ def _counts(positions: torch.Tensor | None) -> bool:
 
 
 class Stops:
-    """When a sequence ends. Its last token and its length are looked at here; other criteria are asked, with the ids."""
+    """When a sequence ends. Its last token and its length are looked at here; other criteria are asked."""
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         ends = [criterion for criterion in criteria if type(criterion) is EosTokenCriteria]

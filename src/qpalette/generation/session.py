@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qpalette.generation.cache import clear, copy_tokens, new_cache, set_length
+from qpalette.generation.cache import TokenCache
 from qpalette.generation.choice import Choice
 from qpalette.generation.step import Inputs, Step
 
@@ -26,7 +26,7 @@ class Session:
         self.model, self.batch, self.length, self.masked = model, batch, length, masked
         self.inputs = Inputs(
             token=torch.zeros(batch, 1, dtype=torch.int64, device=device),
-            cache=new_cache(model.config, length),
+            cache=TokenCache(model.config, length),
             offset=torch.zeros(batch, 1, dtype=torch.int64, device=device) if positions else None,
             mask=torch.ones(batch, length, dtype=torch.int64, device=device) if masked else None,
         )
@@ -54,8 +54,8 @@ class Session:
         """The first `tokens` stay."""
         used = self.used
         self.forget()  # until it is done
-        clear(self.inputs.cache, tokens, used)
-        set_length(self.inputs.cache, tokens)
+        self.inputs.cache.clear(tokens, used)
+        self.inputs.cache.set_length(tokens)
         self.used = tokens
 
     def take(self, prompt: dict[str, Any], kept: int) -> torch.Tensor:
@@ -65,20 +65,19 @@ class Session:
         """
         self.rewind(kept)
         tokens = prompt["input_ids"].shape[1]
-        mask, positions = prompt.get("attention_mask"), prompt.get("position_ids")
         if self.inputs.mask is not None:
-            self.inputs.mask.fill_(1)[:, :tokens].copy_(mask)
+            self.inputs.mask.fill_(1)[:, :tokens].copy_(prompt["attention_mask"])
         if self.inputs.offset is not None:
-            self.inputs.offset.copy_(tokens - 1 - positions[:, -1:])
+            self.inputs.offset.copy_(tokens - 1 - prompt["position_ids"][:, -1:])
         rest = {name: prompt[name][:, kept:] for name in ("input_ids", "position_ids") if name in prompt}
         output = self.model(**(prompt | rest), past_key_values=self.inputs.cache, use_cache=True, return_dict=True)
         self.used = tokens
-        return output.logits[:, -1]  # type: ignore[no-any-return]
+        return output.logits[:, -1]
 
     def move(self, other: Session, tokens: int) -> None:
         """Take over the first `tokens` of the other's cache, and where it stands."""
         self.rewind(0)
-        copy_tokens(other.inputs.cache, self.inputs.cache, tokens)
+        self.inputs.cache.copy(other.inputs.cache, tokens)
         self.used = tokens
         self.inputs.token.copy_(other.inputs.token)
         for mine, theirs in ((self.inputs.offset, other.inputs.offset), (self.inputs.mask, other.inputs.mask)):

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import StaticCache
 
+from qpalette.generation.cache import TokenCache
 from qpalette.generation.choice import Choice
 
 CAPTURE_WARMUP = 3  # runs ahead of a capture, as torch's documentation of CUDA graphs asks for
@@ -46,7 +46,7 @@ class Inputs:
     """Memory that a step reads and writes, the same at every step."""
 
     token: torch.Tensor  # int64 [batch, 1]
-    cache: StaticCache
+    cache: TokenCache
     offset: torch.Tensor | None  # int64 [batch, 1]: a token's place in the cache less its position; None: no positions
     mask: torch.Tensor | None  # int64 [batch, length of the cache]: 0 where a prompt is padded; None: nowhere
 
@@ -58,7 +58,7 @@ class Inputs:
         if self.mask is not None:
             given["attention_mask"] = self.mask
         output = model(input_ids=self.token, past_key_values=self.cache, use_cache=True, return_dict=True, **given)
-        return output.logits[:, -1]  # type: ignore[no-any-return]
+        return output.logits[:, -1]
 
 
 Reduced = Callable[[Inputs], torch.Tensor]
@@ -80,7 +80,7 @@ class Step:
     def __init__(self, model: Any, choice: Choice, inputs: Inputs) -> None:
         self.choice, self.inputs = choice, inputs
         self.eager: Reduced = partial(reduced, model, choice)
-        self.function = self.eager
+        self.function: Reduced = self.eager
         self.warm = 0  # runs with this function
         self.graph: Any = None
         self.compiled: Reduced | None = None  # waits for the next step
