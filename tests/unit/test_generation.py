@@ -282,6 +282,20 @@ def test_criteria_and_processors_of_the_user(capture):
     assert mine.lengths == wanted.lengths
 
 
+def test_each_request_is_chosen_by_its_own_processors(capture):
+    """Though they share a step, whose logits they read; and so do more temperatures than steps are captured for."""
+    fresh, model = build(), build()
+    attach(model, "never", capture)
+    sampled = [{"do_sample": True, "top_k": 0, "temperature": 0.5 + number} for number in range(6)]
+    for options in [*({"repetition_penalty": 1.1 + number} for number in range(3)), *sampled, *sampled]:
+        torch.manual_seed(2)
+        wanted = fresh.generate(prompt(1, 12), **GREEDY | options)
+        torch.manual_seed(2)
+        assert torch.equal(model.generate(prompt(1, 12), **GREEDY | options), wanted)
+    (session,) = sessions_of(model)
+    assert len(session.steps) == CHOICES
+
+
 # --- sessions ----------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +416,24 @@ def test_a_cache_that_went_bad_does_not_spoil_the_next_request(capture):
             layer.values[:, :, : session.used] = torch.nan
         session.held = None
     assert torch.equal(model.generate(prompt(1, 20), **GREEDY), wanted)
+
+
+def test_without_memory_the_other_sessions_go_first(monkeypatch, capture):
+    fresh, model = build(), build()
+    attach(model, "never", capture)
+    for batch in (1, 2, 3):
+        model.generate(prompt(batch, 20), **GREEDY)
+    take, asked = Session.take, []
+
+    def short(session, given, kept):
+        asked.append(kept)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return take(session, given, kept)
+
+    monkeypatch.setattr(Session, "take", short)
+    assert torch.equal(model.generate(prompt(1, 25), **GREEDY), fresh.generate(prompt(1, 25), **GREEDY))
+    assert (len(asked), len(sessions_of(model))) == (2, 1)
 
 
 def test_threads_take_turns(capture):
@@ -616,6 +648,30 @@ def test_a_compilation_that_fails_is_told_once(where, monkeypatch, caplog):
         generate.wait()
     told = [record.getMessage() for record in caplog.records if "compiled" in record.message]
     assert told == ["a step cannot be compiled and runs without (RuntimeError: no such kernel)"]
+
+
+def test_a_process_that_ends_stops_compiling(monkeypatch):
+    """Python's own end would meet the thread in the compiler's C++ code, and abort."""
+    started = threading.Event()
+
+    def compiled(step):
+        def function(inputs):
+            started.set()
+            while True:
+                started.wait(0.01)
+
+        return function
+
+    monkeypatch.setattr(compilation, "compiled", compiled)
+    model = build()
+    generate = attach(model, "background", Replay)
+    wanted = build().generate(prompt(1, 20), **GREEDY)
+    assert torch.equal(model.generate(prompt(1, 20), **GREEDY), wanted), "nobody waits for a compilation"
+    assert started.wait(60)
+    assert generate.loop.compiler.busy
+    compilation._stop()
+    assert not generate.loop.compiler.busy
+    assert torch.equal(model.generate(prompt(1, 20), **GREEDY), wanted)
 
 
 # --- choosing a token --------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextvars
+import ctypes
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -19,9 +22,11 @@ from qpalette.generation.step import Inputs, Reduced, Step, compile_options, red
 
 MODES = ("never", "background", "now")
 SWITCH_SECONDS = 1e-4  # how long a compiling thread may hold Python while tokens wait; the default is 50 times as much
+LEAVE_SECONDS = 10  # for a thread to leave what it compiles, when the process ends
 SPARE = 1 << 30  # bytes of a device that are left alone: workspaces, the prompt of the next request
 
 logger = logging.getLogger(__name__)
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def check_mode(mode: str) -> None:
@@ -57,7 +62,8 @@ class Compiler:
         """Compile in a thread, unless one is at work already."""
         if not self.busy:
             name = "compile a step of generation"
-            self.thread = threading.Thread(target=self.work, args=(step,), name=name, daemon=True)
+            self.thread = threading.Thread(target=self._work_beside, args=(step,), name=name, daemon=True)
+            _threads.add(self.thread)
             self.thread.start()
 
     def work(self, step: Step) -> None:
@@ -67,6 +73,10 @@ class Compiler:
                 step.compiled = self.context.copy().run(self._compile, step)
         except Exception as error:
             self.fail(error)
+
+    def _work_beside(self, step: Step) -> None:
+        with suppress(SystemExit):  # `_stop`
+            self.work(step)
 
     def fail(self, error: Exception) -> None:
         """Told once; steps stay as they are."""
@@ -123,3 +133,11 @@ def _short_turns() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(before)
+
+
+@atexit.register
+def _stop() -> None:
+    """A thread that compiles while the interpreter is taken down would end the process by a signal."""
+    for thread in [thread for thread in _threads if thread.is_alive()]:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        thread.join(LEAVE_SECONDS)

@@ -139,15 +139,19 @@ class _Running:
             kept = held if 2 * held >= self.length else 0
             if source is not None and source is not self.session and kept:
                 self.session.move(source, kept)
-        try:
-            logits = self.session.take(self.request.prompt, kept)
-        except torch.OutOfMemoryError:  # other requests' caches are worth less than this one's
-            sessions.clear()
-            self._enter(self.loop.session_for(self.request, self.length))
-            torch.cuda.empty_cache()
-            logits = self.session.take(self.request.prompt, 0)
+        logits = self._take_prompt(kept)
         self._compile_now()
         return logits
+
+    def _take_prompt(self, kept: int) -> torch.Tensor:
+        try:
+            return self.session.take(self.request.prompt, kept)
+        except torch.OutOfMemoryError:
+            pass  # the other sessions' caches are worth less than this request; what failed is free after this block
+        self.loop.sessions.clear()
+        self._enter(self.loop.session_for(self.request, self.length))
+        torch.cuda.empty_cache()
+        return self.session.take(self.request.prompt, 0)
 
     def _choose(self, logits: torch.Tensor) -> None:
         """The first token."""
@@ -177,7 +181,7 @@ class _Running:
         token = self.step.inputs.token
         if self.step.logits is not None:
             known = self.ids[:, : self.length].to(token.device)
-            token.copy_(self.step.choice.outside(known, self.step.logits))
+            token.copy_(self.request.choice.outside(known, self.step.logits))
         self.reader.send(token)
 
     def _take(self) -> None:
