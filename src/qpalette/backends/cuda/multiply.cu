@@ -153,9 +153,9 @@ __device__ void multiply_segment(const Problem &problem, const Segment &segment)
             factor = i < THREADS ? first_factor : half_to_float(segment.scales[r]) * problem.x_scales[column];
         else
             factor = half_to_float(i < THREADS ? first_scale : segment.scales[r]);
-        const size_t place = (size_t)column * segment.y_stride + r;
-        if constexpr (LOADS_AHEAD<D>) store(segment.y, place, problem.out_type, sums[i] * unit_of_sums * factor);
-        else store(segment.y, place, problem.out_type, sums[i] * unit_of_sums * problem.x_scales[column] * factor);
+        const size_t place = (size_t)column * problem.y_stride + segment.out_offset + r;
+        if constexpr (LOADS_AHEAD<D>) store(problem.y, place, problem.out_type, sums[i] * unit_of_sums * factor);
+        else store(problem.y, place, problem.out_type, sums[i] * unit_of_sums * problem.x_scales[column] * factor);
     }
 }
 

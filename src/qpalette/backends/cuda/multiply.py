@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import ceil, log2, sqrt
 from pathlib import Path
 
@@ -64,24 +65,25 @@ def source_for(decoders: Sequence[DecoderSpec]) -> str:
 
 
 class ProductLaunch:
-    """y = W' x' of at most MOST_SEGMENTS matrices in the chunk layout, for one number of tokens and one type of y."""
+    """y = W' x' of at most MOST_SEGMENTS matrices in the chunk layout, for one number of tokens and one type of y: side
+    by side from column `first` on, in rows of `width`."""
 
-    def __init__(self, members: Sequence[PackedLinear], tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, members: Sequence[PackedLinear], tokens: int, dtype: torch.dtype, first: int, width: int
+    ) -> None:
         limits, batch = device_limits(members[0].codes.device.index or 0), batch_columns(tokens)
         macros = tuple(kernel_macros(limits, batch).items())
+        offsets = list(accumulate((member.out_features for member in members), initial=first))
         rows = [all_rows(member) for member in members]
-        segments = prepare_segments(rows, SOURCE, "multiply", macros, most_rows(limits, batch))
+        segments = prepare_segments(rows, offsets, SOURCE, "multiply", macros, most_rows(limits, batch))
         self._problem = problem = segments.problem
-        problem.batch, problem.out_type = tokens, TYPES[dtype]
+        problem.batch, problem.out_type, problem.y_stride = tokens, TYPES[dtype], width
         problem.fixed_point = fixed_point(members[0].in_features)
-        self._segments = [problem.segments[i] for i in range(len(members))]
         room = limits.table_bytes + max(segments.grid.rows_per_block) * _sum_bytes(batch)
         self._launch = KernelLaunch(segments.kernel, segments.blocks, THREADS, room, [problem], limits.overlap)
 
-    def start(self, x: int, x_scales: int, outputs: Sequence[tuple[int, int]], stream: int) -> None:
-        """x' and its divisors as `rotate` leaves them, and for each matrix where y goes: an address, and elements from
-        one token to the next."""
-        self._problem.x, self._problem.x_scales = x, x_scales
-        for segment, (y, y_stride) in zip(self._segments, outputs, strict=True):
-            segment.y, segment.y_stride = y, y_stride
+    def start(self, x: int, x_scales: int, y: int, stream: int) -> None:
+        """Addresses of x' and its divisors, as `rotate` leaves them, and of the results."""
+        problem = self._problem
+        problem.x, problem.x_scales, problem.y = x, x_scales, y
         self._launch.start(stream)

@@ -6,11 +6,10 @@ struct Segment {
     const u8 *codes;     // [row tiles][chunks][CHUNK_BYTES]
     const u32 *entries;  // the decoder's table
     const u16 *scales;   // [M] float16
-    void *y;             // [batch][y_stride]: products; or [M][y_stride]: the matrix, decoded
-    int y_stride;
     int row_tiles, rows;
     int rows_per_block;  // row tiles
     int first_block;     // that works on this segment
+    int out_offset;      // of its first output, in elements of y
     int decoder;         // its index in DECODERS
     u32 hash_unit;       // see Decoder::decode
 };
@@ -19,7 +18,8 @@ struct Problem {
     Segment segments[MOST_SEGMENTS];
     const u8 *x;            // of a product: [chunks][pairs of tiles][fragment][column][4 lanes][8 halves]
     const float *x_scales;  // [BATCH] what a column was divided by
-    int segment_count, chunks, batch;
+    void *y;                // [batch][y_stride], products; or [rows of all segments][y_stride], matrices
+    int segment_count, chunks, batch, y_stride;
     int out_type;       // see common.cuh
     float fixed_point;  // what a sum is multiplied by to become an integer: no sum can leave 32 bits, see multiply.py
 };

@@ -15,6 +15,7 @@ import torch
 from qpalette.backends.cuda.compiler import load_kernel
 from qpalette.backends.cuda.decoder import DecoderSpec, decoder_spec, entries, with_decoders
 from qpalette.backends.cuda.decoder_sets import DecoderSets
+from qpalette.core.records import TILE
 from qpalette.runtime import PackedLinear
 
 SOURCE = Path(__file__).with_name("segments.cuh").read_text()
@@ -30,12 +31,11 @@ class Segment(ctypes.Structure):
         ("codes", ctypes.c_void_p),
         ("entries", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("y_stride", ctypes.c_int),
         ("row_tiles", ctypes.c_int),
         ("rows", ctypes.c_int),
         ("rows_per_block", ctypes.c_int),
         ("first_block", ctypes.c_int),
+        ("out_offset", ctypes.c_int),
         ("decoder", ctypes.c_int),
         ("hash_unit", ctypes.c_uint32),
     )
@@ -48,9 +48,11 @@ class Problem(ctypes.Structure):
         ("segments", Segment * MOST_SEGMENTS),
         ("x", ctypes.c_void_p),
         ("x_scales", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
         ("segment_count", ctypes.c_int),
         ("chunks", ctypes.c_int),
         ("batch", ctypes.c_int),
+        ("y_stride", ctypes.c_int),
         ("out_type", ctypes.c_int),
         ("fixed_point", ctypes.c_float),
     )
@@ -62,6 +64,14 @@ class Rows(NamedTuple):
     packed: PackedLinear
     first: int
     tiles: int
+
+    @property
+    def first_row(self) -> int:
+        return TILE * self.first
+
+    @property
+    def rows(self) -> int:
+        return min(TILE * self.tiles, self.packed.out_features - self.first_row)
 
     @property
     def spec(self) -> DecoderSpec:
@@ -154,10 +164,15 @@ class Segments:
 
 
 def prepare_segments(
-    rows: Sequence[Rows], source: str, name: str, macros: tuple[tuple[str, int], ...], most_rows: int
+    rows: Sequence[Rows],
+    offsets: Sequence[int],
+    source: str,
+    name: str,
+    macros: tuple[tuple[str, int], ...],
+    most_rows: int,
 ) -> Segments:
-    """Of at most MOST_SEGMENTS matrices that read one input, for the kernel `name` of `source`; no block takes more
-    than `most_rows` row tiles."""
+    """Of at most MOST_SEGMENTS matrices that read one input, for the kernel `name` of `source`: where each writes, in
+    elements of y, and how many row tiles a block may take."""
     device = rows[0].packed.codes.device
     limits = device_limits(device.index or 0)
     specs = tuple(part.spec for part in rows)
@@ -171,11 +186,12 @@ def prepare_segments(
         problem.segments[i] = Segment(
             codes=packed.codes[part.first :].data_ptr(),
             entries=entries(packed.spec, device).data_ptr(),
-            scales=packed.scales[16 * part.first :].data_ptr(),
+            scales=packed.scales[part.first_row :].data_ptr(),
             row_tiles=part.tiles,
-            rows=min(16 * part.tiles, packed.out_features - 16 * part.first),
+            rows=part.rows,
             rows_per_block=grid.rows_per_block[i],
             first_block=first_block,
+            out_offset=offsets[i],
             decoder=indices[i],
             hash_unit=spec.hash_unit(limits.table_bytes),
         )

@@ -41,7 +41,7 @@ __device__ void unpack_segment(const Problem &problem, const Segment &segment) {
     const int row = (blockIdx.x - segment.first_block) * segment.rows_per_block;
     const int items = min(segment.rows_per_block, segment.row_tiles - row) * problem.chunks;
     const u8 *codes = segment.codes + (size_t)row * problem.chunks * D::CHUNK_BYTES;
-    const size_t stride = segment.y_stride / 8;
+    const size_t stride = problem.y_stride / 8;
     const bool bfloat16 = problem.out_type == 1;
     int item = threadIdx.x / 32;
     u32 words[D::WORDS];
@@ -52,7 +52,7 @@ __device__ void unpack_segment(const Problem &problem, const Segment &segment) {
         const int first = (row + item / problem.chunks) * 16 + lane / 4, second = first + 8;
         const u16 first_scale = first < segment.rows ? segment.scales[first] : 0;
         const u16 second_scale = second < segment.rows ? segment.scales[second] : 0;
-        uint4 *to = (uint4 *)segment.y + (size_t)first * stride + item % problem.chunks * (CHUNK * 2) + lane % 4;
+        uint4 *to = (uint4 *)((u16 *)problem.y + segment.out_offset) + (size_t)first * stride + item % problem.chunks * (CHUNK * 2) + lane % 4;
         const u8 *next = codes + (size_t)(item + WARPS) * D::CHUNK_BYTES;
         const u32 wanted = item + WARPS < items;
 #pragma unroll

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -54,20 +55,15 @@ class UnpackLaunch:
     def __init__(self, rows: Sequence[Rows], dtype: torch.dtype) -> None:
         limits = device_limits(rows[0].packed.codes.device.index or 0)
         macros = tuple(unpack_macros(limits).items())
-        tiles = max(part.tiles for part in rows)
-        segments = prepare_segments(rows, SOURCE, "unpack", macros, tiles)
-        self._segments = [segments.problem.segments[i] for i in range(len(rows))]
-        segments.problem.out_type = TYPES[dtype]
-        columns = segments.problem.chunks * CHUNK * TILE
-        self._bytes = [segment.rows * columns * dtype.itemsize for segment in self._segments]
-        for segment in self._segments:
-            segment.y_stride = columns
-        self._launch = KernelLaunch(segments.kernel, segments.blocks, THREADS, limits.table_bytes, [segments.problem])
+        columns = rows[0].packed.codes.shape[1] * CHUNK * TILE
+        offsets = [columns * height for height in accumulate((part.rows for part in rows), initial=0)]
+        segments = prepare_segments(rows, offsets, SOURCE, "unpack", macros, max(part.tiles for part in rows))
+        self._problem = segments.problem
+        self._problem.out_type, self._problem.y_stride = TYPES[dtype], columns
+        self._launch = KernelLaunch(segments.kernel, segments.blocks, THREADS, limits.table_bytes, [self._problem])
 
     def start(self, out: int, stream: int) -> None:
-        for segment, size in zip(self._segments, self._bytes, strict=True):
-            segment.y = out
-            out += size
+        self._problem.y = out
         self._launch.start(stream)
 
 
@@ -78,14 +74,6 @@ class Part:
     index: int
     source: Rows
     place: int
-
-    @property
-    def first_row(self) -> int:
-        return TILE * self.source.first
-
-    @property
-    def rows(self) -> int:
-        return min(TILE * self.source.tiles, self.source.packed.out_features - self.first_row)
 
 
 def cut_into_slabs(members: Sequence[PackedLinear], most_tiles: int) -> list[list[Part]]:
@@ -100,7 +88,7 @@ def cut_into_slabs(members: Sequence[PackedLinear], most_tiles: int) -> list[lis
             if count > left or len(slabs[-1]) == MOST_SEGMENTS:
                 slabs.append([])
                 left = most_tiles
-            place = slabs[-1][-1].place + slabs[-1][-1].rows if slabs[-1] else 0
+            place = slabs[-1][-1].place + slabs[-1][-1].source.rows if slabs[-1] else 0
             slabs[-1].append(Part(index, Rows(member, first, count), place))
             left -= count
     return slabs
