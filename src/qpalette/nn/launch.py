@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +15,13 @@ from qpalette.nn.quant_linear import QuantLinear
 from qpalette.runtime import PreparedLinears
 
 _WAITING = "_qpalette_waiting"  # attribute of an input: what it was multiplied by already
-_NOTHING: tuple[int, dict[int, torch.Tensor]] = (-1, {})
+
+
+class _Results(NamedTuple):
+    """Of one input, by member; `version` is the input's when it was multiplied."""
+
+    version: int
+    outputs: dict[int, torch.Tensor]
 
 
 class Launch:
@@ -35,18 +41,20 @@ class Launch:
 
     def output_of(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """What member `index` makes of x, its bias left out."""
-        if torch.compiler.is_compiling() or not _can_wait(x) or any(member.fitted for member in self.members):
+        if torch.compiler.is_compiling():
             return self.members[index].multiply(x, self.name)
-        waiting: dict[Launch, tuple[int, dict[int, torch.Tensor]]] = x.__dict__.setdefault(_WAITING, {})
-        version, outputs = waiting.get(self, _NOTHING)
-        result = outputs.pop(index, None) if version == x._version else None
-        if result is None:
-            outputs = dict(enumerate(self._together()(x)))
-            waiting[self] = (x._version, outputs)
-            result = outputs.pop(index)
-        if not outputs:
-            del waiting[self]
-        return result
+        waiting: dict[Launch, _Results] | None = x.__dict__.get(_WAITING)
+        if waiting is not None and (results := waiting.get(self)) is not None and results.version == x._version:
+            result = results.outputs.pop(index, None)
+            if not results.outputs:
+                del waiting[self]
+            if result is not None:
+                return result
+        if not _can_wait(x) or any(member.fitted for member in self.members):
+            return self.members[index].multiply(x, self.name)
+        outputs = dict(enumerate(self._together()(x)))
+        x.__dict__.setdefault(_WAITING, {})[self] = _Results(x._version, outputs)
+        return outputs.pop(index)
 
     def _together(self) -> PreparedLinears:
         prepared = self._prepared

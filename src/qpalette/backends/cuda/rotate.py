@@ -22,16 +22,20 @@ MOST_ROW_BITS = 9  # threads for a row of that
 MOST_THREADS = 512
 MOST_EACH = 8
 MOST_ORDER = 8192  # of A: a line of it takes 32 KB of shared memory, and all of it 256 MB
-MOST_FLOATS = 5632  # of A, and of its output, in a block's shared memory: 22 KB each, of 48
-MOST_FLOATS_OF_MANY = 16384  # of the output, where many tokens keep the device busy: a token is read once then
-ALIGNMENT = 16  # bytes, of what is loaded in vectors
+MOST_FLOATS = 5632  # of A, twice, and of its output, in a block's shared memory
 # Blocks of a token that is alone: as many as products often leave multiprocessors free (Llama-3.1-8B on an H100: 128 of
-# 132 are used). A few tokens keep more of them busy anyway, and are done sooner in smaller pieces; many need the least
-# work in all. Rotation and product of 4096 x 14336 in 4 and 14 blocks a token: 15.2 and 16.1 us for one token, 18.6 and
-# 16.7 for 8, 22.2 and 21.2 for 16.
+# 132 are used). A few tokens keep more of them busy anyway, and are done sooner in smaller pieces. Rotation and product
+# of 4096 x 14336 in 4 and 14 blocks a token: 15.2 and 16.1 us for one token, 18.6 and 16.7 for 8, 22.2 and 21.2 for 16.
 FEW_BLOCKS = 4
 BLOCKS_OF_A_FEW_TOKENS = 16
-A_FEW_TOKENS = range(2, 17)
+MOST_OF_A_FEW_TOKENS = 16
+# Many tokens. 1024 of 14336 inputs on an H100: 55.5 us with 28 rows of two values for each of 256 threads, 60.4 with 14
+# of four, 89 with 7 of one for 512 threads; of 11008 (a dense factor of 43): 85 us with 43 rows, 211 with one.
+MOST_SUMS = 56  # of a thread: rows times values
+MOST_LOG_VALUES = 2
+LEAST_THREADS = 64
+MOST_FLOATS_OF_MANY = 15360
+ALIGNMENT = 16  # bytes, of what is loaded in vectors
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -97,20 +101,34 @@ class Cut:
 
 
 def cut_of(order: int, log_h: int, inputs: int, tokens: int) -> Cut:
-    """The fewest rows per thread that leave few blocks, or as few blocks as can be."""
-    many = tokens > A_FEW_TOKENS.stop - 1
-    few = 1 if many else BLOCKS_OF_A_FEW_TOKENS if tokens in A_FEW_TOKENS else FEW_BLOCKS
-    most_floats = MOST_FLOATS_OF_MANY if many else MOST_FLOATS
-    log_values = max(0, log_h - MOST_ROW_BITS)
+    """For a few tokens the fewest rows per thread that leave few blocks, or as few blocks as can be. For many, which
+    keep the device busy anyway, the most rows per thread, for each of which it would read the token again, and then the
+    most values, as a factor that is loaded from shared memory serves them all."""
+    if tokens > MOST_OF_A_FEW_TOKENS:
+        cuts = [
+            cut
+            for log_values in range(max(0, log_h - MOST_ROW_BITS), min(log_h, MOST_LOG_VALUES) + 1)
+            for cut in _cuts(order, log_h, inputs, log_values, MOST_SUMS >> log_values, MOST_FLOATS_OF_MANY)
+        ]
+        enough = [cut for cut in cuts if cut.lines << log_h >> cut.log_values >= LEAST_THREADS] or cuts
+        return max(enough, key=lambda cut: (cut.each, cut.log_values, -cut.blocks))
+    few = FEW_BLOCKS if tokens == 1 else BLOCKS_OF_A_FEW_TOKENS
+    cuts = _cuts(order, log_h, inputs, max(0, log_h - MOST_ROW_BITS), MOST_EACH, MOST_FLOATS)
+    return min(cuts, key=lambda cut: (max(cut.blocks, few), cut.each))
+
+
+def _cuts(order: int, log_h: int, inputs: int, log_values: int, most_each: int, most_floats: int) -> list[Cut]:
+    """With as many lines as a block has threads and shared memory for."""
     rows, row_threads = inputs >> log_h, 1 << log_h >> log_values
     cuts = []
-    for each in range(1, MOST_EACH + 1):
-        if order % each or (each > 1 and (order * 2 * each > MOST_FLOATS or each << log_h > most_floats)):
+    for each in range(1, most_each + 1):
+        factors = order * 2 * each
+        if order % each or (each > 1 and max(factors, each << log_h) > most_floats):
             continue
-        fitting = min(MOST_THREADS // row_threads, MOST_FLOATS // (order * 2 * each), most_floats // (each << log_h))
+        fitting = min(MOST_THREADS // row_threads, most_floats // factors, most_floats // (each << log_h))
         lines = max(1, min(fitting, rows // each))
         cuts.append(Cut(log_values, lines, each, -(-row_threads * lines // 32) * 32, -(-rows // (lines * each))))
-    return min(cuts, key=lambda cut: (max(cut.blocks, few), cut.each))
+    return cuts
 
 
 def rotation_macros(
