@@ -22,6 +22,8 @@ from transformers import (
     LogitsProcessor,
     MambaConfig,
     MambaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -33,6 +35,7 @@ from qpalette.core.errors import InputError
 from qpalette.generation import Generate, attach, cache, compilation, fast, loop
 from qpalette.generation.cache import bucket
 from qpalette.generation.choice import most_likely
+from qpalette.generation.fast import can_serve
 from qpalette.generation.session import CHOICES, SESSIONS, Session
 
 VOCABULARY = 96
@@ -523,10 +526,37 @@ def test_errors_are_those_of_transformers():
         model.generate(prompt(1, 12), streamer=Puts(), num_beams=2)
 
 
-def test_models_that_hold_more_than_keys_and_values():
-    model = MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=16, num_hidden_layers=1, state_size=4))
-    assert not cache.holds(model.config)
-    assert all(cache.holds(build(kind).config) for kind in MAKERS)
+def test_stop_strings_of_the_model(tokenizer):
+    model = build()
+    written = model.generate(prompt(1, 12), **GREEDY)[0, 12:].tolist()
+    model.generation_config.stop_strings = [tokenizer.decode([written[7]])]
+    wanted = model.generate(prompt(1, 12), tokenizer=tokenizer, **GREEDY)
+    attach(model, "never", None)
+    for options in ({}, {"stop_strings": [tokenizer.decode([written[7]])]}):
+        assert torch.equal(model.generate(prompt(1, 12), tokenizer=tokenizer, **options, **GREEDY), wanted)
+
+
+def phi3(**more) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(Phi3Config(**{name: SIZES[name] for name in SIZES if name != "head_dim"} | more)).eval()
+
+
+def test_models_that_the_loop_can_serve():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=16, num_hidden_layers=1, state_size=4))
+    assert not can_serve(mamba), "it holds more than keys and values"
+    assert all(can_serve(build(kind)) for kind in MAKERS)
+    assert can_serve(phi3())
+
+
+def test_a_text_that_is_read_anew_when_it_grows_long():
+    """Phi3's long rope: at 30 tokens the factors change, and keys of the short ones are of no use any more."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 30, **factors}
+    model = phi3(rope_parameters=rope, original_max_position_embeddings=30)
+    wanted = model.generate(prompt(1, 20), **GREEDY)
+    attach(model, "never", None)
+    assert torch.equal(model.generate(prompt(1, 20), **GREEDY), wanted)
+    assert not can_serve(model)
 
 
 def test_on_a_cpu_a_model_stays_as_it_is():

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import GenerationMixin, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from qpalette.generation.cache import holds
@@ -36,7 +36,7 @@ def fast(model: Any, compile: str = "never") -> Any:
     """
     check_mode(compile)
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if {device.type for device in devices} != {"cuda"} or len(devices) > 1 or not _can_serve(model):
+    if {device.type for device in devices} != {"cuda"} or len(devices) > 1 or not can_serve(model):
         return model
     config = model.config.get_text_config()
     if config._attn_implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is None:
@@ -51,8 +51,24 @@ def attach(model: Any, compile: str, capture: Capture | None) -> Generate:
     return model.generate
 
 
-def _can_serve(model: Any) -> bool:
-    return model.can_generate() and not model.config.is_encoder_decoder and holds(model.config)
+def can_serve(model: Any) -> bool:
+    """Whether the loop does what transformers' would: a decoder whose forward gets token, position and mask as any."""
+    return (
+        model.can_generate()
+        and not model.config.is_encoder_decoder
+        and holds(model.config)
+        and (_prepares_as_all(model) or _is_short_phi3(model.config))
+    )
+
+
+def _prepares_as_all(model: Any) -> bool:
+    names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    return all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in names)
+
+
+def _is_short_phi3(config: Any) -> bool:
+    """Phi3 reads its text anew where it grows so long that the rotary embedding changes; a plain one stays."""
+    return config.model_type == "phi3" and config.rope_parameters["rope_type"] == "default"
 
 
 class Generate:
@@ -107,10 +123,13 @@ class Generate:
     def _with_stop_strings(self, given: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         """Transformers keeps the tokenizer from a loop that is not its own: the criterion is made here."""
         config = given.get("generation_config")
-        strings = given.pop("stop_strings", None) or getattr(config, "stop_strings", None)
-        if strings is None and self.model.generation_config.stop_strings is None:
+        strings: Any = given.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+        default = self.model.generation_config.stop_strings
+        if strings is None and default is None:
             return given
-        if strings is None or tokenizer is None:
+        if (
+            default is not None or tokenizer is None
+        ):  # a default cannot be taken out; without a tokenizer it is an error
             raise NotOurs
         if config is not None:
             given["generation_config"] = config = copy.deepcopy(config)
@@ -127,6 +146,8 @@ class Generate:
         if model.config.get_text_config()._attn_implementation not in ATTENTION:
             raise NotOurs
         if (stamp := _stamp(model)) != self.stamp or self.loop is None:
+            if not can_serve(model):
+                raise NotOurs
             self.stamp = stamp
             self.loop = Loop(model, Compiler(model, self.compile), self.capture)
         return self.loop
