@@ -127,9 +127,7 @@ class Generate:
         default = self.model.generation_config.stop_strings
         if strings is None and default is None:
             return given
-        if (
-            default is not None or tokenizer is None
-        ):  # a default cannot be taken out; without a tokenizer it is an error
+        if default is not None or tokenizer is None:  # the default would come back; without a tokenizer it is an error
             raise NotOurs
         if config is not None:
             given["generation_config"] = config = copy.deepcopy(config)
