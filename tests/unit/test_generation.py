@@ -645,6 +645,18 @@ def test_a_compiled_step_is_taken_up(mode, kind, traced):
     assert Replay.made == (4 if mode == "background" else 2)
 
 
+def test_compiling_takes_nothing_of_the_seed(traced):
+    model = build()
+    generate = attach(model, "now", Replay)
+    drawn = []
+    for _ in range(2):  # the first compiles
+        torch.manual_seed(3)
+        drawn.append(model.generate(prompt(1, 20), do_sample=True, top_k=7, max_new_tokens=20, pad_token_id=0))
+    assert len(traced) == 1
+    assert not generate.loop.compiler.failed
+    assert torch.equal(*drawn)
+
+
 def test_longer_caches_take_the_compiled_step_as_it_is(traced):
     model = build()
     fresh = build()

@@ -91,12 +91,12 @@ class Compiler:
             self.thread.join()
 
     def _compile(self, step: Step) -> Reduced:
-        choice = step.choice
-        function = self.functions.setdefault(choice.key, compiled(partial(reduced, self.model, choice)))
+        key = step.choice.key
+        function = self.functions.setdefault(key, compiled(partial(reduced, self.model, step.choice)))
         scratch = _like(step.inputs)
         with _own_stream(step.inputs.token.device):
             for _ in range(2):  # a second run compiles what the first one's guards did not foresee
-                choice.finish(function(scratch))
+                function(scratch)
         return function
 
 
