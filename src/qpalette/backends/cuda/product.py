@@ -213,7 +213,8 @@ class _LibraryProduct:
 
     def _rescale(self, scales: torch.Tensor, products: Sequence[torch.Tensor], stream: int) -> None:
         if self.wide:
-            torch._foreach_mul_(list(products), scales[:, None])
+            for y in products:
+                y.mul_(scales[:, None])
         elif self.rescale is not None:
             for i in range(0, len(products), MOST_SEGMENTS):
                 self.rescale.start(scales, products[i : i + MOST_SEGMENTS], stream)
