@@ -41,15 +41,16 @@ def compiled(function: Callable[..., torch.Tensor]) -> Reduced:
 
 
 class Compiler:
-    """Compiles steps of one model, one at a time, on a cache of their own; a failure is told once, and ends it."""
+    """Compiles steps of one model, one at a time, on a cache of their own; a failure is told once, and ends it.
 
-    def __init__(self, model: Any, mode: str) -> None:
-        self.model, self.mode = model, mode
+    `context` is that of whoever loaded the model: what torch.compile is set to is known there alone.
+    """
+
+    def __init__(self, model: Any, mode: str, context: contextvars.Context) -> None:
+        self.model, self.mode, self.context = model, mode, context
         self.thread: threading.Thread | None = None
         self.failed = False
         self.functions: dict[Any, Reduced] = {}  # by what the choice is
-        # What torch.compile is set to is known in the context it was set in: that of whoever loaded the model.
-        self.context = contextvars.copy_context()
 
     @property
     def busy(self) -> bool:

@@ -26,15 +26,16 @@ def compile_options() -> dict[str, Any]:
     return {name: value for name, value in COMPILE_OPTIONS.items() if name in known}
 
 
-def capture_graph(work: Callable[[], None], pool: Any = None) -> Any:
+def capture_graph(work: Callable[[], None], pool: torch.cuda.MemPool | None = None) -> Any:
     """A CUDA graph of `work`, which does not run; it has run before, and reads and writes memory that stays.
 
     Another thread may use the device meanwhile. `pool`: graphs that share one must not rely on each other's memory.
     """
     before = torch.cuda.current_stream()
     graph = torch.cuda.CUDAGraph()
+    place: Any = None if pool is None else pool.id
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=place, capture_error_mode="thread_local"):
             work()
     finally:
         torch.cuda.set_stream(before)  # torch stays on its own where a capture fails
