@@ -1,6 +1,6 @@
 """A conversation of ten turns as `qpalette chat` holds it, beside transformers' own eager loop.
 
-    python benchmarks/conversation.py ARTIFACT [--device cuda] [--compile background]
+    python benchmarks/conversation.py ARTIFACT [--device cuda] [--compile never]
 
 Each turn is answered twice, from the same history: by the fast `generate`, whose time is told, and by the plain one.
 Where the greedy tokens part, the plain model in float32 says how near the two were: it reads the turn up to there.
@@ -35,8 +35,8 @@ TURNS = (
 def main(
     artifact: str,
     device: str = "cuda",
-    compile: Annotated[str, typer.Option(help="never, background or now.")] = "background",
-    tokens: int = 96,
+    compile: Annotated[str, typer.Option(help="never, background or now.")] = "never",
+    tokens: int = 64,
     dtype: str = "float16",
     name: str = "conversation",
 ) -> None:
@@ -63,6 +63,7 @@ def main(
             }
             | parting(judge, tokenizer, prompt, answer.text, eager.text)
         )
+        print(rows[-1], flush=True)
         history.append({"role": "assistant", "content": answer.text})
     report(name, device_name(device), rows, artifact=artifact.rpartition("/")[2], dtype=dtype, compile=compile)
     print(json.dumps(history[:4], indent=1))
