@@ -1,0 +1,220 @@
+"""Products with packed matrices on a CUDA device, prepared: what does not change from call to call is made once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from qpalette.backends.cuda.layout import check_layout
+from qpalette.backends.cuda.multiply import MOST_BATCH, ProductLaunch, batch_columns
+from qpalette.backends.cuda.rotate import ALIGNMENT, TYPES, RotationLaunch, aligned, padded_columns, type_of_values
+from qpalette.backends.cuda.segments import MOST_SEGMENTS
+from qpalette.backends.cuda.unpack import SLAB_BYTES, RescaleLaunch, UnpackLaunch, cut_into_slabs
+from qpalette.core.records import TILE
+from qpalette.runtime import PackedLinear
+
+# Above so many tokens matrices are decoded and multiplied by cuBLAS; below, MOST_BATCH tokens a launch. On an H100, a
+# matrix of 4096 x 4096 at 3.25 bits: 9.8 us a launch of 16 tokens; decoded 30.4 us for 32 tokens, 31.0 for 64, 43.5 for
+# 256 (benchmarks/results/gemv.json).
+MOST_FUSED_TOKENS = 48
+MANY = 1 << 16  # tokens: a rotation is cut alike for any number above MOST_BATCH
+
+
+LEAST_SCRATCH_BYTES = 1 << 20
+# A launch's arguments are one block of memory, and so is x' between a rotation and its products.
+_ONE_AT_A_TIME = threading.Lock()
+_scratches: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+class CudaProduct:
+    """x [..., K] -> W x of each of `members`, which share diagonal and rotation and are in the chunk layout.
+
+    What is changed in place, or put in the place of a tensor's data, is seen by the next call. Without `overlap` no
+    kernel reads ahead of the one before it: where that made the codes or the diagonal.
+    Raises UnsupportedError for another layout.
+    """
+
+    def __init__(self, members: Sequence[PackedLinear], overlap: bool = True) -> None:
+        check_layout(members)
+        first = members[0]
+        self.members, self.overlap = list(members), overlap
+        self.index, self.inputs = first.codes.device.index, first.in_features
+        self.rows = [member.out_features for member in members]
+        self.width = sum(self.rows)
+        self._tensors = [first.diagonal, *(tensor for member in members for tensor in (member.codes, member.scales))]
+        self._addresses = self._present_addresses()
+        self._fused: dict[tuple[int, torch.dtype], _FusedProduct] = {}
+        self._by_library: dict[torch.dtype, _LibraryProduct] = {}
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """One tensor [..., M] for each member, of x's dtype; contiguous where there are more than MOST_FUSED_TOKENS:
+        torch's element-wise kernels for others took 2.8 of 45 ms of a prompt of 1024 tokens (Llama-3.1-8B, H100)."""
+        if x.dtype not in TYPES:
+            return [y.to(x.dtype) for y in self(x.float())]
+        if x.numel() > MOST_FUSED_TOKENS * self.inputs:
+            return [y.view(*x.shape[:-1], rows) for y, rows in zip(self._start(x, None), self.rows, strict=True)]
+        result = self.joined(x)
+        return [result] if len(self.rows) == 1 else list(result.split(self.rows, -1))
+
+    def joined(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., sum of M], side by side."""
+        if x.dtype not in TYPES:
+            return self.joined(x.float()).to(x.dtype)
+        result = x.new_empty((*x.shape[:-1], self.width))
+        self._start(x, result)
+        return result
+
+    def _start(self, x: torch.Tensor, y: torch.Tensor | None) -> list[torch.Tensor]:
+        """Into y, side by side, or else into one [tokens, M] for each member, which are returned."""
+        if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
+            x = aligned(x.contiguous())
+        if self._present_addresses() != self._addresses:
+            self._fused, self._by_library, self._addresses = {}, {}, self._present_addresses()
+        if torch.cuda.current_device() == self.index:
+            return self._run(x, y)
+        with torch.cuda.device(self.index):  # launches go to the current device
+            return self._run(x, y)
+
+    def _run(self, x: torch.Tensor, y: torch.Tensor | None) -> list[torch.Tensor]:
+        tokens = x.numel() // self.inputs
+        stream = torch._C._cuda_getCurrentRawStream(self.index)  # as torch.compile's code: 0.1 us, not 3
+        if tokens > MOST_FUSED_TOKENS:
+            library_product = self._library_product(x.dtype)
+            with _ONE_AT_A_TIME:
+                return library_product(x, tokens, y, stream)
+        assert y is not None
+        for start in range(0, tokens, MOST_BATCH):
+            product = self._fused_product(min(MOST_BATCH, tokens - start), x.dtype)
+            size = start * x.itemsize
+            with _ONE_AT_A_TIME:
+                product(x.data_ptr() + size * self.inputs, y.data_ptr() + size * self.width, stream)
+        return []
+
+    def _present_addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._tensors]
+
+    def _fused_product(self, tokens: int, dtype: torch.dtype) -> _FusedProduct:
+        product = self._fused.get((tokens, dtype))
+        if product is None:
+            product = self._fused[tokens, dtype] = _FusedProduct(self.members, tokens, dtype, self.overlap)
+        return product
+
+    def _library_product(self, dtype: torch.dtype) -> _LibraryProduct:
+        if dtype not in self._by_library:
+            self._by_library[dtype] = _LibraryProduct(self.members, dtype, self.overlap)
+        return self._by_library[dtype]
+
+
+class _FusedProduct:
+    """A rotation and its products, for one number of tokens and one type: weights exist in registers alone."""
+
+    def __init__(self, members: Sequence[PackedLinear], tokens: int, dtype: torch.dtype, overlap: bool) -> None:
+        first, batch = members[0], batch_columns(tokens)
+        self.tokens, self.device = tokens, first.codes.device
+        self.value_bytes = 2 * batch * padded_columns(first.in_features)
+        self.scratch_bytes = self.value_bytes + 4 * batch
+        self.rotation = RotationLaunch(
+            first.rotation, first.diagonal, first.in_features, tokens, batch, dtype, overlap=overlap
+        )
+        starts = list(accumulate((member.out_features for member in members), initial=0))
+        self.products = [
+            ProductLaunch(members[i : i + MOST_SEGMENTS], tokens, dtype, starts[i], starts[-1])
+            for i in range(0, len(members), MOST_SEGMENTS)
+        ]
+
+    def __call__(self, x: int, y: int, stream: int) -> None:
+        scratch = _scratch(self.device, stream, self.scratch_bytes)
+        values = scratch.data_ptr()
+        scales = values + self.value_bytes
+        self.rotation.start(self.tokens, x, values, scales, stream)
+        for product in self.products:
+            product.start(values, scales, y, stream)
+
+
+def _scratch(device: torch.device, stream: int, size: int) -> torch.Tensor:
+    """`size` bytes or more that are the caller's until it has started its kernels: work on one stream is in order. What
+    a graph is captured with has memory of its own."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    found = _scratches.get((device, stream))
+    if found is None or len(found) < size:
+        room = max(size, LEAST_SCRATCH_BYTES)
+        found = _scratches[device, stream] = torch.empty(room, dtype=torch.uint8, device=device)
+    return found
+
+
+class _LibraryProduct:
+    """Matrices decoded, slab by slab, and multiplied by the vendor's library, in x's own 16 bits: bfloat16, or float16,
+    where a token that could leave its range is divided before and multiplied after. float32 goes through float16."""
+
+    def __init__(self, members: Sequence[PackedLinear], dtype: torch.dtype, overlap: bool) -> None:
+        first = members[0]
+        self.columns, self.dtype = padded_columns(first.in_features), type_of_values(dtype, None)
+        self.device, self.wide = first.codes.device, dtype == torch.float32
+        self.rows = [member.out_features for member in members]
+        self.rotation = RotationLaunch(
+            first.rotation, first.diagonal, first.in_features, MANY, None, dtype, overlap=overlap
+        )
+        row_bytes = self.columns * self.dtype.itemsize
+        slabs = cut_into_slabs(members, max(1, SLAB_BYTES // (TILE * row_bytes)))
+        self.slabs = [(UnpackLaunch([part.source for part in parts], self.dtype), parts) for parts in slabs]
+        self.slab_bytes = row_bytes * max(sum(part.source.rows for part in parts) for parts in slabs)
+        self.in_pieces = {part.index for parts in slabs for part in parts if part.source.rows < self.rows[part.index]}
+        self.rescale = RescaleLaunch(self.device) if dtype == torch.float16 else None
+        self._views: tuple[int, list[list[torch.Tensor]]] = (0, [])
+
+    def __call__(self, x: torch.Tensor, tokens: int, joined: torch.Tensor | None, stream: int) -> list[torch.Tensor]:
+        """x of `tokens` rows -> [tokens, M] of each member, in `joined` [..., sum of M], or where torch puts them."""
+        values = torch.empty(tokens, self.columns, dtype=self.dtype, device=self.device)
+        scratch = _scratch(self.device, stream, self.slab_bytes + 4 * tokens)
+        slabs, scales = self._weights(scratch), scratch.data_ptr() + self.slab_bytes
+        self.rotation.start(tokens, x.data_ptr(), values.data_ptr(), scales, stream)
+        outputs = self._outputs(tokens, x.dtype, joined)
+        for (unpack, parts), weights in zip(self.slabs, slabs, strict=True):
+            unpack.start(scratch.data_ptr(), stream)
+            for part, weight in zip(parts, weights, strict=True):
+                y = outputs[part.index]
+                if y is None:
+                    outputs[part.index] = self._multiply(values, weight)
+                else:
+                    first = part.source.first_row
+                    self._multiply(values, weight, y[:, first : first + part.source.rows])
+        products = [y for y in outputs if y is not None]
+        self._rescale(scratch[self.slab_bytes : self.slab_bytes + 4 * tokens].view(torch.float32), products, stream)
+        return products
+
+    def _outputs(self, tokens: int, dtype: torch.dtype, joined: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """[tokens, M] of each member; None where one product makes all of it."""
+        if joined is not None:
+            return list(joined.view(tokens, -1).split(self.rows, dim=1))
+        return [
+            torch.empty(tokens, rows, dtype=dtype, device=self.device) if index in self.in_pieces else None
+            for index, rows in enumerate(self.rows)
+        ]
+
+    def _weights(self, scratch: torch.Tensor) -> list[list[torch.Tensor]]:
+        """Of each part of each slab, transposed, where `scratch` is; kept, as making them takes the host as long as
+        starting a kernel does."""
+        address = scratch.data_ptr()
+        if self._views[0] == address:
+            return self._views[1]
+        weight = scratch[: self.slab_bytes].view(self.dtype).view(-1, self.columns)
+        places = [[(part.place, part.place + part.source.rows) for part in parts] for _, parts in self.slabs]
+        views = [[weight[first:end].T for first, end in slab] for slab in places]
+        if not torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
+            self._views = (address, views)
+        return views
+
+    def _multiply(self, values: torch.Tensor, weight: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.mm(values, weight, torch.float32, out=y) if self.wide else torch.mm(values, weight, out=y)
+
+    def _rescale(self, scales: torch.Tensor, products: Sequence[torch.Tensor], stream: int) -> None:
+        if self.wide:
+            for y in products:
+                y.mul_(scales[:, None])
+        elif self.rescale is not None:
+            for i in range(0, len(products), MOST_SEGMENTS):
+                self.rescale.start(scales, products[i : i + MOST_SEGMENTS], stream)
