@@ -335,7 +335,7 @@ def test_a_flipped_bit_of_any_matrix_is_found(model, windows, tmp_path):
     collect_hessians(model, windows, [QKV], store)
     (file,) = tmp_path.iterdir()
     intact = file.read_bytes()
-    start = len(intact) - 4 * sum(packed_length(n) for n in (32, 32, 16, 16))
+    start = len(intact) - 4 * sum(packed_length(n) for n in (32, 32, 32, 32, 16, 16))
     for place in range(start, len(intact), 997):
         file.write_bytes(intact[:place] + bytes([intact[place] ^ 64]) + intact[place + 1 :])
         with pytest.raises(HessianError):

@@ -78,7 +78,7 @@ def collect_hessians(
         fill_up(sums)
         try:
             for item in sums:
-                store.save(item.group, item.input, item.tokens, item.outputs)
+                store.save(item.group, item.inputs, item.tokens, item.outputs)
         except HessianError:  # sums that cannot be used are not to be gone on with
             partial.remove()
             raise

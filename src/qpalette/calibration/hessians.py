@@ -1,8 +1,10 @@
 """Second moments of what the linears read and of the gradients of what they write, a safetensors file per group.
 
 To second order the loss of an error E in a linear is 1/2 sum over tokens of (g^T E x)^2, x its input and g the gradient
-at its output. Its Kronecker form needs two matrices: H_I = sum of a x x^T, shared by the linears that read x, and H_O =
-sum of b g g^T for each linear, in blocks of its rows where there are many. One-sided: H_I alone, with weights of 1.
+at its output. Its Kronecker form needs two matrices of each linear: H_I = sum of a x x^T and H_O = sum of b g g^T, this
+one in blocks of rows where there are many. Linears that read the same x have an H_I each, since their gradients differ:
+those of v at an attention sink would drown those of q. The experts of a layer share those of their first linears.
+One-sided: one H_I for all that read x, with weights of 1.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from qpalette.core.errors import HessianError
 from qpalette.core.files import write_whole
 from qpalette.core.records import TILE, LinearGroup, tiles_of
+from qpalette.models.model_class import EXPERT
 from qpalette.rotate import Rotation
 from qpalette.storage import StreamingSafetensorsWriter, TensorInfo
 
@@ -68,17 +71,19 @@ class HessianStore:
     def save(
         self,
         group: LinearGroup,
-        hessian: torch.Tensor,
+        inputs: torch.Tensor | Mapping[str, torch.Tensor],
         seen: int,
         outputs: Mapping[str, Sequence[torch.Tensor]] | None = None,
     ) -> None:
-        """Store H_I [K, K] over the `seen` tokens that reached the group, and where there are two sides H_O of each
-        linear by its name, a matrix for each of its `row_blocks`: symmetric, floating types, any device.
+        """Store H_I [K, K] by the `input_names`, or one for all of them, over the `seen` tokens that reached the group,
+        and where there are two sides H_O of each linear by its name, a matrix for each of its `row_blocks`: symmetric,
+        floating types, any device.
 
         Raises HessianError when a matrix is not finite or of another shape, or no token was seen.
         """
         _check_seen(group, seen)
-        matrices = {INPUT: hessian}
+        names = input_names(group, self.two_sided).values()
+        matrices = dict(inputs) if isinstance(inputs, Mapping) else dict.fromkeys(names, inputs)
         for linear in group.linears if self.two_sided else ():
             assert outputs is not None
             blocks = zip(_output_names(linear.name, linear.out_features), outputs[linear.name], strict=True)
@@ -96,9 +101,13 @@ class HessianStore:
             for name, tensor in packed.items():
                 writer.write(name, tensor)
 
-    def read(self, group: LinearGroup) -> torch.Tensor:
-        """H_I, float32 [K, K]. Raises HessianError naming what is wrong with the file."""
-        return self._read(group, [INPUT])[0]
+    def read(self, group: LinearGroup, linear: str | None = None) -> torch.Tensor:
+        """H_I of a `linear` of `group`, or by default the sum of what there is of its linears, float32 [K, K].
+
+        Raises HessianError naming what is wrong with the file.
+        """
+        names = input_names(group, self.two_sided)
+        return sum_of(self._read(group, list(dict.fromkeys(names.values())) if linear is None else [names[linear]]))
 
     def read_outputs(self, group: LinearGroup, linear: str) -> list[torch.Tensor]:
         """H_O of a linear of `group`, float32, one for each of its `row_blocks`; none of a calibration of one side.
@@ -186,7 +195,7 @@ class HessianStore:
 
     def _sizes(self, group: LinearGroup) -> dict[str, int]:
         """Name of a stored matrix -> its rows."""
-        sizes = {INPUT: group.in_features}
+        sizes = dict.fromkeys(input_names(group, self.two_sided).values(), group.in_features)
         for linear in group.linears if self.two_sided else ():
             names = _output_names(linear.name, linear.out_features)
             blocks = row_blocks(linear.out_features)
@@ -195,6 +204,25 @@ class HessianStore:
 
     def _file(self, group: str) -> Path:
         return self.directory / f"{hashlib.sha256(group.encode()).hexdigest()[:40]}.safetensors"
+
+
+def input_names(group: LinearGroup, two_sided: bool) -> dict[str, str]:
+    """Linear -> the name of its H_I. Of one side all have the same; of two each its own, but for experts that share."""
+    if not two_sided:
+        return {linear.name: INPUT for linear in group.linears}
+    matches = {linear.name: EXPERT.fullmatch(linear.name) for linear in group.linears}
+    alone = len(group.linears) == 1
+    return {
+        name: f"{INPUT}.{name}" if expert is None or alone else f"{INPUT}.*.{expert['leaf']}"
+        for name, expert in matches.items()
+    }
+
+
+def sum_of(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = matrices[0]
+    for matrix in matrices[1:]:
+        total = total + matrix
+    return total
 
 
 def row_blocks(rows: int) -> list[slice]:
@@ -244,7 +272,7 @@ def _output_names(linear: str, rows: int) -> list[str]:
 def _check(
     group: LinearGroup, name: str, shape: tuple[int, ...], expected: tuple[int, ...], values: torch.Tensor
 ) -> None:
-    what = f"the Hessian of {group.name}" if name == INPUT else f"the moments {name} of {group.name}"
+    what = f"the Hessian of {group.name}" if name.startswith(INPUT) else f"the moments {name} of {group.name}"
     if shape != expected or values.dtype != torch.float32:
         raise HessianError(
             f"{what} is {values.dtype} {list(shape)}, not float32 {list(expected)}; "

@@ -63,9 +63,8 @@ class ShapedNoise:
         rotation = rotation_for(group.in_features, self._rotation)
         scale = equalize(list(weights.values())) if self._rounding.equalize else None
         diagonal = input_diagonal(scale, random_signs(rotation.dim, self._seed, group.name).to(device))
-        hessian = self._store.read(group)
         for name, weight in weights.items():
-            outputs = self._store.read_outputs(group, name)
+            hessian, outputs = self._store.read(group, name), self._store.read_outputs(group, name)
             prepared = prepare(name, weight, rotation, diagonal, hessian, outputs, self._rounding)
             yield name, prepared.shaping
 

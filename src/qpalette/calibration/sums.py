@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qpalette.calibration.equalize import equalize, row_mean_square
-from qpalette.calibration.hessians import pack_symmetric, packed_length, row_blocks, unpack_symmetric
+from qpalette.calibration.hessians import input_names, pack_symmetric, packed_length, row_blocks, unpack_symmetric
 from qpalette.calibration.taps import Weight
 from qpalette.core.records import LinearGroup
 from qpalette.models.model_class import EXPERT
@@ -34,7 +34,9 @@ class GroupSums:
     def __init__(self, group: LinearGroup, weights: Mapping[str, Weight], two_sided: bool) -> None:
         self.group = group
         device = next(iter(weights.values())).parameter.device
-        self.input = torch.zeros(group.in_features, group.in_features, dtype=SUM_TYPE, device=device)
+        self._input_of = input_names(group, two_sided)
+        zeros = torch.zeros(group.in_features, group.in_features, dtype=SUM_TYPE, device=device)
+        self.inputs = {name: zeros.clone() for name in dict.fromkeys(self._input_of.values())}
         self.outputs: dict[str, list[Tensor]] = {}
         self.seen = dict.fromkeys(weights, 0)
         self.leaders = _leaders(group)
@@ -58,7 +60,7 @@ class GroupSums:
         rows = x.detach().reshape(-1, self.group.in_features).float()
         self.seen[linear] += len(rows)
         if linear in self.leaders:
-            self.input += rows.T @ rows
+            self.inputs[self._input_of[linear]] += rows.T @ rows
 
     def add(self, linear: str, x: Tensor, gradient: Tensor) -> None:
         """x [..., K] and the gradient [..., M] at the output, each weighed by the other (see `collect.py`)."""
@@ -66,7 +68,7 @@ class GroupSums:
         gradient = gradient.detach().reshape(len(x), -1).float()
         self.seen[linear] += len(x)
         weighed = x * (gradient.square() @ self._rows[linear]).sqrt()[:, None]
-        self.input += weighed.T @ weighed
+        self.inputs[self._input_of[linear]] += weighed.T @ weighed
         weighed = gradient * (x.square() @ self._columns).sqrt()[:, None]
         for block, total in zip(row_blocks(weighed.shape[1]), self.outputs[linear], strict=True):
             total += weighed[:, block].T @ weighed[:, block]
@@ -74,12 +76,13 @@ class GroupSums:
     def tensors(self) -> dict[str, Tensor]:
         """All sums by name."""
         blocks = ((name, number, block) for name, each in self.outputs.items() for number, block in enumerate(each))
-        return {f"input.{self.group.name}": self.input} | {f"output.{n}.{name}": block for name, n, block in blocks}
+        inputs = {f"{self.group.name} {name}": total for name, total in self.inputs.items()}
+        return inputs | {f"output.{n}.{name}": block for name, n, block in blocks}
 
 
 def sum_bytes(group: LinearGroup, two_sided: bool) -> int:
     """What `GroupSums` holds."""
-    sizes = [group.in_features]
+    sizes = [group.in_features] * len(set(input_names(group, two_sided).values()))
     for linear in group.linears if two_sided else ():
         sizes += [block.stop - block.start for block in row_blocks(linear.out_features)]
     return SUM_TYPE.itemsize * sum(size**2 for size in sizes)
@@ -107,7 +110,7 @@ def fill_up(sums: Iterable[GroupSums]) -> None:
         if tokens == 0:
             continue
         stacks = [
-            [*([group.input] if len(group.seen) == 1 else []), *group.outputs.get(linear, ())]
+            [*(group.inputs.values() if len(group.seen) == 1 else ()), *group.outputs.get(linear, ())]
             for group, linear in members
         ]
         for matrices in zip(*stacks, strict=True):

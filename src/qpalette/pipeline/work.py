@@ -93,7 +93,7 @@ def _prepared(work: Work, job: Job, weight: torch.Tensor, device: torch.device) 
     scale = _scale_of(work.location, work.fingerprint, job.group) if work.rounding.equalize else None
     diagonal = input_diagonal(scale, job.signs().to(device))
     rotation = Rotation.parse(job.record.rotation, job.linear.in_features)
-    hessian, outputs = work.hessians.read(job.group), work.hessians.read_outputs(job.group, job.name)
+    hessian, outputs = work.hessians.read(job.group, job.name), work.hessians.read_outputs(job.group, job.name)
     return prepare(job.name, weight, rotation, diagonal, hessian, outputs, work.rounding)
 
 
