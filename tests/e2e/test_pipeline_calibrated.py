@@ -85,8 +85,8 @@ def proxies(source: Path, output: Path, hessians: Path) -> dict[str, float]:
     )
     found = {}
     for group in groups_of(source):
-        hessian = store.read(group).double()
         for linear in group.linears:
+            hessian = store.read(group, linear.name).double()
             packed = artifact.read_linear(linear.name)
             rotated = backends()["ref"].rotated_weight(packed)
             rotation = Rotation.parse(packed.rotation, packed.in_features)

@@ -144,6 +144,15 @@ def test_moments_are_the_sums_of_weighed_inputs_and_gradients(model, windows, tm
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+def test_siblings_have_a_matrix_each_where_gradients_weigh(model, windows, tmp_path):
+    """What v's gradients say of the input is not q's business; all of it is the group's."""
+    store = HessianStore(tmp_path, calibration())
+    collect_hessians(model, windows, [QKV], store)
+    mine = [store.read(QKV, linear.name) for linear in QKV.linears]
+    assert not torch.allclose(mine[0] / mine[0].trace(), mine[2] / mine[2].trace(), rtol=1e-2)
+    torch.testing.assert_close(sum(mine), store.read(QKV))
+
+
 def test_the_traces_of_both_sides_are_the_loss_of_unshaped_noise(model, windows, tmp_path):
     """tr(H_I diag(c)) = tr(H_O diag(r)): of a linear that is alone, both are sum (g^T diag(r) g) (x^T diag(c) x)."""
     store = HessianStore(tmp_path, calibration())
