@@ -3,9 +3,10 @@
     python benchmarks/host_share.py ARTIFACT [--dtype float32 --dtype bfloat16]
 
 Every packed linear of every layer is called as the model's code calls it, one token at a time; then the same kernels
-with the same arguments, one after the other; then the linears again, with kernels that return at once. "around" is the
-first less the second, "alone" the third: the same Python, with the caches to itself. Processor time of one thread, the
-least of each layer over the rounds, so that what else the machine does counts little.
+with the same arguments, one after the other: "around" is the difference. It has a torch module's call and a result's
+allocation in it, as every linear has: "plain" is as many nn.Linear of 1 x 1 in their place, between the same kernels.
+"alone" is the packed linears with kernels that return at once. Processor time of one thread, the least of each layer
+over the rounds, so that what else the machine does counts little.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from report import processor, report
+from torch import nn
 
 from qpalette.evaluate import load_model
 
-LAYERS_LINEARS = 7
+LINEARS = 7  # of a layer
 
 
 class Kernel:
@@ -65,14 +67,16 @@ def measured(artifact: str, dtype: str, kernels: dict[Any, Kernel], rounds: int)
     calls = [called(layer, dtype) for layer in layers]
     launches = [recorded(call, kernels) for call in calls]
     replays = [lambda each=each: replay(each) for each in launches]
-    best: dict[str, list[float]] = {task: [float("inf")] * len(layers) for task in ("linears", "kernels", "alone")}
+    plain = [small_linears(each) for each in launches]
+    tasks = {"linears": calls, "kernels": replays, "plain": plain, "alone": calls}
+    best = {task: [float("inf")] * len(layers) for task in tasks}
     for _ in range(rounds):
-        for task, work in (("linears", calls), ("kernels", replays), ("alone", calls)):
+        for task, work in tasks.items():
             for kernel in kernels.values():
                 kernel.now = nothing if task == "alone" else kernel.compiled
             best[task] = [min(least, seconds(each)) for least, each in zip(best[task], work, strict=True)]
-    linears, compiled, alone = (sum(best[task]) * 1e3 for task in best)
-    around, count = linears - compiled, LAYERS_LINEARS * len(layers)
+    linears, compiled, small, alone = (sum(best[task]) * 1e3 for task in tasks)
+    around, count = linears - compiled, LINEARS * len(layers)
     return {
         "type": dtype,
         "launches": sum(map(len, launches)),
@@ -80,8 +84,8 @@ def measured(artifact: str, dtype: str, kernels: dict[Any, Kernel], rounds: int)
         "kernels ms/token": compiled,
         "around ms/token": around,
         "around us/linear": around / count * 1e3,
+        "plain ms/token": small - compiled,
         "alone ms/token": alone,
-        "alone us/linear": alone / count * 1e3,
     }
 
 
@@ -118,6 +122,19 @@ def recorded(call: Callable[[], None], kernels: dict[Any, Kernel]) -> Launches:
     for kernel in kernels.values():
         kernel.now = kernel.compiled
     return launches
+
+
+def small_linears(launches: Launches) -> Callable[[], None]:
+    """A layer's kernels, each after its share of as many plain linears as the layer has."""
+    linears, x = [nn.Linear(1, 1, bias=False) for _ in range(LINEARS)], torch.zeros(1, 1, 1)
+
+    def run() -> None:
+        for index, (compiled, arguments) in enumerate(launches):
+            for linear in linears[index :: len(launches)]:
+                linear(x)
+            compiled(*arguments)
+
+    return run
 
 
 def replay(launches: Launches) -> None:

@@ -22,7 +22,7 @@ from qpalette.runtime import PackedLinear
 
 LARGEST_FUSED_BATCH = 16  # above, decoding the matrix once and the vendor's product win
 
-# numba's default thread pool may not be entered twice at the same time, and a launch's arguments are one block of memory
+# numba's default thread pool may not be entered twice at the same time, and a launch's arguments are memory of its own.
 one_caller = threading.Lock()
 
 
@@ -55,30 +55,30 @@ class CpuProduct:
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """A contiguous [..., M] for each member, of x's dtype."""
-        batch, factors = x.numel() // self.inputs, self._factors
-        if batch > LARGEST_FUSED_BATCH or factors is None:
+        batch, type_ = x.numel() // self.inputs, TYPES.get(x.dtype)
+        if batch > LARGEST_FUSED_BATCH or self._factors is None:
             return self._decoded(x)
-        type_ = TYPES.get(x.dtype)
         if type_ is None:
             return [y.to(x.dtype) for y in self(x.float())]
         if not x.is_contiguous():
             x = x.contiguous()
-        shape = x.shape[:-1]
+        *shape, _ = x.shape
         outputs = [x.new_empty((*shape, rows)) for rows in self.rows]
         if batch:
-            addresses, threads = [y.data_ptr() for y in outputs], present_threads()
+            threads = present_threads()
             with one_caller:
-                for launch in self._present_launches(factors):
-                    launch.start(x.data_ptr(), type_, batch, threads, addresses)
+                for launch in self._present_launches():
+                    launch.start(x.data_ptr(), type_, batch, threads, outputs)
         return outputs
 
-    def _present_launches(self, factors: Factors) -> list[_Launch]:
+    def _present_launches(self) -> list[_Launch]:
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         if addresses != self._addresses:
+            assert self._factors is not None
             by_kernel: dict[Any, list[int]] = {}
             for index, member in enumerate(self.members):
                 by_kernel.setdefault(kernels_of(member.spec).linear, []).append(index)
-            self._launches = [_Launch(*each, self.members, factors) for each in by_kernel.items()]
+            self._launches = [_Launch(*each, self.members, self._factors) for each in by_kernel.items()]
             self._addresses = addresses
         return self._launches
 
@@ -100,10 +100,11 @@ class _Launch:
     def __init__(self, kernel: Any, indices: list[int], members: Sequence[PackedLinear], factors: Factors) -> None:
         self._kernel, self._indices = kernel, indices
         chosen = [members[index] for index in indices]
+        all_arrays = [kernels_of(member.spec).arrays for member in chosen]
         self._matrices, self._launch = np.zeros(len(chosen), MATRIX), np.zeros(1, LAUNCH)
-        for matrix, member in zip(self._matrices, chosen, strict=True):
+        self._kept = factors, all_arrays  # for their addresses
+        for matrix, member, arrays in zip(self._matrices, chosen, all_arrays, strict=True):
             block_rows, _, tile_words, _ = member.codes.shape
-            arrays = kernels_of(member.spec).arrays  # kept as long as this process: so are their addresses
             _fill(
                 matrix,
                 codes=member.codes.data_ptr(),
@@ -131,10 +132,10 @@ class _Launch:
         )
         self._y, self._address = self._matrices["y"], _address(self._launch)
 
-    def start(self, x: int, type_: int, batch: int, threads: int, outputs: Sequence[int]) -> None:
-        """Addresses of x and of the results of all members."""
+    def start(self, x: int, type_: int, batch: int, threads: int, outputs: Sequence[torch.Tensor]) -> None:
+        """x, an address, is [batch, K] of `type_`; `outputs` are [batch, M] of it, of all members."""
         for place, index in enumerate(self._indices):
-            self._y[place] = outputs[index]
+            self._y[place] = outputs[index].data_ptr()
         self._kernel(self._address, x, type_, batch, threads)
 
 
