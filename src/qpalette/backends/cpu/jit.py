@@ -36,8 +36,8 @@ from qpalette.core.cache import compile_cache_directory
 # IEEE arithmetic in the order written (no fast-math): results must not depend on what the compiler fancies.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
 
-# numba numbers functions from 1 in each process, and by that number their symbols differ where names do not: with code of
-# two processes loaded into a third, one calls the other's function (products of one spec were decoded as another's).
+# numba numbers functions from 1 in each process, and by that number their symbols differ where names do not: with code
+# of two processes loaded into a third, one calls the other's function (products of one spec were decoded as another's).
 FunctionIdentity._unique_ids = iter(partial(secrets.randbits, 63), None)  # type: ignore[assignment]
 
 kernel = njit(**_OPTIONS)
