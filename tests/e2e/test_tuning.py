@@ -1,4 +1,4 @@
-"""Tuning on tiny random models: KL on held-out text falls, killed runs go on to the same bytes, what is written loads."""
+"""Tuning on tiny random models: held-out KL falls, killed runs go on to the same bytes, what is written loads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qpalette.core.records import FLOAT16, SIGNS
 from qpalette.evaluate import evaluate_models, load_model, token_windows
 from qpalette.formats import check_checksums, open_artifact
 from qpalette.nn import PackedModule
-from qpalette.tuning import TuneReport, Tuning, Watcher, forecast, tune
+from qpalette.tuning import Silent, TuneReport, Tuning, forecast, tune
 from qpalette.tuning.reference import divergence
 
 WINDOW, WINDOWS = 32, 24
@@ -120,13 +120,13 @@ class _Killed(Exception):
     pass
 
 
-class _Killer(Watcher):
+class _Killer(Silent):
     """Stops the run at its n-th word."""
 
     def __init__(self, at: int) -> None:
         self.left = at
 
-    def progress(self, stage: str, done: float, total: float) -> None:
+    def progress(self, stage: str, done: int, total: int) -> None:
         self.left -= 1
         if self.left == 0:
             raise _Killed

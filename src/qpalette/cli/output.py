@@ -125,11 +125,11 @@ class Bar:
         if self._task is not None:
             self._progress.stop()
 
-    def show(self, done: float, total: float) -> None:
+    def show(self, done: int, total: int) -> None:
         """`done` of `total` units are done."""
         self._progress.update(self._started(total), completed=done)
 
-    def skip(self, done: float, total: float) -> None:
+    def skip(self, done: int, total: int) -> None:
         """The same, where the last step took no time and says nothing about the speed."""
         self._progress.reset(self._started(total), completed=done)
 
@@ -137,7 +137,7 @@ class Bar:
         """A line above the bar."""
         self._progress.console.print(f"[dim]{escape(message)}[/]", highlight=False)
 
-    def _started(self, total: float) -> TaskID:
+    def _started(self, total: int) -> TaskID:
         if self._task is None:
             self._progress.start()
             self._task = self._progress.add_task("", total=total)
@@ -171,7 +171,7 @@ class TuningBar:
     def __exit__(self, *exception: object) -> None:
         self._bar.__exit__(*exception)
 
-    def progress(self, stage: str, done: float, total: float) -> None:
+    def progress(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
             self._bar.__exit__()
             self._stage = stage

@@ -153,7 +153,7 @@ def _show_forecast(model: str, found: Forecast, as_json: bool) -> None:
     print_facts(
         f"{model}: nothing is written",
         {
-            "tuned": f"scales and diagonals of {found.linears} linears, packed embeddings and experts among them; up to "
+            "tuned": f"scales and diagonals of {found.linears} linears, packed embeddings and experts too; up to "
             f"{found.vectors} norms and biases",
             "steps": f"at most {found.steps}, of {found.tokens_per_step} tokens",
             "bits per weight": f"{float(found.bits_before):.4f} before, {float(found.bits_after):.4f} after",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from math import cos, pi
+from typing import Protocol
 
 from qpalette.core.errors import InputError
 
@@ -45,14 +46,24 @@ class Tuning:
         return self.learning_rate * min(1.0, (step + 1) / rise) * 0.5 * (1 + cos(pi * step / self.steps))
 
 
-class Watcher:
-    """Told how far tuning is; this one says nothing."""
+class Watcher(Protocol):
+    """Told how far tuning is."""
 
-    def progress(self, stage: str, done: float, total: float) -> None:
-        """`done` of `total` units of equal time in `stage`. Tuning may end early, never late."""
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` units of equal time in `stage`, "text", "original" or "tuning", which may end early."""
 
     def held_out(self, step: int, kl: float) -> None:
         """KL on the held-out windows after `step` steps, nats per token, with the values as they would be stored."""
+
+
+class Silent:
+    """A watcher that says nothing."""
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        pass
+
+    def held_out(self, step: int, kl: float) -> None:
+        pass
 
 
 def _spelled(field: str) -> str:

@@ -35,7 +35,7 @@ from qpalette.pipeline.report import REPORT_FILE, revised_report
 from qpalette.runtime.device import parse_device
 from qpalette.storage import Checkpoint, export_checkpoint, local_path, open_checkpoint
 from qpalette.tuning.descent import Descent
-from qpalette.tuning.options import Tuning, Watcher
+from qpalette.tuning.options import Silent, Tuning, Watcher
 from qpalette.tuning.reference import InMemory, OnDisk, Reference
 from qpalette.tuning.state import State
 from qpalette.tuning.vectors import TunedVectors, revised_records, vector_tensors
@@ -112,7 +112,7 @@ def tune(
     Raises CheckpointError when `reference` is another model, ArtifactError when `model` cannot be tuned or `out`
     exists, InputError for a text, device or option that cannot be used, or a disk too full; all before the work.
     """
-    tuning, watcher, place = tuning or Tuning(), watcher or Watcher(), parse_device(device)
+    tuning, watcher, place = tuning or Tuning(), watcher or Silent(), parse_device(device)
     check_text(text)
     subject = Subject.open(model, reference, tuning.keep_size)
     output = _output(model, out, subject, overwrite)
@@ -180,7 +180,7 @@ def _windows(
     )
     if len(windows) <= tuning.held_out:
         raise InputError(
-            f"the text has {len(windows)} windows of {len(windows[0])} tokens, of which {tuning.held_out} are held out; "
+            f"the text has {len(windows)} windows of {len(windows[0])} tokens, and {tuning.held_out} are held out: "
             "give a longer text, or fewer to hold out (--held-out), or shorter ones (--window)"
         )
     return windows[: -tuning.held_out][:wanted] + windows[-tuning.held_out :]
