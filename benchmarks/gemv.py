@@ -26,8 +26,9 @@ from qpalette.backends.cuda import rotate
 from qpalette.backends.cuda.backend import CudaBackend
 from qpalette.backends.cuda.compiler import compile_cubin, load_kernel
 from qpalette.backends.cuda.decoder import decoder_spec
-from qpalette.backends.cuda.multiply import device_limits, kernel_macros, source_for
+from qpalette.backends.cuda.multiply import kernel_macros, source_for
 from qpalette.backends.cuda.probe import launch_seconds, plain_seconds, rotation_seconds
+from qpalette.backends.cuda.segments import device_limits
 from qpalette.backends.cuda.timing import cold_copies, graph_seconds
 from qpalette.core.cache import CACHE
 

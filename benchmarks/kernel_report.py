@@ -21,7 +21,8 @@ from report import report
 from qpalette.backends.cuda.compiler import compile_cubin, resources
 from qpalette.backends.cuda.decoder import decoder_spec
 from qpalette.backends.cuda.layout import CHUNK
-from qpalette.backends.cuda.multiply import DeviceLimits, kernel_macros, source_for
+from qpalette.backends.cuda.multiply import kernel_macros, source_for
+from qpalette.backends.cuda.segments import DeviceLimits
 
 # Dynamic shared memory that a block may ask for, in KiB (CUDA C++ Programming Guide, technical specifications).
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}

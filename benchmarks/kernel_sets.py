@@ -22,7 +22,8 @@ from report import processor, report
 from qpalette.backends.cuda.compiler import compile_cubin, resources
 from qpalette.backends.cuda.decoder import DecoderSpec, decoder_spec
 from qpalette.backends.cuda.decoder_sets import DecoderSets, expect
-from qpalette.backends.cuda.multiply import DeviceLimits, kernel_macros, source_for
+from qpalette.backends.cuda.multiply import kernel_macros, source_for
+from qpalette.backends.cuda.segments import DeviceLimits
 from qpalette.plan import Plan
 
 

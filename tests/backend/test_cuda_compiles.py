@@ -11,12 +11,13 @@ pytest.importorskip("cuda.core", reason="needs qpalette[cuda]")
 from qpalette.backends.cuda.attend import SOURCE as ATTEND_SOURCE
 from qpalette.backends.cuda.attend import warps_of
 from qpalette.backends.cuda.compiler import compile_cubin, resources
-from qpalette.backends.cuda.decoder import decoder_spec, with_decoders
-from qpalette.backends.cuda.multiply import THREADS, DeviceLimits, kernel_macros, source_for
+from qpalette.backends.cuda.decoder import decoder_spec
+from qpalette.backends.cuda.multiply import kernel_macros, most_rows, source_for
 from qpalette.backends.cuda.rotate import MOST_THREADS, cut_of, rotation_macros
 from qpalette.backends.cuda.rotate import SOURCE as ROTATE_SOURCE
+from qpalette.backends.cuda.segments import THREADS, DeviceLimits, with_segments
 from qpalette.backends.cuda.trellis_encoder import SOURCE, plan_launch
-from qpalette.backends.cuda.unpack import RESCALE_MACROS, RESCALE_SOURCE
+from qpalette.backends.cuda.unpack import RESCALE_MACROS, RESCALE_SOURCE, unpack_macros
 from qpalette.backends.cuda.unpack import SOURCE as UNPACK_SOURCE
 
 # Dynamic shared memory that a block may ask for (CUDA C++ Programming Guide, technical specifications), in KiB.
@@ -65,7 +66,7 @@ PRODUCTS = [
 
 def product_macros(arch: str, batch: int) -> tuple[tuple[str, int], ...]:
     limits = LIMITS[arch]
-    assert limits.most_rows(batch) >= 1
+    assert most_rows(limits, batch) >= 1
     return tuple(sorted(kernel_macros(limits, batch).items()))
 
 
@@ -129,9 +130,9 @@ def test_rescaling_compiles() -> None:
     assert compile_cubin(RESCALE_SOURCE, "sm_80", tuple(sorted(RESCALE_MACROS.items()))).startswith(b"\x7fELF")
 
 
-@pytest.mark.parametrize("spec", ["tcq-3.25", "vq-6"])
-def test_unpacking_compiles(spec: str) -> None:
-    decoder = decoder_spec(spec)
-    assert decoder is not None
-    source = with_decoders(UNPACK_SOURCE, (decoder,))
-    assert compile_cubin(source, "sm_80", (("TABLE_BYTES", 1 << 17), ("THREADS", THREADS))).startswith(b"\x7fELF")
+@pytest.mark.parametrize("specs", [["tcq-3.25"], ["vq-6"], ["nuq-4", "tcq-2.125", "tcq2-3.25"]], ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_unpacking_compiles_without_spills(specs: list[str], arch: str) -> None:
+    decoders = [decoder for decoder in map(decoder_spec, specs) if decoder]
+    macros = tuple(sorted(unpack_macros(LIMITS[arch]).items()))
+    assert resources(with_segments(UNPACK_SOURCE, decoders), arch, macros).spilled_bytes == 0

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from qpalette.backends.cuda import decoder_sets, multiply
+from qpalette.backends.cuda import decoder_sets, segments
 from qpalette.backends.cuda.decoder import DecoderSpec, decoder_spec
 from qpalette.backends.cuda.decoder_sets import DecoderSets, expect
-from qpalette.backends.cuda.multiply import DeviceLimits, source_for
+from qpalette.backends.cuda.multiply import SOURCE, kernel_macros, source_for
+from qpalette.backends.cuda.segments import DeviceLimits
 from qpalette.codes import full_palette
 from qpalette.core.records import LinearRecord
 from qpalette.nn import QuantLinear
@@ -19,6 +21,13 @@ from qpalette.runtime import select
 
 BATCHES = (1, 2, 4, 8, 16)
 LAUNCHES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+
+
+LIMITS = DeviceLimits(132, 227 << 10, (9, 0))
+
+
+def kernel_of(launch: tuple[DecoderSpec, ...], batch: int) -> tuple[Any, tuple[int, ...]]:
+    return segments._kernel_of(SOURCE, "multiply", tuple(kernel_macros(LIMITS, batch).items()), launch, 0)
 
 
 def decoder_of(spec: str) -> DecoderSpec:
@@ -31,12 +40,12 @@ def decoder_of(spec: str) -> DecoderSpec:
 def sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A device that collects the source of each kernel that is loaded."""
     loaded: list[str] = []
-    monkeypatch.setattr(multiply, "device_limits", lambda device: DeviceLimits(132, 227 << 10, (9, 0)))
-    monkeypatch.setattr(multiply, "load_kernel", lambda source, *_: loaded.append(source) or source)
-    for cached in (multiply._kernel_of, multiply._sets):
+    monkeypatch.setattr(segments, "device_limits", lambda device: LIMITS)
+    monkeypatch.setattr(segments, "load_kernel", lambda source, *_: loaded.append(source) or source)
+    for cached in (segments._kernel_of, segments._sets):
         cached.cache_clear()
     yield loaded
-    for cached in (multiply._kernel_of, multiply._sets):
+    for cached in (segments._kernel_of, segments._sets):
         cached.cache_clear()
 
 
@@ -56,7 +65,7 @@ def test_a_plan_of_many_specs_needs_few_kernels(sources: list[str]) -> None:
     for batch in BATCHES:
         sources.clear()
         for launch in launches:
-            kernel, indices = multiply._kernel_of(launch, batch, 0)
+            kernel, indices = kernel_of(launch, batch)
             compiled = kernel.splitlines()[0].removeprefix("#define DECODERS ")
             names = [name + ">" for name in compiled.removesuffix(">").split(">, ")]
             assert [names[i] for i in indices] == [decoder.type_name for decoder in launch]
@@ -67,7 +76,7 @@ def test_a_uniform_model_has_kernels_of_its_one_decoder(sources: list[str]) -> N
     decoder, codes = decoder_of("tcq2-3.25"), torch.zeros(1)
     expect(codes, decoder)
     for members in (1, 2, 3):
-        assert multiply._kernel_of((decoder,) * members, 1, 0) == (source_for([decoder]), (0,) * members)
+        assert kernel_of((decoder,) * members, 1) == (source_for([decoder]), (0,) * members)
 
 
 def test_the_smallest_kernel_that_is_there_serves() -> None:

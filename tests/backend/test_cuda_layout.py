@@ -1,17 +1,22 @@
 """The layout of the CUDA kernels, on any device: nothing is lost, and its bits lie where a lane reads them."""
 
-from contextlib import nullcontext
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
+from typing import ClassVar
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qpalette.backends.cuda import backend
 from qpalette.backends.cuda.layout import LAYOUT, check_layout, from_chunks, to_chunks
-from qpalette.backends.cuda.multiply import multiply
-from qpalette.backends.cuda.rotate import Rotated
-from qpalette.backends.cuda.unpack import unpack
+from qpalette.backends.cuda.product import CudaProduct
+from qpalette.backends.cuda.segments import MOST_SEGMENTS
+from qpalette.backends.cuda.unpack import cut_into_slabs
 from qpalette.codes import parse_spec
 from qpalette.codes.bits import unpack_stream
 from qpalette.core.errors import UnsupportedError
@@ -79,35 +84,66 @@ def test_the_weight_is_the_reference_in_both_layouts_within_a_bound_of_memory(
     assert max(decoded) <= max(most + row_of_tiles, row_of_tiles)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 40, 100])
-def test_stored_codes_are_laid_out_before_a_kernel_reads_them(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, read = [stored("nuq-4", 48, 64), stored("tcq-2-L12", 32, 64)], []
-    overlaps = []
+class Recorded:
+    """In the place of CudaProduct: what it was made of."""
 
-    def product(members: list[PackedLinear], tokens: int) -> torch.Tensor:
+    made: ClassVar[list[Recorded]] = []
+
+    def __init__(self, members: Sequence[PackedLinear], overlap: bool = True) -> None:
         check_layout(members)
-        read.extend(members)
-        return torch.zeros(tokens, 80)
+        self.members, self.overlap = members, overlap
+        self.made.append(self)
 
-    module = import_module("qpalette.backends.cuda.backend")
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(module, "rotate", lambda *_, overlap: overlaps.append(overlap))
-    monkeypatch.setattr(module, "multiply", lambda x, tokens, members, dtype: product(members, tokens))
-    monkeypatch.setattr(module, "multiply_by_library", lambda x, members, dtype: product(members, tokens))
-    assert backend.linears(torch.zeros(tokens, 64), packed).shape == (tokens, 80)
-    for member in read:
-        assert any(torch.equal(member.codes, to_chunks(matrix.codes)) for matrix in packed)
-    assert not any(overlaps), "codes that were made just now are read ahead"
-    overlaps.clear()
+    def joined(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [x]
+
+
+def test_stored_codes_are_laid_out_before_a_kernel_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("qpalette.backends.cuda.backend"), "CudaProduct", Recorded)
+    monkeypatch.setattr(Recorded, "made", [])
+    packed, x = [stored("nuq-4", 48, 64), stored("tcq-2-L12", 32, 64)], torch.zeros(1, 64)
+    backend.linears(x, packed)
+    product = backend.product(packed)
+    product(x)
+    packed[1].codes.add_(1)
+    product(x)
+    assert len(Recorded.made) == 3
+    assert not any(made.overlap for made in Recorded.made), "codes that were made just now are read ahead"
+    for made in Recorded.made[1:]:
+        assert torch.equal(made.members[0].codes, to_chunks(packed[0].codes))
+    assert not torch.equal(Recorded.made[1].members[1].codes, Recorded.made[2].members[1].codes)
+    assert torch.equal(Recorded.made[2].members[1].codes, to_chunks(packed[1].codes)), "a change in place is not seen"
     laid_out = [replace(matrix, codes=to_chunks(matrix.codes), layout=LAYOUT) for matrix in packed]
-    backend.linears(torch.zeros(tokens, 64), laid_out)
-    assert all(overlaps)
+    assert backend.product(laid_out).overlap
+    unaligned = torch.cat([laid_out[0].diagonal[:1], laid_out[0].diagonal])[1:]
+    backend.product([replace(matrix, diagonal=unaligned) for matrix in laid_out])(x)
+    assert not Recorded.made[-1].overlap
+    assert torch.equal(Recorded.made[-1].members[0].diagonal, unaligned)
 
 
 @pytest.mark.parametrize("layout", [TILES, "lanes"])
 def test_the_kernels_take_no_other_layout(layout: str) -> None:
-    packed = replace(stored("nuq-4", 32, 64), layout=layout)
-    rotated = Rotated(torch.zeros(1, 256).half(), torch.zeros(1))
-    for launch in (lambda: multiply(rotated, 1, [packed], torch.float32), lambda: unpack([packed])):
-        with pytest.raises(UnsupportedError, match=f"laid out for '{layout}'"):
-            launch()
+    with pytest.raises(UnsupportedError, match=f"laid out for '{layout}'"):
+        CudaProduct([replace(stored("nuq-4", 32, 64), layout=layout)])
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=12), st.integers(1, 60))
+def test_every_row_is_in_one_slab_and_no_slab_is_too_high(row_tiles: list[int], most_tiles: int) -> None:
+    members = [
+        PackedLinear(torch.zeros(tiles, 1, 64), *(torch.zeros(1),) * 2, "nuq-4", "h16", 16 * tiles - 3, 16, LAYOUT)
+        for tiles in row_tiles
+    ]
+    found: dict[int, list[int]] = {index: [] for index in range(len(members))}
+    for parts in cut_into_slabs(members, most_tiles):
+        assert len(parts) <= MOST_SEGMENTS
+        assert sum(part.source.tiles for part in parts) <= most_tiles
+        place = 0
+        for part in parts:
+            assert part.source.packed is members[part.index]
+            assert part.place == place
+            place += part.source.rows
+            found[part.index] += range(part.source.first_row, part.source.first_row + part.source.rows)
+    assert all(rows == list(range(16 * tiles - 3)) for rows, tiles in zip(found.values(), row_tiles, strict=True))

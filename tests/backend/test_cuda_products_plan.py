@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpalette.backends.cuda.decoder import decoder_spec, entries
-from qpalette.backends.cuda.multiply import MOST_NORM, MOST_VALUE, fixed_point, plan_grid
+from qpalette.backends.cuda.multiply import MOST_NORM, MOST_VALUE, fixed_point
 from qpalette.backends.cuda.rotate import split_rotation
+from qpalette.backends.cuda.segments import plan_grid
 from qpalette.codes import FAMILIES, parse_spec
 from qpalette.codes.trellis import MEMORIES
 from qpalette.core.errors import UnsupportedError

@@ -164,7 +164,8 @@ def _cuda_compiler() -> Check:
 
     from qpalette.backends.cuda.compiler import compile_cubin
     from qpalette.backends.cuda.decoder import decoder_spec
-    from qpalette.backends.cuda.multiply import DeviceLimits, device_limits, kernel_macros, source_for
+    from qpalette.backends.cuda.multiply import kernel_macros, source_for
+    from qpalette.backends.cuda.segments import DeviceLimits, device_limits
 
     present = torch.cuda.is_available()
     limits = device_limits(0) if present else DeviceLimits(132, 227 << 10, (9, 0))

@@ -26,7 +26,7 @@ from qpalette.core.records import LinearRecord
 from qpalette.formats.packed import FORMAT_VERSION, METHOD, QuantizationFormat
 from qpalette.formats.reader import open_artifact
 from qpalette.models.model_class import Modules
-from qpalette.nn import PackedModule, QuantEmbedding, QuantExperts, QuantLinear, TiedHead, join_launches
+from qpalette.nn import PackedModule, QuantEmbedding, QuantExperts, QuantLinear, TiedHead, fuse_norms, join_launches
 from qpalette.runtime import select
 
 
@@ -94,6 +94,7 @@ class QPaletteQuantizer(HfQuantizer):
             module.check_values(name)
             module.prepare()
         join_launches(model)
+        fuse_norms(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

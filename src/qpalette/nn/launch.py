@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from qpalette.core.errors import ArtifactError
 from qpalette.nn.fuse_graph import install
+from qpalette.nn.packed_module import PackedModule
 from qpalette.nn.quant_linear import QuantLinear
-from qpalette.runtime import packed_linear, packed_linears
+from qpalette.runtime import PreparedLinears
 
 _WAITING = "_qpalette_waiting"  # attribute of an input: what it was multiplied by already
+
+
+class _Results(NamedTuple):
+    """Of one input, by member; `version` is the input's when it was multiplied."""
+
+    version: int
+    outputs: dict[int, torch.Tensor]
 
 
 class Launch:
@@ -28,27 +37,38 @@ class Launch:
 
     def __init__(self, name: str, members: list[QuantLinear]) -> None:
         self.name, self.members = name, members
+        self._prepared: PreparedLinears | None = None  # for the members' tensors at the last call
 
     def output_of(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """What member `index` makes of x, its bias left out."""
-        member = self.members[index]
-        if torch.compiler.is_compiling() or not self._can_wait(x):
-            return packed_linear(x, member.packed, self.name)
-        waiting: dict[Launch, tuple[int, dict[int, torch.Tensor]]] = x.__dict__.setdefault(_WAITING, {})
-        version, outputs = waiting.get(self, (-1, {}))
-        result = outputs.pop(index, None) if version == x._version else None
-        if result is None:
-            together = packed_linears(x, [member.packed for member in self.members])
-            outputs = dict(enumerate(together.split([member.out_features for member in self.members], dim=-1)))
-            waiting[self] = (x._version, outputs)
-            result = outputs.pop(index)
-        if not outputs:
-            waiting.pop(self, None)
-        return result
+        if torch.compiler.is_compiling():
+            return self.members[index].multiply(x, self.name)
+        waiting: dict[Launch, _Results] | None = x.__dict__.get(_WAITING)
+        if waiting is not None and (results := waiting.get(self)) is not None and results.version == x._version:
+            result = results.outputs.pop(index, None)
+            if not results.outputs:
+                del waiting[self]
+            if result is not None:
+                return result
+        if not _can_wait(x) or any(member.fitted for member in self.members):
+            return self.members[index].multiply(x, self.name)
+        outputs = dict(enumerate(self._together()(x)))
+        x.__dict__.setdefault(_WAITING, {})[self] = _Results(x._version, outputs)
+        return outputs.pop(index)
 
-    def _can_wait(self, x: torch.Tensor) -> bool:
-        plain = type(x) is torch.Tensor and not x.is_inference() and not (x.requires_grad and torch.is_grad_enabled())
-        return plain and not any(member.fitted for member in self.members)
+    def _together(self) -> PreparedLinears:
+        prepared = self._prepared
+        if prepared is None or not all(map(PackedModule.is_of, self.members, prepared.members)):
+            prepared = self._prepared = PreparedLinears([member.stored for member in self.members], self.name)
+        return prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is prepared has addresses in it, which a copy does not share."""
+        return self.__dict__ | {"_prepared": None}
+
+
+def _can_wait(x: torch.Tensor) -> bool:
+    return type(x) is torch.Tensor and not x.is_inference() and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def join_launches(model: nn.Module) -> int:

@@ -24,7 +24,7 @@ from qpalette.formats.parts import (
     parts_of,
 )
 from qpalette.rotate import Rotation, diagonal_of, unrotate_weight
-from qpalette.runtime import TILES, Backend, PackedLinear, backend_for, select
+from qpalette.runtime import TILES, Backend, PackedLinear, PreparedLinears, backend_for, packed_linear, select
 
 _FITTED = "fitted_"  # before the field, of a parameter's name
 
@@ -55,6 +55,8 @@ class PackedModule(nn.Module):
         for part in parts_of(record):
             self.register_buffer(part.suffix, torch.zeros(part.shape(record), dtype=part.dtype, device=device))
         self.fitted: tuple[str, ...] = ()  # fields of PackedLinear that are parameters for now
+        self._diagonal_suffix = _diagonal_suffix(record)
+        self._prepared: PreparedLinears | None = None  # for the tensors that were here at the last product
 
     @property
     def stored(self) -> PackedLinear:
@@ -64,6 +66,26 @@ class PackedModule(nn.Module):
         )
         packed.layout = self.layout
         return packed
+
+    def multiply(self, x: torch.Tensor, group: str = "") -> torch.Tensor:
+        """W x for x [..., K]: [..., M], in x's dtype. `group`: under torch.compile, products of one name are joined."""
+        if self.fitted or torch.compiler.is_compiling():
+            return packed_linear(x, self.packed, group)
+        prepared = self._prepared
+        if prepared is None or not self.is_of(prepared.members[0]):
+            prepared = self._prepared = PreparedLinears([self.stored], group)
+        return prepared(x)[0]
+
+    def is_of(self, packed: PackedLinear) -> bool:
+        """Whether `packed` has the very tensors that are here now; with no dictionary of strings, as it is asked for at
+        every product."""
+        buffers = self._buffers
+        return (
+            buffers[CODES.suffix] is packed.codes
+            and buffers[SCALES.suffix] is packed.scales
+            and buffers[self._diagonal_suffix] is packed.diagonal
+            and self.layout == packed.layout
+        )
 
     @property
     def qweight(self) -> torch.Tensor:
@@ -104,6 +126,7 @@ class PackedModule(nn.Module):
             parameter = self._parameters.pop(_FITTED + part.field)
             assert parameter is not None
             self.record = replace(self.record, diagonal=part.diagonal or self.record.diagonal)
+            self._diagonal_suffix = _diagonal_suffix(self.record)
             self.register_buffer(part.suffix, parameter.detach().half().view(torch.int16))
         for part in set(PARTS) - set(parts_of(self.record)):
             self._buffers.pop(part.suffix, None)
@@ -166,6 +189,10 @@ class PackedModule(nn.Module):
                     "the loader changed it, or the checkpoint is not the one of this config"
                 )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is prepared has addresses in it, which a copy does not share."""
+        return self.__dict__ | {"_prepared": None}
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """Moves go through the stored layout: another device has another backend."""
         prepared = self.prepared
@@ -185,3 +212,7 @@ class PackedModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         if prepared:
             self.prepare()
+
+
+def _diagonal_suffix(record: LinearRecord) -> str:
+    return next(part.suffix for part in parts_of(record) if part.field == DIAGONAL.field)

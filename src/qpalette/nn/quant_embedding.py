@@ -14,7 +14,7 @@ from qpalette.core.errors import InputError
 from qpalette.core.records import TILE, TILE_WEIGHTS, LinearRecord, tiles_of
 from qpalette.nn.packed_module import PackedModule
 from qpalette.rotate import Rotation, diagonal_of
-from qpalette.runtime import TILES, Backend, PackedLinear, backend_for, packed_linear
+from qpalette.runtime import TILES, Backend, PackedLinear, backend_for
 from qpalette.runtime.door import check_ids, check_packed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,8 +89,7 @@ class TiedHead(nn.Module):
         return self._embedding[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        packed = self.embedding.packed
-        return packed_linear(x.to(packed.codes.device), packed).to(x.device)
+        return self.embedding.multiply(x.to(self.embedding.qp_codes.device)).to(x.device)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, tied to a packed embedding"

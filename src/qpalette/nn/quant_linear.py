@@ -9,7 +9,6 @@ from torch import nn
 
 from qpalette.core.records import LinearRecord
 from qpalette.nn.packed_module import PackedModule
-from qpalette.runtime import packed_linear
 
 if TYPE_CHECKING:
     from qpalette.nn.launch import Launch
@@ -41,7 +40,7 @@ class QuantLinear(PackedModule):
         self.index = 0  # in it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result = packed_linear(x, self.packed) if self.launch is None else self.launch.output_of(self.index, x)
+        result = self.multiply(x) if self.launch is None else self.launch.output_of(self.index, x)
         return result if self.bias is None else result + self.bias
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
@@ -43,6 +43,10 @@ class PackedLinear:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
+Product = Callable[[torch.Tensor], list[torch.Tensor]]
+"""x [..., K], any float dtype -> W x [..., M] of the same dtype, for each matrix of some that read one input."""
+
+
 class Backend(ABC):
     """Encodes tiles and multiplies by packed weights on some device. Stateless; results must equal `ref`'s."""
 
@@ -71,6 +75,18 @@ class Backend(ABC):
         """`linear` of several matrices that read the same input in the same basis (equal diagonal and rotation), each
         with its own spec: [N, sum of their M], side by side."""
         return torch.cat([self.linear(x, member) for member in members], dim=1)
+
+    def product(self, members: Sequence[PackedLinear]) -> Product:
+        """`linears` of these matrices, one result for each, as a function that may be called any number of times: what
+        does not depend on x can be prepared here. It reads the tensors' present values at each call, and it may be
+        called by several threads at once."""
+        rows = [member.out_features for member in members]
+
+        def multiply(x: torch.Tensor) -> list[torch.Tensor]:
+            together = self.linears(x.reshape(-1, x.shape[-1]), members)
+            return [part.reshape(*x.shape[:-1], part.shape[-1]) for part in together.split(rows, dim=1)]
+
+        return multiply
 
     @abstractmethod
     def rotated_weight(self, packed: PackedLinear) -> torch.Tensor:

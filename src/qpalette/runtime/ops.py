@@ -55,9 +55,6 @@ def packed_linear(x: torch.Tensor, packed: PackedLinear, group: str = "") -> tor
 
     Raises InputError when x or the packed matrix is not what the other needs (`door.py`), and UnsupportedError when no
     backend runs it.
-
-    Without gradients, in eager mode, a call goes straight to the backend, past torch's dispatcher, whose cost counts
-    when a model makes several hundred small products per token.
     """
     if packed.scales.is_floating_point() or packed.diagonal.is_floating_point():
         return _tuned(x, packed)
@@ -88,6 +85,30 @@ def packed_linears(x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Te
     )
 
 
+class PreparedLinears:
+    """Matrices that share diagonal, rotation and layout, checked once, and what their backend prepares for them.
+
+    A call without gradients, in eager mode, goes straight to the backend, past torch's dispatcher: its cost, and that
+    of making a launch anew, counts when a model makes several hundred small products per token.
+
+    Raises InputError when the matrices do not fit together or one is not what its sizes say, and UnsupportedError when
+    no backend runs them.
+    """
+
+    def __init__(self, members: Sequence[PackedLinear], group: str = "") -> None:
+        backend = _checked_backend(members)
+        self.members, self.group = tuple(members), group
+        self._inputs, self._device = members[0].in_features, members[0].codes.device
+        self._product = backend.product(self.members)
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x [..., K] -> [..., M] for each matrix, of x's dtype. Raises InputError for an x that does not fit."""
+        if _goes_straight(x):
+            check_vectors(x, self._inputs, self._device)
+            return self._product(x)
+        return [packed_linear(x, member, self.group) for member in self.members]
+
+
 def _goes_straight(x: torch.Tensor) -> bool:
     plain = type(x) is torch.Tensor and not x.is_meta and not torch.compiler.is_compiling()
     return plain and not (x.requires_grad and torch.is_grad_enabled())
@@ -96,14 +117,19 @@ def _goes_straight(x: torch.Tensor) -> bool:
 def _run(x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
     first = members[0]
     check_vectors(x, first.in_features, first.codes.device)
+    backend = _checked_backend(members)
+    rows = x.reshape(-1, first.in_features)
+    result = backend.linear(rows, first) if len(members) == 1 else backend.linears(rows, members)
+    return result.reshape(*x.shape[:-1], result.shape[-1])
+
+
+def _checked_backend(members: Sequence[PackedLinear]) -> Backend:
+    first = members[0]
     for member in members:
         check_packed(member)
         if (member.layout, member.rotation, member.in_features) != (first.layout, first.rotation, first.in_features):
             raise InputError("matrices of one launch have one rotation, one number of inputs and one layout")
-    backend = backend_for(first.layout, first.spec, x.device)
-    rows = x.reshape(-1, first.in_features)
-    result = backend.linear(rows, first) if len(members) == 1 else backend.linears(rows, members)
-    return result.reshape(*x.shape[:-1], result.shape[-1])
+    return backend_for(first.layout, first.spec, first.codes.device)
 
 
 def _tuned(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:

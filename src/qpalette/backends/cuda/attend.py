@@ -10,8 +10,8 @@ import torch
 
 from qpalette.backends.cuda.compiler import compiler_is_installed, launch, load_kernel
 from qpalette.backends.cuda.decoder import COMMON_SOURCE
-from qpalette.backends.cuda.multiply import device_limits
 from qpalette.backends.cuda.rotate import TYPES
+from qpalette.backends.cuda.segments import device_limits
 
 SOURCE = COMMON_SOURCE + Path(__file__).with_name("attend.cu").read_text()
 SPLITS = 8  # blocks of a cluster: as many as every device with clusters has

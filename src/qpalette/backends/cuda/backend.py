@@ -12,21 +12,16 @@ from qpalette.backends.cuda import decoder_sets
 from qpalette.backends.cuda.compiler import INSTALL, compiler_is_installed
 from qpalette.backends.cuda.decoder import decoder_spec
 from qpalette.backends.cuda.layout import LAYOUT, from_chunks, laid_out, to_chunks
-from qpalette.backends.cuda.multiply import MOST_BATCH, MOST_SEGMENTS, batch_columns, multiply
-from qpalette.backends.cuda.rotate import rotate
+from qpalette.backends.cuda.product import CudaProduct
+from qpalette.backends.cuda.rotate import ALIGNMENT, aligned
 from qpalette.backends.cuda.trellis_encoder import encode_states
-from qpalette.backends.cuda.unpack import multiply_by_library
 from qpalette.codes import parse_spec
 from qpalette.codes.tiles import from_tiles
 from qpalette.core.records import TILE, tiles_of
-from qpalette.runtime import TILES, Backend, PackedLinear, Verdict
+from qpalette.runtime import TILES, Backend, PackedLinear, Product, Verdict
 
 logger = logging.getLogger(__name__)
 LEAST_CAPABILITY = (8, 0)  # bfloat16, and the matrix instructions of the products
-# Above so many tokens matrices are decoded and multiplied by cuBLAS; below, MOST_BATCH tokens a launch. On an H100, a
-# matrix of 4096 x 4096 at 3.25 bits: 9.8 us a launch of 16 tokens; decoded 30.4 us for 32 tokens, 31.0 for 64, 43.5 for
-# 256 (benchmarks/results/gemv.json).
-MOST_FUSED_TOKENS = 48
 DECODED_WEIGHTS = 1 << 22  # of W' at a time: decoding by definition takes many times the memory of its result
 
 
@@ -60,24 +55,18 @@ class CudaBackend(Backend):
         return self.linears(x, [packed])
 
     def linears(self, x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
-        with torch.cuda.device(x.device):  # launches go to the current one
-            ready = all(member.layout == LAYOUT for member in members)
-            return self._linears(x, members if ready else [laid_out(member) for member in members], overlap=ready)
+        return self._prepared(members).joined(x)
 
-    def _linears(self, x: torch.Tensor, members: Sequence[PackedLinear], overlap: bool) -> torch.Tensor:
-        diagonal, rotation, tokens = members[0].diagonal, members[0].rotation, len(x)
-        if tokens == 0:
-            return x.new_empty(0, sum(member.out_features for member in members))
-        if tokens > MOST_FUSED_TOKENS:
-            return multiply_by_library(rotate(x, diagonal, rotation, None, overlap=overlap), members, x.dtype)
-        if tokens > MOST_BATCH:
-            return torch.cat([self._linears(part, members, overlap) for part in x.split(MOST_BATCH)])
-        rotated = rotate(x, diagonal, rotation, batch_columns(tokens), overlap=overlap)
-        parts = [
-            multiply(rotated, tokens, members[i : i + MOST_SEGMENTS], x.dtype)
-            for i in range(0, len(members), MOST_SEGMENTS)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    def product(self, members: Sequence[PackedLinear]) -> Product:
+        if _is_ready(members):
+            return CudaProduct(members)
+        return lambda x: self._prepared(members)(x)  # what is laid out anew is not kept: it would not see changes
+
+    def _prepared(self, members: Sequence[PackedLinear]) -> CudaProduct:
+        if _is_ready(members):
+            return CudaProduct(members)
+        diagonal = aligned(members[0].diagonal)
+        return CudaProduct([laid_out(member).with_(diagonal=diagonal) for member in members], overlap=False)
 
     def rotated_weight(self, packed: PackedLinear) -> torch.Tensor:
         words, columns = parse_spec(packed.spec).words_per_tile, tiles_of(packed.in_features)
@@ -102,6 +91,11 @@ class CudaBackend(Backend):
 
     def from_layout(self, codes: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
         return from_chunks(codes, stored_shape)
+
+
+def _is_ready(members: Sequence[PackedLinear]) -> bool:
+    """Whether the kernels can read the members where they lie."""
+    return members[0].diagonal.data_ptr() % ALIGNMENT == 0 and all(member.layout == LAYOUT for member in members)
 
 
 def _missing(device: torch.device) -> str:

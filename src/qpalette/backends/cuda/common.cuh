@@ -31,6 +31,17 @@ __device__ __forceinline__ u16 to_half(float value) {
     return bits;
 }
 
+__device__ __forceinline__ u16 to_bfloat16(float value) {
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+template <bool BFLOAT16>
+__device__ __forceinline__ u16 to_bits(float value) {
+    return BFLOAT16 ? to_bfloat16(value) : to_half(value);
+}
+
 // Types of activations: 0 float16, 1 bfloat16, 2 float32.
 __device__ __forceinline__ float load(const void *x, size_t i, int type) {
     if (type == 2) return ((const float *)x)[i];
@@ -39,11 +50,6 @@ __device__ __forceinline__ float load(const void *x, size_t i, int type) {
 }
 
 __device__ __forceinline__ void store(void *y, size_t i, int type, float value) {
-    u16 bits;
     if (type == 2) ((float *)y)[i] = value;
-    else {
-        if (type == 1) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-        else bits = to_half(value);
-        ((u16 *)y)[i] = bits;
-    }
+    else ((u16 *)y)[i] = type == 1 ? to_bfloat16(value) : to_half(value);
 }

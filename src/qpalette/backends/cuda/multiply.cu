@@ -10,44 +10,13 @@
 //
 // Compile-time constants: THREADS, TABLE_BYTES, BATCH (columns of x': 1, 2, 4, 8 or 16), DECODERS (types).
 
-template <class... Types>
-constexpr int COUNT_OF = sizeof...(Types);
-
-template <int INDEX, class First, class... Rest>
-struct At { typedef typename At<INDEX - 1, Rest...>::Type Type; };
-template <class First, class... Rest>
-struct At<0, First, Rest...> { typedef First Type; };
-
 constexpr int WARPS = THREADS / 32;
-constexpr int MOST_SEGMENTS = 8;
 constexpr int FRAGMENTS = BATCH > 8 ? 2 : 1;    // of eight columns
 constexpr int COLUMNS = BATCH > 8 ? 8 : BATCH;  // of x' in each
 constexpr int PAIRS = CHUNK / 2;                // of tiles: what a lane loads of x' at once
 constexpr int X_PAIR = 64 * BATCH;              // bytes
 constexpr int X_CHUNK = PAIRS * X_PAIR;
 constexpr int SUMS = 16 * BATCH;                // of a row tile, [column][row]
-
-struct Segment {
-    const u8 *codes;     // [row tiles][chunks][CHUNK_BYTES]
-    const u32 *entries;  // the decoder's table
-    const u16 *scales;   // [M] float16
-    int row_tiles, rows;
-    int rows_per_block;  // row tiles
-    int first_block;     // that works on this segment
-    int out_offset;      // of its first output
-    int decoder;         // its index in DECODERS
-    u32 hash_unit;       // see Decoder::decode
-};
-
-struct Problem {
-    Segment segments[MOST_SEGMENTS];
-    const u8 *x;            // [chunks][pairs of tiles][fragment][column][4 lanes][8 halves]
-    const float *x_scales;  // [BATCH] what a column was divided by
-    void *y;                // [batch][y_stride]
-    int segment_count, chunks, batch, y_stride;
-    int out_type;           // see common.cuh
-    float fixed_point;      // what a sum is multiplied by to become an integer: no sum can leave 32 bits, see multiply.py
-};
 
 extern __shared__ __align__(16) u8 shared[];  // table, then sums [row tiles][SUMS]
 
@@ -190,20 +159,9 @@ __device__ void multiply_segment(const Problem &problem, const Segment &segment)
     }
 }
 
-// The decoders of indices FROM to TO, one of which is the segment's. Nothing comes after a segment: where other segments'
-// code could follow, the compiler keeps values for it, and spills (8 decoders, batch 1: 848 bytes, this way none).
-template <int FROM, int TO>
-__device__ __forceinline__ void dispatch(const Problem &problem, const Segment &segment) {
-    if constexpr (TO - FROM == 1) multiply_segment<typename At<FROM, DECODERS>::Type>(problem, segment);
-    else {
-        constexpr int middle = (FROM + TO) / 2;
-        if (segment.decoder < middle) return dispatch<FROM, middle>(problem, segment);
-        return dispatch<middle, TO>(problem, segment);
-    }
-}
+struct Multiply {
+    template <class D>
+    static __device__ __forceinline__ void run(const Problem &problem, const Segment &segment) { multiply_segment<D>(problem, segment); }
+};
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) multiply(const __grid_constant__ Problem problem) {
-    int index = 0;
-    while (index + 1 < problem.segment_count && (int)blockIdx.x >= problem.segments[index + 1].first_block) index++;
-    dispatch<0, COUNT_OF<DECODERS>>(problem, problem.segments[index]);
-}
+extern "C" __global__ void __launch_bounds__(THREADS, 1) multiply(const __grid_constant__ Problem problem) { run_segment<Multiply>(problem); }

@@ -9,8 +9,9 @@ import torch
 
 from qpalette.backends.cuda.backend import CudaBackend
 from qpalette.backends.cuda.layout import to_chunks
-from qpalette.backends.cuda.multiply import MOST_BATCH, batch_columns, multiply
-from qpalette.backends.cuda.rotate import rotate
+from qpalette.backends.cuda.multiply import MOST_BATCH, ProductLaunch, batch_columns
+from qpalette.backends.cuda.product import CudaProduct
+from qpalette.backends.cuda.rotate import RotationLaunch, padded_columns, rotate
 from qpalette.backends.cuda.timing import cold_copies, graph_seconds
 from qpalette.codes import parse_spec
 from qpalette.core.records import tiles_of
@@ -43,9 +44,15 @@ def launch_seconds(parts: Sequence[Part], batch: int, device: torch.device, with
         copies.append([_copy(member) for member in members])
     x = torch.randn(batch, parts[0][2], dtype=torch.float16, device=device)
     if with_rotation or batch > MOST_BATCH:
-        return graph_seconds([partial(_BACKEND.linears, x, these) for these in copies])
+        return graph_seconds([partial(CudaProduct(these), x) for these in copies])
     rotated = rotate(x, members[0].diagonal, members[0].rotation, batch_columns(batch))
-    return graph_seconds([partial(multiply, rotated, batch, these, x.dtype) for these in copies])
+    width = sum(member.out_features for member in members)
+    y = x.new_empty(batch, width)
+
+    def start(launch: ProductLaunch) -> None:
+        launch.start(rotated.values.data_ptr(), rotated.scales.data_ptr(), y.data_ptr(), _stream(device))
+
+    return graph_seconds([partial(start, ProductLaunch(these, batch, x.dtype, 0, width)) for these in copies])
 
 
 def plain_seconds(rows: int, columns: int, batch: int, device: torch.device) -> float:
@@ -60,9 +67,20 @@ def plain_seconds(rows: int, columns: int, batch: int, device: torch.device) -> 
 def rotation_seconds(columns: int, batch: int, device: torch.device) -> float:
     """Seconds to rotate `batch` tokens of `columns` values."""
     member = random_member("nuq-2", 16, columns, device)
+    width = batch_columns(batch) if batch <= MOST_BATCH else None
+    launch = RotationLaunch(member.rotation, member.diagonal, columns, batch, width, torch.float16)
     inputs = [torch.randn(batch, columns, dtype=torch.float16, device=device) for _ in range(20)]
-    columns_of_batch = batch_columns(batch) if batch <= MOST_BATCH else None
-    return graph_seconds([partial(rotate, x, member.diagonal, member.rotation, columns_of_batch) for x in inputs])
+    values = torch.empty(width or batch, padded_columns(columns), dtype=torch.float16, device=device)
+    scales = torch.empty(width or batch, dtype=torch.float32, device=device)
+
+    def start(x: torch.Tensor) -> None:
+        launch.start(batch, x.data_ptr(), values.data_ptr(), scales.data_ptr(), _stream(device))
+
+    return graph_seconds([partial(start, x) for x in inputs])
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def _copy(member: PackedLinear) -> PackedLinear:

@@ -8,7 +8,9 @@
 // Few blocks: a product has one on nearly every multiprocessor, and starts late on those where it finds a rotation.
 //
 // A token is divided by a power of two near the norm of diag(d) x: rotated values are at most that, so float16 cannot
-// overflow. With NORM the input goes through RMSNorm first (x / rms(x) * weight).
+// overflow. For a library's product (BATCH 0) it is divided only where it would leave the range in which float16 has all its
+// bits: nearly every product is then finished as it is. A bfloat16 token is never divided there, and stays bfloat16. With
+// NORM the input goes through RMSNorm first (x / rms(x) * weight).
 //
 // Compile-time constants: DENSE, LOG_H, LOG_VALUES, LINES, EACH (1, or a divisor of DENSE), IN_TYPE, NORM, SIGNS (d: 1 packed
 // signs, 0 float16 values), BATCH (0: tokens one by one).
@@ -21,7 +23,10 @@ constexpr int HIGH = 1 << (LOG_H - LOG_VALUES - SHUFFLED);                 // wh
 constexpr int LOW = H / HIGH;
 constexpr int PART = DENSE < 32 / VALUES ? DENSE : 32 / VALUES;  // of x's elements for a column, in registers
 constexpr bool SCALED = NORM || !SIGNS;  // the norm of what is rotated is not x's
+constexpr bool BFLOAT16 = IN_TYPE == 1 && BATCH == 0;
 constexpr float TARGET_NORM = 128;  // of a scaled token: typical values near 1, none above 128
+constexpr float LEAST_NORM = 1. / 16, MOST_NORM = 32768;  // of one that float16 holds as it is: of 16384 inputs a typical value
+                                                          // is LEAST_NORM / 128, eight times the least normal number
 
 struct __align__(4 * VALUES) Values { float of[VALUES]; };  // loaded and stored at once
 
@@ -97,7 +102,7 @@ __device__ __forceinline__ size_t place(int k, int column, int padded) {
 extern "C" __global__ void __launch_bounds__(THREADS)
 rotate(const void *x, long long x_stride, const void *diagonal, const float *dense, const void *weight, float epsilon, int inputs,
        int padded, u16 *out, float *scales) {
-    __shared__ __align__(16) float room[GROUP * H];
+    extern __shared__ __align__(16) float room[];  // [GROUP * H]
     __shared__ float squares[THREADS / 32], weighted_squares[THREADS / 32];
     __shared__ __align__(16) float factors[DENSE][LINES][EACH_ROOM];
     let_next_kernel_start();  // a product, which waits
@@ -169,7 +174,8 @@ rotate(const void *x, long long x_stride, const void *diagonal, const float *den
     if (SCALED) norm = sqrtf(sum_of_warps(weighted_squares)) * factor;
     // The power of two that brings the norm to [TARGET_NORM / 2, TARGET_NORM), from its exponent alone.
     const float power = norm > 0 ? __uint_as_float(min(max(__float_as_uint(norm) & 0x7f800000u, 0x08000000u), 0x7e000000u)) : 1;
-    const float scale = power * (2 / TARGET_NORM);
+    const bool as_it_is = BFLOAT16 || (BATCH == 0 && norm >= LEAST_NORM && norm < MOST_NORM);
+    const float scale = as_it_is ? 1 : power * (2 / TARGET_NORM);
     for (int i = thread; i < GROUP * LOW; i += THREADS) {  // now a thread has all the high bits
         const int row_of_block = i / LOW, low = i % LOW, this_row = blockIdx.y * GROUP + row_of_block;
         if (this_row / DENSE * BLOCK >= inputs) break;
@@ -179,7 +185,7 @@ rotate(const void *x, long long x_stride, const void *diagonal, const float *den
         for (int h = 0; h < HIGH; h++) high[h] = room[row_of_block * H + h * LOW + low];
         butterflies(high);
 #pragma unroll
-        for (int h = 0; h < HIGH; h++) to[h * LOW * ALL_COLUMNS] = to_half(high[h] * (factor / scale));  // LOW is 32 or more
+        for (int h = 0; h < HIGH; h++) to[h * LOW * ALL_COLUMNS] = to_bits<BFLOAT16>(high[h] * (factor / scale));  // LOW is 32 or more
     }
     if (blockIdx.y == 0) {
         for (int k = inputs + thread; k < padded; k += THREADS) out[place(k, token, padded)] = 0;

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from qpalette.backends.cuda.compiler import launch, load_kernel
+from qpalette.backends.cuda.compiler import KernelLaunch, load_kernel
 from qpalette.backends.cuda.decoder import COMMON_SOURCE
 from qpalette.core.errors import UnsupportedError
 from qpalette.rotate import Factor, Rotation
@@ -22,14 +22,20 @@ MOST_ROW_BITS = 9  # threads for a row of that
 MOST_THREADS = 512
 MOST_EACH = 8
 MOST_ORDER = 8192  # of A: a line of it takes 32 KB of shared memory, and all of it 256 MB
-MOST_FLOATS = 5632  # of A, and of its output, in a block's shared memory: 22 KB each, of 48
+MOST_FLOATS = 5632  # of A, twice, and of its output, in a block's shared memory
 # Blocks of a token that is alone: as many as products often leave multiprocessors free (Llama-3.1-8B on an H100: 128 of
-# 132 are used). A few tokens keep more of them busy anyway, and are done sooner in smaller pieces; many need the least
-# work in all. Rotation and product of 4096 x 14336 in 4 and 14 blocks a token: 15.2 and 16.1 us for one token, 18.6 and
-# 16.7 for 8, 22.2 and 21.2 for 16.
+# 132 are used). A few tokens keep more of them busy anyway, and are done sooner in smaller pieces. Rotation and product
+# of 4096 x 14336 in 4 and 14 blocks a token: 15.2 and 16.1 us for one token, 18.6 and 16.7 for 8, 22.2 and 21.2 for 16.
 FEW_BLOCKS = 4
 BLOCKS_OF_A_FEW_TOKENS = 16
-A_FEW_TOKENS = range(2, 17)
+MOST_OF_A_FEW_TOKENS = 16
+# Many tokens. 1024 of 14336 inputs on an H100: 55.5 us with 28 rows of two values for each of 256 threads, 60.4 with 14
+# of four, 89 with 7 of one for 512 threads; of 11008 (a dense factor of 43): 85 us with 43 rows, 211 with one.
+MOST_SUMS = 56  # of a thread: rows times values
+MOST_LOG_VALUES = 2
+LEAST_THREADS = 64
+MOST_FLOATS_OF_MANY = 15360
+ALIGNMENT = 16  # bytes, of what is loaded in vectors
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -47,7 +53,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Rotated:
-    """Tokens in the rotated basis: float16 in the order of a product's fragments, and what each was divided by."""
+    """Tokens in the rotated basis, in the order of a product's fragments, and what each was divided by."""
 
     values: torch.Tensor
     scales: torch.Tensor
@@ -95,18 +101,34 @@ class Cut:
 
 
 def cut_of(order: int, log_h: int, inputs: int, tokens: int) -> Cut:
-    """The fewest rows per thread that leave few blocks, or as few blocks as can be."""
-    few = BLOCKS_OF_A_FEW_TOKENS if tokens in A_FEW_TOKENS else FEW_BLOCKS
-    log_values = max(0, log_h - MOST_ROW_BITS)
+    """For a few tokens the fewest rows per thread that leave few blocks, or as few blocks as can be. For many, which
+    keep the device busy anyway, the most rows per thread, for each of which it would read the token again, and then the
+    most values, as a factor that is loaded from shared memory serves them all."""
+    if tokens > MOST_OF_A_FEW_TOKENS:
+        cuts = [
+            cut
+            for log_values in range(max(0, log_h - MOST_ROW_BITS), min(log_h, MOST_LOG_VALUES) + 1)
+            for cut in _cuts(order, log_h, inputs, log_values, MOST_SUMS >> log_values, MOST_FLOATS_OF_MANY)
+        ]
+        enough = [cut for cut in cuts if cut.lines << log_h >> cut.log_values >= LEAST_THREADS] or cuts
+        return max(enough, key=lambda cut: (cut.each, cut.log_values, -cut.blocks))
+    few = FEW_BLOCKS if tokens == 1 else BLOCKS_OF_A_FEW_TOKENS
+    cuts = _cuts(order, log_h, inputs, max(0, log_h - MOST_ROW_BITS), MOST_EACH, MOST_FLOATS)
+    return min(cuts, key=lambda cut: (max(cut.blocks, few), cut.each))
+
+
+def _cuts(order: int, log_h: int, inputs: int, log_values: int, most_each: int, most_floats: int) -> list[Cut]:
+    """With as many lines as a block has threads and shared memory for."""
     rows, row_threads = inputs >> log_h, 1 << log_h >> log_values
     cuts = []
-    for each in range(1, MOST_EACH + 1):
-        if order % each or (each > 1 and max(order * 2 * each, each << log_h) > MOST_FLOATS):
+    for each in range(1, most_each + 1):
+        factors = order * 2 * each
+        if order % each or (each > 1 and max(factors, each << log_h) > most_floats):
             continue
-        fitting = min(MOST_THREADS // row_threads, MOST_FLOATS // (order * 2 * each), MOST_FLOATS // (each << log_h))
+        fitting = min(MOST_THREADS // row_threads, most_floats // factors, most_floats // (each << log_h))
         lines = max(1, min(fitting, rows // each))
         cuts.append(Cut(log_values, lines, each, -(-row_threads * lines // 32) * 32, -(-rows // (lines * each))))
-    return min(cuts, key=lambda cut: (max(cut.blocks, few), cut.each))
+    return cuts
 
 
 def rotation_macros(
@@ -126,55 +148,86 @@ def rotation_macros(
     }
 
 
+def type_of_values(dtype: torch.dtype, batch: int | None) -> torch.dtype:
+    """Of x': float16, divided token by token so that nothing overflows; for a library's product of bfloat16 tokens,
+    which cannot overflow, that."""
+    return torch.bfloat16 if batch is None and dtype == torch.bfloat16 else torch.float16
+
+
+class RotationLaunch:
+    """`rotate` for one diagonal and rotation, and for one number of tokens (any above 16, where `batch` is None)."""
+
+    def __init__(
+        self,
+        rotation: str,
+        diagonal: torch.Tensor,
+        inputs: int,
+        tokens: int,
+        batch: int | None,
+        dtype: torch.dtype,
+        norm: tuple[torch.Tensor, float] | None = None,
+        overlap: bool = True,
+    ) -> None:
+        device = diagonal.device.index or 0
+        split = split_rotation(rotation, inputs, diagonal.device)
+        cut = cut_of(split.order, split.log_h, inputs, tokens)
+        signs = diagonal.dtype == torch.uint8
+        macros = rotation_macros(split.order, split.log_h, cut, TYPES[dtype], norm is not None, batch, signs)
+        shared_bytes = 4 * cut.lines * cut.each << split.log_h
+        kernel = load_kernel(SOURCE, "rotate", macros, device, shared_bytes)
+        weight, epsilon = norm or (diagonal, 0.0)
+        self._kept = (split.dense, diagonal, weight)
+        self._x, self._out, self._scales = (ctypes.c_void_p() for _ in range(3))
+        arguments = [
+            self._x,
+            ctypes.c_longlong(inputs),
+            ctypes.c_void_p(diagonal.data_ptr()),
+            ctypes.c_void_p(split.dense.data_ptr()),
+            ctypes.c_void_p(weight.data_ptr()),
+            ctypes.c_float(epsilon),
+            ctypes.c_int(inputs),
+            ctypes.c_int(padded_columns(inputs)),
+            self._out,
+            self._scales,
+        ]
+        overlap = overlap and torch.cuda.get_device_capability(device) >= (9, 0)
+        self._blocks = cut.blocks
+        self._launch = KernelLaunch(kernel, (tokens, cut.blocks), cut.threads, shared_bytes, arguments, overlap)
+
+    def start(self, tokens: int, x: int, out: int, scales: int, stream: int) -> None:
+        """`tokens` rows at address x, contiguous and aligned; results and divisors go to `out` and `scales`."""
+        self._x.value, self._out.value, self._scales.value = x, out, scales
+        self._launch.grid = (tokens, self._blocks, 1)
+        self._launch.start(stream)
+
+
 def rotate(
     x: torch.Tensor,
     diagonal: torch.Tensor,
     rotation: str,
     batch: int | None,
     norm: tuple[torch.Tensor, float] | None = None,
-    overlap: bool = True,
 ) -> Rotated:
     """Q diag(d) x for x [N, K]; d as packed signs, uint8 [ceil(K/8)], or as the bits of float16 values, int16 [K].
 
     For `batch` columns (N or more: 1, 2, 4, 8 or 16) in the order of `multiply.cu`; None gives [N, padded K], each row
-    in the order of a single column.
-    `norm` is (weight [K], epsilon) of an RMSNorm to apply first. Without `overlap` the kernel starts when
-    all before it has ended: where that made the diagonal, or codes that the product behind will read ahead.
+    in the order of a single column. `norm` is (weight [K], epsilon) of an RMSNorm to apply first.
     Raises ValueError when the weight's type is not x's, or the diagonal's none of the two.
     """
     tokens, inputs = x.shape
-    x = x if x.stride(1) == 1 else x.contiguous()
-    split = split_rotation(rotation, inputs, x.device)
-    cut = cut_of(split.order, split.log_h, inputs, tokens)
-    if (x.data_ptr() | x.stride(0) * x.element_size()) % (x.element_size() << cut.log_values):
-        x = x.clone(memory_format=torch.contiguous_format)  # no vectors can be loaded where it lies
     if norm is not None and norm[0].dtype != x.dtype:
         raise ValueError(f"a weight of {norm[0].dtype} for an input of {x.dtype}")
     if diagonal.dtype not in (torch.uint8, torch.int16):
         raise ValueError(f"an input diagonal of {diagonal.dtype}: uint8 (packed signs) or int16 (bits of float16)")
-    if diagonal.data_ptr() % (diagonal.element_size() << cut.log_values):
-        diagonal, overlap = diagonal.clone(), False
-    padded = padded_columns(inputs)
-    signs = diagonal.dtype == torch.uint8
-    macros = rotation_macros(split.order, split.log_h, cut, TYPES[x.dtype], norm is not None, batch, signs)
-    device = x.device.index or 0
-    kernel = load_kernel(SOURCE, "rotate", macros, device)
-    values = torch.empty(batch or tokens, padded, dtype=torch.float16, device=x.device)
+    x, diagonal = aligned(x.contiguous()), aligned(diagonal)
+    values = x.new_empty(batch or tokens, padded_columns(inputs), dtype=type_of_values(x.dtype, batch))
     scales = torch.empty(batch or tokens, dtype=torch.float32, device=x.device)
-    weight, epsilon = norm or (x, 0.0)
-    arguments = [
-        ctypes.c_void_p(x.data_ptr()),
-        ctypes.c_longlong(x.stride(0)),
-        ctypes.c_void_p(diagonal.data_ptr()),
-        ctypes.c_void_p(split.dense.data_ptr()),
-        ctypes.c_void_p(weight.data_ptr()),
-        ctypes.c_float(epsilon),
-        ctypes.c_int(inputs),
-        ctypes.c_int(padded),
-        ctypes.c_void_p(values.data_ptr()),
-        ctypes.c_void_p(scales.data_ptr()),
-    ]
-    stream = torch.cuda.current_stream(device).cuda_stream
-    overlap = overlap and torch.cuda.get_device_capability(device) >= (9, 0)
-    launch(kernel, stream, (tokens, cut.blocks), cut.threads, 0, arguments, overlap=overlap)
+    launch = RotationLaunch(rotation, diagonal, inputs, tokens, batch, x.dtype, norm, overlap=False)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    launch.start(tokens, x.data_ptr(), values.data_ptr(), scales.data_ptr(), stream)
     return Rotated(values, scales)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it where no vectors can be loaded: a block of memory of its own is aligned."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()

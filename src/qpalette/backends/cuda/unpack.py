@@ -1,82 +1,112 @@
-"""More tokens than a fused product takes: matrices to float16, the vendor's matrix product, then the scales."""
+"""More tokens than a fused product takes: matrices decoded, the vendor's matrix product."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
-from qpalette.backends.cuda.compiler import launch, load_kernel
-from qpalette.backends.cuda.decoder import COMMON_SOURCE, decoder_spec, entries, with_decoders
-from qpalette.backends.cuda.layout import CHUNK, check_layout
-from qpalette.backends.cuda.multiply import THREADS, device_limits
-from qpalette.backends.cuda.rotate import TYPES, Rotated
+from qpalette.backends.cuda.compiler import KernelLaunch, load_kernel
+from qpalette.backends.cuda.decoder import COMMON_SOURCE
+from qpalette.backends.cuda.layout import CHUNK
+from qpalette.backends.cuda.rotate import TYPES
+from qpalette.backends.cuda.segments import (
+    MOST_SEGMENTS,
+    THREADS,
+    DeviceLimits,
+    Rows,
+    device_limits,
+    prepare_segments,
+)
 from qpalette.core.records import TILE
 from qpalette.runtime import PackedLinear
 
 SOURCE = Path(__file__).with_name("unpack.cu").read_text()
 RESCALE_SOURCE = COMMON_SOURCE + Path(__file__).with_name("rescale.cu").read_text()
-RESCALE_MACROS = {"THREADS": 256, "EACH": 4}
+RESCALE_MACROS = {"THREADS": 512, "MOST_SEGMENTS": MOST_SEGMENTS}
+SLAB_BYTES = 128 << 20  # of decoded rows at a time
 
 
-def multiply_by_library(x: Rotated, members: Sequence[PackedLinear], dtype: torch.dtype) -> torch.Tensor:
-    """[tokens, sum of out_features] of `dtype`: one product for all members. Rotated tokens have a norm below MOST_NORM
-    and rows of W' are near unit variance, so no product passes float16."""
-    product = x.values @ unpack(members).T
-    tokens, rows = len(product), sum(member.out_features for member in members)
-    y = torch.empty(tokens, rows, dtype=dtype, device=product.device)
-    from_row, to_row = 0, 0
-    for member in members:
-        _rescale(product[:, from_row:], x.scales, member, y[:, to_row:])
-        from_row += len(member.codes) * TILE
-        to_row += member.out_features
-    return y
+class Outputs(ctypes.Structure):
+    """As in rescale.cu."""
+
+    _fields_ = (
+        ("y", ctypes.c_void_p * MOST_SEGMENTS),
+        ("y_stride", ctypes.c_int * MOST_SEGMENTS),
+        ("rows", ctypes.c_int * MOST_SEGMENTS),
+        ("x_scales", ctypes.c_void_p),
+        ("count", ctypes.c_int),
+    )
 
 
-def unpack(members: Sequence[PackedLinear]) -> torch.Tensor:
-    """W' without its row scales, float16 [16 row tiles of all members, columns of all chunks], the columns in the order
-    of `rotate` for batch None; codes are in the chunk layout. Raises UnsupportedError for another one."""
-    check_layout(members)
-    device, chunks = members[0].codes.device, members[0].codes.shape[1]
-    limits = device_limits(device.index or 0)
-    rows = TILE * sum(len(member.codes) for member in members)
-    out = torch.empty(rows, chunks * CHUNK * TILE, dtype=torch.float16, device=device)
-    first = 0
-    for member in members:
-        spec = decoder_spec(member.spec)
-        assert spec is not None, "supports() said no"
-        source = with_decoders(SOURCE, (spec,))
-        macros = {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes}
-        kernel = load_kernel(source, "unpack", macros, device.index or 0, limits.table_bytes)
-        arguments = [
-            ctypes.c_void_p(member.codes.data_ptr()),
-            ctypes.c_void_p(entries(member.spec, device).data_ptr()),
-            ctypes.c_int(len(member.codes)),
-            ctypes.c_int(chunks),
-            ctypes.c_uint32(spec.hash_unit(limits.table_bytes)),
-            ctypes.c_void_p(out[first:].data_ptr()),
-        ]
-        stream = torch.cuda.current_stream(device).cuda_stream
-        launch(kernel, stream, limits.multiprocessors, THREADS, limits.table_bytes, arguments)
-        first += len(member.codes) * TILE
-    return out
+def unpack_macros(limits: DeviceLimits) -> dict[str, int]:
+    """The compile-time constants of unpack.cu, beside the decoders."""
+    return {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes}
 
 
-def _rescale(product: torch.Tensor, x_scales: torch.Tensor, member: PackedLinear, y: torch.Tensor) -> None:
-    device = product.device
-    kernel = load_kernel(RESCALE_SOURCE, "rescale", RESCALE_MACROS, device.index or 0)
-    arguments = [
-        ctypes.c_void_p(product.data_ptr()),
-        ctypes.c_longlong(product.stride(0)),
-        ctypes.c_void_p(x_scales.data_ptr()),
-        ctypes.c_void_p(member.scales.data_ptr()),
-        ctypes.c_int(member.out_features),
-        ctypes.c_void_p(y.data_ptr()),
-        ctypes.c_longlong(y.stride(0)),
-        ctypes.c_int(TYPES[y.dtype]),
-    ]
-    threads, each = RESCALE_MACROS["THREADS"], RESCALE_MACROS["EACH"]
-    grid = (len(product), -(-member.out_features // (threads * each)))
-    launch(kernel, torch.cuda.current_stream(device).cuda_stream, grid, threads, 0, arguments)
+class UnpackLaunch:
+    """W', row scales applied, [rows, columns of all chunks] of float16 or bfloat16, the columns in the order of
+    `rotate` for batch None, one matrix's rows below the other's."""
+
+    def __init__(self, rows: Sequence[Rows], dtype: torch.dtype) -> None:
+        limits = device_limits(rows[0].packed.codes.device.index or 0)
+        macros = tuple(unpack_macros(limits).items())
+        columns = rows[0].packed.codes.shape[1] * CHUNK * TILE
+        offsets = [columns * height for height in accumulate((part.rows for part in rows), initial=0)]
+        segments = prepare_segments(rows, offsets, SOURCE, "unpack", macros, max(part.tiles for part in rows))
+        self._problem = segments.problem
+        self._problem.out_type, self._problem.y_stride = TYPES[dtype], columns
+        self._launch = KernelLaunch(segments.kernel, segments.blocks, THREADS, limits.table_bytes, [self._problem])
+
+    def start(self, out: int, stream: int) -> None:
+        self._problem.y = out
+        self._launch.start(stream)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of member `index`, and where the first of them is in a slab."""
+
+    index: int
+    source: Rows
+    place: int
+
+
+def cut_into_slabs(members: Sequence[PackedLinear], most_tiles: int) -> list[list[Part]]:
+    """Row tiles of all members, in order, at most `most_tiles` (and MOST_SEGMENTS matrices) in each slab; a matrix is
+    cut only where it is higher than a slab."""
+    slabs: list[list[Part]] = [[]]
+    left = most_tiles
+    for index, member in enumerate(members):
+        tiles = len(member.codes)
+        for first in range(0, tiles, most_tiles):
+            count = min(most_tiles, tiles - first)
+            if count > left or len(slabs[-1]) == MOST_SEGMENTS:
+                slabs.append([])
+                left = most_tiles
+            place = slabs[-1][-1].place + slabs[-1][-1].source.rows if slabs[-1] else 0
+            slabs[-1].append(Part(index, Rows(member, first, count), place))
+            left -= count
+    return slabs
+
+
+class RescaleLaunch:
+    """y *= x_scales where they are not 1, in place, float16, of at most MOST_SEGMENTS matrices."""
+
+    def __init__(self, device: torch.device) -> None:
+        kernel = load_kernel(RESCALE_SOURCE, "rescale", RESCALE_MACROS, device.index or 0)
+        self._outputs = Outputs()
+        self._launch = KernelLaunch(kernel, 1, RESCALE_MACROS["THREADS"], 0, [self._outputs])
+
+    def start(self, x_scales: torch.Tensor, products: Sequence[torch.Tensor], stream: int) -> None:
+        """`products` [tokens, M] with contiguous rows."""
+        outputs = self._outputs
+        outputs.x_scales, outputs.count = x_scales.data_ptr(), len(products)
+        for i, y in enumerate(products):
+            outputs.y[i], outputs.y_stride[i], outputs.rows[i] = y.data_ptr(), y.stride(0), y.shape[1]
+        self._launch.grid = (len(x_scales), 1, 1)
+        self._launch.start(stream)
