@@ -19,7 +19,7 @@ from qpalette.core.records import FLOAT16, SIGNS
 from qpalette.evaluate import evaluate_models, load_model, token_windows
 from qpalette.formats import check_checksums, open_artifact
 from qpalette.nn import PackedModule
-from qpalette.tuning import Silent, TuneReport, Tuning, forecast, tune
+from qpalette.tuning import Silent, TuneReport, Tuning, forecast, quantize_and_tune, tune
 from qpalette.tuning.reference import divergence
 
 WINDOW, WINDOWS = 32, 24
@@ -167,6 +167,28 @@ def test_nothing_gained_leaves_every_value(original, quantized, text, tmp_path, 
     before, after = open_artifact(quantized), open_artifact(report.output)
     assert before.stored.keys() == after.stored.keys()
     assert all(after.read(name).equal(before.read(name)) for name in after.stored)
+
+
+def test_quantizing_and_tuning_in_one(original, text, tmp_path):
+    """Killed while it tunes, the same call does not quantize again; the size is what was asked for."""
+    tuning = Tuning(**{**vars(QUICK), "keep_size": True})
+    out, quantized = tmp_path / "out", []
+
+    def told(done: int, total: int, linear: str, distortion: float) -> None:
+        quantized.append(linear)
+
+    with pytest.raises(_Killed):
+        quantize_and_tune(original, out, text, tuning=tuning, spec="nuq-3", progress=told, watcher=_Killer(5))
+    assert len(quantized) == 14
+    report = quantize_and_tune(original, out, text, tuning=tuning, spec="nuq-3", progress=told)
+    assert len(quantized) == 14
+    assert report.tuned.kl_after < report.tuned.kl_before
+    assert report.bits_after == report.bits_before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"out"}
+    separate = tmp_path / "separate" / "out"
+    qpalette.quantize(original, tmp_path / "plain", spec="nuq-3")
+    tune(tmp_path / "plain", original, text, separate, tuning=tuning)
+    assert files_of(separate) == files_of(out)
 
 
 def test_keep_size(original, quantized, text, tmp_path):

@@ -131,9 +131,7 @@ def show_tuned(report: TuneReport, as_json: bool) -> None:
         return
     before, after = float(report.bits_before), float(report.bits_after)
     gain = "nothing gained: every value is as it was" if tuned.steps == 0 else f"that of step {tuned.steps} is kept"
-    left = (
-        f"; {report.left_alone} vectors are not in the model as they are stored, and stay" if report.left_alone else ""
-    )
+    left = f"; {report.left_alone} vectors that transformers makes anew are left alone" if report.left_alone else ""
     print_facts(
         str(report.output),
         {

@@ -66,6 +66,7 @@ def sample_windows(
 
         windows += _write(model, _Writers(model, chat, indices, length, seed), length, told)
         if kept is not None:
+            kept.file.parent.mkdir(parents=True, exist_ok=True)
             kept.save()
     return [torch.tensor(window, dtype=torch.int64) for window in windows[:count]]
 
