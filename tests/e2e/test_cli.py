@@ -21,7 +21,7 @@ from qpalette.cli import quantize as commands
 
 VOCABULARY = 128
 COMMANDS = (
-    *("doctor", "inspect", "palette", "calibrate", "sensitivity", "plan", "quantize", "eval", "export"),
+    *("doctor", "inspect", "palette", "calibrate", "sensitivity", "plan", "quantize", "tune", "eval", "export"),
     *("bench", "generate", "chat", "serve", "profile", "compile"),
 )
 CHAT_TEMPLATE = (

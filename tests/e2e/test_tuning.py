@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,11 @@ from qpalette.nn import PackedModule
 from qpalette.tuning import Silent, TuneReport, Tuning, forecast, quantize_and_tune, tune
 from qpalette.tuning.reference import divergence
 
-WINDOW, WINDOWS = 32, 24
-QUICK = Tuning(steps=12, batch=2, window=WINDOW, held_out=4, every=4, save_every=2, learning_rate=5e-3)
+WINDOW, WINDOWS = 32, 15
+QUICK = Tuning(steps=8, batch=2, window=WINDOW, held_out=3, every=4, save_every=1, learning_rate=5e-3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny products: threads that wait for each other take most of the time on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def save_model(directory: Path, kind: str = "llama", seed: int = 0, **sizes: int) -> Path:
@@ -140,7 +133,7 @@ def test_killed_it_goes_on_to_the_same_bytes(tuned, original, quantized, text, t
     kills = 0
     while True:
         try:
-            tune(quantized, original, text, out, tuning=tuning, watcher=_Killer(5))
+            tune(quantized, original, text, out, tuning=tuning, watcher=_Killer(4))
             break
         except _Killed:
             kills += 1
@@ -178,7 +171,7 @@ def test_quantizing_and_tuning_in_one(original, text, tmp_path):
         quantized.append(linear)
 
     with pytest.raises(_Killed):
-        quantize_and_tune(original, out, text, tuning=tuning, spec="nuq-3", progress=told, watcher=_Killer(5))
+        quantize_and_tune(original, out, text, tuning=tuning, spec="nuq-3", progress=told, watcher=_Killer(4))
     assert len(quantized) == 14
     report = quantize_and_tune(original, out, text, tuning=tuning, spec="nuq-3", progress=told)
     assert len(quantized) == 14

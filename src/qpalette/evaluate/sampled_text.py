@@ -81,14 +81,19 @@ def read_token_file(file: str | Path) -> list[torch.Tensor]:
     path = Path(file).expanduser()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        windows = [torch.tensor(window, dtype=torch.int64) for window in content["figures"]["windows"]]
-        if content["identity"]["kind"] != KIND or not windows or any(w.ndim != 1 or len(w) < 2 for w in windows):
+        windows = content["figures"]["windows"]
+        if content["identity"]["kind"] != KIND or not windows or not all(map(_is_window, windows)):
             raise ValueError("no windows of two tokens or more in it")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no file of sampled tokens ({error}); leave it away, or give a text file") from (
             error
         )
-    return windows
+    return [torch.tensor(window, dtype=torch.int64) for window in windows]
+
+
+def _is_window(window: Any) -> bool:
+    whole = isinstance(window, list) and all(type(token) is int and 0 <= token < 1 << 31 for token in window)
+    return whole and len(window) > 1
 
 
 def chat_of(tokenizer: Any) -> Chat | None:
