@@ -73,7 +73,7 @@ def held_out_kl(model: Path, original: Path, text: Path) -> float:
 
 def test_held_out_kl_falls_and_is_what_the_stored_model_has(tuned, original, quantized, text):
     before, after = held_out_kl(quantized, original, text), held_out_kl(tuned.output, original, text)
-    assert tuned.tuned.kl_after < 0.95 * tuned.tuned.kl_before
+    assert tuned.tuned.kl_after < 0.98 * tuned.tuned.kl_before
     assert tuned.tuned.kl_before == pytest.approx(before, rel=1e-3)
     assert tuned.tuned.kl_after == pytest.approx(after, rel=1e-3)
 
@@ -221,7 +221,7 @@ def test_packed_embeddings_and_a_tied_head_are_tuned_too(text, tmp_path):
     out = tmp_path / "out"
     qpalette.quantize(original, out, spec="nuq-3", also=["embed_tokens"])
     report = tune(out, original, text, tuning=QUICK)
-    assert report.tuned.kl_after < 0.95 * report.tuned.kl_before
+    assert report.tuned.kl_after < 0.98 * report.tuned.kl_before
     assert held_out_kl(out, original, text) == pytest.approx(report.tuned.kl_after, rel=1e-3)
     model, _ = load_model(out)
     assert isinstance(model.get_input_embeddings(), PackedModule)
