@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_pipeline_quantize import files_of
-from tiny_model import VOCABULARY, _save_tokenizer, build
+from tiny_model import SIZES, VOCABULARY, _save_tokenizer, build
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import qpalette
 from qpalette.core.errors import ArtifactError, CheckpointError, InputError
@@ -225,6 +226,25 @@ def test_packed_embeddings_and_a_tied_head_are_tuned_too(text, tmp_path):
     assert held_out_kl(out, original, text) == pytest.approx(report.tuned.kl_after, rel=1e-3)
     model, _ = load_model(out)
     assert isinstance(model.get_input_embeddings(), PackedModule)
+
+
+def test_experts_are_tuned_too(text, tmp_path):
+    """In Mixtral transformers names them otherwise than the checkpoint does."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_local_experts": 3, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+    mixtral = MixtralForCausalLM(MixtralConfig(**sizes, initializer_range=0.2)).eval()
+    mixtral.save_pretrained(tmp_path / "model")
+    _save_tokenizer(tmp_path / "model")
+    out = tmp_path / "out"
+    qpalette.quantize(tmp_path / "model", out, spec="nuq-3")
+    before = open_artifact(out)
+    experts = [name for name in before.records if "experts" in name]
+    scales = {name: before.read(f"{name}.qp_scales") for name in experts}
+    report = tune(out, tmp_path / "model", text, tuning=QUICK)
+    assert report.tuned.kl_after < report.tuned.kl_before
+    after = open_artifact(out)
+    assert all(not after.read(f"{name}.qp_scales").equal(scales[name]) for name in experts)
+    assert held_out_kl(out, tmp_path / "model", text) == pytest.approx(report.tuned.kl_after, rel=1e-3)
 
 
 def test_forecast(original, quantized, text):

@@ -31,7 +31,6 @@ class Chat(NamedTuple):
     marks: frozenset[int]  # tokens that end a turn: those two begin with one, unless they begin as any text may
 
 
-@torch.inference_mode()
 def sample_windows(
     model: Any,
     tokenizer: Any,
@@ -145,6 +144,7 @@ class _Writers:
         return waiting.popleft() if waiting else token
 
 
+@torch.inference_mode()  # not around what is returned: it may be read where gradients are wanted
 def _write(model: Any, writers: _Writers, length: int, told: Callable[[int], None]) -> list[list[int]]:
     opening = list(writers.chat.opening) if writers.chat is not None else [_start_token(model.config)]
     windows = [list(opening) if writers.chat is not None else [] for _ in range(writers.count)]
