@@ -19,6 +19,7 @@ from qpalette.tuning.reference import Reference, divergence, logits_of
 from qpalette.tuning.state import State
 from qpalette.tuning.vectors import TunedVectors
 
+FILLS: Any = torch.utils.deterministic  # its attribute is made as it is imported
 SEEDS = 1_000_003  # between those of two runs: more than a run has epochs
 FUNCTION = "_gradient_checkpointing_func"  # of a layer: how transformers is told
 BACKWARD = 2  # passes that a backward pass takes; one more where activations are computed again
@@ -55,15 +56,14 @@ class Descent:
         vectors.apply()
         for step, kl in state.looks:
             self.watcher.held_out(step, kl)
-        with deterministic(vectors.factors.device):
-            if not state.looks:
+        if not state.looks:
+            self._look()
+        while state.step < tuning.steps and state.looks_since_best < tuning.patience:
+            self._step(optimizer)
+            if state.step % tuning.every == 0 or state.step == tuning.steps:
                 self._look()
-            while state.step < tuning.steps and state.looks_since_best < tuning.patience:
-                self._step(optimizer)
-                if state.step % tuning.every == 0 or state.step == tuning.steps:
-                    self._look()
-                elif state.step % tuning.save_every == 0:
-                    self._save()
+            elif state.step % tuning.save_every == 0:
+                self._save()
         return state
 
     def _optimizer(self) -> torch.optim.Adam:
@@ -76,14 +76,9 @@ class Descent:
 
     def _step(self, optimizer: torch.optim.Adam) -> None:
         tuning, state = self.tuning, self.state
-        with recomputing(self.model, tuning.recompute):
-            for place in range(tuning.batch):
-                index = self._window_at(state.step * tuning.batch + place)
-                true = self.reference.logits(index)
-                logits = logits_of(self.model, self.windows[index])
-                gradient = torch.empty_like(logits)
-                divergence(logits, true, gradient)
-                logits.backward(gradient.div_(len(gradient) * tuning.batch))
+        for place in range(tuning.batch):
+            index = self._window_at(state.step * tuning.batch + place)
+            self._add_gradient(self.windows[index], self.reference.logits(index))
         self.vectors.take_gradient()
         for group in optimizer.param_groups:
             group["lr"] = tuning.rate_at(state.step)
@@ -92,13 +87,23 @@ class Descent:
         state.step += 1
         self._tell()
 
+    def _add_gradient(self, window: Tensor, true: Tensor) -> None:
+        """Of the mean over a step's predictions of KL(original || quantized)."""
+        with deterministic(self.model.device), recomputing(self.model, self.tuning.recompute):
+            logits = logits_of(self.model, window)
+            gradient = torch.empty_like(logits)
+            divergence(logits, true, gradient)
+            logits.backward(gradient.div_(len(gradient) * self.tuning.batch))
+
     def _look(self) -> None:
         """KL on the held-out windows, with the values as they would be stored."""
         state, total, count = self.state, 0.0, 0
         with self.vectors.as_stored(), torch.no_grad():
             for index in range(self.training, len(self.windows)):
-                logits = logits_of(self.model, self.windows[index])
-                total += float(divergence(logits, self.reference.logits(index)))
+                true = self.reference.logits(index)
+                with deterministic(self.model.device):
+                    logits = logits_of(self.model, self.windows[index])
+                total += float(divergence(logits, true))
                 count += len(logits)
         state.looks.append((state.step, total / count))
         if state.looks_since_best == 0:
@@ -148,14 +153,16 @@ def recomputing(model: Any, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Inside, sums on a GPU have an order: attention's backward pass has none otherwise."""
+    """Inside, sums on a GPU have an order: attention's backward pass and the experts' sum have none otherwise."""
     if device.type != "cuda":
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), FILLS.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    FILLS.fill_uninitialized_memory = False  # torch would write all new memory once more, to show what reads it
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        FILLS.fill_uninitialized_memory = before[1]
