@@ -192,6 +192,13 @@ def test_keep_size(original, quantized, text, tmp_path):
     assert report.tuned.kl_after < report.tuned.kl_before
 
 
+def test_in_16_bits(original, quantized, text, tmp_path):
+    """Activations alone: what is tuned is better in float32, too."""
+    report = tune(quantized, original, text, tmp_path / "out", tuning=QUICK, dtype=torch.bfloat16)
+    assert report.tuned.kl_after < report.tuned.kl_before
+    assert held_out_kl(report.output, original, text) < held_out_kl(quantized, original, text)
+
+
 def test_another_original_is_refused_before_any_work(quantized, text, tmp_path):
     other = save_model(tmp_path / "other", "llama-bias", seed=1)
     with pytest.raises(CheckpointError, match="was not made from"):

@@ -26,7 +26,7 @@ class Tuning:
     save_every: int = 5  # steps between two states on disk
     seed: int = 0  # of the order of the windows, and of sampled text
     keep_size: bool = False  # signs stay signs: nothing grows
-    recompute: bool = True  # activations of a layer in the backward pass: less memory, a third more time
+    recompute: bool = True  # activations of a layer in the backward pass: less memory, one pass of five more
     cache: bool = False  # the original's last hidden states on disk, so that only its head stays in memory
 
     def __post_init__(self) -> None:
