@@ -12,7 +12,7 @@ from typing import Any
 from qpalette.integrations.autoload import install as _install
 
 _HOME = {
-    "load": "qpalette.evaluate.loading",
+    "load": "qpalette.api",
     "parse_spec": "qpalette.codes",
     "quantize": "qpalette.pipeline",
     "tune": "qpalette.tuning",

@@ -24,10 +24,13 @@ from qpalette.calibration.sensitivity import (
 from qpalette.core.errors import InputError
 from qpalette.core.records import LinearShape
 from qpalette.core.resume import PartialFigures
+from qpalette.evaluate import loading
 from qpalette.evaluate.loading import load_model
 from qpalette.evaluate.sampled_text import TOKEN_FILE
 from qpalette.evaluate.text_source import check_text, context_of, model_windows, text_sha256
 from qpalette.evaluate.windows import WINDOW
+from qpalette.generation import check_mode
+from qpalette.generation import fast as make_fast
 from qpalette.models import find_groups
 from qpalette.plan import SensitiveLinear, Sensitivities
 from qpalette.runtime.device import parse_device
@@ -35,6 +38,34 @@ from qpalette.storage import Checkpoint, open_checkpoint
 
 TOKENS = 65_536
 SENSITIVITY_TOKENS = {"fisher": 16_384, "perturbation": 2048}  # one backward pass in all, against one pass per linear
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    device_map: str | dict[str, Any] | torch.device | int | None = None,
+    backend: str | None = None,
+    fast: bool = False,
+    compile: str = "never",
+) -> tuple[Any, Any]:
+    """The causal language model at `path`, a `PreTrainedModel` in evaluation mode, and its tokenizer.
+
+    path: a quantized directory, a Hugging Face directory, a .gguf file or the Hub id of a model of either kind. A GGUF
+    file is dequantized once, into a cache. No code of the model runs. device: where all of it goes, such as cpu or
+    cuda:1; device_map, as in `from_pretrained`, spreads it instead. dtype: of the activations and of what is not
+    quantized; the checkpoint's own by default. backend: the only one that may run, by name; like the variable
+    QPALETTE_BACKEND, which it sets, it holds for the whole process. fast: on one CUDA device, `model.generate` decodes
+    by captured steps, with the same arguments and results, and compiles them as `compile` says: "never", in the
+    "background", or "now", before the first token.
+
+    Raises InputError when there is no such device or `compile`, UnsupportedError with the reasons when no backend can
+    run the model, and ArtifactError or CheckpointError when there is no intact model or transformers cannot build it.
+    """
+    check_mode(compile)
+    model, tokenizer = loading.load(path, device=device, dtype=dtype, device_map=device_map, backend=backend)
+    return (make_fast(model, compile) if fast else model), tokenizer
 
 
 def calibrate(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,21 +14,19 @@ from qpalette.bench import (
     Candidate,
     Decoder,
     breakdown,
-    compile_options,
-    decode,
     from_config,
     measure,
     measure_speed,
     read_config,
 )
 from qpalette.bench.breakdown import PARTS, Kernel, part_of, shares_of
-from qpalette.bench.decode import greedy
 from qpalette.bench.models import PRESETS, groups_of, records_of, with_head
 from qpalette.cli import main
 from qpalette.codes import parse_spec
 from qpalette.core.errors import InputError, SpecError, UnsupportedError
 from qpalette.evaluate import bits_per_weight
 from qpalette.formats import packed_bits
+from qpalette.generation import attach, compile_options, step
 from qpalette.nn import PackedModule, QuantLinear
 from qpalette.plan import Plan, uniform_plan
 
@@ -219,16 +216,9 @@ def test_on_a_cpu_modules_are_timed(plan):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("vocabulary", [1, 96, 127, 128])
-def test_the_likeliest_token_is_that_of_an_argmax(vocabulary):
-    logits = torch.randn(3, 2, vocabulary)
-    token = greedy(lambda **_: SimpleNamespace(logits=logits), torch.zeros(3, 1), None)
-    assert torch.equal(token, logits[:, -1].argmax(-1, keepdim=True))
-
-
 def test_options_of_compilation_are_those_that_this_torch_knows(monkeypatch):
-    assert compile_options() == decode.COMPILE_OPTIONS
-    monkeypatch.setitem(decode.COMPILE_OPTIONS, "triton.no_such_option", True)
+    assert compile_options() == step.COMPILE_OPTIONS
+    monkeypatch.setitem(step.COMPILE_OPTIONS, "triton.no_such_option", True)
     assert "triton.no_such_option" not in compile_options()
 
 
@@ -264,6 +254,29 @@ def test_bench_prints_a_ratio_in_the_same_run(run, config_file, tmp_path):  # no
     assert "Where a step goes" in shown.out
 
 
+def test_bench_of_what_generate_runs(run, config_file, monkeypatch):  # noqa: F811
+    from qpalette.bench import generate
+
+    options = ("--batch", 1, "--batch", 3, "--context", 8, "--steps", 12, "--dtype", "float32", "--runner", "generate")
+    command = ("bench", "--config", config_file, "--spec", "nuq-4", *options)
+    own = {"first_token_seconds", "first_tokens_per_second"}
+    speeds = json.loads(run(*command, "--json").out)["speeds"]
+    assert [(speed["runner"], speed["batch"]) for speed in speeds] == [("generate", batch) for batch in (1, 3, 1, 3)]
+    assert all(own <= speed.keys() and "warm_seconds" not in speed for speed in speeds), "a CPU captures nothing"
+    assert all(speed["ratio"] is None or speed["ratio"] > 0 for speed in speeds)
+    monkeypatch.setattr(generate, "fast", lambda model, compile: attach(model, compile, lambda work: Again(work)))
+    captured = json.loads(run(*command, "--json").out)["speeds"]
+    assert all(own | {"warm_seconds"} <= speed.keys() for speed in captured)
+    assert "warm: until captured" in " ".join(run(*command).out.split())
+
+
+class Again:
+    """Stands for a CUDA graph."""
+
+    def __init__(self, replay) -> None:
+        self.replay = replay
+
+
 def test_bench_a_model_on_disk(run, tmp_path):  # noqa: F811
     save_model(tmp_path / "tiny")
     with pytest.raises(SystemExit):
@@ -296,6 +309,11 @@ def test_bench_a_model_on_disk(run, tmp_path):  # noqa: F811
         (("--config", "{config}", "--spec", "nuq-4", "--runner", "graph"), "needs a CUDA device"),
         (("--config", "{config}", "--spec", "nuq-4", "--context", "300"), "but the model has 256"),
         (("--config", "{config}", "--spec", "nuq-4", "--plot", "x.jpeg"), "must end in .png"),
+        (("--config", "{config}", "--runner", "generate", "--steps", "10"), "take --steps 11 or more"),
+        (("--config", "{config}", "--runner", "generate", "--breakdown"), "take another runner than generate"),
+        (("--config", "{config}", "--runner", "generate", "--context", "250"), "but the model has 256"),
+        (("--config", "{config}", "--compile", "now"), "--compile goes with --runner generate"),
+        (("--config", "{config}", "--runner", "generate", "--compile", "soon"), "choose never, background, now"),
         (("{config}", "--spec", "nuq-4"), "a model on disk has its own quantizers"),
     ],
 )

@@ -187,3 +187,10 @@ def test_every_call_of_an_auto_class_refuses_code():
         said = {keyword.arg: keyword.value for keyword in call.keywords}.get("trust_remote_code")
         assert isinstance(said, ast.Constant), f"{file}:{call.lineno} says nothing of trust_remote_code"
         assert said.value is False, f"{file}:{call.lineno}"
+
+
+def test_fast_is_for_a_gpu_and_its_mistakes_come_before_the_model(models):
+    model, _ = qpalette.load(models["owner/packed"], dtype=torch.float32, fast=True, compile="background")
+    assert type(model).generate == model.generate.__func__, "on a CPU a model stays as it is"
+    with pytest.raises(InputError, match="choose never, background, now"):
+        qpalette.load("no/such", fast=True, compile="soon")

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,19 +32,27 @@ def free_port() -> int:
 
 @contextmanager
 def running(model: Path, *options: str) -> Iterator[SimpleNamespace]:
-    """A server process and a client that its models endpoint has answered; stopped by Ctrl-C."""
+    """`qpalette serve`."""
+    with process_of(lambda port: ["-m", "qpalette.cli", "serve", str(model), "--port", str(port), *options]) as server:
+        yield server
+
+
+@contextmanager
+def process_of(arguments: Callable[[int], list[str]]) -> Iterator[SimpleNamespace]:
+    """A Python process that serves at a port, and a client that its models endpoint has answered; stopped by Ctrl-C."""
     openai = pytest.importorskip("openai")
     port = free_port()
-    command = [sys.executable, "-m", "qpalette.cli", "serve", str(model), "--port", str(port), *options]
+    command = [sys.executable, *arguments(port)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "QPALETTE_BACKEND": "ref"}  # compiles nothing
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, text=True)
+    told: list[str] = []  # on stderr, once it has stopped
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
         wait_for(client, process)
-        yield SimpleNamespace(client=client, process=process, port=port)
+        yield SimpleNamespace(client=client, process=process, port=port, told=told)
     finally:
         process.send_signal(signal.SIGINT)
-        process.stderr.read()
+        told.append(process.stderr.read())
         process.wait(60)
 
 
@@ -97,6 +105,53 @@ def test_a_client_gets_answers_whole_and_streamed(packed):
     assert len(chunks) > 2, "streamed means in pieces"
     assert whole.usage.completion_tokens == 8
     assert server.process.returncode == 0, "Ctrl-C is the way to stop it"
+
+
+# The loop of a GPU on the CPU, every step eager; it tells of each model that it gets.
+WITH_THE_LOOP = """
+import sys
+from qpalette.generation import attach
+from qpalette.integrations import serving
+
+def prepare(model):
+    print("prepared", type(model).__name__, file=sys.stderr)
+    attach(model, "never", None)
+    return model
+
+model, port, *options = sys.argv[1:]
+serving.serve_transformers(model, "127.0.0.1", int(port), ["--device", "cpu", *options], prepare)
+"""
+
+
+def test_the_served_model_is_the_prepared_one(packed):
+    def arguments(port: int) -> list[str]:
+        return ["-c", WITH_THE_LOOP, str(packed), str(port), "--dtype", "float32"]
+
+    with process_of(arguments) as server:
+        completions = server.client.chat.completions
+        texts = [completions.create(model=str(packed), **ASKED).choices[0].message.content for _ in range(2)]
+        chunks = list(completions.create(model=str(packed), stream=True, **ASKED))
+        stopped = completions.create(model=str(packed), **ASKED | {"stop": [texts[0][1]]})
+    assert texts == [generated(packed)] * 2
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == texts[0]
+    assert texts[0].startswith(stopped.choices[0].message.content)
+    assert len(stopped.choices[0].message.content) < len(texts[0])
+    assert server.told[0].count("prepared LlamaForCausalLM") == 1
+
+
+def test_continuous_batching_takes_the_model_as_it_is(packed, monkeypatch):
+    """What it calls is not model.generate."""
+    from transformers.cli import transformers as command
+    from transformers.cli.serving.model_manager import ModelManager
+
+    loaded = object()
+    monkeypatch.setattr(ModelManager, "_load_model", lambda self: loaded)
+    monkeypatch.setattr(ModelManager, "get_gen_models", ModelManager.get_gen_models)
+    for options, expected in ((["--continuous-batching"], loaded), ([], "prepared")):
+        got = []
+        monkeypatch.setattr(command, "app", lambda *_, got=got, **__: got.append(ModelManager._load_model(None)))
+        serving.serve_transformers(str(packed), "127.0.0.1", free_port(), options, lambda model: "prepared")
+        assert got == [expected]
 
 
 def test_it_listens_on_this_machine_only_unless_told():

@@ -1,11 +1,13 @@
 """Tokens per second, latency and memory of a model, measured the same way for a quantized one and its original."""
 
 from qpalette.bench.breakdown import Share, breakdown
-from qpalette.bench.decode import RUNNERS, Decoder, Speed, compile_options, default_runner, measure_speed
+from qpalette.bench.decode import GENERATE, RUNNERS, Decoder, Speed, default_runner, measure_speed
+from qpalette.bench.generate import check_steps, measure_generate
 from qpalette.bench.models import PRESETS, Candidate, from_config, from_directory, read_config
 from qpalette.bench.run import measure
 
 __all__ = [
+    "GENERATE",
     "PRESETS",
     "RUNNERS",
     "Candidate",
@@ -13,11 +15,12 @@ __all__ = [
     "Share",
     "Speed",
     "breakdown",
-    "compile_options",
+    "check_steps",
     "default_runner",
     "from_config",
     "from_directory",
     "measure",
+    "measure_generate",
     "measure_speed",
     "read_config",
 ]

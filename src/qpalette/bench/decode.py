@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -15,16 +14,14 @@ from typing import Any
 import torch
 
 from qpalette.core.errors import InputError, UnsupportedError
+from qpalette.generation import CAPTURE_WARMUP, capture_graph, compile_options, most_likely
 
-RUNNERS = ("eager", "graph", "compile", "compile-graph")
+STEP_RUNNERS = ("eager", "graph", "compile", "compile-graph")
+GENERATE = "generate"  # not a step alone, but what the commands run: `bench/generate.py`
+RUNNERS = (*STEP_RUNNERS, GENERATE)
 WARMUP = 6  # steps: compilation, the allocator's first requests, three replays that CUDA graph trees record on
 PROFILED = 8  # steps for a look at where the time goes: enough to see the spread, few enough for a profiler's buffers
 ALIGNMENT = 64  # of the cache's length: masked attention kernels copy a mask whose rows are not aligned
-ARGMAX_PARTS = 64
-# Kernels of torch.compile that start before the one ahead of them has ended, and small ones that run as one. A step of
-# 8 layers of Llama-3.1-8B on an H100: 689 instead of 758 us at 3.25 bits.
-COMPILE_OPTIONS = {"triton.enable_pdl": True, "combo_kernels": True}
-CAPTURE_WARMUP = 3  # steps on the side stream, as torch's documentation of CUDA graphs asks for
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,11 @@ class Speed:
     prefill_seconds: float  # all `context` tokens of every sequence, until the first new token is on the host
     weight_bytes: int
     peak_bytes: int | None  # on a CUDA device, weights and cache included; None elsewhere
+    # Of the runner "generate" alone: its first request, in seconds, and in tokens/s from the tenth token on; seconds
+    # until the last capture, where steps are captured. The other figures are of requests after that.
+    first_token_seconds: float | None = None
+    first_tokens_per_second: float | None = None
+    warm_seconds: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -131,10 +133,7 @@ class Decoder:
             for _ in range(CAPTURE_WARMUP):
                 self.step()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        self.graph = graph
+        self.graph = capture_graph(self._step)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -188,20 +187,10 @@ def default_runner(device: torch.device) -> str:
     return "compile" if device.type == "cuda" else "eager"
 
 
-def compile_options() -> dict[str, Any]:
-    """COMPILE_OPTIONS that this torch knows."""
-    known = set(torch._inductor.list_options())
-    return {name: value for name, value in COMPILE_OPTIONS.items() if name in known}
-
-
 def greedy(forward: Callable[..., Any], token: torch.Tensor, cache: Any) -> torch.Tensor:
     """The most likely next token after `token`, both [batch, 1]."""
     logits: torch.Tensor = forward(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
-    # In parts, which run side by side: over 128256 logits an argmax is one block's work, 21 us on an H100.
-    parts = math.gcd(logits.shape[-1], ARGMAX_PARTS)
-    highest, place = logits.unflatten(-1, (parts, -1)).max(-1)
-    part = highest.argmax(-1, keepdim=True)
-    return part * (logits.shape[-1] // parts) + place.gather(-1, part)
+    return most_likely(logits)
 
 
 def _compiled(model: Any, runner: str) -> Callable[[torch.Tensor, Any], torch.Tensor]:
@@ -214,12 +203,17 @@ def _compiled(model: Any, runner: str) -> Callable[[torch.Tensor, Any], torch.Te
 
 
 def _check(model: Any, positions: int, runner: str) -> None:
-    if runner not in RUNNERS:
+    if runner not in STEP_RUNNERS:
         raise InputError(f"'{runner}' is not a runner: choose {', '.join(RUNNERS)}")
     if "graph" in runner and model.device.type != "cuda":
         raise UnsupportedError(
             f"runner '{runner}' captures a CUDA graph, which needs a CUDA device: use eager or compile"
         )
+    check_positions(model, positions)
+
+
+def check_positions(model: Any, positions: int) -> None:
+    """Raises InputError when the model's context is shorter."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and positions > longest:
         raise InputError(

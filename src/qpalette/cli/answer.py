@@ -21,12 +21,12 @@ class Answer:
     prompt_tokens: int
     tokens: int
     prompt_seconds: float  # until the first token
-    seconds: float  # from the first token to the last
+    seconds: float  # from the second token to the last: the step that makes the second compiles kernels
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the tokens after the first; None when there are none."""
-        return (self.tokens - 1) / self.seconds if self.tokens > 1 and self.seconds > 0 else None
+        """Of the tokens after the second; None when there are none."""
+        return (self.tokens - 2) / self.seconds if self.tokens > 2 and self.seconds > 0 else None
 
     def describe(self) -> str:
         speed = "" if self.tokens_per_second is None else f", {self.tokens_per_second:.1f} tokens/s"
@@ -42,18 +42,20 @@ def check_sampling(max_new_tokens: int, temperature: float) -> None:
         raise InputError(f"--temperature must be a finite number of at least 0, got {temperature}")
 
 
-def open_model(model: str, engine: str, device: str, dtype: str | None) -> tuple[Any, Any]:
-    """The model on `device` and its tokenizer; `dtype` by default float16 on a GPU and float32 on a CPU.
+def open_model(model: str, engine: str, device: str, dtype: str | None, compile: str) -> tuple[Any, Any]:
+    """The model on `device` and its tokenizer; `dtype` by default float16 on a GPU and float32 on a CPU. On a GPU its
+    `generate` is the fast one, with steps compiled as `compile` says.
 
-    Raises InputError for an engine, device or type that cannot be used here, and as `load_model` does.
+    Raises InputError for an engine, device, type or `compile` that cannot be used here, and as `load_model` does.
     """
-    from qpalette.evaluate import load_model
+    from qpalette.api import load
     from qpalette.runtime.device import parse_device
 
     if engine != "transformers":
         raise InputError(f"--engine {engine}: answers here come from transformers; other engines have `qpalette serve`")
     where = parse_device(device)
-    return load_model(model, where, parse_dtype(dtype or ("float16" if where.type == "cuda" else "float32")))
+    kind = parse_dtype(dtype or ("float16" if where.type == "cuda" else "float32"))
+    return load(model, device=where, dtype=kind, fast=True, compile=compile)
 
 
 def parse_dtype(name: str) -> Any:
@@ -90,27 +92,24 @@ def stream_answer(
         raise InputError("the prompt is empty")
     if length >= context:
         raise InputError(f"the prompt has {length} tokens and the model's context is {context}; shorten it")
-    with torch.inference_mode():
-        model(prompt[:, :1].to(model.device))  # compiles the kernels of single tokens: the speed told is the model's
     streamer = _streamer(tokenizer, write)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else _GREEDY
-    with torch.inference_mode():
-        result = model.generate(
-            prompt.to(model.device),
-            attention_mask=torch.ones_like(prompt, device=model.device),
-            max_new_tokens=int(min(max_new_tokens, context - length)),
-            pad_token_id=_pad_token(model, tokenizer),
-            streamer=streamer,
-            **sampling,
-        )
+    result = model.generate(
+        prompt.to(model.device),
+        attention_mask=torch.ones_like(prompt, device=model.device),
+        max_new_tokens=int(min(max_new_tokens, context - length)),
+        pad_token_id=_pad_token(model, tokenizer),
+        streamer=streamer,
+        **sampling,
+    )
     written = result[0, length:]
-    first, last = streamer.first or streamer.start, streamer.last
+    first, second, last = streamer.moments[0], streamer.moments[:2][-1], streamer.moments[-1]
     return Answer(
         text=tokenizer.decode(written, skip_special_tokens=True),
         prompt_tokens=length,
         tokens=len(written),
         prompt_seconds=first - streamer.start,
-        seconds=last - first,
+        seconds=last - second,
     )
 
 
@@ -129,18 +128,17 @@ def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
-        """Passes text on and notes the times of the first and last token."""
+        """Passes text on and notes when each token came."""
 
         def __init__(self) -> None:
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            self.start = self.last = time.perf_counter()
-            self.first: float | None = None
+            self.start = time.perf_counter()
+            self.moments: list[float] = []
             self.prompt_seen = False
 
         def put(self, value: Any) -> None:
             if self.prompt_seen:
-                self.last = time.perf_counter()
-                self.first = self.first or self.last
+                self.moments.append(time.perf_counter())
             self.prompt_seen = True
             super().put(value)
 

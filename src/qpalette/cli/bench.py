@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,9 +64,14 @@ def bench(
     runner: Annotated[
         str | None,
         typer.Option(
-            "--runner", help="eager, graph, compile or compile-graph.  [default: compile on a GPU, eager on a CPU]"
+            "--runner",
+            help="eager, graph, compile or compile-graph: steps alone; generate: what the command of that name runs.  "
+            "[default: compile on a GPU, eager on a CPU]",
         ),
     ] = None,
+    compile: Annotated[
+        str, typer.Option("--compile", help="With --runner generate: never, background or now, as `qpalette generate`.")
+    ] = "never",
     attention: Annotated[
         str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation, or grouped.")
     ] = None,
@@ -93,6 +99,7 @@ def bench(
     batches = tuple(batch or BATCHES)
     if min(*batches, context, steps, 1) < 1:
         raise InputError("batch sizes, --context and --steps must be at least 1")
+    _check_runner(runner, compile, steps, with_breakdown)
     if plot is not None:
         from qpalette.report.bench_plot import check_plot
 
@@ -112,7 +119,7 @@ def bench(
     speeds: list[Speed] = []
     shares: dict[str, list[Share]] = {}
     with step_bar("models x batches") as bar:
-        for result, parts in measure(candidates, batches, context, steps, chosen, with_breakdown):
+        for result, parts in measure(candidates, batches, context, steps, chosen, with_breakdown, compile):
             speeds.append(result)
             if parts:
                 shares[result.model] = parts
@@ -121,6 +128,20 @@ def bench(
             if out is not None:
                 write_json(_report(speeds, shares, where), out)
     _tell(speeds, shares, where, plot, as_json)
+
+
+def _check_runner(runner: str | None, compile: str, steps: int, with_breakdown: bool) -> None:
+    from qpalette.bench import GENERATE, check_steps
+    from qpalette.core.errors import InputError
+    from qpalette.generation import check_mode
+
+    check_mode(compile)
+    if runner == GENERATE:
+        check_steps(steps)
+        if with_breakdown:
+            raise InputError(f"--breakdown looks into a step alone: take another runner than {GENERATE}")
+    elif compile != "never":
+        raise InputError(f"--compile goes with --runner {GENERATE}: the other runners say themselves what is compiled")
 
 
 def _tell(speeds: list[Speed], shares: dict[str, list[Share]], device: Any, plot: Path | None, as_json: bool) -> None:
@@ -210,9 +231,11 @@ def _report(speeds: list[Speed], shares: dict[str, list[Share]], device: Any) ->
 
 
 def _fields(speed: Speed) -> dict[str, Any]:
+    """All of them; those of the runner "generate" where they exist."""
     from dataclasses import asdict
 
-    return asdict(speed)
+    own = ("first_token_seconds", "first_tokens_per_second", "warm_seconds")
+    return {name: value for name, value in asdict(speed).items() if name not in own or value is not None}
 
 
 def _versions() -> dict[str, str]:
@@ -242,38 +265,38 @@ def _ratio(speed: Speed, speeds: list[Speed]) -> float | None:
 
 
 def _print(speeds: list[Speed], shares: dict[str, list[Share]], device: Any) -> None:
-    columns = (
-        "model",
-        "batch",
-        "tokens/s",
-        "ratio",
-        "ms per step",
-        "prefill tokens/s",
-        "first token",
-        "weights",
-        "peak",
-    )
-    rows = []
-    for speed in speeds:
-        ratio = _ratio(speed, speeds)
-        rows.append(
-            (
-                speed.model + (" (random weights)" if speed.random_weights else ""),
-                str(speed.batch),
-                f"{speed.tokens_per_second:.1f}",
-                "" if ratio is None else f"{ratio:.2f}",
-                f"{1e3 * speed.decode_seconds:.3f}",
-                f"{speed.prefill_tokens_per_second:.0f}",
-                f"{1e3 * speed.prefill_seconds:.0f} ms",
-                size(speed.weight_bytes),
-                "" if speed.peak_bytes is None else size(speed.peak_bytes),
-            )
-        )
+    columns: dict[str, Callable[[Speed], str]] = {
+        "model": lambda speed: speed.model + (" (random weights)" if speed.random_weights else ""),
+        "batch": lambda speed: str(speed.batch),
+        "tokens/s": lambda speed: f"{speed.tokens_per_second:.1f}",
+        "ratio": lambda speed: _shown(_ratio(speed, speeds), "{:.2f}"),
+        "ms per step": lambda speed: f"{1e3 * speed.decode_seconds:.3f}",
+        "prefill tokens/s": lambda speed: f"{speed.prefill_tokens_per_second:.0f}",
+        "first token": lambda speed: f"{1e3 * speed.prefill_seconds:.0f} ms",
+        "at first": lambda speed: _shown(speed.first_token_seconds, "{:.2f} s"),
+        "tokens/s at first": lambda speed: _shown(speed.first_tokens_per_second, "{:.1f}"),
+        "warm": lambda speed: _shown(speed.warm_seconds, "{:.2f} s"),
+        "weights": lambda speed: size(speed.weight_bytes),
+        "peak": lambda speed: "" if speed.peak_bytes is None else size(speed.peak_bytes),
+    }
+    if all(speed.first_token_seconds is None for speed in speeds):
+        for name in ("at first", "tokens/s at first", "warm"):
+            del columns[name]
+    rows = [tuple(cell(speed) for cell in columns.values()) for speed in speeds]
     first = speeds[0]
     title = f"Decoding after {first.context} tokens on {device_name(device)}, runner {first.runner}"
-    print_table(title, columns, rows, caption="ratio: tokens/s over the first model's at the same batch size; medians")
+    caption = "ratio: tokens/s over the first model's at the same batch size; medians"
+    if "warm" in columns:
+        caption += (
+            "; at first: the first request, its first token and its speed from the tenth on; warm: until captured"
+        )
+    print_table(title, tuple(columns), rows, caption=caption)
     for name, parts in shares.items():
         _print_breakdown(name, parts)
+
+
+def _shown(value: float | None, template: str) -> str:
+    return "" if value is None else template.format(value)
 
 
 def _print_breakdown(name: str, parts: list[Share]) -> None:

@@ -27,6 +27,14 @@ def chat(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="To compute in.  [default: float16 on a GPU, float32 on a CPU]")
     ] = None,
+    compile: Annotated[
+        str,
+        typer.Option(
+            "--compile",
+            help="On a GPU, compile the steps too: never, background (answers come meanwhile) or now, before the first "
+            "token.",
+        ),
+    ] = "background",
 ) -> None:
     """Talk to a model. It remembers the conversation until /reset; /exit leaves.
 
@@ -38,7 +46,7 @@ def chat(
     check_sampling(max_new_tokens, temperature)
     quiet_transformers()
 
-    loaded, tokenizer = open_model(model, engine, device, dtype)
+    loaded, tokenizer = open_model(model, engine, device, dtype, compile)
     if tokenizer.chat_template is None:
         raise InputError(f"{model} has no chat template; use `qpalette generate`")
     with suppress(ImportError):  # where it exists, it gives `input` line editing and a history

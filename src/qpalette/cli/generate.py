@@ -22,6 +22,14 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="To compute in.  [default: float16 on a GPU, float32 on a CPU]")
     ] = None,
+    compile: Annotated[
+        str,
+        typer.Option(
+            "--compile",
+            help="On a GPU, compile the steps too: never, background (tokens come meanwhile) or now, before the first "
+            "token.",
+        ),
+    ] = "never",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling, when the temperature is above 0.")] = 0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
@@ -43,7 +51,7 @@ def generate(
     quiet_transformers()
     import torch
 
-    loaded, tokenizer = open_model(model, engine, device, dtype)
+    loaded, tokenizer = open_model(model, engine, device, dtype, compile)
     torch.manual_seed(seed)
     tokens = _tokens(tokenizer, prompt, raw)
     answer = stream_answer(loaded, tokenizer, tokens, max_new_tokens, temperature, _silent if as_json else _to_stdout)

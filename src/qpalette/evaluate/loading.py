@@ -27,17 +27,7 @@ def load(
     device_map: str | dict[str, Any] | torch.device | int | None = None,
     backend: str | None = None,
 ) -> tuple[Any, Any]:
-    """The causal language model at `path`, a `PreTrainedModel` in evaluation mode, and its tokenizer.
-
-    path: a quantized directory, a Hugging Face directory, a .gguf file or the Hub id of a model of either kind. A GGUF
-    file is dequantized once, into a cache. No code of the model runs. device: where all of it goes, such as cpu or
-    cuda:1; device_map, as in `from_pretrained`, spreads it instead. dtype: of the activations and of what is not
-    quantized; the checkpoint's own by default. backend: the only one that may run, by name; like the variable
-    QPALETTE_BACKEND, which it sets, it holds for the whole process.
-
-    Raises InputError when there is no such device, UnsupportedError with the reasons when no backend can run the model,
-    and ArtifactError or CheckpointError when there is no intact model or transformers cannot build it.
-    """
+    """As `qpalette.load`, whose arguments these are, with the `generate` of transformers."""
     where = parse_device(device)
     if backend is not None:
         if backend not in backends():

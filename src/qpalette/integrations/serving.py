@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from qpalette.core.errors import InputError, UnsupportedError
 
@@ -37,8 +38,17 @@ def check_port(host: str, port: int) -> None:
         raise InputError(f"{host}: {reason}") from error
 
 
-def serve_transformers(model: str, host: str, port: int, options: Sequence[str] = ()) -> None:
+def serve_transformers(
+    model: str,
+    host: str,
+    port: int,
+    options: Sequence[str] = (),
+    prepare: Callable[[Any], Any] = lambda loaded: loaded,
+) -> None:
     """`transformers serve MODEL` with `options` of that command. Returns when the server is stopped.
+
+    `prepare` gives the model to serve for the one that was loaded; continuous batching, which does not call
+    `model.generate`, takes that as it is.
 
     Raises InputError for an option that it does not have.
     """
@@ -50,6 +60,9 @@ def serve_transformers(model: str, host: str, port: int, options: Sequence[str] 
     entry = {"id": model, "object": "model", "created": _created(model), "owned_by": "qpalette"}
     # Its list of models is what the Hub's cache holds, which a directory is not in.
     setattr(ModelManager, "get_gen_models", staticmethod(lambda cache_dir=None: [entry]))  # noqa: B010 - a method
+    if "--continuous-batching" not in options:
+        load = ModelManager._load_model
+        setattr(ModelManager, "_load_model", lambda *given, **named: prepare(load(*given, **named)))  # noqa: B010
     try:
         app(["serve", model, "--host", host, "--port", str(port), *options], standalone_mode=False)
     except Exception as error:

@@ -52,57 +52,46 @@ class CudaProduct:
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """One tensor [..., M] for each member, of x's dtype; contiguous where there are more than MOST_FUSED_TOKENS:
         torch's element-wise kernels for others took 2.8 of 45 ms of a prompt of 1024 tokens (Llama-3.1-8B, H100)."""
+        if x.dtype not in TYPES:
+            return [y.to(x.dtype) for y in self(x.float())]
         if x.numel() > MOST_FUSED_TOKENS * self.inputs:
-            outputs = [x.new_empty((*x.shape[:-1], rows)) for rows in self.rows]
-            self._run(x, outputs)
-            return outputs
+            return [y.view(*x.shape[:-1], rows) for y, rows in zip(self._start(x, None), self.rows, strict=True)]
         result = self.joined(x)
         return [result] if len(self.rows) == 1 else list(result.split(self.rows, -1))
 
     def joined(self, x: torch.Tensor) -> torch.Tensor:
         """[..., sum of M], side by side."""
+        if x.dtype not in TYPES:
+            return self.joined(x.float()).to(x.dtype)
         result = x.new_empty((*x.shape[:-1], self.width))
-        self._run(x, [result])
+        self._start(x, result)
         return result
 
-    def _run(self, x: torch.Tensor, outputs: list[torch.Tensor]) -> None:
-        """`outputs` is one tensor, with all results side by side, or one for each member."""
-        if x.dtype not in TYPES:
-            for y, wider in zip(
-                outputs, [self.joined(x.float())] if len(outputs) == 1 else self(x.float()), strict=True
-            ):
-                y.copy_(wider)
-            return
+    def _start(self, x: torch.Tensor, y: torch.Tensor | None) -> list[torch.Tensor]:
+        """Into y, side by side, or else into one [tokens, M] for each member, which are returned."""
         if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
             x = aligned(x.contiguous())
-        if torch.cuda.current_device() == self.index:
-            self._start(x, outputs)
-        else:  # launches go to the current device
-            with torch.cuda.device(self.index):
-                self._start(x, outputs)
-
-    def _start(self, x: torch.Tensor, outputs: list[torch.Tensor]) -> None:
-        tokens, size = x.numel() // self.inputs, x.itemsize
-        stream = torch._C._cuda_getCurrentRawStream(self.index)  # as torch.compile's code: 0.1 us, not 3
         if self._present_addresses() != self._addresses:
             self._fused, self._by_library, self._addresses = {}, {}, self._present_addresses()
+        if torch.cuda.current_device() == self.index:
+            return self._run(x, y)
+        with torch.cuda.device(self.index):  # launches go to the current device
+            return self._run(x, y)
+
+    def _run(self, x: torch.Tensor, y: torch.Tensor | None) -> list[torch.Tensor]:
+        tokens = x.numel() // self.inputs
+        stream = torch._C._cuda_getCurrentRawStream(self.index)  # as torch.compile's code: 0.1 us, not 3
         if tokens > MOST_FUSED_TOKENS:
             library_product = self._library_product(x.dtype)
             with _ONE_AT_A_TIME:
-                library_product(x, tokens, self._apart(outputs, tokens), stream)
-            return
-        y = outputs[0]
+                return library_product(x, tokens, y, stream)
+        assert y is not None
         for start in range(0, tokens, MOST_BATCH):
             product = self._fused_product(min(MOST_BATCH, tokens - start), x.dtype)
-            address = x.data_ptr() + start * self.inputs * size
+            size = start * x.itemsize
             with _ONE_AT_A_TIME:
-                product(address, y.data_ptr() + start * self.width * size, stream)
-
-    def _apart(self, outputs: list[torch.Tensor], tokens: int) -> list[torch.Tensor]:
-        """[tokens, M] of each member."""
-        if len(outputs) == 1:
-            return list(outputs[0].view(tokens, self.width).split(self.rows, dim=1))
-        return [y.view(tokens, y.shape[-1]) for y in outputs]
+                product(x.data_ptr() + size * self.inputs, y.data_ptr() + size * self.width, stream)
+        return []
 
     def _present_addresses(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self._tensors]
@@ -164,42 +153,68 @@ class _LibraryProduct:
     def __init__(self, members: Sequence[PackedLinear], dtype: torch.dtype, overlap: bool) -> None:
         first = members[0]
         self.columns, self.dtype = padded_columns(first.in_features), type_of_values(dtype, None)
+        self.device, self.wide = first.codes.device, dtype == torch.float32
+        self.rows = [member.out_features for member in members]
         self.rotation = RotationLaunch(
             first.rotation, first.diagonal, first.in_features, MANY, None, dtype, overlap=overlap
         )
-        most_tiles = max(1, SLAB_BYTES // (TILE * self.columns * self.dtype.itemsize))
-        self.slabs = [
-            (UnpackLaunch([part.source for part in parts], self.dtype), parts)
-            for parts in cut_into_slabs(members, most_tiles)
-        ]
-        self.slab_rows = max(sum(part.source.rows for part in parts) for _, parts in self.slabs)
-        self.rescale = RescaleLaunch(first.codes.device) if dtype == torch.float16 else None
+        row_bytes = self.columns * self.dtype.itemsize
+        slabs = cut_into_slabs(members, max(1, SLAB_BYTES // (TILE * row_bytes)))
+        self.slabs = [(UnpackLaunch([part.source for part in parts], self.dtype), parts) for parts in slabs]
+        self.slab_bytes = row_bytes * max(sum(part.source.rows for part in parts) for parts in slabs)
+        self.in_pieces = {part.index for parts in slabs for part in parts if part.source.rows < self.rows[part.index]}
+        self.rescale = RescaleLaunch(self.device) if dtype == torch.float16 else None
+        self._views: tuple[int, list[list[torch.Tensor]]] = (0, [])
 
-    def __call__(self, x: torch.Tensor, tokens: int, outputs: Sequence[torch.Tensor], stream: int) -> None:
-        values = torch.empty(tokens, self.columns, dtype=self.dtype, device=x.device)
-        scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-        weight = torch.empty(self.slab_rows, self.columns, dtype=self.dtype, device=x.device)
-        self.rotation.start(tokens, x.data_ptr(), values.data_ptr(), scales.data_ptr(), stream)
-        for unpack, parts in self.slabs:
-            unpack.start(weight.data_ptr(), stream)
-            for part in parts:
-                first, height = part.source.first_row, part.source.rows
+    def __call__(self, x: torch.Tensor, tokens: int, joined: torch.Tensor | None, stream: int) -> list[torch.Tensor]:
+        """x of `tokens` rows -> [tokens, M] of each member, in `joined` [..., sum of M], or where torch puts them."""
+        values = torch.empty(tokens, self.columns, dtype=self.dtype, device=self.device)
+        scratch = _scratch(self.device, stream, self.slab_bytes + 4 * tokens)
+        slabs, scales = self._weights(scratch), scratch.data_ptr() + self.slab_bytes
+        self.rotation.start(tokens, x.data_ptr(), values.data_ptr(), scales, stream)
+        outputs = self._outputs(tokens, x.dtype, joined)
+        for (unpack, parts), weights in zip(self.slabs, slabs, strict=True):
+            unpack.start(scratch.data_ptr(), stream)
+            for part, weight in zip(parts, weights, strict=True):
                 y = outputs[part.index]
-                y = y if height == y.shape[1] else y[:, first : first + height]
-                self._multiply(values, weight[part.place : part.place + height], y)
-        self._rescale(scales, outputs, stream)
+                if y is None:
+                    outputs[part.index] = self._multiply(values, weight)
+                else:
+                    first = part.source.first_row
+                    self._multiply(values, weight, y[:, first : first + part.source.rows])
+        products = [y for y in outputs if y is not None]
+        self._rescale(scratch[self.slab_bytes : self.slab_bytes + 4 * tokens].view(torch.float32), products, stream)
+        return products
 
-    def _multiply(self, values: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
-        if y.dtype == torch.float32:
-            torch.mm(values, weight.T, out_dtype=torch.float32, out=y)
-        else:
-            torch.mm(values, weight.T, out=y)
+    def _outputs(self, tokens: int, dtype: torch.dtype, joined: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """[tokens, M] of each member; None where one product makes all of it."""
+        if joined is not None:
+            return list(joined.view(tokens, -1).split(self.rows, dim=1))
+        return [
+            torch.empty(tokens, rows, dtype=dtype, device=self.device) if index in self.in_pieces else None
+            for index, rows in enumerate(self.rows)
+        ]
+
+    def _weights(self, scratch: torch.Tensor) -> list[list[torch.Tensor]]:
+        """Of each part of each slab, transposed, where `scratch` is; kept, as making them takes the host as long as
+        starting a kernel does."""
+        address = scratch.data_ptr()
+        if self._views[0] == address:
+            return self._views[1]
+        weight = scratch[: self.slab_bytes].view(self.dtype).view(-1, self.columns)
+        places = [[(part.place, part.place + part.source.rows) for part in parts] for _, parts in self.slabs]
+        views = [[weight[first:end].T for first, end in slab] for slab in places]
+        if not torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
+            self._views = (address, views)
+        return views
+
+    def _multiply(self, values: torch.Tensor, weight: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.mm(values, weight, torch.float32, out=y) if self.wide else torch.mm(values, weight, out=y)
 
     def _rescale(self, scales: torch.Tensor, products: Sequence[torch.Tensor], stream: int) -> None:
-        if self.rescale is None:
-            if self.dtype == torch.float16:
-                for y in products:
-                    y.mul_(scales[:, None])
-            return
-        for i in range(0, len(products), MOST_SEGMENTS):
-            self.rescale.start(scales, products[i : i + MOST_SEGMENTS], stream)
+        if self.wide:
+            for y in products:
+                y.mul_(scales[:, None])
+        elif self.rescale is not None:
+            for i in range(0, len(products), MOST_SEGMENTS):
+                self.rescale.start(scales, products[i : i + MOST_SEGMENTS], stream)

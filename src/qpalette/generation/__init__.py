@@ -1,0 +1,18 @@
+"""Generation with captured and compiled steps, behind transformers' own `generate`."""
+
+from qpalette.generation.choice import most_likely
+from qpalette.generation.compilation import MODES, check_mode
+from qpalette.generation.fast import Generate, attach, fast
+from qpalette.generation.step import CAPTURE_WARMUP, capture_graph, compile_options
+
+__all__ = [
+    "CAPTURE_WARMUP",
+    "MODES",
+    "Generate",
+    "attach",
+    "capture_graph",
+    "check_mode",
+    "compile_options",
+    "fast",
+    "most_likely",
+]

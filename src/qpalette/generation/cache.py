@@ -1,0 +1,100 @@
+"""The static cache of a session: how long it is, and what of it counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+STEP = 1024  # of lengths up to FINE; above, a quarter of the power of two below
+FINE = 8192
+
+
+class Layer(StaticLayer):
+    """A StaticLayer for any attention that reads keys and values, a sliding window's, too.
+
+    Transformers' own layer for a window counts its tokens in Python, and a captured step would keep the count it was
+    captured with; here all tokens stay, and the mask says which are read. Its length is one number on the device:
+    it can be cut back. Unlike transformers' it does not tell torch.compile that its addresses are static: code that
+    was compiled with one cache serves the next.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Memory for `max_cache_len` tokens like these: keys and values [batch, heads, tokens, width]."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        shape = (self.batch_size, self.num_heads, self.max_cache_len)
+        self.keys = key_states.new_zeros(*shape, self.k_head_dim)
+        self.values = value_states.new_zeros(*shape, self.v_head_dim)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self.is_initialized = True
+
+
+def bucket(tokens: int, context: int | None) -> int:
+    """The length of a cache for `tokens`: few lengths serve all, so that few steps are captured.
+
+    A step reads no more than what is masked here beyond the tokens: at most 1023 up to 8192, at most a quarter above.
+    Never longer than the model's context, unless the tokens are.
+    """
+    step = STEP if tokens <= FINE else 1 << ((tokens - 1).bit_length() - 3)
+    length = -(-tokens // step) * step
+    return length if context is None else min(length, max(tokens, context))
+
+
+def holds(config: Any) -> bool:
+    """Whether the model's cache is keys and values alone: no state of another kind, no layer without any."""
+    kinds = {type(layer) for layer in StaticCache(config=config, max_cache_len=1).layers}
+    return kinds <= {StaticLayer, StaticSlidingWindowLayer}
+
+
+class TokenCache(StaticCache):
+    """`length` tokens of a model that `holds` says yes to. It takes its memory at the first tokens, or at once where
+    `like` tells their shapes."""
+
+    layers: list[Layer]  # type: ignore[assignment]  # transformers allows more
+
+    def __init__(self, config: Any, length: int, like: TokenCache | None = None) -> None:
+        super().__init__(config=config, max_cache_len=length)
+        self.config, self.length = config, length
+        self.layers = [Layer(length) for _ in self.layers]
+        if like is not None:
+            self._take_memory(like)
+
+    @property
+    def bytes(self) -> int:
+        """Of keys and values; 0 before the first tokens."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._with_memory)
+
+    def set_length(self, tokens: int) -> None:
+        """The first `tokens` count; what follows is written over."""
+        for layer in self.layers:
+            layer.cumulative_length.fill_(tokens)
+
+    def clear(self, start: int, end: int) -> None:
+        """Zeros from token `start` to `end`: a value that is not finite would spoil sums even where it is masked."""
+        for layer in self._with_memory:
+            layer.keys[:, :, start:end].zero_()
+            layer.values[:, :, start:end].zero_()
+
+    def copy(self, other: TokenCache, tokens: int) -> None:
+        """The first `tokens` of the other, which become the length."""
+        if not self._with_memory:
+            self._take_memory(other)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.keys[:, :, :tokens].copy_(theirs.keys[:, :, :tokens])
+            mine.values[:, :, :tokens].copy_(theirs.values[:, :, :tokens])
+        self.set_length(tokens)
+
+    @property
+    def _with_memory(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.is_initialized]
+
+    def _take_memory(self, like: TokenCache) -> None:
+        for layer, other in zip(self.layers, like.layers, strict=True):
+            layer.lazy_initialization(other.keys, other.values)

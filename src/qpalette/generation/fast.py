@@ -1,0 +1,191 @@
+"""`model.generate` of transformers, with another decoding loop where that one can serve."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import functools
+import inspect
+import threading
+from collections.abc import Hashable
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+from qpalette.generation.cache import holds
+from qpalette.generation.compilation import Compiler, check_mode
+from qpalette.generation.loop import Loop
+from qpalette.generation.request import NotOurs, request_of
+from qpalette.generation.step import Capture, capture_graph
+from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
+
+ATTENTION = ("eager", "sdpa", "grouped")  # that read a static cache by its mask
+
+
+def fast(model: Any, compile: str = "never") -> Any:
+    """`model`, a transformers causal language model, whose `generate` decodes with captured steps from now on.
+
+    The call and its results stay: transformers prepares the request, and what this loop does not do (beams, a cache
+    that is given, scores that are asked for, ...) runs as before. compile: "never"; "background", beside the
+    generation, which takes the compiled step up when it is ready; "now", before the first token. On a CPU, and spread
+    over several devices, the model stays as it is.
+
+    Raises InputError for another `compile`.
+    """
+    check_mode(compile)
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if {device.type for device in devices} != {"cuda"} or len(devices) > 1 or not can_serve(model):
+        return model
+    config = model.config.get_text_config()
+    if config._attn_implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is None:
+        model.set_attn_implementation("grouped")
+    attach(model, compile, partial(capture_graph, pool=torch.cuda.MemPool()))
+    return model
+
+
+def attach(model: Any, compile: str, capture: Capture | None) -> Generate:
+    """Put the loop behind `model.generate`, on any device; `capture` None runs every step eagerly."""
+    model.generate = Generate(model, compile, capture)
+    return model.generate
+
+
+def can_serve(model: Any) -> bool:
+    """Whether the loop does what transformers' would: a decoder whose forward gets token, position and mask as any."""
+    return (
+        model.can_generate()
+        and not model.config.is_encoder_decoder
+        and holds(model.config)
+        and (_prepares_as_all(model) or _is_short_phi3(model.config))
+    )
+
+
+def _prepares_as_all(model: Any) -> bool:
+    names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    return all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in names)
+
+
+def _is_short_phi3(config: Any) -> bool:
+    """Phi3 reads its text anew where it grows so long that the rotary embedding changes; a plain one stays."""
+    return config.model_type == "phi3" and config.rope_parameters["rope_type"] == "default"
+
+
+class Generate:
+    """Stands for `model.generate`. Threads wait for one another: a model has one loop."""
+
+    def __init__(self, model: Any, compile: str, capture: Capture | None) -> None:
+        self.model, self.compile, self.capture = model, compile, capture
+        self.context = contextvars.copy_context()
+        self.plain = type(model).generate.__get__(model)  # transformers' own
+        self.lock, self.running = threading.RLock(), False
+        self.loop: Loop | None = None  # made for what the stamp says of the model
+        self.stamp: Hashable = None
+        functools.update_wrapper(self, self.plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.GenerationMixin.generate`, whose arguments and results these are."""
+        try:
+            given = self._arguments(args, kwargs)
+            streamer = given.pop("streamer", None)
+            with self.lock:
+                loop = self._current_loop()
+                self.running = True
+                try:
+                    return self.plain(**given, custom_generate=partial(_decode, loop, streamer))
+                finally:
+                    self.running = False
+        except NotOurs:
+            return self.plain(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
+        return Generate(copy.deepcopy(self.model, memo), self.compile, self.capture)
+
+    @property
+    def warm_since(self) -> float | None:
+        """time.perf_counter() of the latest capture; None before the first."""
+        return None if self.loop is None else self.loop.warm_since
+
+    def wait(self) -> None:
+        """Until nothing is being compiled; the next request takes it up."""
+        if self.loop is not None:
+            self.loop.compiler.wait()
+
+    def _arguments(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        """By name. Raises NotOurs for what transformers does not hand on to a decoding loop."""
+        bound = inspect.signature(self.plain).bind(*args, **kwargs).arguments
+        given = bound | bound.pop("kwargs", {})
+        tokenizer = given.pop("tokenizer", None)
+        elsewhere = ("custom_generate", "assistant_model", "assistant_tokenizer", "synced_gpus", "past_key_values")
+        if any(given.get(name) is not None for name in elsewhere):
+            raise NotOurs
+        return self._with_stop_strings(given, tokenizer)
+
+    def _with_stop_strings(self, given: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+        """Transformers keeps the tokenizer from a loop that is not its own: the criterion is made here."""
+        config = given.get("generation_config")
+        strings: Any = given.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+        default = self.model.generation_config.stop_strings
+        if strings is None and default is None:
+            return given
+        if default is not None or tokenizer is None:  # the default would come back; without a tokenizer it is an error
+            raise NotOurs
+        if config is not None:
+            given["generation_config"] = config = copy.deepcopy(config)
+            config.stop_strings = None
+        criteria = StoppingCriteriaList(given.get("stopping_criteria") or [])
+        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
+        return given | {"stopping_criteria": criteria}
+
+    def _current_loop(self) -> Loop:
+        """Raises NotOurs for a model in a state that a captured step would not know of, or within its own request."""
+        model = self.model
+        if self.running or model.training or getattr(model, "peft_config", None):
+            raise NotOurs
+        if model.config.get_text_config()._attn_implementation not in ATTENTION:
+            raise NotOurs
+        if (stamp := _stamp(model)) != self.stamp or self.loop is None:
+            if not can_serve(model):
+                raise NotOurs
+            self.stamp = stamp
+            self.loop = Loop(model, Compiler(model, self.compile, self.context), self.capture)
+        return self.loop
+
+
+def _decode(
+    loop: Loop,
+    streamer: Any,
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **inputs: Any,
+) -> torch.Tensor:
+    """What transformers calls for its decoding loop; the streamer it does not hand on."""
+    device = model.device
+    # In inference mode tensors would have no version, by which launches are joined, and a cache made there could not
+    # be written to elsewhere.
+    with torch.inference_mode(False), torch.no_grad(), _on(device):
+        prepared = (input_ids, logits_processor, stopping_criteria, generation_config)
+        request = request_of(*prepared, streamer, device, inputs)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        return loop.run(request).to(input_ids.device, copy=True)
+
+
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def _stamp(model: Any) -> Hashable:
+    """Changes with what a captured step holds on to: modules, and where their tensors are."""
+    attention, held = model.config.get_text_config()._attn_implementation, []
+    modules = [model]
+    while modules:  # torch's own walk, which makes names of them, takes 3 ms for 32 layers
+        module = modules.pop()
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        held.append((id(module), *(tensor.data_ptr() for tensor in tensors if tensor is not None)))
+        modules += [child for child in module._modules.values() if child is not None]
+    return attention, tuple(held)

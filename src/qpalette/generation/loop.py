@@ -1,0 +1,197 @@
+"""The decoding loop: a prompt, then step after step over a static cache."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from qpalette.generation.cache import bucket
+from qpalette.generation.compilation import Compiler
+from qpalette.generation.reader import Reader
+from qpalette.generation.request import Request
+from qpalette.generation.session import Session, Sessions
+from qpalette.generation.step import CAPTURE_WARMUP, Capture, Step
+
+AHEAD = 1024  # new tokens that a cache is made for; an answer that goes on moves to a longer one
+
+logger = logging.getLogger(__name__)
+
+
+class Loop:
+    """Runs requests of one model, one at a time. `capture` None runs every step eagerly."""
+
+    def __init__(self, model: Any, compiler: Compiler, capture: Capture | None) -> None:
+        self.model, self.compiler, self.capture = model, compiler, capture
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.sessions = Sessions(model)
+        self.warm_since: float | None = None  # time.perf_counter() of the latest capture
+
+    def run(self, request: Request) -> torch.Tensor:
+        """The prompt and the new tokens, int64 [batch, tokens] on the host. What breaks a request off passes through,
+        and leaves the session empty."""
+        running = _Running(self, request)
+        try:
+            running.run()
+        except BaseException:
+            running.session.forget()
+            raise
+        running.session.held = running.in_cache
+        return running.ids[:, : running.length]
+
+    def session_for(self, request: Request, tokens: int) -> Session:
+        """For `tokens` that the cache must have room for, and AHEAD more, if the request is for so many."""
+        length = bucket(min(request.limit, tokens + AHEAD), self.context)
+        return self.sessions.get(request.ids.shape[0], length, request.masked, request.positions)
+
+    def launch(self, session: Session, step: Step) -> None:
+        """One step. It warms up eagerly, is captured, and replayed; a compiled function is taken up between tokens."""
+        if step.compiled is not None and not self.compiler.busy:
+            step.use(step.compiled, CAPTURE_WARMUP - 1)
+        if step.graph is None and self.capture is not None and step.warm >= CAPTURE_WARMUP:
+            self._capture(step)
+        if step.graph is not None:
+            step.graph.replay()
+        else:
+            self._run(session, step)
+        session.used += 1
+
+    def _run(self, session: Session, step: Step) -> None:
+        try:
+            with _no_compilation(step):
+                step.run()
+        except Exception as error:
+            if not step.is_compiled:
+                raise
+            self._without_compilation(step, error)
+            session.inputs.cache.set_length(session.used)  # some layers may have taken the token
+            step.run()
+        step.warm += 1
+
+    def _capture(self, step: Step) -> None:
+        assert self.capture is not None
+        try:
+            with _no_compilation(step):
+                step.graph = self.capture(step.run)
+            self.warm_since = time.perf_counter()
+        except Exception as error:
+            if step.is_compiled:
+                self._without_compilation(step, error)
+                return
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("a step of this model cannot be captured, so it runs eagerly: %s", reason)
+            self.capture = None
+
+    def _without_compilation(self, step: Step, error: Exception) -> None:
+        self.compiler.fail(error)
+        step.use(step.eager, 0)
+
+
+def _no_compilation(step: Step) -> AbstractContextManager[Any]:
+    """Nobody waits for a compiled function that would compile again: that is an error."""
+    return torch.compiler.set_stance("fail_on_recompile") if step.is_compiled else nullcontext()
+
+
+class _Running:
+    """A request at work. `ids` int64 [batch, limit], of which `length` tokens are known on the host."""
+
+    def __init__(self, loop: Loop, request: Request) -> None:
+        self.loop, self.request = loop, request
+        batch, self.length = request.ids.shape
+        self.ids = torch.empty(batch, request.limit, dtype=torch.int64)
+        self.ids[:, : self.length].copy_(request.ids)
+        self.ended = [False] * batch
+        self.reader = Reader(batch, request.ids.device)
+        self._enter(loop.session_for(request, self.length))
+
+    @property
+    def in_cache(self) -> torch.Tensor | None:
+        """The tokens in the cache, if a later prompt may go on from them."""
+        return self.ids[0, : self.session.used].clone() if self.request.continues else None
+
+    def run(self) -> None:
+        """A step that is replayed is launched before the token ahead of it is read: the device never waits."""
+        self._choose(self._read_prompt())
+        while True:
+            more = self.length + 1 < self.request.limit
+            ahead = more and self.step.choice.inside and self.step.replays and not self.session.is_full
+            if ahead:
+                self._advance()
+            self._take()
+            if all(self.ended) or not more:
+                break
+            if not ahead:
+                self._advance()
+        if self.request.streamer is not None:
+            self.request.streamer.end()
+
+    def _enter(self, session: Session) -> None:
+        self.session, self.step = session, session.step(self.request.choice)
+
+    def _read_prompt(self) -> torch.Tensor:
+        """Its logits, [batch, vocabulary]. What a session holds of it is not read again, if it is half of it."""
+        kept, sessions = 0, self.loop.sessions
+        if self.request.continues:
+            source, held = sessions.longest(self.ids[0, : self.length])
+            kept = held if 2 * held >= self.length else 0
+            if source is not None and source is not self.session and kept:
+                self.session.move(source, kept)
+        logits = self._take_prompt(kept)
+        self._compile_now()
+        return logits
+
+    def _take_prompt(self, kept: int) -> torch.Tensor:
+        try:
+            return self.session.take(self.request.prompt, kept)
+        except torch.OutOfMemoryError:
+            pass  # the other sessions' caches are worth less than this request; what failed is free after this block
+        self.loop.sessions.clear()
+        self._enter(self.loop.session_for(self.request, self.length))
+        torch.cuda.empty_cache()
+        return self.session.take(self.request.prompt, 0)
+
+    def _choose(self, logits: torch.Tensor) -> None:
+        """The first token."""
+        self.step.keep(self.step.choice.finish(self.step.choice.reduce(logits)))
+        self._send()
+
+    def _advance(self) -> None:
+        """One step, after which its token is on its way to the host."""
+        if self.session.is_full:
+            self._grow()
+        self.loop.launch(self.session, self.step)
+        self._send()
+        if self.loop.compiler.mode == "background" and self.step.replays and self.loop.compiler.wants(self.step):
+            self.loop.compiler.start(self.step)
+
+    def _grow(self) -> None:
+        before = self.session
+        self._enter(self.loop.session_for(self.request, before.used))
+        self.session.move(before, before.used)
+        self._compile_now()
+
+    def _compile_now(self) -> None:
+        if self.loop.compiler.mode == "now" and self.loop.compiler.wants(self.step):
+            self.loop.compiler.work(self.step)
+
+    def _send(self) -> None:
+        token = self.step.inputs.token
+        if self.step.logits is not None:
+            known = self.ids[:, : self.length].to(token.device)
+            token.copy_(self.request.choice.outside(known, self.step.logits))
+        self.reader.send(token)
+
+    def _take(self) -> None:
+        """Read a token of each sequence and tell the streamer; `ended` tells which sequences are done."""
+        tokens = self.reader.read()
+        if self.request.pad is not None and any(self.ended):
+            tokens[torch.tensor(self.ended)] = self.request.pad
+        self.ids[:, self.length] = tokens
+        self.length += 1
+        ends = self.request.stops(self.ids[:, : self.length], self.request.ids.device)
+        self.ended = [before or now for before, now in zip(self.ended, ends, strict=True)]
+        if self.request.streamer is not None:
+            self.request.streamer.put(tokens)
