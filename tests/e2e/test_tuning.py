@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from qpalette.evaluate import evaluate_models, load_model, token_windows
 from qpalette.formats import check_checksums, open_artifact
 from qpalette.nn import PackedModule
 from qpalette.tuning import Silent, TuneReport, Tuning, forecast, quantize_and_tune, tune
-from qpalette.tuning.reference import divergence
+from qpalette.tuning.descent import recomputing
+from qpalette.tuning.reference import divergence, logits_of
+from qpalette.tuning.vectors import TunedVectors
 
 WINDOW, WINDOWS = 32, 15
 QUICK = Tuning(steps=8, batch=2, window=WINDOW, held_out=3, every=4, save_every=1, learning_rate=5e-3)
@@ -274,3 +277,30 @@ def test_the_gradient_of_the_divergence():
     gradient = torch.empty_like(mine)
     assert float(divergence(mine, true, gradient)) == pytest.approx(float(exact.detach()), rel=1e-5)
     assert torch.allclose(gradient, leaf.grad, atol=1e-6)
+
+
+def test_activations_are_computed_again_in_evaluation_mode(quantized):
+    """Half of what the backward pass needs, or less, is kept; in training mode some models would drop values."""
+    model, _ = load_model(quantized)
+    vectors = TunedVectors(model, open_artifact(quantized))
+    window = torch.arange(1, WINDOW)
+    gradients, kept = [], []
+    for again in (False, True):
+        sizes: list[int] = []
+        with recomputing(model, again), torch.autograd.graph.saved_tensors_hooks(_counting(sizes), lambda x: x):
+            assert not any(module.training for module in model.modules())
+            logits_of(model, window).square().sum().backward()
+        vectors.take_gradient()
+        gradients.append(vectors.factors.grad)
+        kept.append(sum(sizes))
+    assert torch.equal(*gradients)
+    assert kept[1] < 0.5 * kept[0]
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def _counting(sizes: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    return keep

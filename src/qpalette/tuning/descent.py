@@ -21,7 +21,6 @@ from qpalette.tuning.vectors import TunedVectors
 
 FILLS: Any = torch.utils.deterministic  # its attribute is made as it is imported
 SEEDS = 1_000_003  # between those of two runs: more than a run has epochs
-FUNCTION = "_gradient_checkpointing_func"  # of a layer: how transformers is told
 BACKWARD = 2  # passes that a backward pass takes; one more where activations are computed again
 
 
@@ -138,17 +137,18 @@ def passes(tuning: Tuning, windows: int) -> tuple[int, int]:
 
 @contextmanager
 def recomputing(model: Any, wanted: bool) -> Iterator[None]:
-    """Inside, layers of transformers keep their inputs alone for the backward pass."""
+    """Inside, layers of transformers keep their inputs alone for the backward pass.
+
+    Its own switch for that is read in training mode only, in which some layers drop values at random.
+    """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
     for layer in layers:
-        layer.gradient_checkpointing = True
-        setattr(layer, FUNCTION, partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
-        layer.training = True  # asked for by transformers; what is inside stays in evaluation mode
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
         for layer in layers:
-            layer.gradient_checkpointing = layer.training = False
+            del layer.forward  # the class's own is there again
 
 
 @contextmanager
