@@ -36,7 +36,7 @@ def main(
     artifact: str,
     device: str = "cuda",
     compile: Annotated[str, typer.Option(help="never, background or now.")] = "background",
-    tokens: int = 256,
+    tokens: int = 96,
     dtype: str = "float16",
     name: str = "conversation",
 ) -> None:

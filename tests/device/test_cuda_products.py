@@ -23,7 +23,8 @@ from qpalette.backends.cuda.probe import random_member
 from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct
 from qpalette.backends.cuda.rotate import rotate
 from qpalette.codes import parse_spec
-from qpalette.core.records import tiles_of
+from qpalette.core.records import LinearRecord, tiles_of
+from qpalette.nn import QuantEmbedding
 from qpalette.rotate import Rotation, full_rotation, unpack_signs
 from qpalette.runtime import TILES, PackedLinear, backends, select
 
@@ -392,3 +393,21 @@ def test_a_captured_product_replays_with_what_is_there_then(tokens: int) -> None
     graph.replay()
     for y, wanted in zip(captured, prepared(x), strict=True):
         assert torch.equal(y, wanted)
+
+
+@pytest.mark.parametrize("spec", ["nuq-4", "vq-3", "tcq-2-L12", "tcq2-3.25"])
+@pytest.mark.parametrize("multiplied", [True, False])
+def test_a_captured_look_up_of_a_packed_embedding(spec: str, multiplied: bool) -> None:
+    record = LinearRecord(spec, 200, 96, "h32", 0)
+    embedding = QuantEmbedding(record, multiplied=multiplied, dtype=torch.float16, device="cuda")
+    embedding.qp_codes.random_(-(2**31), 2**31)
+    embedding.qp_scales.fill_(15360)
+    embedding.prepare()
+    ids = torch.tensor([[3, 199, 7]], device="cuda")
+    wanted = embedding(ids.flip(1))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = embedding(ids)
+    ids.copy_(ids.flip(1))
+    graph.replay()
+    assert torch.equal(found, wanted)

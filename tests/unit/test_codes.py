@@ -162,3 +162,15 @@ def test_the_description_is_the_code(quantizer):
         odd = torch.arange(1, 1 << decoder.index_bits, 2, dtype=torch.float32)
         slope, intercept = (part.double()[(odd.view(torch.int32) >> 22) % 32] for part in segments)
         assert torch.equal((slope * odd.double() + intercept).float(), quantizer.entries()[: len(odd), 0])
+
+
+@pytest.mark.parametrize("spec", ["nuq-3", "vq-2.5", "tcq-2-L12", "tcq2-2-L12"])
+def test_a_second_decoding_makes_no_table(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that is made anew is copied to the device each time, which a CUDA graph cannot hold."""
+    quantizer = parse_spec(spec)
+    codes = torch.zeros(1, quantizer.words_per_tile, dtype=torch.int32)
+    wanted = quantizer.decode(codes)
+    for name in ("entries", "codebook", "state_values", "shifts"):
+        if hasattr(type(quantizer), name):
+            monkeypatch.setattr(type(quantizer), name, lambda self: pytest.fail("made again"))
+    assert torch.equal(quantizer.decode(codes), wanted)

@@ -90,6 +90,14 @@ class Quantizer(ABC):
         return self.name
 
 
+@lru_cache(maxsize=256)
+def entries_on(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
+    """`quantizer.entries()` on `device`, kept: a CUDA graph, in which an embedding's look-up may be, can hold no copy
+    from the host."""
+    with torch.inference_mode(False):  # made inside it, they would break a later backward pass
+        return quantizer.entries().to(device)
+
+
 FAMILIES: dict[str, type[Quantizer]] = {}
 
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import torch
 
-from qpalette.codes.base import Quantizer, register
+from qpalette.codes.base import Quantizer, entries_on, register
 from qpalette.codes.bits import pack_fields, windows
 from qpalette.codes.description import LANE_WEIGHTS, Decoder
 from qpalette.core.errors import SpecError
@@ -60,10 +60,10 @@ class NonUniform(Quantizer):
         return torch.tensor(lloyd_max(1 << self.bits).codebook, dtype=torch.float32)
 
     def encode(self, tiles: torch.Tensor) -> torch.Tensor:
-        levels = self.codebook().to(tiles.device)
+        levels = entries_on(self, tiles.device)[:, 0]
         index = torch.bucketize(tiles, (levels[1:] + levels[:-1]) / 2)
         return pack_fields(index, torch.full((TILE_WEIGHTS,), self.bits))
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         ends = self.bits * torch.arange(1, TILE_WEIGHTS + 1, device=codes.device)
-        return self.codebook().to(codes.device)[windows(codes, ends, self.bits)]
+        return entries_on(self, codes.device)[:, 0][windows(codes, ends, self.bits)]

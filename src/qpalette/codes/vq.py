@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from qpalette.codes.base import Quantizer, register
+from qpalette.codes.base import Quantizer, entries_on, register
 from qpalette.codes.bits import pack_fields, windows
 from qpalette.codes.description import LANE_WEIGHTS, Decoder
 from qpalette.core.errors import SpecError
@@ -81,7 +81,7 @@ class VectorQuantized(Quantizer):
         return _codebooks()[str(self.index_bits)].float()
 
     def encode(self, tiles: torch.Tensor) -> torch.Tensor:
-        points = self.codebook().to(tiles.device)
+        points = entries_on(self, tiles.device)
         pairs = tiles.reshape(-1, 2)
         nearest = torch.cat([_nearest(chunk, points) for chunk in pairs.split(_CHUNK)])
         return pack_fields(nearest.reshape(-1, _PAIRS), torch.full((_PAIRS,), self.index_bits))
@@ -89,7 +89,7 @@ class VectorQuantized(Quantizer):
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         ends = self.index_bits * torch.arange(1, _PAIRS + 1, device=codes.device)
         index = windows(codes, ends, self.index_bits)
-        return self.codebook().to(codes.device)[index].reshape(codes.shape[0], TILE_WEIGHTS)
+        return entries_on(self, codes.device)[index].reshape(codes.shape[0], TILE_WEIGHTS)
 
 
 def _nearest(pairs: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
