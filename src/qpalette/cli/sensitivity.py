@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from qpalette.cli.output import print_facts, print_json, print_note, print_table, quiet_transformers, step_bar
+from qpalette.cli.output import (
+    print_facts,
+    print_json,
+    print_note,
+    print_table,
+    quiet_transformers,
+    step_bar,
+    token_bar,
+)
 
 
 def sensitivity(
@@ -15,7 +23,9 @@ def sensitivity(
     out: Annotated[Path, typer.Argument(metavar="OUT.json", help="The file to write.")],
     text: Annotated[
         Path | None,
-        typer.Option("--text", metavar="FILE", help="A UTF-8 text file.  [default: sampled from the model]"),
+        typer.Option(
+            "--text", metavar="FILE", help="A UTF-8 text file, or sampled tokens.  [default: the model writes it]"
+        ),
     ] = None,
     method: Annotated[
         str,
@@ -42,9 +52,9 @@ def sensitivity(
     from qpalette.api import measure_sensitivities
 
     if text is None:
-        print_note("no --text: the model writes it first, which takes a while")
+        print_note("no --text: the model writes it first")
     quiet_transformers()
-    with step_bar(method) as bar:
+    with token_bar("writing text") as writing, step_bar(method) as bar:
         found = measure_sensitivities(
             model,
             out,
@@ -56,6 +66,7 @@ def sensitivity(
             seed=seed,
             device=device,
             progress=bar.show,
+            writing=writing.show,
         )
     if as_json:
         print_json({"provenance": dict(found.provenance), "sensitivities": found.values})

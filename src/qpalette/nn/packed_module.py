@@ -117,6 +117,11 @@ class PackedModule(nn.Module):
         self.fitted = fields
         return [getattr(self, _FITTED + field) for field in fields]
 
+    def share(self, field: str, other: PackedModule) -> None:
+        """The parameter of `field` that is fitted in `other` is this module's, too: linears of one group have one
+        diagonal. Both fit the field already, and it settles to the same bits."""
+        self.register_parameter(_FITTED + field, other.get_parameter(_FITTED + field))
+
     def settle(self) -> None:
         """Round what was fitted to the float16 that is stored; a fitted diagonal takes the place of the signs."""
         for part in (SCALES, DIAGONAL):
