@@ -15,9 +15,10 @@ _HOME = {
     "load": "qpalette.api",
     "parse_spec": "qpalette.codes",
     "quantize": "qpalette.pipeline",
+    "tune": "qpalette.tuning",
 }
 
-__all__ = ["__version__", "calibrate", "evaluate", "load", "parse_spec", "quantize"]
+__all__ = ["__version__", "calibrate", "evaluate", "load", "parse_spec", "quantize", "tune"]
 
 
 class _Package(ModuleType):

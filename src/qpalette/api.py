@@ -31,8 +31,9 @@ from qpalette.core.records import LinearShape
 from qpalette.core.resume import PartialFigures
 from qpalette.evaluate import loading
 from qpalette.evaluate.loading import load_model
-from qpalette.evaluate.sampled_text import sample_windows
-from qpalette.evaluate.windows import WINDOW, read_text, token_windows
+from qpalette.evaluate.sampled_text import TOKEN_FILE
+from qpalette.evaluate.text_source import check_text, context_of, model_windows, text_sha256
+from qpalette.evaluate.windows import WINDOW
 from qpalette.generation import check_mode
 from qpalette.generation import fast as make_fast
 from qpalette.models import find_groups
@@ -79,7 +80,7 @@ def load(
 def calibrate(
     model: str | Path,
     hessians: str | Path,
-    text: str | Path,
+    text: str | Path | None = None,
     *,
     one_sided: bool = False,
     tokens: int = TOKENS,
@@ -89,17 +90,19 @@ def calibrate(
     dtype: torch.dtype = torch.float32,
     memory_budget_bytes: int | None = None,
     progress: Progress | None = None,
+    writing: Progress | None = None,
 ) -> Calibration:
     """Measure the Hessians of all groups of linears of `model` into the directory `hessians`, for `quantize`.
 
     `model` is a directory, a .gguf file or a Hub id; `text` a UTF-8 file, of which the first `tokens` are read in
-    windows of `window` tokens (less in a model of shorter context); windows after them are set aside, to measure
-    sensitivities on. With two sides each window takes a backward pass,
-    its labels drawn by `seed`; `one_sided` is forward only. Interrupted, the same call goes on where it stopped.
+    windows of `window` tokens (less in a model of shorter context), or a file of sampled tokens. With `text` None the
+    model writes it, into such a file in `hessians`. An eighth more windows, at most 8, are set aside to measure
+    sensitivities on. With two sides each window takes a backward pass, its labels drawn by `seed`; `one_sided` is
+    forward only. Interrupted, the same call goes on where it stopped.
 
     Besides the model there are activations of one window and at most `memory_budget_bytes` of sums on the device (see
     `collect_hessians`), by default 4 GiB, or half of what a GPU has left. `progress` is called with (windows done,
-    windows in all). Returns what was measured on.
+    windows in all), `writing` with (tokens written, tokens in all). Returns what was measured on.
 
     Raises InputError for a text or a number that cannot be used, CheckpointError for a model that cannot be read, and
     HessianError as `collect_hessians` does.
@@ -107,17 +110,21 @@ def calibrate(
     if tokens < 2 or window < 2:
         raise InputError(f"tokens and window must be at least 2, got {tokens} and {window}")
     where = str(parse_device(device))
-    content = read_text(text)  # a wrong file is told before minutes of loading
+    check_text(text)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
     loaded, tokenizer = load_model(checkpoint.location, where, dtype)
-    context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or window
-    length = min(window, context, tokens)
-    windows, held_out = _split(token_windows(text, tokenizer, length, tokens // length + HELD_OUT), tokens // length)
+    keep = Path(hessians).expanduser() / f"text{TOKEN_FILE}"
+    length = min(window, context_of(loaded) or window, tokens)
+    count = tokens // length
+    more = length * max(1, min(HELD_OUT, count // HELD_OUT))
+    windows, held_out = _split(
+        _windows(loaded, tokenizer, text, length * count + more, length, 0, keep, writing), count
+    )
     calibration = Calibration(
         source=checkpoint.fingerprint,
-        text_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        text_sha256=text_sha256(text, windows),
         tokens=sum(map(len, windows)),
-        window=length,
+        window=len(windows[0]),
         sides=1 if one_sided else 2,
         seed=0 if one_sided else seed,
     )
@@ -225,13 +232,16 @@ def measure_sensitivities(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
+    writing: Progress | None = None,
 ) -> Sensitivities:
     """Measure the sensitivity of every linear of `model`, embeddings and output head included, into the JSON `out`.
 
     `model` is a directory, a .gguf file or a Hub id; `text` a UTF-8 file, of which the first `tokens` are read in
-    windows of `window` tokens, or None: the model itself writes the text. `method` is "fisher", one backward pass, or
+    windows of `window` tokens, or None: the model itself writes the text, into `out`.tokens.json, from which others
+    may read it. `method` is "fisher", one backward pass, or
     "perturbation", noise of `distortion` into one linear after the other. Interrupted, the same call goes on where it
-    stopped, from `out`.partial. `progress` is called with (steps done, steps in all).
+    stopped, from `out`.partial. `progress` is called with (steps done, steps in all), `writing` with (tokens written,
+    tokens in all).
 
     Raises InputError for a method, text or number that cannot be used, CheckpointError for a model that cannot be read.
     """
@@ -244,11 +254,11 @@ def measure_sensitivities(
         raise InputError(
             f"{target.absolute().parent} does not exist; make it, or choose another place for {target.name}"
         )
-    if text is not None:
-        read_text(text)  # a wrong file is told before minutes of loading
+    check_text(text)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
     loaded, tokenizer = load_model(checkpoint.location, where, dtype)
-    windows = _windows(loaded, tokenizer, text, tokens or SENSITIVITY_TOKENS[method], window, seed)
+    keep = target.with_name(target.name + TOKEN_FILE)
+    windows = _windows(loaded, tokenizer, text, tokens or SENSITIVITY_TOKENS[method], window, seed, keep, writing)
     provenance = {
         "qpalette": version("qpalette"),
         "method": method,
@@ -279,15 +289,20 @@ def measure_sensitivities(
 
 
 def _windows(
-    model: object, tokenizer: object, text: str | Path | None, tokens: int, window: int, seed: int
-) -> Sequence[torch.Tensor]:
+    model: Any,
+    tokenizer: Any,
+    text: str | Path | None,
+    tokens: int,
+    window: int,
+    seed: int,
+    keep: Path,
+    writing: Progress | None,
+) -> list[torch.Tensor]:
+    """The first `tokens` of a text, or as many that the model writes into `keep`."""
     if tokens < 2 or window < 2:
         raise InputError(f"tokens and window must be at least 2, got {tokens} and {window}")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window  # type: ignore[attr-defined]
-    length = min(window, context, tokens)
-    if text is None:
-        return sample_windows(model, tokens // length, length, seed)
-    return token_windows(text, tokenizer, length, tokens // length)
+    length = min(window, context_of(model) or window, tokens)
+    return model_windows(text, model, tokenizer, length, tokens // length, seed=seed, keep=keep, progress=writing)
 
 
 def _measurable(model: object, checkpoint: Checkpoint) -> list[SensitiveLinear]:

@@ -1,13 +1,13 @@
 """Every spec on every backend against the reference: equal codes, equal weights, products within float32 rounding."""
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from qpalette.backends.cpu import viterbi
+from qpalette.backends.cpu.product import kernels_of
 from qpalette.codes import parse_spec
 from qpalette.core.errors import UnsupportedError
 from qpalette.rotate import Rotation, pack_signs, random_signs, rotation_for, unpack_signs
@@ -16,7 +16,6 @@ from tolerance import check_float32, float32_error
 
 CPU = torch.device("cpu")
 REF = backends()["ref"]
-cpu = importlib.import_module("qpalette.backends.cpu.backend")  # the package names its instance `backend`
 SPECS = ["tcq-1-L12", "tcq-2", "tcq-2.875-L18", "tcq-3.25", "tcq-5.5-L20", "tcq-8"]
 SPECS += ["tcq2-1.125-L12", "tcq2-2", "tcq2-3.375", "tcq2-5-L20", "vq-1.5", "vq-4.5", "vq-6", "nuq-2", "nuq-5", "nuq-8"]
 OTHERS = ["cpu"]  # the backends that run on this machine's processor; tests/device has those of a GPU
@@ -151,7 +150,7 @@ def test_compiled_code_does_not_grow_with_the_rates() -> None:
         "nuq-2",
         "nuq-8",
     ):
-        kernels = cpu._kernels(spec)
+        kernels = kernels_of(spec)
         linears.add(kernels.linear)
         packed = laid_out("cpu", random_linear(spec, 20, 40))
         backends()["cpu"].linear(torch.randn(2, 40), packed)

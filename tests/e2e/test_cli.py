@@ -21,7 +21,7 @@ from qpalette.cli import quantize as commands
 
 VOCABULARY = 128
 COMMANDS = (
-    *("doctor", "inspect", "palette", "calibrate", "sensitivity", "plan", "quantize", "eval", "export"),
+    *("doctor", "inspect", "palette", "calibrate", "sensitivity", "plan", "quantize", "tune", "eval", "export"),
     *("bench", "generate", "chat", "serve", "profile", "compile"),
 )
 CHAT_TEMPLATE = (
@@ -166,6 +166,17 @@ def test_version(run):
         (("eval", "{packed}", "--text", "{text}", "--windows", "0"), "at least 1, got 0"),
         (("eval", "{packed}", "--text", "{text}", "--windows", "-2"), "at least 1, got -2"),
         (("eval", "{packed}"), "a reference to sample one from"),
+        (("calibrate", "{model}", "{tmp}/out", "--text", "{tmp}/no.tokens.json"), "no file of sampled tokens"),
+        (("tune", "{missing}", "--reference", "{model}"), "does not exist"),
+        (("tune", "{model}", "--reference", "{model}"), "is not quantized"),
+        (("tune", "{packed}", "--reference", "{packed}"), "quantized already"),
+        (("tune", "{packed}", "--reference", "{model}", "--text", "{missing}"), "does not exist"),
+        (("tune", "{packed}", "--reference", "{model}", "--out", "{model}"), "exists already"),
+        (("tune", "{packed}", "--reference", "{model}", "--steps", "0"), "the steps must be at least 1, got 0"),
+        (("tune", "{packed}", "--reference", "{model}", "--learning-rate", "nan"), "a positive number, got nan"),
+        (("tune", "{packed}", "--reference", "{model}", "--dtype", "int4"), "choose float32 or bfloat16"),
+        (("tune", "{packed}", "--reference", "{model}", "--device", "abacus"), "'abacus' is not a device"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--tune", "--text", "{missing}"), "does not exist"),
         (("generate", "{missing}", "hello"), "does not exist"),
         (("generate", "{packed}", "  "), "the prompt is empty"),
         (("generate", "{packed}", "hello", "--max-new-tokens", "0"), "at least 1, got 0"),
@@ -198,6 +209,8 @@ def test_a_mistake_is_one_clear_line(run, model, packed, text, tmp_path, argumen
         ("quantize", "{model}", "{model}-out"),
         ("quantize", "{model}", "{model}-out", "--bits", "4", "--spec", "nuq-4"),
         ("quantize", "{model}"),
+        ("quantize", "{model}", "{model}-out", "--bits", "4", "--text", "{model}/config.json"),
+        ("tune", "{model}"),
         ("palette", "--weights", "many"),
         ("no-such-command",),
         ("inspect", "{model}", "--no-such-option"),
@@ -267,6 +280,41 @@ def test_calibrate_then_quantize(run, model, text, tmp_path):
     assert "of outputs" in shown.out
     assert "larger damping" not in shown.err
     assert inspect.signature(commands.quantize).parameters["damping"].default == DAMPING
+
+
+def test_tune(run, model, packed, text, tmp_path):
+    few = ("--text", text, "--window", 64, "--held-out", 2, "--steps", 2, "--batch", 1, "--every", 1)
+    command = ("tune", packed, "--reference", model, "--out", tmp_path / "out", *few)
+    planned = json.loads(run(*command, "--dry-run", "--json").out)
+    assert planned["dry_run"]
+    assert "at most 2, of 64 tokens" in run(*command, "--dry-run").out
+    assert not (tmp_path / "out").exists()
+    result = run(*command, "--json")
+    found = json.loads(result.out)
+    assert found["kl_after"] <= found["kl_before"] == found["held_out"][0]["kl"]
+    assert found["bits_per_weight"] == planned["bits_after"]
+    assert "step 1: held-out KL" in result.err
+    assert run("inspect", tmp_path / "out", "--verify").code == 0
+    tuned = run("quantize", model, tmp_path / "both", "--spec", "nuq-4", "--tune", "--text", packed / "README.md")
+    assert tuned.code == 1, "of 2048 tokens the text has not enough"
+    assert "--window" in tuned.err
+
+
+def test_what_a_model_writes_is_read_again(run, model, tmp_path):
+    calibrated = run("calibrate", model, tmp_path / "first", "--tokens", 128, "--window", 32, "--json")
+    written = tmp_path / "first" / "text.tokens.json"
+    again = run("calibrate", model, tmp_path / "second", "--tokens", 128, "--window", 32, "--text", written, "--json")
+    assert json.loads(calibrated.out) == json.loads(again.out)
+    for folder in ("first", "second"):
+        quantized = run(
+            "quantize", model, tmp_path / f"{folder}-out", "--spec", "nuq-2", "--hessians", tmp_path / folder
+        )
+        assert quantized.code == 0
+    weights = [(tmp_path / f"{folder}-out" / "model.safetensors").read_bytes() for folder in ("first", "second")]
+    assert weights[0] == weights[1]
+    sampled = run("sensitivity", model, tmp_path / "s.json", "--tokens", 64, "--window", 32, "--json")
+    assert json.loads(sampled.out)["provenance"]["text"] == "sampled"
+    assert (tmp_path / "s.json.tokens.json").exists()
 
 
 def test_linears_are_left_out(run, model, tmp_path):

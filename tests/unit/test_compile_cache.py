@@ -12,13 +12,13 @@ from numba import prange
 
 from qpalette.backends.cpu import jit
 
-# Two kernels, one of them parallel, small enough to compile in a test; what was found on disk, and what was not.
-PROGRAM = "import json; from tests.unit.test_compile_cache import run; print(json.dumps(run()))"
 RESULT = [20.0, 20.0]  # twice 0 + 1 + 2 + 3 + 4
 SIGNATURES = 3
 
 
 def kernels():  # type: ignore[no-untyped-def]
+    """Two, one of them parallel, small enough to compile in a test."""
+
     @jit.entry("test double", parallel=True)
     def double(x):  # type: ignore[no-untyped-def]
         for i in prange(x.size):
@@ -39,7 +39,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run() -> dict[str, int]:
-    """The kernels above in this process, as a fresh one would find them: new dispatchers, nothing compiled."""
+    """The kernels above in this process, as a fresh one would find them: new dispatchers, nothing compiled. What was
+    found on disk, and what was not."""
     double, total = kernels()
     x = np.arange(5, dtype=np.float32)
     double(x)
@@ -52,23 +53,42 @@ def run() -> dict[str, int]:
     }
 
 
+def of_one_name(factor: int):  # type: ignore[no-untyped-def]
+    """A kernel that calls another one; what that does is in its closure, and not in any name."""
+
+    @jit.kernel
+    def multiples(n):  # type: ignore[no-untyped-def]
+        return factor * n if n < 2 else multiples(n - 1) + multiples(n - 2)  # so often that it is not inlined
+
+    @jit.entry(f"test multiples of {factor}")
+    def called(n):  # type: ignore[no-untyped-def]
+        return multiples(n)
+
+    return called
+
+
+def in_a_process(program: str) -> object:
+    command = [sys.executable, "-c", f"import json; from tests.unit.test_compile_cache import *; {program}"]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True)
+    return json.loads(run.stdout)
+
+
+def test_code_of_several_processes_is_not_mixed_up(cache: Path) -> None:
+    """Each process compiles one kernel; the last finds both on disk."""
+    expected = {3: 3 * 55, 5: 5 * 55}  # times the tenth number of Fibonacci
+    for factor, result in expected.items():
+        assert in_a_process(f"print(json.dumps(of_one_name({factor})(10)))") == result
+    both = "kernels = of_one_name(3), of_one_name(5); print(json.dumps([each(10) for each in kernels]))"
+    assert in_a_process(both) == list(expected.values())
+    assert len(files(cache)) == len(expected)
+
+
 def files(cache: Path) -> list[Path]:
     return sorted(cache.rglob("*.bin"))
 
 
 def test_a_second_process_compiles_nothing(cache: Path) -> None:
-    first, second = (
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-c", PROGRAM],
-                cwd=Path(__file__).parents[2],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-        )
-        for _ in range(2)
-    )
+    first, second = (in_a_process("print(json.dumps(run()))") for _ in range(2))
     assert first == {"hits": 0, "misses": SIGNATURES}
     assert second == {"hits": SIGNATURES, "misses": 0}
     assert all(directory.stat().st_mode & 0o777 == 0o700 for directory in (cache / "numba").iterdir())

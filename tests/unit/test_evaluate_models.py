@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qpalette.core.errors import CheckpointError, InputError
-from qpalette.evaluate import bits_per_weight, evaluate, evaluate_models, metrics, sample_windows, token_windows
+from qpalette.evaluate import bits_per_weight, evaluate, evaluate_models, metrics, token_windows
 from qpalette.evaluate.loading import is_artifact, load_model
 
 VOCABULARY = 128
@@ -200,17 +200,6 @@ def test_missing_files_and_limits_are_named(tmp_path, text):
     for limit in (0, -1):
         with pytest.raises(InputError, match=f"at least 1, got {limit}"):
             token_windows(text, tiny_tokenizer(), limit=limit)
-
-
-def test_sampled_text_repeats_and_follows_the_model():
-    model = tiny_llama(0)
-    first, again = sample_windows(model, 2, 24, seed=3), sample_windows(model, 2, 24, seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert [window.shape for window in first] == [(24,), (24,)]
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first[0], sample_windows(model, 2, 24, seed=4)[0])
-    likely = evaluate_models(model, None, first).perplexity
-    assert likely < evaluate_models(model, None, random_windows(2, 24)).perplexity
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from qpalette.core.records import LinearRecord
-from qpalette.formats import model_card
+from qpalette.formats import Tuned, base_model_of, model_card
 
 HOSTILE = [
     'a"; import os; os.system("x") #',
@@ -73,3 +73,21 @@ def test_what_cannot_be_printed_breaks_nothing(name):
     assert len([node for node in ast.walk(code) if isinstance(node, ast.Call)]) == 2
     headings = [shown(tokens[i + 1]) for i, token in enumerate(tokens) if token.type == "heading_open"]
     assert headings[1:] == ["WARNING: import qpalette first", "Size", "Distortion"]
+
+
+@pytest.mark.parametrize("name", ["owner/name", "o.w-n_er/na.me"])
+def test_the_base_model_is_read_again(name):
+    assert base_model_of(card("tiny", base=name)) == name
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, *BROKEN])
+def test_what_is_no_hub_name_is_not(name):
+    assert base_model_of(card("tiny", base=name)) is None
+    assert base_model_of(name) is None
+
+
+def test_tuning_is_told():
+    tuned = Tuned(12, 40960, 4096, "0" * 64, 1.35, 0.85)
+    text = model_card("x", {}, {"a": LinearRecord("nuq-3", 32, 32, "h32", 0)}, {"a": 0.03}, 0, tuned=tuned)
+    assert "12 steps on 40,960 tokens" in text
+    assert "from 1.3500 to 0.8500 nats" in text

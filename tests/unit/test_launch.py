@@ -163,7 +163,8 @@ def test_a_group_of_different_signs_is_refused(counted: list[int]) -> None:
         join_launches(model)
 
 
-def test_a_backend_that_does_not_fuse_is_left_alone() -> None:
+def test_a_backend_that_does_not_fuse_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(backends()["cpu"]), "fuses", False)
     model = Attention()
     for linear in model.children():
         linear.prepare()

@@ -25,12 +25,13 @@ from qpalette.cli import (
     quantize,
     sensitivity,
     serve,
+    tune,
 )
 from qpalette.cli.output import print_error
 from qpalette.core.errors import QPaletteError
 
 DEBUG = "QPALETTE_DEBUG"
-RESUMABLE = ("calibrate", "quantize", "sensitivity")
+RESUMABLE = ("calibrate", "quantize", "sensitivity", "tune")
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
@@ -95,6 +96,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
+app.command("tune")(tune.tune)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)

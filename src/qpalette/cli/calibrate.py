@@ -7,13 +7,18 @@ from typing import Annotated
 
 import typer
 
-from qpalette.cli.output import print_facts, print_json, quiet_transformers, step_bar
+from qpalette.cli.output import print_facts, print_json, quiet_transformers, step_bar, token_bar
 
 
 def calibrate(
     model: Annotated[str, typer.Argument(help="A Hugging Face directory, a .gguf file or a Hub id.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to fill.")],
-    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="A UTF-8 text file.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text", metavar="FILE", help="A UTF-8 text file, or sampled tokens.  [default: the model writes it]"
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Read the first N tokens.")] = 65_536,
     window: Annotated[int, typer.Option("--window", metavar="N", help="In windows of N tokens.")] = 2048,
     one_sided: Annotated[
@@ -43,7 +48,7 @@ def calibrate(
     if memory is not None and not 0 < memory < 1 << 20:
         raise InputError(f"memory must be a positive number of GiB, got {memory:g}")
     quiet_transformers()
-    with step_bar("windows") as bar:
+    with token_bar("writing text") as writing, step_bar("windows") as bar:
         found = run(
             model,
             directory,
@@ -56,6 +61,7 @@ def calibrate(
             one_sided=one_sided,
             seed=seed,
             progress=bar.show,
+            writing=writing.show,
         )
     if as_json:
         print_json(found)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qpalette.cli.output import print_facts, print_json, print_note, quiet_transformers, step_bar
+from qpalette.cli.output import print_facts, print_json, print_note, quiet_transformers, step_bar, token_bar
 
 if TYPE_CHECKING:
     from qpalette.evaluate import Evaluation
@@ -21,7 +21,9 @@ def evaluate(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option("--text", metavar="FILE", help="A UTF-8 text file.  [default: sampled from the reference]"),
+        typer.Option(
+            "--text", metavar="FILE", help="A UTF-8 text file, or sampled tokens.  [default: the reference writes it]"
+        ),
     ] = None,
     windows: Annotated[
         int | None,
@@ -39,7 +41,8 @@ def evaluate(
     Example: [bold]qpalette eval OUT --reference MODEL --text wiki.test.raw --windows 16[/]
     """
     from qpalette.evaluate import evaluate as measure
-    from qpalette.evaluate.windows import check_limit, read_text
+    from qpalette.evaluate.text_source import check_text
+    from qpalette.evaluate.windows import check_limit
     from qpalette.runtime.device import parse_device
 
     where = parse_device(device)
@@ -48,13 +51,12 @@ def evaluate(
 
         return score_tasks(model, reference, tasks, as_json, where)
     check_limit(windows)
-    if text is not None:
-        read_text(text)  # a wrong file is told before minutes of loading
-    elif reference is not None:
-        print_note("no --text: the reference writes it first, which takes a while")
+    check_text(text)  # a wrong file is told before minutes of loading
+    if text is None and reference is not None:
+        print_note("no --text: the reference writes it first")
     quiet_transformers()
-    with step_bar("windows") as bar:
-        result = measure(model, reference, text, windows, where, progress=bar.show)
+    with token_bar("writing text") as writing, step_bar("windows") as bar:
+        result = measure(model, reference, text, windows, where, progress=bar.show, writing=writing.show)
     if as_json:
         print_json(result)
     else:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -133,6 +133,10 @@ class Bar:
         """The same, where the last step took no time and says nothing about the speed."""
         self._progress.reset(self._started(total), completed=done)
 
+    def tell(self, message: str) -> None:
+        """A line above the bar."""
+        self._progress.console.print(f"[dim]{escape(message)}[/]", highlight=False)
+
     def _started(self, total: int) -> TaskID:
         if self._task is None:
             self._progress.start()
@@ -148,6 +152,40 @@ def weight_bar(description: str) -> Bar:
 def step_bar(description: str) -> Bar:
     """A bar of a few equal steps."""
     return Bar(description, TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+
+
+def token_bar(description: str) -> Bar:
+    """A bar of tokens that a model writes."""
+    return Bar(description, TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"), TimeElapsedColumn())
+
+
+class TuningBar:
+    """What tuning tells, as bars, one for each stage, and a line for each look at held-out text. Use it in a `with`."""
+
+    titles: ClassVar = {"text": "writing text", "original": "original", "tuning": "tuning"}
+
+    def __enter__(self) -> TuningBar:
+        self._stage, self._bar = "", Bar("")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.__exit__(*exception)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._bar.__exit__()
+            self._stage = stage
+            self._bar = (token_bar if stage == "text" else _share_bar)(self.titles[stage])
+            if stage == "tuning":  # what an earlier run has done says nothing about the speed
+                return self._bar.skip(done, total)
+        self._bar.show(done, total)
+
+    def held_out(self, step: int, kl: float) -> None:
+        self._bar.tell(f"step {step}: held-out KL {kl:.4f}")
+
+
+def _share_bar(description: str) -> Bar:
+    return Bar(description, TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
 
 
 def quiet_transformers() -> None:

@@ -96,6 +96,13 @@ def quantize(
         list[str] | None,
         typer.Option("--exclude", metavar="PATTERN", help="Leave linears of such names, '*.0.mlp.*', as they are."),
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Then tune row scales, diagonals and norms by KL, as qpalette tune does.")
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", metavar="FILE", help="With --tune: the text for it.  [default: the model writes it]"),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to encode, such as cuda.")] = "cpu",
     workers: Annotated[int, typer.Option("--workers", help="Processes; with --device cuda they share the GPUs.")] = 1,
     ray: Annotated[
@@ -117,6 +124,8 @@ def quantize(
         raise typer.BadParameter(
             "give one of --bits (such as 3.25) or --size (6GB), --spec (tcq-3.25), and --plan FILE"
         )
+    if text is not None and not tune:
+        raise typer.BadParameter("--text is what --tune reads: give both, or neither")
     if sensitivity is not None and bits is None and disk is None:
         raise typer.BadParameter("--sensitivity decides how --bits or --size are spent: give one of them")
     from qpalette.pipeline import Estimate
@@ -133,6 +142,8 @@ def quantize(
         assert isinstance(estimate, Estimate)
         _show_estimate(model, estimate, as_json)
         return
+    if tune:
+        return _quantize_and_tune(model, out, text, options, overwrite, as_json)
     start = time.perf_counter()
     with weight_bar("quantizing") as bar:
         report = run(model, out, **options, overwrite=overwrite, progress=_Timed(bar))
@@ -143,6 +154,21 @@ def quantize(
     else:
         _show_report(report, source_bytes)
         print_note(f"{out}: done in {time.perf_counter() - start:.0f} s")
+
+
+def _quantize_and_tune(
+    model: str, out: Path, text: Path | None, options: dict[str, Any], overwrite: bool, as_json: bool
+) -> None:
+    from qpalette.cli.output import TuningBar, quiet_transformers
+    from qpalette.cli.tune import show_tuned
+    from qpalette.tuning import quantize_and_tune
+
+    quiet_transformers()
+    with weight_bar("quantizing") as bar, TuningBar() as watcher:
+        report = quantize_and_tune(
+            model, out, text, **options, overwrite=overwrite, progress=_Timed(bar), watcher=watcher
+        )
+    show_tuned(report, as_json)
 
 
 class _Timed:

@@ -14,6 +14,7 @@ from qpalette.cli.output import (
     print_table,
     quiet_transformers,
     step_bar,
+    token_bar,
     write_text,
 )
 
@@ -26,7 +27,9 @@ def sensitivity(
     out: Annotated[Path, typer.Argument(metavar="OUT.json", help="The file to write.")],
     text: Annotated[
         Path | None,
-        typer.Option("--text", metavar="FILE", help="A UTF-8 text file.  [default: sampled from the model]"),
+        typer.Option(
+            "--text", metavar="FILE", help="A UTF-8 text file, or sampled tokens.  [default: the model writes it]"
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,
@@ -70,9 +73,9 @@ def sensitivity(
         _show(found, out, as_json)
         return
     if text is None:
-        print_note("no --text: the model writes it first, which takes a while")
+        print_note("no --text: the model writes it first")
     quiet_transformers()
-    with step_bar(method) as bar:
+    with token_bar("writing text") as writing, step_bar(method) as bar:
         found = measure_sensitivities(
             model,
             out,
@@ -84,6 +87,7 @@ def sensitivity(
             seed=seed,
             device=device,
             progress=bar.show,
+            writing=writing.show,
         )
     _show(found, out, as_json)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from qpalette.evaluate.loading import bits_per_weight, is_artifact, load, load_m
 from qpalette.evaluate.metrics import Evaluation, Progress, evaluate_models
 from qpalette.evaluate.palette import Measurement, measure
 from qpalette.evaluate.sampled_text import sample_windows
+from qpalette.evaluate.text_source import model_windows
 from qpalette.evaluate.windows import WINDOW, check_limit, token_windows
 from qpalette.storage import local_path
 
@@ -26,6 +26,7 @@ __all__ = [
     "load",
     "load_model",
     "measure",
+    "model_windows",
     "plan_of",
     "predicted_kl",
     "sample_windows",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 SAMPLED_WINDOWS = 2
+SEED = 1_000_000  # of sampled text: never one that a model is likely to have been calibrated on
 
 
 def evaluate(
@@ -43,13 +45,15 @@ def evaluate(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
+    writing: Progress | None = None,
 ) -> Evaluation:
     """Perplexity of the model at `model_dir`, and how far its predictions are from those of `reference`.
 
     Both are a quantized directory, a Hugging Face directory, a .gguf file or a Hub id; `reference` None measures the
     perplexity alone. `text` is a UTF-8 file, cut into windows of 2048 tokens (less in a model of shorter context), of
-    which the first `windows` are used, by default all. With `text` None the text is sampled from the reference, by
-    default 2 windows. `progress` is called with (windows done, windows in all).
+    which the first `windows` are used, by default all; or a file of sampled tokens. With `text` None the reference
+    writes it, by default 2 windows, with another seed than what is calibrated on. `progress` is called with (windows
+    done, windows in all), `writing` with (tokens written, tokens in all).
 
     Raises InputError for a text, device or number of windows that cannot be used, ArtifactError and CheckpointError for
     a model that cannot be read.
@@ -60,18 +64,10 @@ def evaluate(
     place = local_path(model_dir)
     model, tokenizer = load_model(place, device, dtype)
     original, tokenizer = (None, tokenizer) if reference is None else load_model(reference, device, dtype)
-    length = _window_length(model)
-    if text is None:
-        chosen = sample_windows(original, windows or SAMPLED_WINDOWS, length)
-    else:
-        chosen = token_windows(text, tokenizer, length, windows)
+    count = windows if text is not None else windows or SAMPLED_WINDOWS
+    chosen = model_windows(text, original or model, tokenizer, WINDOW, count, seed=SEED, progress=writing)
     return replace(
         evaluate_models(model, original, chosen, progress),
         bits_per_weight=bits_per_weight(place),
         predicted_kl=predicted_kl(place),
     )
-
-
-def _window_length(model: Any) -> int:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(WINDOW, context) if context else WINDOW

@@ -99,7 +99,7 @@ def _add_window(
 @torch.inference_mode()
 def _logits(model: Any, window: torch.Tensor, cache: CacheFactory | None = None) -> torch.Tensor:
     """[length - 1, vocabulary]: the prediction of each token but the first."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     if int(window.max()) >= vocabulary:
         raise InputError(
             f"the text has token {int(window.max())}, but the model knows {vocabulary}; it needs its own tokenizer"

@@ -1,11 +1,12 @@
 """The stored model: its format, its reader, its writer."""
 
-from qpalette.formats.card import model_card
+from qpalette.formats.card import Tuned, base_model_of, model_card
 from qpalette.formats.checksums import check_checksums, checksums_bytes, write_checksums
 from qpalette.formats.dequantized import DequantizedCheckpoint
 from qpalette.formats.packed import FORMAT_VERSION, METHOD, QuantizationFormat
 from qpalette.formats.parts import PARTS, Part, counted_bits, expected_tensors, packed_bits, parts_of, total_bits
 from qpalette.formats.reader import Artifact, Inspection, open_artifact
+from qpalette.formats.revised import RevisedCheckpoint
 from qpalette.formats.writer import PackedCheckpoint
 
 __all__ = [
@@ -18,6 +19,9 @@ __all__ = [
     "PackedCheckpoint",
     "Part",
     "QuantizationFormat",
+    "RevisedCheckpoint",
+    "Tuned",
+    "base_model_of",
     "check_checksums",
     "checksums_bytes",
     "counted_bits",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from qpalette.core.records import LinearRecord
@@ -46,7 +47,7 @@ Squared error of the stored weights over their energy, measured with the stored 
 | kind | quantizer | weights | bits per weight | distortion |
 |---|---|---:|---:|---:|
 {distortions}
-{calibrated}
+{calibrated}{tuned}
 Every linear is listed in `qpalette_report.json`.
 """
 
@@ -54,6 +55,24 @@ CALIBRATED = """
 Rounding was calibrated (LDLQ) on {tokens:,} tokens of a text with SHA-256 `{sha256}`. It accepts more distortion of the
 weights for less of the outputs, which the report gives for each linear as `proxy`: tr(E H E^T) / tr(W H W^T).
 """
+
+TUNED = """
+Row scales, input diagonals, norms and biases were then tuned, codes as they were: {steps:,} steps on {tokens:,} tokens.
+KL to the original on held-out text went from {before:.4f} to {after:.4f} nats per token. The distortions above are
+those before tuning.
+"""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning did to a quantized model. KL in nats per token, on `held_out_tokens` that were not tuned on."""
+
+    steps: int  # after which the stored values were the best; 0: they are those from before
+    tokens: int  # of the text tuned on
+    held_out_tokens: int
+    tokens_sha256: str  # of both, as int64
+    kl_before: float
+    kl_after: float
 
 
 def model_card(
@@ -64,11 +83,13 @@ def model_card(
     carried_bytes: int,
     base_model: str | None = None,
     calibration: tuple[int, str] | None = None,
+    tuned: Tuned | None = None,
 ) -> str:
     """Markdown, the same for equal arguments. `distortions` by linear name; `carried_bytes` are the other tensors'.
 
     `base_model` is a Hub name; without it the source config's own is used when it is one. The licence is the source
-    config's, when it states one. `calibration`, of calibrated rounding, is its tokens and the text's SHA-256.
+    config's, when it states one. `calibration`, of calibrated rounding, is its tokens and the text's SHA-256; `tuned`
+    is what was done after that.
     """
     weights = sum(record.out_features * record.in_features for record in records.values())
     packed_bits = sum(counted_bits(record).total for record in records.values())
@@ -84,7 +105,19 @@ def model_card(
         sizes=_size_rows(records, weights, carried_bytes),
         distortions=_distortion_rows(records, distortions),
         calibrated="" if calibration is None else CALIBRATED.format(tokens=calibration[0], sha256=calibration[1]),
+        tuned="" if tuned is None else _tuned(tuned),
     )
+
+
+def base_model_of(card: str) -> str | None:
+    """The Hub name that a card of this kind states."""
+    front_matter = card.partition("\n---\n")[0]
+    found = re.search(rf'^base_model: "({HUB_ID.pattern})"$', front_matter, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _tuned(tuned: Tuned) -> str:
+    return TUNED.format(steps=tuned.steps, tokens=tuned.tokens, before=tuned.kl_before, after=tuned.kl_after)
 
 
 def kind_of(linear: str) -> str:

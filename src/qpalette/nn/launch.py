@@ -50,15 +50,18 @@ class Launch:
                 del waiting[self]
             if result is not None:
                 return result
-        if not _can_wait(x) or any(member.fitted for member in self.members):
+        if not _can_wait(x) or (together := self._together()) is None:
             return self.members[index].multiply(x, self.name)
-        outputs = dict(enumerate(self._together()(x)))
+        outputs = dict(enumerate(together(x)))
         x.__dict__.setdefault(_WAITING, {})[self] = _Results(x._version, outputs)
         return outputs.pop(index)
 
-    def _together(self) -> PreparedLinears:
+    def _together(self) -> PreparedLinears | None:
+        """None while a member is being fitted."""
         prepared = self._prepared
         if prepared is None or not all(map(PackedModule.is_of, self.members, prepared.members)):
+            if any(member.fitted for member in self.members):
+                return None
             prepared = self._prepared = PreparedLinears([member.stored for member in self.members], self.name)
         return prepared
 

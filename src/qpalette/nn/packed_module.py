@@ -27,6 +27,7 @@ from qpalette.rotate import Rotation, diagonal_of, unrotate_weight
 from qpalette.runtime import TILES, Backend, PackedLinear, PreparedLinears, backend_for, packed_linear, select
 
 _FITTED = "fitted_"  # before the field, of a parameter's name
+_CODES, _SCALES = CODES.suffix, SCALES.suffix
 
 
 class PackedModule(nn.Module):
@@ -69,22 +70,25 @@ class PackedModule(nn.Module):
 
     def multiply(self, x: torch.Tensor, group: str = "") -> torch.Tensor:
         """W x for x [..., K]: [..., M], in x's dtype. `group`: under torch.compile, products of one name are joined."""
-        if self.fitted or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return packed_linear(x, self.packed, group)
         prepared = self._prepared
         if prepared is None or not self.is_of(prepared.members[0]):
+            if self.fitted:
+                return packed_linear(x, self.packed, group)
             prepared = self._prepared = PreparedLinears([self.stored], group)
         return prepared(x)[0]
 
     def is_of(self, packed: PackedLinear) -> bool:
-        """Whether `packed` has the very tensors that are here now; with no dictionary of strings, as it is asked for at
-        every product."""
+        """Whether this module computes with the very tensors of `packed`; with no dictionary of strings, as it is asked
+        for at every product."""
         buffers = self._buffers
         return (
-            buffers[CODES.suffix] is packed.codes
-            and buffers[SCALES.suffix] is packed.scales
+            buffers[_CODES] is packed.codes
+            and buffers[_SCALES] is packed.scales
             and buffers[self._diagonal_suffix] is packed.diagonal
             and self.layout == packed.layout
+            and not self.fitted
         )
 
     @property
@@ -112,6 +116,11 @@ class PackedModule(nn.Module):
             self.register_parameter(_FITTED + field, nn.Parameter(values[field].clone()))
         self.fitted = fields
         return [getattr(self, _FITTED + field) for field in fields]
+
+    def share(self, field: str, other: PackedModule) -> None:
+        """The parameter of `field` that is fitted in `other` is this module's, too: linears of one group have one
+        diagonal. Both fit the field already, and it settles to the same bits."""
+        self.register_parameter(_FITTED + field, other.get_parameter(_FITTED + field))
 
     def settle(self) -> None:
         """Round what was fitted to the float16 that is stored; a fitted diagonal takes the place of the signs."""

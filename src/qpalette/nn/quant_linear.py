@@ -40,8 +40,9 @@ class QuantLinear(PackedModule):
         self.index = 0  # in it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result = self.multiply(x) if self.launch is None else self.launch.output_of(self.index, x)
-        return result if self.bias is None else result + self.bias
+        launch, bias = self.launch, self._parameters["bias"]  # found at once, where `self.bias` is searched for
+        result = self.multiply(x) if launch is None else launch.output_of(self.index, x)
+        return result if bias is None else result + bias
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """The ordinary layer that computes the same: W = W' Q diag(s) rounded once to `dtype`, and the bias."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from qpalette.calibration.hessians import Calibration
 from qpalette.core.records import LinearRecord, PackedBits
@@ -69,6 +70,19 @@ class QuantizeReport:
             "linears": {linear.name: _entry(linear) for linear in self.linears},
         }
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def revised_report(
+    content: Mapping[str, Any], records: Mapping[str, LinearRecord], tensor_bytes: int, tuned: Mapping[str, Any]
+) -> str:
+    """The report `content` of a model whose scales and diagonals were tuned: counts anew, distortions from before.
+
+    Raises KeyError for content that is no report on these linears.
+    """
+    linears = {name: {**content["linears"][name], **_counts(counted_bits(record))} for name, record in records.items()}
+    totals = {**content["totals"], **_counts(total_bits(records.values())), "tensor_bytes": tensor_bytes}
+    revised = {**content, "totals": totals, "tuned": dict(tuned), "linears": linears}
+    return json.dumps(revised, indent=1, ensure_ascii=False) + "\n"
 
 
 def _entry(linear: LinearResult) -> dict[str, object]:

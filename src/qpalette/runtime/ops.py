@@ -110,7 +110,8 @@ class PreparedLinears:
 
 
 def _goes_straight(x: torch.Tensor) -> bool:
-    plain = type(x) is torch.Tensor and not x.is_meta and not torch.compiler.is_compiling()
+    # A tensor with the negative bit (an imaginary part of a conjugate) has other values than its memory.
+    plain = type(x) is torch.Tensor and not x.is_meta and not torch.compiler.is_compiling() and not x.is_neg()
     return plain and not (x.requires_grad and torch.is_grad_enabled())
 
 

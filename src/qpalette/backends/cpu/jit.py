@@ -1,7 +1,8 @@
 """How every kernel of this backend is compiled, and kept on disk.
 
 numba's own file cache would be wrong here: it knows a function by its own file alone, not by those it calls, two
-processes that write at the same time can swap their code, and a damaged file raises. So each compiled signature is one
+processes that write at the same time can swap their code, and a damaged file raises. Nor does it see to it that code of
+several processes can be loaded into one. So each compiled signature is one
 file, named by what it is, in a directory named by everything that its code depends on: all sources of this backend,
 numba and its compiler, Python, and the processor.
 """
@@ -12,11 +13,12 @@ import hashlib
 import os
 import pickle
 import platform
+import secrets
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import llvmlite
 import numba
 from llvmlite import binding
 from numba import njit
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
@@ -32,6 +35,11 @@ from qpalette.core.cache import compile_cache_directory
 
 # IEEE arithmetic in the order written (no fast-math): results must not depend on what the compiler fancies.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
+
+# numba numbers functions from 1 in each process, and by that number their symbols differ where names do not: with code
+# of two processes loaded into a third, one calls the other's function (products of one spec were decoded as another's).
+FunctionIdentity._unique_ids = iter(partial(secrets.randbits, 63), None)  # type: ignore[assignment]
+
 kernel = njit(**_OPTIONS)
 parallel_kernel = njit(parallel=True, **_OPTIONS)
 inlined = njit(forceinline=True, **_OPTIONS)  # vectors as arguments and results would go through memory

@@ -1,7 +1,7 @@
 """Decode-and-multiply: weights exist only in registers, sixteen tiles (4 x 4) at a time.
 
-Work is cut into equal runs of blocks, one run per thread, whatever the shape ("stream-K"): narrow matrices keep every
-core busy. Each thread sums into its own rows; a last pass adds threads and applies scales.
+A matrix is cut into equal runs of blocks, its pieces, whatever the shape ("stream-K"): narrow matrices keep every core
+busy. Each piece sums into its own rows; a last pass adds them and applies scales.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import prange
+from numba import carray, prange
 
 from qpalette.backends.cpu import simd
-from qpalette.backends.cpu.decoders import WAYS, half_lane
+from qpalette.backends.cpu.decoders import HALVES, WAYS, half_lane
 from qpalette.backends.cpu.jit import entry, inlined, kernel, parallel_kernel
 from qpalette.backends.cpu.layout import SIDE
-from qpalette.backends.cpu.transform import sign_multiplier, transform_rows
+from qpalette.backends.cpu.operands import launch_at, matrix_at, pointer, read_values, write_values
+from qpalette.backends.cpu.transform import Factors, half_multiplier, sign_multiplier, transform_rows
 
 LANES = simd.LANES
 TILE = 16
 BLOCK = SIDE * TILE  # rows, and columns, of a block
+LEAST_PRODUCTS = 1 << 17  # per thread: some 12 microseconds of work, several times what waking a thread costs
 
 
 @lru_cache(maxsize=8)
 def make_kernels(way: str) -> tuple[Any, Any]:
-    """(linear, dequantize) for a way of decoding; both end with the fields of `Arrays`."""
+    """(linear, dequantize) for a way of decoding; the latter ends with the fields of `Arrays`."""
     two_weights = WAYS[way]
 
     @inlined
@@ -66,36 +68,51 @@ def make_kernels(way: str) -> tuple[Any, Any]:
             if column == columns - 1 or item == stop - 1:
                 _flush(sums, partial, batch, item // columns, codes.shape[0] * BLOCK)
 
+    @kernel
+    def multiply_pieces(address, lanes, threads, worker, workers, partial):  # type: ignore[no-untyped-def]
+        """What one of `workers` does: every so many pieces, over all matrices; each piece has sums of its own."""
+        launch = launch_at(address)
+        batch, columns = lanes.shape[0], blocks_across(launch)
+        piece, place = 0, 0
+        for member in range(launch.members):
+            matrix = matrix_at(launch, member)
+            pieces, blocks = pieces_of(launch, matrix, batch, threads), matrix.block_rows * columns
+            size = batch * matrix.block_rows * BLOCK
+            codes = carray(pointer(matrix.codes), (matrix.block_rows, columns, matrix.tile_words, LANES), np.int32)
+            words, turns, ends, numbers, table = arrays_of(matrix)
+            for part in range(pieces):
+                if piece % workers == worker:
+                    start, stop = blocks * part // pieces, blocks * (part + 1) // pieces
+                    sums = partial[place : place + size]
+                    multiply_run(codes, lanes, start, stop, sums, words, turns, ends, numbers, table)
+                piece, place = piece + 1, place + size
+
     @parallel_kernel
-    def multiply_in_parallel(codes, x, threads, partial, words, turns, ends, numbers, table):  # type: ignore[no-untyped-def]
-        blocks = codes.shape[0] * codes.shape[1]
-        for thread in prange(threads):
-            start, stop = blocks * thread // threads, blocks * (thread + 1) // threads
-            multiply_run(codes, x, start, stop, partial[thread], words, turns, ends, numbers, table)
+    def multiply_in_parallel(address, lanes, threads, workers, partial):  # type: ignore[no-untyped-def]
+        for worker in prange(workers):
+            multiply_pieces(address, lanes, threads, worker, workers, partial)
 
     @entry(f"linear {way}")
-    def linear(x, signs, rotation, codes, scales, threads, out, words, turns, ends, numbers, table):  # type: ignore[no-untyped-def]
-        """out[b, m] = scale[m] * sum_k weight[m, k] (Q s x_b)[k]; x float32 [batch, K], out float32 [batch, M].
+    def linear(address, x, type_, batch, threads):  # type: ignore[no-untyped-def]
+        """y[b, m] = scale[m] * sum_k weight[m, k] (Q s x_b)[k] for each matrix of the LAUNCH at `address`, all decoded
+        this `way`; x, at an address, is [batch, K] of `type_`, and so are the results. `threads` at most are used.
 
-        `signs` and `scales` are as stored; `rotation` as `transform_rows` takes it; `codes` laid out in lanes.
+        A matrix is cut as it would be alone, so that its results are the same bits in any company.
         """
-        batch, rows = x.shape[0], codes.shape[0] * BLOCK
-        rotated = np.zeros((batch, codes.shape[1] * BLOCK), np.float32)
-        transform_rows(x, sign_multiplier(signs, x.shape[1]), rotation, rotated)
-        lanes = _spread(rotated)
-        partial = np.zeros((threads, batch * rows), np.float32)
-        if threads == 1:
-            multiply_run(
-                codes, lanes, 0, codes.shape[0] * codes.shape[1], partial[0], words, turns, ends, numbers, table
-            )
+        launch = launch_at(address)
+        size, products = 0, 0
+        for member in range(launch.members):
+            matrix = matrix_at(launch, member)
+            size += batch * matrix.block_rows * BLOCK * pieces_of(launch, matrix, batch, threads)
+            products += batch * launch.features * matrix.rows
+        lanes = _spread(_rotate(launch, x, type_, batch))
+        partial = np.zeros(size, np.float32)
+        workers = min(threads, products // LEAST_PRODUCTS)
+        if workers > 1:
+            multiply_in_parallel(address, lanes, threads, workers, partial)
         else:
-            multiply_in_parallel(codes, lanes, threads, partial, words, turns, ends, numbers, table)
-        for b in range(batch):
-            for m in range(out.shape[1]):
-                total = np.float32(0)
-                for thread in range(threads):
-                    total += partial[thread, b * rows + m]
-                out[b, m] = total * simd.half_to_float(scales[m])
+            multiply_pieces(address, lanes, threads, 0, 1, partial)
+        _finish(launch, type_, batch, threads, partial)
 
     @entry(f"dequantize {way}", parallel=True)
     def dequantize(codes, scales, out, words, turns, ends, numbers, table):  # type: ignore[no-untyped-def]
@@ -119,6 +136,70 @@ def make_kernels(way: str) -> tuple[Any, Any]:
             _gather_block(tiles, item // columns * BLOCK, item % columns * BLOCK, scales, out)
 
     return linear, dequantize
+
+
+@inlined
+def blocks_across(launch):  # type: ignore[no-untyped-def]
+    return (launch.features + BLOCK - 1) // BLOCK
+
+
+@inlined
+def pieces_of(launch, matrix, batch, threads):  # type: ignore[no-untyped-def]
+    """One for each of `threads`, but no more than have LEAST_PRODUCTS each."""
+    return max(1, min(threads, batch * launch.features * matrix.rows // LEAST_PRODUCTS))
+
+
+@inlined
+def arrays_of(matrix):  # type: ignore[no-untyped-def]
+    """The fields of `Arrays`; nothing reads the lengths, of which some depend on the code."""
+    return (
+        carray(pointer(matrix.words), 3 * HALVES, np.int64),
+        carray(pointer(matrix.turns), HALVES, np.int32),
+        carray(pointer(matrix.ends), 1, np.int32),
+        carray(pointer(matrix.numbers), 1, np.int32),
+        carray(pointer(matrix.table), 1, np.float32),
+    )
+
+
+@kernel
+def _rotate(launch, x, type_, batch):  # type: ignore[no-untyped-def]
+    """Q s x, float32 [batch, K up to whole blocks]."""
+    size = launch.features
+    values = np.empty((batch, size), np.float32)
+    read_values(x, type_, values.reshape(-1))
+    if launch.has_signs:
+        multiplier = sign_multiplier(carray(pointer(launch.diagonal), (size + 7) // 8, np.uint8), size)
+    else:
+        multiplier = half_multiplier(carray(pointer(launch.diagonal), size, np.int16))
+    factors = Factors(
+        carray(pointer(launch.orders), launch.factors, np.int64),
+        carray(pointer(launch.inners), launch.factors, np.int64),
+        carray(pointer(launch.offsets), launch.factors, np.int64),
+        carray(pointer(launch.matrices), launch.matrices_size, np.float32),
+        np.float32(launch.scale),
+    )
+    rotated = np.zeros((batch, blocks_across(launch) * BLOCK), np.float32)
+    transform_rows(values, multiplier, factors, rotated)
+    return rotated
+
+
+@kernel
+def _finish(launch, type_, batch, threads, partial):  # type: ignore[no-untyped-def]
+    """Add the pieces of each matrix, apply the scales, and write the results."""
+    place = 0
+    for member in range(launch.members):
+        matrix = matrix_at(launch, member)
+        pieces, height = pieces_of(launch, matrix, batch, threads), matrix.block_rows * BLOCK
+        scales = carray(pointer(matrix.scales), matrix.rows, np.int16)
+        results = np.empty((batch, matrix.rows), np.float32)
+        for b in range(batch):
+            for m in range(matrix.rows):
+                total = np.float32(0)
+                for piece in range(pieces):
+                    total += partial[place + (piece * batch + b) * height + m]
+                results[b, m] = total * simd.half_to_float(scales[m])
+        write_values(results.reshape(-1), type_, matrix.y)
+        place += pieces * batch * height
 
 
 @inlined

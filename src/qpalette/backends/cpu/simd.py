@@ -148,6 +148,16 @@ def half_to_float(typing_context, bits):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def float_to_half(typing_context, value):  # type: ignore[no-untyped-def]
+    """The bits, int16, of the float16 that is nearest to a float32; ties to even."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(types.float32), codegen
+
+
+@intrinsic
 def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
     """Write sixteen lanes (float32 or int32) at array[index : index + 16]."""
 

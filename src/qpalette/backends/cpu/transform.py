@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.jit import kernel
 from qpalette.rotate import Rotation
 
@@ -81,6 +82,15 @@ def sign_multiplier(signs, size):  # type: ignore[no-untyped-def]
     multiplier = np.empty(size, np.float32)
     for k in range(size):
         multiplier[k] = np.float32(1 - 2 * np.int32((signs[k >> 3] >> (k & 7)) & 1))
+    return multiplier
+
+
+@kernel
+def half_multiplier(values):  # type: ignore[no-untyped-def]
+    """The same of a diagonal of float16 bits, int16 [size]."""
+    multiplier = np.empty(values.size, np.float32)
+    for k in range(values.size):
+        multiplier[k] = simd.half_to_float(values[k])
     return multiplier
 
 

@@ -1,0 +1,61 @@
+"""Where every measurement has its text from: a file, or the model itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpalette.core.errors import InputError
+from qpalette.evaluate.sampled_text import Progress, is_token_file, read_token_file, sample_windows
+from qpalette.evaluate.windows import check_limit, read_text, token_windows
+
+
+def model_windows(
+    text: str | Path | None,
+    model: Any,
+    tokenizer: Any,
+    length: int,
+    count: int | None,
+    *,
+    seed: int = 0,
+    keep: Path | None = None,
+    progress: Progress | None = None,
+) -> list[torch.Tensor]:
+    """The first `count` windows of `length` tokens, int64 each: less in a model of shorter context.
+
+    `text` is a UTF-8 file, of which `count` None takes all windows; a token file (`sampled_text`), whose windows may be
+    shorter; or None: `model` writes `count` windows, with `seed`, into the token file `keep`, from which an interrupted
+    run goes on. Raises InputError for numbers or a file that cannot be used.
+    """
+    check_limit(count)
+    if length < 2:
+        raise InputError(f"a window must have at least 2 tokens, got {length}")
+    length = min(length, context_of(model) or length)
+    if text is None:
+        assert count is not None, "how many windows to write"
+        return sample_windows(model, tokenizer, count, length, seed, keep, progress)
+    if is_token_file(text):
+        return [window[:length] for window in read_token_file(text)[:count]]
+    return token_windows(text, tokenizer, length, count)
+
+
+def check_text(text: str | Path | None) -> None:
+    """Raises InputError for a file that cannot be used, before minutes of loading. None is fine."""
+    if text is not None:
+        (read_token_file if is_token_file(text) else read_text)(text)
+
+
+def text_sha256(text: str | Path | None, windows: Sequence[torch.Tensor]) -> str:
+    """Of a text file's content; of the tokens where the model has written them."""
+    if text is None or is_token_file(text):
+        return hashlib.sha256(torch.cat(list(windows)).numpy().data).hexdigest()
+    return hashlib.sha256(read_text(text).encode()).hexdigest()
+
+
+def context_of(model: Any) -> int | None:
+    """The most tokens that a model was made for; None when its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,165 @@
+"""Text that a model writes: what it finds likely, in its own chat's words, the same however often it was stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qpalette.core.errors import InputError
+from qpalette.evaluate import evaluate_models, model_windows, sample_windows, sampled_text
+from qpalette.evaluate.sampled_text import Chat, chat_of, read_token_file
+
+WORDS = ("<s>", "</s>", "system", "user", "assistant", "be", "good")
+VOCABULARY = 64
+LENGTH = 24
+TEMPLATE = (
+    "<s> system be good </s> {% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tokenizer_of(template: str | None = None) -> PreTrainedTokenizerFast:
+    words = {word: index for index, word in enumerate(WORDS)}
+    words |= {f"w{index}": index for index in range(len(WORDS), VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="</s>")
+    made.chat_template = template
+    return made
+
+
+def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_it_repeats_and_is_what_the_model_finds_likely(model):
+    tokenizer = tokenizer_of()
+    windows = sample_windows(model, tokenizer, 3, LENGTH, seed=3)
+    assert [window.shape for window in windows] == [(LENGTH,)] * 3
+    assert equal(windows, sample_windows(model, tokenizer, 3, LENGTH, seed=3))
+    assert not torch.equal(windows[0], windows[1])
+    assert not torch.equal(windows[0], sample_windows(model, tokenizer, 1, LENGTH, seed=4)[0])
+    noise = list(torch.randint(0, VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(1)))
+    assert evaluate_models(model, None, windows).perplexity < evaluate_models(model, None, noise).perplexity
+
+
+def test_first_tokens_have_the_models_probabilities(model, monkeypatch):
+    """Of 4000 draws, each token's share within five standard errors, or of a single draw."""
+    draws = 4000
+    monkeypatch.setattr(sampled_text, "BLOCK_ON_CPU", draws)
+    first = torch.stack(sample_windows(model, tokenizer_of(), draws, 1))[:, 0]
+    with torch.no_grad():
+        wanted = model(torch.tensor([[0]])).logits[0, -1].double().softmax(-1)
+    found = torch.bincount(first, minlength=VOCABULARY) / draws
+    error = (wanted * (1 - wanted) / draws).sqrt()
+    assert bool(((found - wanted).abs() <= 5 * error + 1 / draws).all())
+    assert float(wanted.max()) > 0.05  # far enough from even for the bound to tell
+
+
+def test_a_chat_is_spelled_by_the_template(model):
+    tokenizer = tokenizer_of(TEMPLATE)
+    chat = chat_of(tokenizer)
+    assert chat == Chat((0, 2, 5, 6, 1, 0, 3), (1, 0, 4), (1, 0, 3), frozenset({1}))
+    turns = 0
+    for window in sample_windows(model, tokenizer, 12, 80):
+        tokens = window.tolist()
+        assert tuple(tokens[: len(chat.opening)]) == chat.opening
+        place, speaker = len(chat.opening), 0
+        while 1 in tokens[place:]:  # what ends a turn is the template's, and the other side's header comes with it
+            place = tokens.index(1, place)
+            header = (chat.to_assistant, chat.to_user)[speaker]
+            assert tuple(tokens[place : place + 3]) == header[: len(tokens) - place]
+            place, speaker, turns = place + 3, 1 - speaker, turns + 1
+    assert turns >= 4
+
+
+@pytest.mark.parametrize("template", [None, "nothing of what is said", "{{ raise_exception('no') }}", "{{ broken"])
+def test_without_a_usable_template_it_is_running_text(model, template):
+    assert chat_of(tokenizer_of(template)) is None
+    assert equal(
+        sample_windows(model, tokenizer_of(template), 1, LENGTH), sample_windows(model, tokenizer_of(), 1, LENGTH)
+    )
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_killed_it_goes_on_to_the_same_text(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampled_text, "BLOCK_ON_CPU", 2)
+    tokenizer, keep = tokenizer_of(TEMPLATE), tmp_path / "new" / "text.tokens.json"
+    whole = sample_windows(model, tokenizer, 5, LENGTH)
+    told: list[tuple[int, int]] = []
+
+    def kill(done: int, total: int) -> None:
+        told.append((done, total))
+        if done > 3 * LENGTH:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        sample_windows(model, tokenizer, 5, LENGTH, keep=keep, progress=kill)
+    assert told == sorted(told)
+    assert {total for _, total in told} == {5 * LENGTH}
+    assert equal(read_token_file(keep), whole[:2])
+    told.clear()
+    assert equal(sample_windows(model, tokenizer, 5, LENGTH, keep=keep, progress=lambda *a: told.append(a)), whole)
+    assert told[0][0] > 2 * LENGTH
+    assert told[-1] == (5 * LENGTH, 5 * LENGTH)
+    told.clear()
+    assert equal(sample_windows(model, tokenizer, 4, LENGTH, keep=keep, progress=lambda *a: told.append(a)), whole[:4])
+    assert not told
+    assert not equal(sample_windows(model, tokenizer, 4, LENGTH, seed=1, keep=keep), whole[:4])
+
+
+def test_a_token_file_is_a_text(model, tmp_path):
+    keep = tmp_path / "text.tokens.json"
+    tokenizer = tokenizer_of()
+    written = model_windows(None, model, tokenizer, LENGTH, 3, keep=keep)
+    assert equal(model_windows(keep, model, tokenizer, LENGTH, 2), written[:2])
+    assert equal(model_windows(keep, model, tokenizer, 8, None), [window[:8] for window in written])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        json.dumps({"identity": {"kind": "other"}, "figures": {"windows": [[1, 2]]}}),
+        json.dumps({"identity": {"kind": "sampled text"}, "figures": {"windows": []}}),
+        json.dumps({"identity": {"kind": "sampled text"}, "figures": {"windows": [[1], "a"]}}),
+        json.dumps({"identity": {"kind": "sampled text"}, "figures": {"windows": [[1.5, 2]]}}),
+        json.dumps({"identity": {"kind": "sampled text"}, "figures": {"windows": [[-1, 2]]}}),
+    ],
+)
+def test_a_wrong_token_file_is_refused(model, tmp_path, content):
+    file = Path(tmp_path / "text.tokens.json")
+    file.write_text(content)
+    with pytest.raises(InputError, match="no file of sampled tokens"):
+        model_windows(file, model, tokenizer_of(), LENGTH, None)
+    with pytest.raises(InputError, match="no file of sampled tokens"):
+        model_windows(tmp_path / "none.tokens.json", model, tokenizer_of(), LENGTH, None)
