@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -45,7 +46,7 @@ def main(
     torch.set_num_threads(1)
     kernels = switchable_kernels()
     rows = [measured(artifact, each, kernels, rounds) for each in dtype or ["float32", "bfloat16"]]
-    report(name, processor(), rows, artifact=artifact, rounds=rounds)
+    report(name, processor(), rows, artifact=Path(artifact).name, rounds=rounds)
 
 
 def switchable_kernels() -> dict[Any, Kernel]:

@@ -93,8 +93,8 @@ def _load(source: str, name: str, macros: tuple[tuple[str, int], ...], device: i
 
 
 class KernelLaunch:
-    """A kernel with its configuration and its block of arguments, made once: a start costs some 3 us of the host, where
-    making them anew cost 40.
+    """A kernel with its configuration and its block of arguments, made once: a start is then little more than the
+    driver's own work.
 
     `arguments` are ctypes values, structures among them; what changes from start to start is written into them before
     it. They are read during `start` alone, which two threads must not do at once. With `overlap` the kernel may start
