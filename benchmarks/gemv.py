@@ -104,7 +104,7 @@ def read_only(size: int) -> float:
     """Seconds to read `size` bytes once, 16 at a time."""
     import ctypes
 
-    from qpalette.backends.cuda.compiler import launch
+    from qpalette.backends.cuda.compiler import KernelLaunch
 
     kernel = load_kernel(READ, "read", {}, 0)
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
@@ -112,7 +112,7 @@ def read_only(size: int) -> float:
 
     def start(data: torch.Tensor) -> None:
         arguments = [ctypes.c_void_p(data.data_ptr()), ctypes.c_longlong(size // 16), ctypes.c_void_p(out.data_ptr())]
-        launch(kernel, torch.cuda.current_stream().cuda_stream, 264, 1024, 0, arguments)
+        KernelLaunch(kernel, 264, 1024, 0, arguments).start(torch.cuda.current_stream().cuda_stream)
 
     return graph_seconds([lambda data=data: start(data) for data in copies])
 

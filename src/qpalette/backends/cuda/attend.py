@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qpalette.backends.cuda.compiler import compiler_is_installed, launch, load_kernel
+from qpalette.backends.cuda.compiler import KernelLaunch, compiler_is_installed, load_kernel
 from qpalette.backends.cuda.decoder import COMMON_SOURCE
 from qpalette.backends.cuda.rotate import TYPES
 from qpalette.backends.cuda.segments import device_limits
@@ -101,7 +101,9 @@ def attend(
     with torch.cuda.device(device):
         kernel = load_kernel(SOURCE, "attend", macros, device, limits.shared_bytes)
         stream = torch.cuda.current_stream(device).cuda_stream
-        launch(kernel, stream, (SPLITS, key_heads, batch), 32 * warps, shared_bytes, [problem], overlap=True)
+        KernelLaunch(kernel, (SPLITS, key_heads, batch), 32 * warps, shared_bytes, [problem], overlap=True).start(
+            stream
+        )
     return out
 
 

@@ -142,19 +142,6 @@ class KernelLaunch:
             raise UnsupportedError(f"a CUDA kernel does not start: {status.name} (grid {self._grid})")
 
 
-def launch(
-    kernel: Any,
-    stream: int,
-    grid: int | tuple[int, ...],
-    block: int,
-    shared_bytes: int,
-    arguments: Sequence[Any],
-    overlap: bool = False,
-) -> None:
-    """One start of a `KernelLaunch`."""
-    KernelLaunch(kernel, grid, block, shared_bytes, arguments, overlap).start(stream)
-
-
 @lru_cache(maxsize=2)
 def _attributes(overlap: bool) -> list[Any]:
     driver, attributes = _driver(), []

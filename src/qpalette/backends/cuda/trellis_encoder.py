@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qpalette.backends.cuda.compiler import launch, load_kernel
+from qpalette.backends.cuda.compiler import KernelLaunch, load_kernel
 from qpalette.codes.description import Search
 
 SOURCE = Path(__file__).with_name("trellis_encoder.cu").read_text()
@@ -117,7 +117,7 @@ def encode_states(sources: torch.Tensor, search: Search) -> torch.Tensor:
     outputs = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (winners, spilled, states)]
     stream = torch.cuda.current_stream(device).cuda_stream
     arguments = [sources_at, values_at, ctypes.c_float(search.scale), shifts_at, ctypes.c_int32(len(padded)), *outputs]
-    launch(kernel, stream, blocks, how.threads, how.shared_bytes, arguments)
+    KernelLaunch(kernel, blocks, how.threads, how.shared_bytes, arguments).start(stream)
     return states[: sources.shape[0]]
 
 
