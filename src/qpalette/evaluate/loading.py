@@ -74,13 +74,14 @@ def is_artifact(path: str | Path) -> bool:
 def bits_per_weight(path: str | Path) -> float | None:
     """Stored bits per weight of the linears, everything counted, from headers alone.
 
-    None for a GGUF file, whose headers are read as the dequantized model's, and for a model without linears.
+    None for a GGUF file or another tool's quantized model, whose headers are read as the dequantized model's, and for a
+    model without linears.
     """
     if is_artifact(path):
         return float(open_artifact(Path(path).expanduser()).bits().rate)
     checkpoint = open_checkpoint(path)
     linears = [linear for group in find_groups(checkpoint).groups for linear in group.linears]
-    if checkpoint.format == "gguf" or not linears:
+    if checkpoint.format != "safetensors" or not linears:
         return None
     stored = sum(weight_bytes(checkpoint, linear) for linear in linears)
     return 8 * stored / sum(linear.weights for linear in linears)

@@ -68,7 +68,7 @@ def _limit_bytes() -> float:
 
 def _key(fingerprint: str) -> str:
     """Of a model and of what exported it: a copy by other code may differ."""
-    here = code_digest(Path(__file__).parent.glob("*.py"))
+    here = code_digest(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(repr((fingerprint, here, [version(maker) for maker in MAKERS])).encode()).hexdigest()
 
 

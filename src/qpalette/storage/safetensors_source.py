@@ -20,12 +20,15 @@ logger = logging.getLogger(__name__)
 
 SIDE_FILE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 SIDE_FILE_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
+# How a source is quantized, which the result is not.
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 # Second copies of the weights in another naming, and weights on top of a model.
 NOT_THE_MODEL = ("consolidated*.safetensors", "adapter_model*.safetensors")
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """Reads `directory`; raises CheckpointError naming the file when anything in it is inconsistent.
+    """Reads `directory`, tensors as they are stored; raises CheckpointError naming the file when anything in it is
+    inconsistent. What the weights are stored as is `storage/quantized`'s to say.
 
     Weights may lie elsewhere, behind links: only numbers are taken from them. What is carried as text may not.
     """
@@ -119,13 +122,6 @@ def _read_config(file: Path) -> dict[str, Any]:
             f"{file} is a link to {file.resolve()}, outside the model: copy it there, or give the directory it is in"
         )
     config = _read_json(file)
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            method = config[key].get("quant_method", "unknown") if isinstance(config[key], dict) else "unknown"
-            raise CheckpointError(
-                f"{file}: the model is quantized already (method {method!r}); give the 16-bit original, "
-                "or dequantize it first and save that as safetensors"
-            )
     if config.pop("auto_map", None):
         logger.warning("%s: auto_map dropped; remote code is never run", file)
     return config
@@ -192,7 +188,7 @@ def _check_index(index: Path, stored: dict[str, StoredTensor]) -> None:
 
 
 def _is_side_file(file: Path) -> bool:
-    if file.name in ("config.json", "quantize_config.json") or file.name.endswith(".index.json"):
+    if file.name in ("config.json", *QUANTIZATION_FILES) or file.name.endswith(".index.json"):
         return False
     known = file.suffix in SIDE_FILE_SUFFIXES or file.name.startswith(SIDE_FILE_PREFIXES)
     return known and file.suffix != ".py" and file.is_file()

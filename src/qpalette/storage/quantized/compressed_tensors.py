@@ -1,0 +1,200 @@
+"""compressed-tensors (llm-compressor, Kimi-K2-Thinking): whole numbers, FP8, NVFP4 and MX formats, by what each stores.
+
+Which scheme a weight has is not looked up by the patterns in `targets`: of those declared, the one that its tensors'
+types and shapes are made by, and it must be the only one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qpalette.storage.base import TensorInfo
+from qpalette.storage.quantized.base import HALVES, Declared, EncodedWeight, SourceFormat, Tensors, Unread, Unsound
+from qpalette.storage.quantized.numbers import FP8, bit_fields, e8m0, fp4, spread
+
+PACKED = ".weight_packed"
+PACKED_BITS = (2, 4, 8)  # others: releases disagree whether a number may lie in two words
+SCALES = (torch.float32, *HALVES)
+WORDS, BYTES = torch.int32, torch.uint8
+# What belongs to a weight besides its scale, and to activations: those say nothing of the weight.
+GLOBAL, ZERO, SHAPE, GROUPS = "weight_global_scale", "weight_zero_point", "weight_shape", "weight_g_idx"
+DENSE = re.compile(r"dense|frozen|none", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How some weights are stored: the `weights` of one of the declared groups."""
+
+    kind: str  # "int" or "float"
+    bits: int
+    strategy: str  # tensor, channel, group, tensor_group or block
+    group: int | None
+    block: tuple[int, int] | None
+    symmetric: bool
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Any]) -> Scheme:
+        block = weights.get("block_structure")
+        group = weights.get("group_size")
+        strategy = weights.get("strategy") or ("channel" if group == -1 else "group" if group else "tensor")
+        return cls(
+            *(str(weights.get("type", "int")), int(weights.get("num_bits", 8)), str(strategy).lower()),
+            group if isinstance(group, int) and group > 0 else None,
+            (int(block[0]), int(block[1])) if isinstance(block, Sequence) and len(block) == 2 else None,
+            weights.get("symmetric", True) is not False,
+        )
+
+    def block_of(self, shape: tuple[int, int]) -> tuple[int, int] | None:
+        """The numbers that share a scale; None where the scheme does not say."""
+        match self.strategy:
+            case "tensor":
+                return shape
+            case "channel":
+                return 1, shape[1]
+            case "group" | "tensor_group":
+                return None if self.group is None else (1, self.group)
+            case "block":
+                return self.block
+        return None
+
+
+@dataclass(frozen=True)
+class CompressedWeight(EncodedWeight):
+    scheme: Scheme
+
+    def check(self, beside: Tensors) -> None:
+        super().check({**beside, "scale": self._scale(beside)})
+        if "groups" in beside:
+            self._columns(beside)
+
+    def decode(self, codes: torch.Tensor, beside: Tensors) -> torch.Tensor:
+        shape = (self.info.shape[0], self.info.shape[1])
+        numbers = self._numbers(codes)[:, : shape[1]]
+        per = self._per_number(shape, beside)
+        if "zero" in beside:
+            numbers = numbers - per(self._zeros(beside["zero"], shape))
+        return numbers * per(self._scale(beside))
+
+    def _numbers(self, codes: torch.Tensor) -> torch.Tensor:
+        if codes.dtype == BYTES:
+            return fp4(codes)
+        if codes.dtype == WORDS:
+            return bit_fields(codes, self.scheme.bits).float() - (1 << (self.scheme.bits - 1))
+        return codes.float()
+
+    def _scale(self, beside: Tensors) -> torch.Tensor:
+        scale = beside["scale"]
+        scale = e8m0(scale) if scale.dtype == BYTES else scale.float()
+        return scale / beside["global"] if "global" in beside else scale
+
+    def _zeros(self, zero: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        if zero.dtype != WORDS or self.scheme.strategy not in ("group", "channel") or "shape" not in self.beside:
+            return zero.float()
+        fields = bit_fields(zero.T.contiguous(), self.scheme.bits).T[: shape[0]]
+        return fields.float() - (1 << (self.scheme.bits - 1))
+
+    def _per_number(self, shape: tuple[int, int], beside: Tensors) -> Any:
+        block = self.scheme.block_of(shape)
+        assert block is not None  # such a scheme fits no tensor
+        if "groups" in beside and (columns := self._columns(beside)) is not None:
+            return lambda grid: grid[:, columns]
+        count = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+        return lambda grid: spread(grid.reshape(count), block, shape)
+
+    def _columns(self, beside: Tensors) -> torch.Tensor | None:
+        """The group of each column; None where they follow one another."""
+        groups = beside["groups"].long()
+        if bool((groups == -1).all()):
+            return None
+        if not 0 <= int(groups.min()) <= int(groups.max()) < beside["scale"].shape[1]:
+            raise Unsound(f"tensor {self.beside['groups']!r} names groups that are not among those of the scale")
+        return groups
+
+
+class CompressedTensors(SourceFormat):
+    name = "compressed-tensors"
+
+    @staticmethod
+    def recognises(declared: Declared) -> bool:
+        return declared.method in ("compressed-tensors", "compressed_tensors", "compressed-tensor")
+
+    @staticmethod
+    def weights(declared: Declared) -> Iterator[EncodedWeight]:
+        said = declared.quantization
+        if said.get("sparsity_config") and not DENSE.search(str(said["sparsity_config"].get("format", "dense"))):
+            raise Unread(f"compressed-tensors of sparse weights ({said['sparsity_config'].get('format')}) are not read")
+        groups = said.get("config_groups")
+        groups = groups.values() if isinstance(groups, Mapping) else []
+        schemes = [
+            Scheme.of(group["weights"]) for group in groups if isinstance(group, Mapping) and group.get("weights")
+        ]
+        for info in declared.tensors.values():
+            name = info.name
+            scaled = name.endswith(".weight") and f"{name}_scale" in declared.tensors
+            if name.endswith(PACKED) or scaled:
+                yield _weight(declared, name.removesuffix("_packed"), info, tuple(dict.fromkeys(schemes)))
+
+
+def _weight(declared: Declared, weight: str, codes: TensorInfo, schemes: tuple[Scheme, ...]) -> EncodedWeight:
+    module = weight.removesuffix("weight")
+    why = f"it is a part of {weight!r}"
+    scale = declared.shape(f"{weight}_scale", (*SCALES, *FP8, BYTES), why)
+    beside = {"scale": f"{weight}_scale"}
+    optional = {"zero": ZERO, "global": GLOBAL, "shape": SHAPE, "groups": GROUPS}
+    beside |= {role: module + name for role, name in optional.items() if module + name in declared.tensors}
+    fits = [
+        (scheme, shape)
+        for scheme in schemes
+        if (shape := _shape_by(scheme, declared, codes, beside)) and _has_parts(scheme, declared, scale, shape, beside)
+    ]
+    if len(fits) != 1:
+        known = ", ".join(f"{s.kind} of {s.bits} bits by {s.strategy}" for s in schemes) or "none is declared"
+        raise Unsound(
+            f"tensor {codes.name!r} ({codes.dtype} {codes.shape}, scale {scale}) is of {len(fits)} of the declared "
+            f"schemes, not of one ({known})"
+        )
+    ((scheme, shape),) = fits
+    dtype = declared.dtype if scheme.bits == 4 and scheme.kind == "float" else declared.dtype_of(beside["scale"])
+    return CompressedWeight(TensorInfo(weight, shape, dtype), codes.name, beside, scheme)
+
+
+def _shape_by(
+    scheme: Scheme, declared: Declared, codes: TensorInfo, beside: Mapping[str, str]
+) -> tuple[int, int] | None:
+    """The weight's shape if `codes` are stored as `scheme` says, else None."""
+    if len(codes.shape) != 2:
+        return None
+    rows, columns = codes.shape
+    match codes.dtype, scheme.kind, scheme.bits:
+        case (torch.uint8, "float", 4):
+            return rows, columns * 2
+        case (torch.int8, "int", 8) | (torch.float8_e4m3fn, "float", 8):
+            return rows, columns
+        case (torch.int32, "int", bits) if bits in PACKED_BITS and "shape" in beside:
+            stored = tuple(declared.read(beside["shape"]).flatten().tolist())
+            fits = len(stored) == 2 and stored[0] == rows and -(-stored[1] * bits // 32) == columns
+            return (rows, stored[1]) if fits else None
+    return None
+
+
+def _has_parts(
+    scheme: Scheme, declared: Declared, scale: tuple[int, ...], shape: tuple[int, int], beside: Mapping[str, str]
+) -> bool:
+    """Whether scale and zero points have the shapes, and the types, that `scheme` gives a weight of `shape`."""
+    block = scheme.block_of(shape)
+    if block is None or (scheme.strategy == "group" and shape[1] % block[1]):
+        return False
+    grid = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    flat = (grid[0],) if grid[1] == 1 else None
+    if scale not in (grid, flat) and not (grid == (1, 1) and scale in ((), (1,))):
+        return False
+    if (scheme.strategy == "tensor_group") != ("global" in beside) or scheme.symmetric == ("zero" in beside):
+        return False
+    dtype = declared.tensors[beside["scale"]].dtype
+    expected = FP8 if scheme.strategy == "tensor_group" else (*SCALES, BYTES) if scheme.group == 32 else SCALES
+    return dtype in expected
