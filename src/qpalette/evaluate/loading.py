@@ -11,7 +11,7 @@ import torch
 
 from qpalette.core.errors import ArtifactError, CheckpointError, SpecError, UnsupportedError
 from qpalette.formats.reader import open_artifact
-from qpalette.models import find_groups, weight_bytes
+from qpalette.models import check_finite, check_loaded, find_groups, weight_bytes
 from qpalette.plan import PLAN_FILE, Plan
 from qpalette.runtime import backends
 from qpalette.runtime.device import parse_device
@@ -57,7 +57,12 @@ def load_model(
 def _read(directory: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=False, local_files_only=True, output_loading_info=True, **options
+    )
+    model, info = loaded
+    check_loaded(directory, info)
+    check_finite(directory, model)
     return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
 
 

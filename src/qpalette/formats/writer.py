@@ -51,6 +51,11 @@ class PackedCheckpoint(Checkpoint):
         self.tensors = tensors
 
     @property
+    def carried(self) -> list[str]:
+        """The tensors that are those of the source."""
+        return [name for name in self.tensors if name not in self._packed]
+
+    @property
     def packed_bytes(self) -> int:
         """All parts of all linears."""
         return sum(self.tensors[name].nbytes for name in self._packed)

@@ -16,6 +16,7 @@ from qpalette.calibration.learned_signs import learn_seeds
 from qpalette.calibration.rounding import ROUNDING, Rounding
 from qpalette.core.errors import InputError
 from qpalette.formats import PackedCheckpoint, model_card, open_artifact, write_checksums
+from qpalette.models import check_complete
 from qpalette.pipeline.encode import Quality, tell_of_faint_rows
 from qpalette.pipeline.jobs import HEADROOM_BYTES, Job, format_of, make_jobs
 from qpalette.pipeline.output import Output
@@ -69,10 +70,10 @@ def quantize_checkpoint(
     address or "local", they run in Ray. The result is the same, to the byte.
 
     Raises SpecError when the plan does not fit the checkpoint, UnsupportedError when no backend encodes on `device`,
-    ArtifactError when the output exists, InputError when the disk is too full, CheckpointError naming the tensor when a
-    weight is not finite or too large, and HessianError naming the group when Hessians are missing, of another model, or
-    not usable. InputError also tells of another run that writes the output, of a `device` that is not there, and of
-    workers that keep dying.
+    ArtifactError when the output exists, InputError when the disk is too full, CheckpointError naming the tensor when
+    one is missing, not finite or too large, and HessianError naming the group when Hessians are missing, of another
+    model, or not usable. InputError also tells of another run that writes the output, of a `device` that is not there,
+    and of workers that keep dying.
     """
     output, device = Output(Path(output_dir).expanduser().resolve(), overwrite), parse_device(device)
     if workers < 1:
@@ -84,9 +85,11 @@ def quantize_checkpoint(
         if sign_seeds > 1:
             seeds = _learned(jobs, hessians, plan, sign_seeds, rounding.damping, device)
             jobs = make_jobs(checkpoint, plan, hessians, rounding, seeds)
+        check_complete(checkpoint)
         partial = PartialResults(output.work, jobs)
-        partial.open(checkpoint)
         packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), partial.read)
+        checkpoint.check_values(packed.carried)
+        partial.open(checkpoint)
         _check_disk(packed, jobs, partial)
 
         with _full_disk_is_told(partial):

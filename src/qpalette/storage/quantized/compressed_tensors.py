@@ -71,14 +71,20 @@ class CompressedWeight(EncodedWeight):
         super().check({**beside, "scale": self._scale(beside)})
         if "groups" in beside:
             self._columns(beside)
+        if "zero" in beside and self.scheme.symmetric and bool(self._zeros(beside["zero"], self._shape).any()):
+            raise Unsound(f"tensor {self.beside['zero']!r} is not zero, though the scheme is symmetric")
 
     def decode(self, codes: torch.Tensor, beside: Tensors) -> torch.Tensor:
-        shape = (self.info.shape[0], self.info.shape[1])
+        shape = self._shape
         numbers = self._numbers(codes)[:, : shape[1]]
         per = self._per_number(shape, beside)
         if "zero" in beside:
             numbers = numbers - per(self._zeros(beside["zero"], shape))
         return numbers * per(self._scale(beside))
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.info.shape[0], self.info.shape[1]
 
     def _numbers(self, codes: torch.Tensor) -> torch.Tensor:
         if codes.dtype == BYTES:
@@ -193,7 +199,7 @@ def _has_parts(
     flat = (grid[0],) if grid[1] == 1 else None
     if scale not in (grid, flat) and not (grid == (1, 1) and scale in ((), (1,))):
         return False
-    if (scheme.strategy == "tensor_group") != ("global" in beside) or scheme.symmetric == ("zero" in beside):
+    if (scheme.strategy == "tensor_group") != ("global" in beside) or not (scheme.symmetric or "zero" in beside):
         return False
     dtype = declared.tensors[beside["scale"]].dtype
     expected = FP8 if scheme.strategy == "tensor_group" else (*SCALES, BYTES) if scheme.group == 32 else SCALES
