@@ -25,17 +25,25 @@ def write_llama(directory: Path, **replaced: torch.Tensor) -> Path:
     """A random tied Llama of two layers; `replaced` maps tensor names with "__" for "." to other values."""
     generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    shapes["model.norm.weight"] = (HIDDEN,)
     for layer in range(2):
         prefix = f"model.layers.{layer}"
         shapes |= {f"{prefix}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
         shapes |= {f"{prefix}.mlp.{name}_proj.weight": (INTERMEDIATE, HIDDEN) for name in ("gate", "up")}
         shapes |= {f"{prefix}.mlp.down_proj.weight": (HIDDEN, INTERMEDIATE)}
-        shapes |= {f"{prefix}.self_attn.q_proj.bias": (HIDDEN,), f"{prefix}.input_layernorm.weight": (HIDDEN,)}
+        shapes |= {f"{prefix}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
+        shapes[f"{prefix}.self_attn.q_proj.bias"] = (HIDDEN,)
     tensors = {name: (0.05 * torch.randn(shape, generator=generator)).bfloat16() for name, shape in shapes.items()}
     tensors |= {name.replace("__", "."): value for name, value in replaced.items()}
     directory.mkdir(parents=True)
     save_file(tensors, directory / "model.safetensors")
-    config = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": True, "license": "mit"}
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "vocab_size": VOCABULARY,
+        "num_attention_heads": 4,
+    }
+    config = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": True, "license": "mit", **sizes}
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer.json").write_text("{}")
     return directory

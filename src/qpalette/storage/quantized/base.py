@@ -15,6 +15,7 @@ from qpalette.storage.base import TensorInfo
 Tensors = Mapping[str, torch.Tensor]
 HALVES = (torch.float16, torch.bfloat16)
 MODEL_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+MOST_BYTES = 4096  # of a tensor that is read before the work: some hold shapes
 FORMATS: list[type[SourceFormat]] = []  # every one, in the order of their files' names
 
 
@@ -33,7 +34,7 @@ class Declared:
     directory: Path
     config: Mapping[str, Any]  # config.json
     tensors: Mapping[str, TensorInfo]  # as they are stored
-    read: Callable[[str], torch.Tensor]  # of tensors of some bytes only: shapes are in them, sometimes
+    read: Callable[[str], torch.Tensor]
 
     @property
     def quantization(self) -> Mapping[str, Any]:
@@ -57,6 +58,12 @@ class Declared:
         names = [str(config.get(key)) for config in texts for key in ("dtype", "torch_dtype")]
         known = [MODEL_DTYPES[name] for name in names if name in MODEL_DTYPES]
         return known[0] if known else torch.bfloat16
+
+    def small(self, name: str) -> torch.Tensor:
+        """The content of a stored tensor that describes another one."""
+        if self.tensors[name].nbytes > MOST_BYTES:
+            raise Unsound(f"tensor {name!r} has {self.tensors[name].nbytes} bytes, where a few are expected")
+        return self.read(name)
 
     def dtype_of(self, scale: str) -> torch.dtype:
         """What a weight with such a scale decodes to: its type, if it is one that models compute in."""

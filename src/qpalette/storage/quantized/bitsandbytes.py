@@ -98,7 +98,7 @@ def _state(declared: Declared, name: str) -> Mapping[str, Any]:
     """What the library writes as JSON into a tensor of bytes, every field checked."""
     declared.shape(name, (torch.uint8,), "it is the state of a weight")
     try:
-        state = {"nested_blocksize": 1, "nested_offset": 0.0} | json.loads(bytes(declared.read(name).tolist()))
+        state = {"nested_blocksize": 1, "nested_offset": 0.0} | json.loads(bytes(declared.small(name).tolist()))
         numbers = [*state["shape"], state["blocksize"], state["nested_blocksize"]]
         sound = len(state["shape"]) == 2 and all(type(number) is int and number > 0 for number in numbers)
         sound = sound and math.isfinite(state["nested_offset"]) and state["dtype"] in MODEL_DTYPES
@@ -118,6 +118,6 @@ def _of_rows(declared: Declared, module: str) -> EncodedWeight:
     beside, layout = {"scale": scale}, f"{module}.weight_format"
     if layout in declared.tensors:
         beside["layout"] = layout
-        if math.prod(declared.tensors[layout].shape) != 1 or declared.read(layout).item() != 0:
+        if math.prod(declared.tensors[layout].shape) != 1 or declared.small(layout).item() != 0:
             raise Unsound(f"tensor {layout!r} says that {weight!r} is not stored by rows")
     return RowWeight(TensorInfo(weight, shape, declared.dtype), weight, beside)

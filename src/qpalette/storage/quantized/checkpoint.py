@@ -50,7 +50,7 @@ class DecodedCheckpoint(Checkpoint):
         self.tensors = layout_of(infos)
         if not len(self.tensors) == len(infos) == len({*self._weights, *(info.name for info in infos)}):
             raise Unsound("a weight is stored twice, as itself and encoded")
-        refuse_encoded([info for info in infos if info.name not in self._weights], stored.directory)
+        refuse_encoded([info for info in infos if info.name not in self._weights], stored.directory, kind.name)
 
     @property
     def fingerprint(self) -> str:
@@ -108,6 +108,7 @@ def as_plain(stored: SafetensorsCheckpoint) -> Checkpoint:
         if kind is not None:
             weights = list(kind.weights(declared))
             if not weights:
+                refuse_encoded(stored.tensors.values(), stored.directory, kind.name)
                 raise Unsound(
                     f"config.json says {kind.name}, but no tensor is stored so; if the weights are 16-bit, remove "
                     "quantization_config from it"
@@ -115,7 +116,7 @@ def as_plain(stored: SafetensorsCheckpoint) -> Checkpoint:
             return DecodedCheckpoint(stored, kind, weights)
         if declared.method is not None:
             raise Unread(f"method {declared.method!r}")
-        refuse_encoded(stored.tensors.values(), stored.directory)
+        refuse_encoded(stored.tensors.values(), stored.directory, None)
     return stored
 
 

@@ -6,6 +6,7 @@ types and shapes are made by, and it must be the only one.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Scheme:
     group: int | None
     block: tuple[int, int] | None
     symmetric: bool
+    ordered: bool  # columns belong to groups by a table of their own
 
     @classmethod
     def of(cls, weights: Mapping[str, Any]) -> Scheme:
@@ -47,6 +49,7 @@ class Scheme:
             group if isinstance(group, int) and group > 0 else None,
             (int(block[0]), int(block[1])) if isinstance(block, Sequence) and len(block) == 2 else None,
             weights.get("symmetric", True) is not False,
+            weights.get("actorder") in (True, "group", "dynamic"),
         )
 
     def block_of(self, shape: tuple[int, int]) -> tuple[int, int] | None:
@@ -68,7 +71,8 @@ class CompressedWeight(EncodedWeight):
     scheme: Scheme
 
     def check(self, beside: Tensors) -> None:
-        super().check({**beside, "scale": self._scale(beside)})
+        super().check(beside)
+        super().check({"scale": self._scale(beside)})
         if "groups" in beside:
             self._columns(beside)
         if "zero" in beside and self.scheme.symmetric and bool(self._zeros(beside["zero"], self._shape).any()):
@@ -99,7 +103,7 @@ class CompressedWeight(EncodedWeight):
         return scale / beside["global"] if "global" in beside else scale
 
     def _zeros(self, zero: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        if zero.dtype != WORDS or self.scheme.strategy not in ("group", "channel") or "shape" not in self.beside:
+        if zero.dtype != WORDS:
             return zero.float()
         fields = bit_fields(zero.T.contiguous(), self.scheme.bits).T[: shape[0]]
         return fields.float() - (1 << (self.scheme.bits - 1))
@@ -156,7 +160,7 @@ def _weight(declared: Declared, weight: str, codes: TensorInfo, schemes: tuple[S
     fits = [
         (scheme, shape)
         for scheme in schemes
-        if (shape := _shape_by(scheme, declared, codes, beside)) and _has_parts(scheme, declared, scale, shape, beside)
+        if (shape := _shape_by(scheme, declared, codes, beside)) and _has_parts(scheme, declared, codes, shape, beside)
     ]
     if len(fits) != 1:
         known = ", ".join(f"{s.kind} of {s.bits} bits by {s.strategy}" for s in schemes) or "none is declared"
@@ -182,25 +186,43 @@ def _shape_by(
         case (torch.int8, "int", 8) | (torch.float8_e4m3fn, "float", 8):
             return rows, columns
         case (torch.int32, "int", bits) if bits in PACKED_BITS and "shape" in beside:
-            stored = tuple(declared.read(beside["shape"]).flatten().tolist())
+            stored = tuple(declared.small(beside["shape"]).flatten().tolist())
             fits = len(stored) == 2 and stored[0] == rows and -(-stored[1] * bits // 32) == columns
             return (rows, stored[1]) if fits else None
     return None
 
 
 def _has_parts(
-    scheme: Scheme, declared: Declared, scale: tuple[int, ...], shape: tuple[int, int], beside: Mapping[str, str]
+    scheme: Scheme, declared: Declared, codes: TensorInfo, shape: tuple[int, int], beside: Mapping[str, str]
 ) -> bool:
     """Whether scale and zero points have the shapes, and the types, that `scheme` gives a weight of `shape`."""
-    block = scheme.block_of(shape)
+    block, scale = scheme.block_of(shape), declared.tensors[beside["scale"]].shape
     if block is None or (scheme.strategy == "group" and shape[1] % block[1]):
         return False
     grid = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     flat = (grid[0],) if grid[1] == 1 else None
     if scale not in (grid, flat) and not (grid == (1, 1) and scale in ((), (1,))):
         return False
-    if (scheme.strategy == "tensor_group") != ("global" in beside) or not (scheme.symmetric or "zero" in beside):
+    if (scheme.strategy == "tensor_group") != ("global" in beside) or (scheme.ordered and "groups" not in beside):
         return False
+    if not _is_of_zeros(declared.tensors.get(beside.get("zero", "")), scheme, grid, shape, codes):
+        return False
+    others = {"global": (1, (torch.float32,)), "groups": (shape[1], (torch.int32, torch.int64))}
+    for role, (size, dtypes) in others.items():
+        info = declared.tensors.get(beside.get(role, ""))
+        if info is not None and (math.prod(info.shape) != size or info.dtype not in dtypes):
+            return False
     dtype = declared.tensors[beside["scale"]].dtype
     expected = FP8 if scheme.strategy == "tensor_group" else (*SCALES, BYTES) if scheme.group == 32 else SCALES
     return dtype in expected
+
+
+def _is_of_zeros(
+    zero: TensorInfo | None, scheme: Scheme, grid: tuple[int, int], shape: tuple[int, int], codes: TensorInfo
+) -> bool:
+    """Whether zero points, or none, suit a scheme: one per scale, those of packed groups and rows packed along rows."""
+    if zero is None:
+        return scheme.symmetric
+    if codes.dtype == WORDS and zero.dtype == WORDS:
+        return zero.shape == (-(-shape[0] * scheme.bits // 32), grid[1])
+    return math.prod(zero.shape) == math.prod(grid) and zero.dtype in (torch.int8, *FP8, *SCALES)

@@ -51,8 +51,12 @@ class Fp8(SourceFormat):
         of_experts = declared.quantization.get("expert_dtype") == "fp4"
         for info in declared.tensors.values():
             packed = of_experts and info.dtype == torch.int8
-            if (info.dtype in FP8 or packed) and len(info.shape) >= 2:
+            if len(info.shape) < 2:
+                continue
+            if info.dtype in FP8 or packed:
                 yield _weight(declared, info, packed)
+            elif scales := _scales_of(declared, info.name):
+                raise Unsound(f"tensor {info.name!r} is {info.dtype}, not FP8, and {scales[0]!r} is its scale")
 
 
 def _weight(declared: Declared, info: TensorInfo, packed: bool) -> EncodedWeight:
@@ -70,12 +74,16 @@ def _weight(declared: Declared, info: TensorInfo, packed: bool) -> EncodedWeight
 
 def scale_of(declared: Declared, name: str) -> str:
     """The stored scale of the tensor `name`. Raises Unsound when there is none, or more than one could be it."""
-    module = name.removesuffix(".weight")
-    names = [name + suffix for suffix in SUFFIXES] + [module + ending for ending in ENDINGS if module != name]
-    found = [candidate for candidate in names if candidate in declared.tensors]
+    found = _scales_of(declared, name)
     if len(found) != 1:
         raise Unsound(f"tensor {name!r} is FP8 and has {'no scale' if not found else 'scales ' + ' and '.join(found)}")
     return found[0]
+
+
+def _scales_of(declared: Declared, name: str) -> list[str]:
+    module = name.removesuffix(".weight")
+    names = [name + suffix for suffix in SUFFIXES] + [module + ending for ending in ENDINGS if module != name]
+    return [candidate for candidate in names if candidate in declared.tensors]
 
 
 def block_of(shape: tuple[int, ...], grid: tuple[int, ...], declared: object, scale: str) -> tuple[int, int]:

@@ -88,14 +88,16 @@ def _weight(declared: Declared, module: str, offset: int) -> EncodedWeight:
         raise Unsound(f"tensor '{module}.scales' does not have the shape {(groups, outputs)} of the zero points")
     bits = _bits(said, module, zero_words, outputs)
     inputs, rest = divmod(words * 32, bits)
+    if rest:
+        raise Unsound(f"tensor '{module}.qweight' has {words} words, which are no whole numbers of {bits} bits")
     beside = {"zeros": f"{module}.qzeros", "scales": f"{module}.scales"}
     group = _group_size(said, inputs)
     if f"{module}.g_idx" in declared.tensors:
         beside["groups"] = f"{module}.g_idx"
         indices = declared.shape(beside["groups"], (torch.int32, torch.int64), why)
-        if rest or indices != (inputs,):
+        if indices != (inputs,):
             raise Unsound(f"tensor {beside['groups']!r} has shape {indices}, but the codes are of {inputs} inputs")
-    elif rest or said.get("desc_act") or -(-inputs // group) != groups:
+    elif said.get("desc_act") or -(-inputs // group) != groups:
         raise Unsound(f"tensor '{module}.g_idx' is missing: {groups} groups of {group} do not say what they are of")
     info = TensorInfo(f"{module}.weight", (outputs, inputs), declared.dtype_of(f"{module}.scales"))
     symmetric = said.get("sym") is True
