@@ -33,8 +33,8 @@ OWN_FILE = "quantize_config.json"  # of GPTQ's tools
 
 
 def refuse_encoded(infos: Iterable[TensorInfo], directory: Path, known: str | None) -> None:
-    """Raises Unread naming the first of `infos` that is no plain tensor. The format that is `known` from config.json, if
-    one is, accounts for none of them."""
+    """Raises Unread naming the first of `infos` that is no plain tensor. The format `known` from config.json, if there
+    is one, accounts for none of them."""
     for info in infos:
         tool = SIGNS.get(info.name.rpartition(".")[2])
         encoded = info.dtype in NO_NUMBERS or (info.dtype in WHOLE and NUMBERS.fullmatch(info.name))
