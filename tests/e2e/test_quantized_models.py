@@ -1,4 +1,4 @@
-"""Models as they are published, in small: opened, decoded as transformers decodes them, quantized, loaded, generating."""
+"""Models as they are published, in small: decoded as transformers decodes them, quantized, loaded, generating."""
 
 from __future__ import annotations
 

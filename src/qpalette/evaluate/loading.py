@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qpalette.core.errors import ArtifactError, CheckpointError, SpecError, UnsupportedError
+from qpalette.core.errors import ArtifactError, CheckpointError, QPaletteError, SpecError, UnsupportedError
 from qpalette.formats.reader import open_artifact
 from qpalette.models import check_finite, check_loaded, find_groups, weight_bytes
 from qpalette.plan import PLAN_FILE, Plan
@@ -37,12 +37,12 @@ def load(
     quantized = is_artifact(place)
     directory = open_artifact(place).directory if quantized else plain_directory(open_checkpoint(place))
     options = {"dtype": dtype, "device_map": device_map}
+    kind = ArtifactError if quantized else CheckpointError
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        model, tokenizer = _read(directory, given)
+        model, tokenizer = _read(directory, given, kind)
         return (model if device_map is not None else model.to(where)).eval(), tokenizer
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
-        kind = ArtifactError if quantized else CheckpointError
         reason = str(error).strip().partition("\n")[0]
         raise kind(f"transformers cannot load {path} ({type(error).__name__}: {reason})") from error
 
@@ -54,15 +54,15 @@ def load_model(
     return load(path, device=device, dtype=dtype)
 
 
-def _read(directory: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+def _read(directory: Path, options: dict[str, Any], kind: type[QPaletteError]) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory, trust_remote_code=False, local_files_only=True, output_loading_info=True, **options
     )
     model, info = loaded
-    check_loaded(directory, info)
-    check_finite(directory, model)
+    check_loaded(directory, info, kind)
+    check_finite(directory, model, kind)
     return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from qpalette.core.errors import CheckpointError
+from qpalette.core.errors import CheckpointError, QPaletteError
 from qpalette.models.model_class import EXPERT, build_on_meta
 from qpalette.storage.base import Checkpoint, TensorInfo
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 3  # names in an error
+Refusal = type[QPaletteError]
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
@@ -27,7 +28,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
     """
     model = build_on_meta(checkpoint.config)
     if model is None:
-        logger.info("%s: no class tells which tensors it needs", checkpoint.location)
+        logger.warning("%s: transformers has no class that tells whether a tensor is missing", checkpoint.location)
         return
     where = checkpoint.location
     _check_experts(where, checkpoint.tensors)
@@ -35,31 +36,31 @@ def check_complete(checkpoint: Checkpoint) -> None:
     check_loaded(where, _loading_info(model, checkpoint))
 
 
-def check_loaded(where: object, info: Mapping[str, Any]) -> None:
-    """Raises CheckpointError when `from_pretrained` had no weights for something, by its `output_loading_info`: it
-    fills that with random numbers."""
+def check_loaded(where: object, info: Mapping[str, Any], error: Refusal = CheckpointError) -> None:
+    """Raises `error` when `from_pretrained` had no weights for something, by its `output_loading_info`: it fills that
+    with random numbers."""
     if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
+        raise error(
             f"{where} has no tensor for {some(missing)} of its model class, which would be random numbers; fetch it "
             "again, or repeat what made it (a merge, a conversion)"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
-        raise CheckpointError(
+        raise error(
             f"{where}: tensor {name!r} has shape {tuple(stored)}, but config.json asks for {tuple(wanted)} "
             f"({len(mismatched)} do not fit); give the config.json that belongs to it"
         )
 
 
-def check_finite(where: object, model: nn.Module) -> None:
-    """Raises CheckpointError naming a parameter of a loaded model that is NaN or infinite: all answers would come from
+def check_finite(where: object, model: nn.Module, error: Refusal = CheckpointError) -> None:
+    """Raises `error` naming a parameter of a loaded model that is NaN or infinite: all answers would come from
     it."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
             continue
         if not torch.stack(parameter.aminmax()).isfinite().all():
             reason = ", perhaps as it is beyond float16: choose another dtype" * (parameter.dtype == torch.float16)
-            raise CheckpointError(f"{where}: parameter {name!r} holds NaN or infinity{reason}; fetch the file again")
+            raise error(f"{where}: parameter {name!r} holds NaN or infinity{reason}; fetch the file again")
 
 
 def some(names: list[str]) -> str:
