@@ -1,14 +1,16 @@
 """Another tool's quantized checkpoint: decoded exactly under plain names, or refused by name, never taken as it is."""
 
+import copy
 import json
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
-from quantized_sources import SOURCES, UP, Source, awq, fp8_blocks, gptq, numbers, pack_quantized, packed_rows
 
 from qpalette.core.errors import CheckpointError
 from qpalette.storage import export_checkpoint, open_checkpoint
+from quantized_sources import SOURCES, UP, Source, awq, fp8_blocks, gptq, numbers, pack_quantized, packed_rows
 
 EVERY = pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES.keys())
 
@@ -197,6 +199,40 @@ def test_codes_that_are_no_number(tmp_path):
     checkpoint = open_checkpoint(source.write(tmp_path))
     with pytest.raises(CheckpointError, match=r"up_proj\.weight' has values that are not finite"):
         checkpoint.read(source.name)
+
+
+# --- configs that mean nothing ----------------------------------------------------------------------------------------
+
+JUNK = (None, "x", "", -1, 0, 3, 2**70, 1.5, float("nan"), True, [], [1], [0, 0], [-16, 32], ["a", "b"], {}, {"a": 1})
+
+
+def places(value: object, path: tuple = ()) -> list[tuple]:
+    """Of everything in a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, each in inner for place in places(each, (*path, key)))]
+
+
+def with_junk(value: object, path: tuple, junk: object) -> object:
+    if not path:
+        return junk
+    changed = copy.deepcopy(value)
+    changed[path[0]] = with_junk(changed[path[0]], path[1:], junk)
+    return changed
+
+
+@EVERY
+def test_any_config_is_understood_or_refused(make, tmp_path):
+    """No other error, whatever is in its place; and numbers that are read have the shape that was announced."""
+    source = make()
+    directory = source.write(tmp_path)
+    config = json.loads((directory / "config.json").read_text()) | {"text_config": {"quantization_config": {}}}
+    for path in places(config):
+        for junk in JUNK if path else ():
+            (directory / "config.json").write_text(json.dumps(with_junk(config, path, junk)))
+            with suppress(CheckpointError):
+                checkpoint = open_checkpoint(directory)
+                checkpoint.check_values([])
+                assert checkpoint.read(source.name).shape == checkpoint.tensors[source.name].shape
 
 
 # --- tools that are known and not read -------------------------------------------------------------------------------

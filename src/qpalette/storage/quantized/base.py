@@ -54,8 +54,8 @@ class Declared:
     @property
     def dtype(self) -> torch.dtype:
         """The float type that the model computes in."""
-        texts = [self.config, self.config.get("text_config") or {}]
-        names = [str(config.get(key)) for config in texts for key in ("dtype", "torch_dtype")]
+        configs = [each for each in (self.config, self.config.get("text_config")) if isinstance(each, Mapping)]
+        names = [str(config.get(key)) for config in configs for key in ("dtype", "torch_dtype")]
         known = [MODEL_DTYPES[name] for name in names if name in MODEL_DTYPES]
         return known[0] if known else torch.bfloat16
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from qpalette.storage.base import TensorInfo
 from qpalette.storage.quantized.base import HALVES, Declared, EncodedWeight, SourceFormat, Tensors, Unread, Unsound
@@ -27,43 +28,61 @@ GLOBAL, ZERO, SHAPE, GROUPS = "weight_global_scale", "weight_zero_point", "weigh
 DENSE = re.compile(r"dense|frozen|none", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Scheme:
+class Scheme(BaseModel):
     """How some weights are stored: the `weights` of one of the declared groups."""
 
-    kind: str  # "int" or "float"
-    bits: int
-    strategy: str  # tensor, channel, group, tensor_group or block
-    group: int | None
-    block: tuple[int, int] | None
-    symmetric: bool
-    ordered: bool  # columns belong to groups by a table of their own
+    model_config = ConfigDict(frozen=True)
 
-    @classmethod
-    def of(cls, weights: Mapping[str, Any]) -> Scheme:
-        block = weights.get("block_structure")
-        group = weights.get("group_size")
-        strategy = weights.get("strategy") or ("channel" if group == -1 else "group" if group else "tensor")
-        return cls(
-            *(str(weights.get("type", "int")), int(weights.get("num_bits", 8)), str(strategy).lower()),
-            group if isinstance(group, int) and group > 0 else None,
-            (int(block[0]), int(block[1])) if isinstance(block, Sequence) and len(block) == 2 else None,
-            weights.get("symmetric", True) is not False,
-            weights.get("actorder") in (True, "group", "dynamic"),
-        )
+    type: Literal["int", "float"] = "int"
+    num_bits: PositiveInt = 8
+    strategy: Literal["tensor", "channel", "group", "tensor_group", "block", None] = None
+    group_size: int | None = None
+    block_structure: tuple[PositiveInt, PositiveInt] | None = None
+    symmetric: bool = True
+    actorder: str | bool | None = None
+
+    @property
+    def per(self) -> str:
+        """What has a scale of its own; where no strategy is named, the size of the groups tells."""
+        return self.strategy or ("channel" if self.group_size == -1 else "group" if self.group_size else "tensor")
+
+    @property
+    def ordered(self) -> bool:
+        """Columns belong to groups by a table of their own."""
+        return self.actorder in (True, "group", "dynamic")
 
     def block_of(self, shape: tuple[int, int]) -> tuple[int, int] | None:
         """The numbers that share a scale; None where the scheme does not say."""
-        match self.strategy:
+        match self.per:
             case "tensor":
                 return shape
             case "channel":
                 return 1, shape[1]
             case "group" | "tensor_group":
-                return None if self.group is None else (1, self.group)
+                return (1, self.group_size) if self.group_size and self.group_size > 0 else None
             case "block":
-                return self.block
+                return self.block_structure
         return None
+
+
+class Group(BaseModel):
+    weights: Scheme | None = None
+
+
+class Said(BaseModel):
+    """The quantization_config, as far as weights need it."""
+
+    config_groups: dict[str, Group]
+    sparsity_config: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, quantization: Mapping[str, Any]) -> Said:
+        try:
+            return cls.model_validate(quantization)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise Unsound(f"quantization_config: {place}: {first['msg']}") from error
 
 
 @dataclass(frozen=True)
@@ -83,8 +102,8 @@ class CompressedWeight(EncodedWeight):
         numbers = self._numbers(codes)[:, : shape[1]]
         per = self._per_number(shape, beside)
         if "zero" in beside:
-            numbers = numbers - per(self._zeros(beside["zero"], shape))
-        return numbers * per(self._scale(beside))
+            numbers.sub_(per(self._zeros(beside["zero"], shape)))
+        return numbers.mul_(per(self._scale(beside)))
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -94,7 +113,7 @@ class CompressedWeight(EncodedWeight):
         if codes.dtype == BYTES:
             return fp4(codes)
         if codes.dtype == WORDS:
-            return bit_fields(codes, self.scheme.bits).float() - (1 << (self.scheme.bits - 1))
+            return bit_fields(codes, self.scheme.num_bits).float() - (1 << (self.scheme.num_bits - 1))
         return codes.float()
 
     def _scale(self, beside: Tensors) -> torch.Tensor:
@@ -105,8 +124,8 @@ class CompressedWeight(EncodedWeight):
     def _zeros(self, zero: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
         if zero.dtype != WORDS:
             return zero.float()
-        fields = bit_fields(zero.T.contiguous(), self.scheme.bits).T[: shape[0]]
-        return fields.float() - (1 << (self.scheme.bits - 1))
+        fields = bit_fields(zero.T.contiguous(), self.scheme.num_bits).T[: shape[0]]
+        return fields.float() - (1 << (self.scheme.num_bits - 1))
 
     def _per_number(self, shape: tuple[int, int], beside: Tensors) -> Any:
         block = self.scheme.block_of(shape)
@@ -135,19 +154,16 @@ class CompressedTensors(SourceFormat):
 
     @staticmethod
     def weights(declared: Declared) -> Iterator[EncodedWeight]:
-        said = declared.quantization
-        if said.get("sparsity_config") and not DENSE.search(str(said["sparsity_config"].get("format", "dense"))):
-            raise Unread(f"compressed-tensors of sparse weights ({said['sparsity_config'].get('format')}) are not read")
-        groups = said.get("config_groups")
-        groups = groups.values() if isinstance(groups, Mapping) else []
-        schemes = [
-            Scheme.of(group["weights"]) for group in groups if isinstance(group, Mapping) and group.get("weights")
-        ]
+        said = Said.of(declared.quantization)
+        sparsity = str((said.sparsity_config or {}).get("format", "dense"))
+        if not DENSE.search(sparsity):
+            raise Unread(f"compressed-tensors of sparse weights ({sparsity}) are not read")
+        schemes = tuple(dict.fromkeys(group.weights for group in said.config_groups.values() if group.weights))
         for info in declared.tensors.values():
             name = info.name
             scaled = name.endswith(".weight") and f"{name}_scale" in declared.tensors
             if name.endswith(PACKED) or scaled:
-                yield _weight(declared, name.removesuffix("_packed"), info, tuple(dict.fromkeys(schemes)))
+                yield _weight(declared, name.removesuffix("_packed"), info, schemes)
 
 
 def _weight(declared: Declared, weight: str, codes: TensorInfo, schemes: tuple[Scheme, ...]) -> EncodedWeight:
@@ -163,13 +179,13 @@ def _weight(declared: Declared, weight: str, codes: TensorInfo, schemes: tuple[S
         if (shape := _shape_by(scheme, declared, codes, beside)) and _has_parts(scheme, declared, codes, shape, beside)
     ]
     if len(fits) != 1:
-        known = ", ".join(f"{s.kind} of {s.bits} bits by {s.strategy}" for s in schemes) or "none is declared"
+        known = ", ".join(f"{s.type} of {s.num_bits} bits by {s.per}" for s in schemes) or "none is declared"
         raise Unsound(
             f"tensor {codes.name!r} ({codes.dtype} {codes.shape}, scale {scale}) is of {len(fits)} of the declared "
             f"schemes, not of one ({known})"
         )
     ((scheme, shape),) = fits
-    dtype = declared.dtype if scheme.bits == 4 and scheme.kind == "float" else declared.dtype_of(beside["scale"])
+    dtype = declared.dtype if scheme.num_bits == 4 and scheme.type == "float" else declared.dtype_of(beside["scale"])
     return CompressedWeight(TensorInfo(weight, shape, dtype), codes.name, beside, scheme)
 
 
@@ -180,7 +196,7 @@ def _shape_by(
     if len(codes.shape) != 2:
         return None
     rows, columns = codes.shape
-    match codes.dtype, scheme.kind, scheme.bits:
+    match codes.dtype, scheme.type, scheme.num_bits:
         case (torch.uint8, "float", 4):
             return rows, columns * 2
         case (torch.int8, "int", 8) | (torch.float8_e4m3fn, "float", 8):
@@ -197,13 +213,13 @@ def _has_parts(
 ) -> bool:
     """Whether scale and zero points have the shapes, and the types, that `scheme` gives a weight of `shape`."""
     block, scale = scheme.block_of(shape), declared.tensors[beside["scale"]].shape
-    if block is None or (scheme.strategy == "group" and shape[1] % block[1]):
+    if block is None or (scheme.per == "group" and shape[1] % block[1]):
         return False
     grid = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     flat = (grid[0],) if grid[1] == 1 else None
     if scale not in (grid, flat) and not (grid == (1, 1) and scale in ((), (1,))):
         return False
-    if (scheme.strategy == "tensor_group") != ("global" in beside) or (scheme.ordered and "groups" not in beside):
+    if (scheme.per == "tensor_group") != ("global" in beside) or (scheme.ordered and "groups" not in beside):
         return False
     if not _is_of_zeros(declared.tensors.get(beside.get("zero", "")), scheme, grid, shape, codes):
         return False
@@ -213,7 +229,7 @@ def _has_parts(
         if info is not None and (math.prod(info.shape) != size or info.dtype not in dtypes):
             return False
     dtype = declared.tensors[beside["scale"]].dtype
-    expected = FP8 if scheme.strategy == "tensor_group" else (*SCALES, BYTES) if scheme.group == 32 else SCALES
+    expected = FP8 if scheme.per == "tensor_group" else (*SCALES, BYTES) if scheme.group_size == 32 else SCALES
     return dtype in expected
 
 
@@ -224,5 +240,5 @@ def _is_of_zeros(
     if zero is None:
         return scheme.symmetric
     if codes.dtype == WORDS and zero.dtype == WORDS:
-        return zero.shape == (-(-shape[0] * scheme.bits // 32), grid[1])
+        return zero.shape == (-(-shape[0] * scheme.num_bits // 32), grid[1])
     return math.prod(zero.shape) == math.prod(grid) and zero.dtype in (torch.int8, *FP8, *SCALES)

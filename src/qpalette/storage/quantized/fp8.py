@@ -36,7 +36,7 @@ class ScaledWeight(EncodedWeight):
         scale = e8m0(scale) if scale.dtype == torch.uint8 else scale.float()
         rows, columns = numbers.shape
         grid = scale.reshape(-(-rows // self.block[0]), -(-columns // self.block[1]))
-        return numbers * spread(grid, self.block, (rows, columns))
+        return numbers.mul_(spread(grid, self.block, (rows, columns)))
 
 
 class Fp8(SourceFormat):
