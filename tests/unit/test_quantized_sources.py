@@ -201,6 +201,22 @@ def test_codes_that_are_no_number(tmp_path):
         checkpoint.read(source.name)
 
 
+@EACH_PART
+def test_random_bytes_are_refused_or_give_numbers(make, part, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        source = make()
+        tensor = source.tensors[part]
+        noise = torch.randint(0, 256, (max(1, tensor.nbytes),), dtype=torch.uint8, generator=generator)
+        source.tensors[part] = noise.view(tensor.dtype).reshape(tensor.shape)
+        with suppress(CheckpointError):
+            checkpoint = open_checkpoint(source.write(tmp_path))
+            checkpoint.check_values([])
+            read = checkpoint.read(source.name)
+            assert read.shape == source.weight.shape
+            assert read.isfinite().all()
+
+
 # --- configs that mean nothing ----------------------------------------------------------------------------------------
 
 JUNK = (None, "x", "", -1, 0, 3, 2**70, 1.5, float("nan"), True, [], [1], [0, 0], [-16, 32], ["a", "b"], {}, {"a": 1})
