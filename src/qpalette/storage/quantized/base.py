@@ -12,6 +12,7 @@ import torch
 
 from qpalette.storage.base import TensorInfo
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second is compressed-tensors' older name
 Tensors = Mapping[str, torch.Tensor]
 HALVES = (torch.float16, torch.bfloat16)
 MODEL_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -80,9 +81,6 @@ class Declared:
         return info.shape
 
 
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-
-
 @dataclass(frozen=True)
 class EncodedWeight(ABC):
     """One weight and the stored tensors that it is made of. Subclasses say how."""
@@ -96,11 +94,11 @@ class EncodedWeight(ABC):
         """Raises Unsound when what is `beside` the codes cannot be right."""
         for role, tensor in beside.items():
             if tensor.dtype.is_floating_point and not torch.isfinite(tensor.float()).all():
-                raise Unsound(f"tensor {self.beside[role]!r} has values that are not finite; fetch it again")
+                raise Unsound(f"tensor {self.beside[role]!r} has values that are not finite")
 
     @abstractmethod
     def decode(self, codes: torch.Tensor, beside: Tensors) -> torch.Tensor:
-        """The weight in the shape of `info`, or of one part of a stack; float32, unless rounded to its type already."""
+        """The weight in the shape of `info`, or of one part of a stack; float32."""
 
 
 class SourceFormat(ABC):
