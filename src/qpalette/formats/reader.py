@@ -164,6 +164,10 @@ def _weight_files(directory: Path) -> list[Path]:
             raise ArtifactError(f"{directory / INDEX} names {name!r}, which is no safetensors file beside it")
         if not (directory / name).is_file():
             raise ArtifactError(f"{directory / name} is missing; download it")
+    if names != {SINGLE} and (directory / SINGLE).is_file():  # which transformers reads, and nothing else
+        raise ArtifactError(
+            f"{directory / SINGLE} lies beside {INDEX}, which names other files; remove what is not of this model"
+        )
     return [directory / name for name in sorted(names)]
 
 

@@ -38,7 +38,7 @@ def disk_bytes(
         packed.save_side_files(Path(directory))
         files = [file for file in Path(directory).rglob("*") if file.is_file()]
         beside = sum(file.stat().st_size for file in files)
-    names = [*(file.name for file in files), *exported_names(packed)]
+    names = [*(file.relative_to(directory).as_posix() for file in files), *exported_names(packed)]
     return exported_bytes(packed) + beside + checksums_bytes(names)
 
 
