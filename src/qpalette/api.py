@@ -59,7 +59,8 @@ def load(
     fast: bool = False,
     compile: str = "never",
 ) -> tuple[Any, Any]:
-    """The causal language model at `path`, a `PreTrainedModel` in evaluation mode, and its tokenizer.
+    """The causal language model at `path`, a `PreTrainedModel` in evaluation mode, and its tokenizer, or None where the
+    directory has none.
 
     path: a quantized directory, a Hugging Face directory, a .gguf file or the Hub id of a model of either kind. A GGUF
     file is dequantized once, into a cache. No code of the model runs. device: where all of it goes, such as cpu or
@@ -110,7 +111,7 @@ def calibrate(
     if tokens < 2 or window < 2:
         raise InputError(f"tokens and window must be at least 2, got {tokens} and {window}")
     where = str(parse_device(device))
-    check_text(text)  # a wrong file is told before minutes of loading
+    check_text(text, model)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
     loaded, tokenizer = load_model(checkpoint.location, where, dtype)
     keep = Path(hessians).expanduser() / f"text{TOKEN_FILE}"
@@ -254,7 +255,7 @@ def measure_sensitivities(
         raise InputError(
             f"{target.absolute().parent} does not exist; make it, or choose another place for {target.name}"
         )
-    check_text(text)  # a wrong file is told before minutes of loading
+    check_text(text, model)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
     loaded, tokenizer = load_model(checkpoint.location, where, dtype)
     keep = target.with_name(target.name + TOKEN_FILE)

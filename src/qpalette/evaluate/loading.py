@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 from qpalette.core.errors import ArtifactError, CheckpointError, SpecError, UnsupportedError
 from qpalette.formats.reader import open_artifact
 from qpalette.models import find_groups, weight_bytes
+from qpalette.models.vocabulary import has_tokenizer
 from qpalette.plan import PLAN_FILE, Plan
 from qpalette.runtime import backends
 from qpalette.runtime.device import parse_device
 from qpalette.runtime.dispatch import ENVIRONMENT
 from qpalette.storage import local_path, open_checkpoint, plain_directory
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -58,6 +62,9 @@ def _read(directory: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
+    if not has_tokenizer(directory):
+        logger.warning("%s has no tokenizer: None stands for it", directory)
+        return model, None
     return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
 
 

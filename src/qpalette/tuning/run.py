@@ -113,7 +113,7 @@ def tune(
     exists, InputError for a text, device or option that cannot be used, or a disk too full; all before the work.
     """
     tuning, watcher, place = tuning or Tuning(), watcher or Silent(), parse_device(device)
-    check_text(text)
+    check_text(text, reference)
     subject = Subject.open(model, reference, tuning.keep_size)
     output = _output(model, out, subject, overwrite)
     with output.claimed():
