@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ import torch
 from qpalette.core.errors import CheckpointError
 from qpalette.storage.base import Checkpoint, layout_of
 from qpalette.storage.safetensors_format import StoredTensor, read_header
+from qpalette.storage.tied import with_own_head
 
 logger = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
+BLOCK_BYTES = 1 << 24  # of two tensors at a time that are compared
 
 # What a tokenizer, a chat template and a licence are kept in; of folders, only those that a tokenizer reads.
 SIDE_FILES = (
@@ -49,6 +51,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if index:
             _check_index(index, self._stored)
         self.tensors = layout_of(stored.info for stored in self._stored.values())
+        self.config = with_own_head(self.config, self.tensors, self._are_same)
         for extra in sorted(set(directory.glob("*.safetensors")) - set(self.files)):
             logger.warning("%s is not part of the model and is left out", extra)
 
@@ -64,6 +67,14 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def save_side_files(self, directory: Path) -> None:
         copy_side_files(self.directory, directory)
+
+    def _are_same(self, name: str, other: str) -> bool:
+        """Whether two tensors are equal, a block at a time: those that are not mostly differ in the first."""
+        one, two = self.tensors[name], self.tensors[other]
+        if (one.shape, one.dtype) != (two.shape, two.dtype):
+            return False
+        blocks = [_blocks(self._stored[tensor]) for tensor in (name, other)]
+        return all(mine == theirs for mine, theirs in zip(*blocks, strict=True))
 
 
 def copy_side_files(source: Path, target: Path, but: Collection[str] = ()) -> None:
@@ -105,6 +116,16 @@ def _read(stored: StoredTensor, index: int, shape: tuple[int, ...]) -> torch.Ten
         stream.seek(stored.offset + index * buffer.nbytes)
         _fill(stream, buffer.numpy().data, f"{stored.file}: tensor {stored.info.name!r}")
     return buffer.view(stored.info.dtype).reshape(shape)
+
+
+def _blocks(stored: StoredTensor) -> Iterator[bytes]:
+    """The bytes of a tensor, some at a time."""
+    left = stored.info.nbytes
+    with open(stored.file, "rb") as stream:
+        stream.seek(stored.offset)
+        while block := stream.read(min(BLOCK_BYTES, left)):
+            left -= len(block)
+            yield block
 
 
 def _fill(stream: Any, view: memoryview, what: str) -> None:
