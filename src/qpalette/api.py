@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def load(
     backend: str | None = None,
     fast: bool = False,
     compile: str = "never",
+    bits: str | float | Fraction | None = None,
+    effort: str | None = None,
 ) -> tuple[Any, Any]:
     """The causal language model at `path`, a `PreTrainedModel` in evaluation mode, and its tokenizer, or None where the
     directory has none.
@@ -68,12 +71,17 @@ def load(
     quantized; the checkpoint's own by default. backend: the only one that may run, by name; like the variable
     QPALETTE_BACKEND, which it sets, it holds for the whole process. fast: on one CUDA device, `model.generate` decodes
     by captured steps, with the same arguments and results, and compiles them as `compile` says: "never", in the
-    "background", or "now", before the first token.
+    "background", or "now", before the first token. bits: quantize first a model that is not quantized, without data,
+    into the cache (`qpalette.Config`), searching as `effort` says.
 
     Raises InputError when there is no such device or `compile`, UnsupportedError with the reasons when no backend can
     run the model, and ArtifactError or CheckpointError when there is no intact model or transformers cannot build it.
     """
     check_mode(compile)
+    if bits is not None:
+        from qpalette.integrations.on_load import Config, quantized
+
+        path = quantized(open_checkpoint(path), Config(bits=bits, effort=effort), [parse_device(device)])
     model, tokenizer = loading.load(path, device=device, dtype=dtype, device_map=device_map, backend=backend)
     return (make_fast(model, compile) if fast else model), tokenizer
 
