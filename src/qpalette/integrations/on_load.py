@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -65,14 +65,17 @@ class Config(QuantizationConfigMixin):
         return {name: value for name, value in vars(self).items() if name not in ("quant_method", "device")}
 
 
-def quantize_first(config: Config, files: list[str] | None, devices: Collection[torch.device]) -> dict[str, Any]:
-    """Quantize the checkpoint whose `files` transformers is about to load, onto `devices`; they become those of the
+def quantize_first(config: Config, files: list[str] | None, device_map: Any) -> dict[str, Any]:
+    """Quantize the checkpoint whose `files` transformers is about to load by `device_map`; they become those of the
     result, in place, since transformers hands on nothing else. Returns the result's quantization_config.
 
-    Raises InputError when there are no files, CheckpointError when they are not what qpalette reads, and as `quantize`.
+    Raises InputError when there are no files or some of the model is to stay on the disk, CheckpointError when the
+    files are not what qpalette reads, and as `quantize`.
     """
     if not files:
         raise InputError("quantizing while loading needs a checkpoint on disk: give its directory or its Hub id")
+    if isinstance(device_map, Mapping) and "disk" in device_map.values():
+        raise InputError("what is quantized while loading cannot stay on the disk: run `qpalette quantize`, load that")
     checkpoint = open_checkpoint(Path(files[0]).parent)
     asked = {Path(file).resolve() for file in files}
     if asked != {file.resolve() for file in checkpoint.files}:
@@ -81,7 +84,7 @@ def quantize_first(config: Config, files: list[str] | None, devices: Collection[
             f"transformers would load {', '.join(sorted(file.name for file in asked))} and qpalette reads {read}: give "
             "a directory of the one model (no variant), or quantize it with `qpalette quantize`"
         )
-    artifact = open_artifact(quantized(checkpoint, config, devices))
+    artifact = open_artifact(quantized(checkpoint, config, devices_of(device_map)))
     files[:] = sorted({str(stored.file) for stored in artifact.stored.values()})
     return artifact.config["quantization_config"]
 
@@ -90,6 +93,14 @@ def quantized(checkpoint: Checkpoint, config: Config, devices: Collection[torch.
     """The quantized copy of `checkpoint` in the cache, made first where it is not there. Raises as `quantized_copy`."""
     with _Bar() as bar:
         return quantized_copy(checkpoint, device=config.device or _encoder(devices), progress=bar, **config.options)
+
+
+def devices_of(device_map: Any) -> set[torch.device]:
+    """The devices that compute. Of "auto" and the like nothing is known yet: transformers asks again when it is."""
+    if isinstance(device_map, str):
+        return set()
+    places = device_map.values() if isinstance(device_map, Mapping) else ["cpu" if device_map is None else device_map]
+    return {torch.device(place) for place in places if place not in ("disk", "meta")}
 
 
 def _encoder(devices: Collection[torch.device]) -> str:

@@ -25,7 +25,7 @@ from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord
 from qpalette.formats.packed import FORMAT_VERSION, METHOD, QuantizationFormat
 from qpalette.formats.reader import open_artifact
-from qpalette.integrations.on_load import Config, ordinary_torch, quantize_first
+from qpalette.integrations.on_load import Config, devices_of, ordinary_torch, quantize_first
 from qpalette.models.model_class import Modules
 from qpalette.nn import PackedModule, QuantEmbedding, QuantExperts, QuantLinear, TiedHead, fuse_norms, join_launches
 from qpalette.runtime import select
@@ -68,7 +68,7 @@ class QPaletteQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return  # which specs there are is known when it is
         specs = {entry["spec"] for entry in self.quantization_config.linears.values()}
-        for device in _devices(device_map):
+        for device in devices_of(device_map):
             for spec in sorted(specs):
                 select("linear", spec, device)
 
@@ -77,7 +77,7 @@ class QPaletteQuantizer(HfQuantizer):
     ) -> None:
         if isinstance(self.quantization_config, Config):
             with ordinary_torch():
-                fields = quantize_first(self.quantization_config, checkpoint_files, _devices(device_map))
+                fields = quantize_first(self.quantization_config, checkpoint_files, device_map)
                 self.quantization_config, self.pre_quantized = QPaletteConfig(**fields), True
                 self.validate_environment(device_map=device_map)
         records = self.quantization_config.records
@@ -143,14 +143,6 @@ def register() -> None:
         register_quantization_config(METHOD)(QPaletteConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(QPaletteQuantizer)
-
-
-def _devices(device_map: Any) -> set[torch.device]:
-    """The devices that compute. Of "auto" and the like nothing is known yet: transformers asks again when it is."""
-    if isinstance(device_map, str):
-        return set()
-    places = device_map.values() if isinstance(device_map, Mapping) else ["cpu" if device_map is None else device_map]
-    return {torch.device(place) for place in places if place not in ("disk", "meta")}
 
 
 def _check_files(directory: Path, records: Mapping[str, LinearRecord]) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +19,10 @@ def content_digest(checkpoint: Checkpoint) -> str:
     A file's own digest is kept in the cache. It counts for as long as path, size, inode, and times of modification and
     change are what they were: the latter no program can set back.
     """
-    files = [(file.name, _digest_of(file)) for file in checkpoint.all_files]
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter, and a large model has several files
+        files = list(
+            zip((f.name for f in checkpoint.all_files), pool.map(_digest_of, checkpoint.all_files), strict=True)
+        )
     return hashlib.sha256(json.dumps([checkpoint.config, files], sort_keys=True).encode()).hexdigest()
 
 
