@@ -27,6 +27,7 @@ from qpalette.formats import (
     base_model_of,
     model_card,
     open_artifact,
+    stored_shares,
     total_bits,
     write_checksums,
 )
@@ -233,6 +234,7 @@ def _write(subject: Subject, output: Output, state: State, vectors: TunedVectors
         base_model_of(card.read_text(encoding="utf-8", errors="replace")) if card.exists() else None,
         None if measured is None else (measured["tokens"], measured["text_sha256"]),
         tuned,
+        stored_shares(revised.config, records, revised.tensors.values()),
     )
     assembled = output.work / "assembled"
     shutil.rmtree(assembled, ignore_errors=True)
