@@ -78,12 +78,25 @@ def load(
     run the model, and ArtifactError or CheckpointError when there is no intact model or transformers cannot build it.
     """
     check_mode(compile)
+    config = None
     if bits is not None:
-        from qpalette.integrations.on_load import Config, quantized
-
-        path = quantized(open_checkpoint(path), Config(bits=bits, effort=effort), [parse_device(device)])
-    model, tokenizer = loading.load(path, device=device, dtype=dtype, device_map=device_map, backend=backend)
+        path, config = _to_quantize(path, bits, effort, parse_device(device))
+    model, tokenizer = loading.load(
+        path, device=device, dtype=dtype, device_map=device_map, backend=backend, quantization_config=config
+    )
     return (make_fast(model, compile) if fast else model), tokenizer
+
+
+def _to_quantize(
+    path: str | Path, bits: str | float | Fraction, effort: str | None, device: torch.device
+) -> tuple[Path, Any]:
+    """A directory, and the config that has transformers quantize it; for a GGUF file, with which it takes none, the
+    quantized copy."""
+    from qpalette.integrations.on_load import Config, quantized
+
+    config = Config(bits, effort=effort, device=str(device) if device.type == "cuda" else None)
+    checkpoint = open_checkpoint(path)
+    return (quantized(checkpoint, config), None) if checkpoint.format == "gguf" else (checkpoint.location, config)
 
 
 def calibrate(

@@ -141,21 +141,33 @@ def a_bit(directory: Path) -> None:
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def a_template(directory: Path) -> None:
-    (directory / "chat_template.jinja").write_text("{{ messages }}")
-
-
 def a_number(directory: Path) -> None:
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 1e-3}))
 
 
-@pytest.mark.parametrize("change", [a_bit, a_template, a_number])
+@pytest.mark.parametrize("change", [a_bit, a_number])
 def test_another_content_is_another_model(source, cache, change):
     load(source)
     change(source)
     load(source)
     assert len(list(cache.iterdir())) == 2
+
+
+def test_what_lies_beside_the_weights_is_the_source_s_own_each_time(source, cache):
+    """A tokenizer that the Hub's cache has only since somebody asked for it, another template, other ends of text."""
+    hidden = {file.name: file.read_bytes() for file in source.glob("tokenizer*")}
+    for name in hidden:
+        (source / name).unlink()
+    assert qpalette.load(source, bits=4.5, effort="fast")[1] is None
+    for name, content in hidden.items():
+        (source / name).write_bytes(content)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    model, tokenizer = qpalette.load(source, bits=4.5, effort="fast")
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert model.generation_config.eos_token_id == 7
+    assert len(list(cache.iterdir())) == 1
 
 
 @pytest.mark.parametrize(

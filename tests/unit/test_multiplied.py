@@ -75,7 +75,7 @@ def test_below_ninety_percent_a_word_names_what_stays_and_the_way_out():
     assert warning.endswith("`qpalette inspect` says why")
     head = shares_of(CONFIG, DENSE, {"lm_head.weight": (128, 32)}).warning()
     assert head.startswith("only 50 % of what multiplies is packed: lm_head (4.1 k weights) stays as it is")
-    assert head.endswith("; pack it too with --also lm_head")
+    assert head.endswith("; pack it too with --also lm_head (also=['lm_head'])")
 
 
 def test_a_hundred_percent_is_all():

@@ -30,8 +30,10 @@ def load(
     dtype: torch.dtype | str | None = None,
     device_map: str | dict[str, Any] | torch.device | int | None = None,
     backend: str | None = None,
+    quantization_config: Any = None,
 ) -> tuple[Any, Any]:
-    """As `qpalette.load`, whose arguments these are, with the `generate` of transformers."""
+    """As `qpalette.load`, whose arguments these are, with the `generate` of transformers; `quantization_config` is a
+    `qpalette.Config` for a model that is not quantized."""
     where = parse_device(device)
     if backend is not None:
         if backend not in backends():
@@ -40,7 +42,7 @@ def load(
     place = local_path(path)
     quantized = is_artifact(place)
     directory = open_artifact(place).directory if quantized else plain_directory(open_checkpoint(place))
-    options = {"dtype": dtype, "device_map": device_map}
+    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
     given = {name: value for name, value in options.items() if value is not None}
     try:
         model, tokenizer = _read(directory, given)

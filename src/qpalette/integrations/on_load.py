@@ -89,8 +89,9 @@ def quantize_first(config: Config, files: list[str] | None, device_map: Any) -> 
     return artifact.config["quantization_config"]
 
 
-def quantized(checkpoint: Checkpoint, config: Config, devices: Collection[torch.device]) -> Path:
-    """The quantized copy of `checkpoint` in the cache, made first where it is not there. Raises as `quantized_copy`."""
+def quantized(checkpoint: Checkpoint, config: Config, devices: Collection[torch.device] = ()) -> Path:
+    """The copy of `checkpoint` in the cache that is quantized for `devices`, made first where it is not there. Raises
+    as `quantized_copy`."""
     with _Bar() as bar:
         return quantized_copy(checkpoint, device=config.device or _encoder(devices), progress=bar, **config.options)
 

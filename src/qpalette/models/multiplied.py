@@ -74,7 +74,11 @@ class Shares:
         names = ", ".join(f"{name} ({count(weights)} weights)" for name, weights in first)
         more = f" and {len(self.staying) - NAMED} more" if len(self.staying) > NAMED else ""
         optional = [name for name, _ in first if EMBEDDING.fullmatch(name) or OUTPUT_HEAD.fullmatch(name)]
-        way_out = f"; pack it too with --also {optional[0]}" if optional else "; `qpalette inspect` says why"
+        way_out = (
+            f"; pack it too with --also {optional[0]} (also=['{optional[0]}'])"
+            if optional
+            else "; `qpalette inspect` says why"
+        )
         return f"only {self.multiplied} of what multiplies is packed: {names}{more} stays as it is{way_out}"
 
 

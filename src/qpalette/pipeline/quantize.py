@@ -92,7 +92,7 @@ def quantize_checkpoint(
         packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), partial.read)
         _check_disk(packed, jobs, partial)
         if (warning := packed.shares.warning()) is not None:
-            logger.warning("%s: %s", output.directory.name, warning)
+            logger.warning("%s: %s", checkpoint.location.name, warning)
 
         with _full_disk_is_told(partial):
             work = Work(checkpoint.location, checkpoint.fingerprint, hessians, rounding, torch.get_num_threads())

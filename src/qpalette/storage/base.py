@@ -62,11 +62,6 @@ class Checkpoint(ABC):
         return self.files[0] if self.format == "gguf" else self.files[0].parent
 
     @property
-    def all_files(self) -> tuple[Path, ...]:
-        """Everything that a result is made from, besides `config`."""
-        return self.files
-
-    @property
     def total_bytes(self) -> int:
         """Size of all tensors as `read` returns them."""
         return sum(info.nbytes for info in self.tensors.values())

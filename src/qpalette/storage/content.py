@@ -14,15 +14,14 @@ from qpalette.storage.base import Checkpoint
 
 
 def content_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 of config, weights and side files, wherever they lie and whatever their times.
+    """SHA-256 of config and weights, wherever they lie and whatever their times. Side files are not of it: the Hub's
+    cache has them only once somebody has asked for a tokenizer.
 
     A file's own digest is kept in the cache. It counts for as long as path, size, inode, and times of modification and
     change are what they were: the latter no program can set back.
     """
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter, and a large model has several files
-        files = list(
-            zip((f.name for f in checkpoint.all_files), pool.map(_digest_of, checkpoint.all_files), strict=True)
-        )
+        files = list(zip((file.name for file in checkpoint.files), pool.map(_digest_of, checkpoint.files), strict=True))
     return hashlib.sha256(json.dumps([checkpoint.config, files], sort_keys=True).encode()).hexdigest()
 
 

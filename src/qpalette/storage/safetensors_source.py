@@ -65,10 +65,6 @@ class SafetensorsCheckpoint(Checkpoint):
         stored = self._stored[name]
         return _read(stored, index, stored.info.shape[1:])
 
-    @property
-    def all_files(self) -> tuple[Path, ...]:
-        return (*self.files, *side_files(self.directory))
-
     def save_side_files(self, directory: Path) -> None:
         copy_side_files(self.directory, directory)
 
