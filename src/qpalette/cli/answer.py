@@ -59,7 +59,7 @@ def open_model(model: str, engine: str, device: str, dtype: str | None, compile:
     tokenizer, and as `load_model` does.
     """
     from qpalette.api import load
-    from qpalette.evaluate.text_source import check_place
+    from qpalette.evaluate.text_source import check_tokenizer_of
     from qpalette.models.vocabulary import check_tokenizer
     from qpalette.runtime.device import parse_device
 
@@ -67,7 +67,7 @@ def open_model(model: str, engine: str, device: str, dtype: str | None, compile:
         raise InputError(f"--engine {engine}: answers here come from transformers; other engines have `qpalette serve`")
     where = parse_device(device)
     kind = parse_dtype(dtype or ("float16" if where.type == "cuda" else "float32"))
-    check_place(model)  # before minutes of loading
+    check_tokenizer_of(model)  # before minutes of loading
     loaded, tokenizer = load(model, device=where, dtype=kind, fast=True, compile=compile)
     check_tokenizer(tokenizer, model)
     loaded.generation_config = _of_an_answer(loaded.generation_config)

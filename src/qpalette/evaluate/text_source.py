@@ -71,10 +71,10 @@ def check_text(text: str | Path | None, model: str | Path) -> None:
         read_token_file(text)
     else:
         read_text(text)
-        check_place(model)
+        check_tokenizer_of(model)
 
 
-def check_place(model: str | Path) -> None:
+def check_tokenizer_of(model: str | Path) -> None:
     """Raises InputError when `model`, as `local_path` takes it, is a directory without a tokenizer: before it is
     loaded. A GGUF file's is looked at later."""
     place = local_path(model)
