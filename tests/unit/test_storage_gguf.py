@@ -222,6 +222,7 @@ def rope_metadata(**given: int | float | str) -> dict[str, int | float | str]:
         (rope_metadata(type="linear", factor=1.0), {"rope_type": "default"}),
         (rope_metadata(type="linear", factor=4.0), {"rope_type": "linear", "factor": 4.0}),
         (rope_metadata(factor=4.0), {"rope_type": "linear", "factor": 4.0}),
+        (rope_metadata(factor=4.0, original_context_length=32), {"rope_type": "linear", "factor": 4.0}),
         ({"llama.rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
         (
             rope_metadata(type="yarn", factor=4.0, original_context_length=32, attn_factor=1.0),

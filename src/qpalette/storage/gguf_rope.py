@@ -26,7 +26,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "yarn_log_multiplier": (0.0,),
     "finetuned": (True, False),
 }
-TYPES = {"linear": (), "yarn": ("original_context_length", "yarn_beta_fast", "yarn_beta_slow", "attn_factor")}
+OF_YARN = ("original_context_length", "yarn_beta_fast", "yarn_beta_slow")  # nothing else reads them
+TYPES = {"linear": OF_YARN, "yarn": (*OF_YARN, "attn_factor")}
 WAY_OUT = "give the model's safetensors directory instead"
 
 
@@ -59,7 +60,7 @@ def _scaling(file: Path, given: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = given.get("type", "none" if factor is None else "linear")  # as llama.cpp takes it
     odd = {key: value for key, value in given.items() if value not in NEUTRAL.get(key, ())}
     odd = {key: value for key, value in odd.items() if key not in ("type", "factor", "scale_linear")}
-    if kind == "none" or (kind == "linear" and factor in (0, 1) and not odd):
+    if kind == "none" or (kind == "linear" and factor in (0, 1) and odd.keys() <= set(OF_YARN)):
         return None
     strange = [f"rope.scaling.{key} = {value}" for key, value in odd.items() if key not in TYPES.get(kind, ())]
     if kind not in TYPES or strange or not _is_factor(factor):
