@@ -192,14 +192,14 @@ def test_rows_too_small_for_their_scales_are_told_and_can_be_left_out(tmp_path, 
         caplog.clear()
         with pytest.raises(KeyError):
             run(source, tmp_path / "out", progress=lambda done, total, *_: {}["stop"] if done == total else None)
-        (told,) = [record.getMessage() for record in caplog.records]
+        (told,) = [record.getMessage() for record in caplog.records if UP in record.getMessage()]
         assert (
             f"{UP}: {INTERMEDIATE - 3} of {INTERMEDIATE} rows are too small for float16 scales (below 6.1e-05)" in told
         )
         assert f"leave it out with --exclude '{UP}'" in told
     caplog.clear()
     quantize(source, tmp_path / "other", spec="nuq-3", exclude=[UP])
-    assert not caplog.records
+    assert "too small" not in caplog.text
     assert UP not in open_artifact(tmp_path / "other").records
     assert torch.equal(load_file(tmp_path / "other" / "model.safetensors")[f"{UP}.weight"], weight)
 

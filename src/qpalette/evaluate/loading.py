@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 from qpalette.core.errors import ArtifactError, CheckpointError, QPaletteError, SpecError, UnsupportedError
 from qpalette.formats.reader import open_artifact
 from qpalette.models import check_finite, check_loaded, find_groups, weight_bytes
+from qpalette.models.vocabulary import has_tokenizer
 from qpalette.plan import PLAN_FILE, Plan
 from qpalette.runtime import backends
 from qpalette.runtime.device import parse_device
 from qpalette.runtime.dispatch import ENVIRONMENT
 from qpalette.storage import local_path, open_checkpoint, plain_directory
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -26,8 +30,10 @@ def load(
     dtype: torch.dtype | str | None = None,
     device_map: str | dict[str, Any] | torch.device | int | None = None,
     backend: str | None = None,
+    quantization_config: Any = None,
 ) -> tuple[Any, Any]:
-    """As `qpalette.load`, whose arguments these are, with the `generate` of transformers."""
+    """As `qpalette.load`, whose arguments these are, with the `generate` of transformers; `quantization_config` is a
+    `qpalette.Config` for a model that is not quantized."""
     where = parse_device(device)
     if backend is not None:
         if backend not in backends():
@@ -36,7 +42,7 @@ def load(
     place = local_path(path)
     quantized = is_artifact(place)
     directory = open_artifact(place).directory if quantized else plain_directory(open_checkpoint(place))
-    options = {"dtype": dtype, "device_map": device_map}
+    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
     kind = ArtifactError if quantized else CheckpointError
     given = {name: value for name, value in options.items() if value is not None}
     try:
@@ -63,6 +69,9 @@ def _read(directory: Path, options: dict[str, Any], kind: type[QPaletteError]) -
     model, info = loaded
     check_loaded(directory, info, kind)
     check_finite(directory, model, kind)
+    if not has_tokenizer(directory):
+        logger.warning("%s has no tokenizer: None stands for it", directory)
+        return model, None
     return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from qpalette.runtime import select
 from qpalette.runtime.device import parse_device
 from qpalette.storage import Checkpoint, export_checkpoint
 from qpalette.storage.export import MAX_SHARD_BYTES
+
+logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -91,6 +94,8 @@ def quantize_checkpoint(
         checkpoint.check_values(packed.carried)
         partial.open(checkpoint)
         _check_disk(packed, jobs, partial)
+        if (warning := packed.shares.warning()) is not None:
+            logger.warning("%s: %s", checkpoint.location.name, warning)
 
         with _full_disk_is_told(partial):
             work = Work(checkpoint.location, checkpoint.fingerprint, hessians, rounding, torch.get_num_threads())
@@ -106,7 +111,8 @@ def quantize_checkpoint(
             measured = [(job, qualities[job.name]) for job in jobs]
             results = [LinearResult(job.name, job.record, found.distortion, found.proxy) for job, found in measured]
             report = QuantizeReport(
-                output.directory, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration
+                *(output.directory, results, packed.total_bytes, plan.digest, checkpoint.fingerprint),
+                *(packed.shares, calibration),
             )
             write_documents(packed, report, plan, base_model)
             export_checkpoint(packed, partial.assembled, max_shard_bytes)
@@ -190,7 +196,10 @@ def write_documents(packed: PackedCheckpoint, report: QuantizeReport, plan: Plan
     carried_bytes = packed.total_bytes - packed.packed_bytes
     measured = report.calibration
     calibration = None if measured is None else (measured.tokens, measured.text_sha256)
-    card = model_card(report.output.name, packed.config, records, distortions, carried_bytes, base_model, calibration)
+    card = model_card(
+        *(report.output.name, packed.config, records, distortions, carried_bytes, base_model, calibration),
+        shares=report.shares,
+    )
     packed.documents.update({REPORT_FILE: report.to_json(), PLAN_FILE: plan.to_json(), "README.md": card})
 
 

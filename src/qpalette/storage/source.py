@@ -9,14 +9,15 @@ from qpalette.core.errors import CheckpointError
 from qpalette.storage.base import Checkpoint, TensorInfo
 from qpalette.storage.gguf_source import GgufCheckpoint
 from qpalette.storage.quantized.checkpoint import as_plain
-from qpalette.storage.safetensors_source import SafetensorsCheckpoint
+from qpalette.storage.safetensors_source import SIDE_FILES, SafetensorsCheckpoint
 
 __all__ = ["Checkpoint", "TensorInfo", "local_path", "open_checkpoint"]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
-HUB_FILES += ["README.md", "SHA256SUMS"]  # with these a quantized model is whole: its checksums name its card
-HUB_IGNORED = ["*/*", "consolidated*", "adapter_model*", "*.py"]
+# With README.md and SHA256SUMS a quantized model is whole: its checksums name its card.
+HUB_FILES = ["*.safetensors", *SIDE_FILES, "README.md", "SHA256SUMS"]
+# A pattern's * matches a slash, too: folders bring their small files, but no second copy of the weights.
+HUB_IGNORED = ["consolidated*", "adapter_model*", "*.py", "*/*.safetensors"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
