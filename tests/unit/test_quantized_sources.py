@@ -10,6 +10,7 @@ import torch
 
 from qpalette.core.errors import CheckpointError
 from qpalette.storage import export_checkpoint, open_checkpoint
+from qpalette.storage.content import content_digest
 from quantized_sources import SOURCES, UP, Source, awq, fp8_blocks, gptq, numbers, pack_quantized, packed_rows
 
 EVERY = pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES.keys())
@@ -304,13 +305,15 @@ def test_what_says_how_the_source_was_quantized_does_not_reach_the_result(tmp_pa
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["generation_config.json"]
 
 
-def test_the_fingerprint_knows_what_the_numbers_mean(tmp_path):
+@pytest.mark.parametrize("identity", [lambda checkpoint: checkpoint.fingerprint, content_digest])
+def test_an_identity_knows_what_the_numbers_mean(identity, tmp_path, monkeypatch):
     """The same tensors in version 1 and 2 of GPTQ are two models."""
     source = gptq(4, 1, False, False)
-    first = open_checkpoint(source.write(tmp_path / "1")).fingerprint
-    assert open_checkpoint(source.write(tmp_path / "copy")).fingerprint == first
+    monkeypatch.setenv("QPALETTE_CACHE", str(tmp_path / "cache"))
+    first = identity(open_checkpoint(source.write(tmp_path / "1")))
+    assert identity(open_checkpoint(source.write(tmp_path / "copy"))) == first
     source.quantization["checkpoint_format"] = "gptq_v2"
-    assert open_checkpoint(source.write(tmp_path / "2")).fingerprint != first
+    assert identity(open_checkpoint(source.write(tmp_path / "2"))) != first
 
 
 def test_tensors_of_plain_models_that_only_look_alike_are_carried(tmp_path):
