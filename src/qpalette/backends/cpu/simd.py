@@ -147,6 +147,18 @@ def _reduced(name: str, scalar: ir.Type, builder: Any, lanes: Any) -> Any:
     return builder.call(function, [lanes])
 
 
+def _define_butterfly(distance: int) -> Any:
+    """a + b in the lane of a, a - b in that of b, for lanes `distance` apart, a power of two."""
+    partners = ir.Constant(ir.VectorType(_INT, LANES), [lane ^ distance for lane in range(LANES)])
+    signs = ir.Constant(F.vector, [-1.0 if lane & distance else 1.0 for lane in range(LANES)])
+
+    def emit(builder: Any, lanes: Any) -> Any:
+        partner = builder.shuffle_vector(lanes, ir.Constant(F.vector, ir.Undefined), partners)
+        return _call("fma.v16f32", F.vector, builder, lanes, signs, partner)
+
+    return _define((F, F), emit)
+
+
 def _define_load_quarter(lanes: _Lanes) -> Any:
     @intrinsic
     def load_quarter(typing_context, array, index):  # type: ignore[no-untyped-def]
@@ -163,6 +175,7 @@ def _define_load_quarter(lanes: _Lanes) -> Any:
     return load_quarter
 
 
+butterfly1, butterfly2, butterfly4, butterfly8 = (_define_butterfly(distance) for distance in (1, 2, 4, 8))
 loadf = _define_load(F)
 loadi = _define_load(I)
 loadb = _define_load(B, 1)
