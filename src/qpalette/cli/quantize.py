@@ -159,12 +159,12 @@ def quantize(
 def _quantize_and_tune(
     model: str, out: Path, text: Path | None, options: dict[str, Any], overwrite: bool, as_json: bool
 ) -> None:
-    from qpalette.cli.output import TuningBar, quiet_transformers
+    from qpalette.cli.output import StageBars, quiet_transformers
     from qpalette.cli.tune import show_tuned
     from qpalette.tuning import quantize_and_tune
 
     quiet_transformers()
-    with weight_bar("quantizing") as bar, TuningBar() as watcher:
+    with weight_bar("quantizing") as bar, StageBars() as watcher:
         report = quantize_and_tune(
             model, out, text, **options, overwrite=overwrite, progress=_Timed(bar), watcher=watcher
         )
