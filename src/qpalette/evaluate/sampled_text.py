@@ -51,7 +51,7 @@ def sample_windows(
     as soon as it is whole: what it has of this model, seed and length is not written again.
     """
     chat = chat_of(tokenizer)
-    identity = {"kind": KIND, "model": _mark_of(model), "length": str(length), "seed": str(seed)}
+    identity = {"kind": KIND, "model": mark_of(model), "length": str(length), "seed": str(seed)}
     kept = None if keep is None else PartialFigures(keep, identity)
     windows: list[list[int]] = [] if kept is None else kept.figures.setdefault("windows", [])
     block = BLOCK_ON_CPU if model.device.type == "cpu" else BLOCK
@@ -172,7 +172,7 @@ def _ends_of(model: Any) -> set[int]:
     return set(end if isinstance(end, list) else [] if end is None else [end])
 
 
-def _mark_of(model: Any) -> str:
+def mark_of(model: Any) -> str:
     """Tells models apart: the config, and a sample of each parameter and buffer."""
     digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
     for name, tensor in model.state_dict().items():
