@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,32 @@ import torch
 
 from qpalette.calibration.cache_moments import KeyMoments, key_moments
 from qpalette.core.cache import private_folder
+from qpalette.evaluate.cache_baselines import BaselineCache, parse_baseline
+from qpalette.evaluate.loading import bits_per_weight, is_artifact, load_model
+from qpalette.evaluate.metrics import Evaluation, evaluate_models
+from qpalette.evaluate.metrics import Progress as MetricsProgress
 from qpalette.evaluate.sampled_text import Progress, mark_of, sample_windows
-from qpalette.evaluate.text_source import context_of
-from qpalette.kvcache import BALANCED, CACHE_PLAN_FILE, WHITE, CachePlan, Transform, balanced, mean_removed, parse_cache
-from qpalette.kvcache.plan import read_cache_plan
+from qpalette.evaluate.text_source import context_of, model_windows
+from qpalette.evaluate.windows import WINDOW as WHOLE
+from qpalette.kvcache import (
+    BALANCED,
+    CACHE_PLAN_FILE,
+    WHITE,
+    CachePlan,
+    Transform,
+    balanced,
+    mean_removed,
+    parse_cache,
+    read_cache_plan,
+)
 from qpalette.kvcache.stored import TRANSFORMS_FILE, read_transforms, write_transforms
 from qpalette.nn.coded_cache import CodedCache, check_cacheable
+from qpalette.storage import local_path
 
 WINDOWS, WINDOW = 16, 256  # of text that the model writes: 4096 tokens, where 1024 were found to be enough
 SHORTEST = 2048  # context that moments are taken over: one calibration serves all shorter ones
 SEED = 2_000_000  # of that text: no other measurement reads it
+TEST_SEED = 1_000_000  # as that of `evaluate`
 
 
 def make_transforms(moments: Sequence[KeyMoments], plan: CachePlan) -> list[Transform]:
@@ -93,3 +110,112 @@ def make_cache(
     directory = Path(model.config.name_or_path or ".")
     transforms = transforms_for(model, tokenizer, plan, max_length, directory=directory)
     return CodedCache(model.config, plan, max_length, transforms, padding)
+
+
+@dataclass(frozen=True)
+class CacheEvaluation(Evaluation):
+    """Of a model that reads all its keys and values, but for exact tokens, from a coded cache."""
+
+    cache: str = ""
+    context: int = 0  # tokens of a window
+    cache_bits: float = 0.0  # stored bits per cached number: codes, scales, padding
+    cache_bits_with_exact: float = 0.0  # the same with the exact tokens of one window, 16 bits each
+
+
+@dataclass
+class _Factory:
+    """Makes the cache of each window, and keeps the last."""
+
+    spec: str
+    plan: CachePlan | None
+    transforms: Sequence[Transform] | None
+    length: int
+    last: Any = None
+
+    def __call__(self, model: Any) -> Any:
+        if self.plan is not None:
+            self.last = CodedCache(model.config, self.plan, self.length, self.transforms, own_exact=False)
+        else:
+            baseline = parse_baseline(self.spec)
+            assert baseline is not None
+            self.last = BaselineCache(model.config, *baseline)
+        return self.last
+
+    @property
+    def exact(self) -> int:
+        """Tokens of a window."""
+        if self.plan is not None:
+            return self.plan.exact.sinks + self.plan.exact.window
+        baseline = parse_baseline(self.spec)
+        return 0 if baseline is None else baseline[1] + baseline[0].window
+
+
+def check_cache(spec: str) -> None:
+    """Raises SpecError for a --cache that means nothing, before minutes of loading."""
+    if parse_baseline(spec) is None:
+        parse_cache(spec)
+
+
+def evaluate_cache(
+    model: Any,
+    tokenizer: Any,
+    spec: str,
+    windows: Sequence[torch.Tensor],
+    reference: Any = None,
+    *,
+    calibration: Sequence[torch.Tensor] | None = None,
+    directory: Path | None = None,
+    progress: MetricsProgress | None = None,
+) -> CacheEvaluation:
+    """KL from `reference`, by default `model` itself, with every token read through the cache that `spec` names.
+
+    `windows` are int64 [context] each. `spec` is of `parse_cache`, or a baseline (`cache_baselines.py`). Transforms are
+    of the `calibration` windows, or as `transforms_for` finds them. Raises as that, `parse_cache` and `evaluate_models`.
+    """
+    length = max(map(len, windows))
+    plan = None if parse_baseline(spec) is not None else parse_cache(spec)
+    made = None if plan is None else transforms_for(model, tokenizer, plan, length, calibration, directory)
+    factory = _Factory(spec, plan, made, length)
+    found = evaluate_models(model, model if reference is None else reference, windows, progress, factory)
+    bits, exact = float(factory.last.bits), min(factory.exact, length)
+    return CacheEvaluation(
+        **vars(found),
+        cache=spec,
+        context=length,
+        cache_bits=bits,
+        cache_bits_with_exact=(bits * (length - exact) + 16 * exact) / length,
+    )
+
+
+def evaluate_through_cache(
+    model_dir: str | Path,
+    spec: str,
+    text: str | Path | None = None,
+    windows: int | None = None,
+    lengths: Sequence[int] = (WHOLE,),
+    *,
+    reference: str | Path | None = None,
+    cache_text: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: MetricsProgress | None = None,
+    writing: Progress | None = None,
+) -> list[CacheEvaluation]:
+    """`evaluate_cache` of the model at `model_dir`, for windows of each of `lengths`; models and texts as `evaluate`
+    takes them. `cache_text` is what the transforms are calibrated on."""
+    place = local_path(model_dir)
+    model, tokenizer = load_model(place, device, dtype)
+    other = None if reference is None else load_model(reference, device, dtype)[0]
+    directory = Path(place) if is_artifact(place) else None
+    count = windows if text is not None else windows or 2
+    found = []
+    for length in lengths:
+        chosen = model_windows(text, other or model, tokenizer, length, count, seed=TEST_SEED, progress=writing)
+        known = None
+        if cache_text is not None:
+            known = model_windows(cache_text, model, tokenizer, min(WINDOW, len(chosen[0])), WINDOWS)
+        result = evaluate_cache(
+            model, tokenizer, spec, chosen, other, calibration=known, directory=directory, progress=progress
+        )
+        found.append(replace(result, bits_per_weight=bits_per_weight(place)))
+    return found

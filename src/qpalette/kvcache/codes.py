@@ -44,17 +44,19 @@ class CacheCode:
         """float32 [2^index_bits, width]."""
         return _points(self, device)
 
-    def nearest(self, vectors: torch.Tensor) -> torch.Tensor:
-        """float32 [..., d] -> uint8 [..., d / width], the index of the nearest point, the first of equals."""
-        points = self.points(vectors.device)
-        parts = vectors.reshape(-1, self.width)
-        chunk = max(1, _COMPARED // len(points))
-        index = [(part[:, None, :] - points).square().sum(-1).argmin(1) for part in parts.split(chunk)]
-        return torch.cat(index).to(torch.uint8).reshape(*vectors.shape[:-1], -1)
 
-    def decode(self, index: torch.Tensor) -> torch.Tensor:
-        """uint8 [..., d / width] -> float32 [..., d]."""
-        return self.points(index.device)[index.long()].flatten(-2)
+def nearest(vectors: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """float32 [..., d] and a table [n, width] -> uint8 [..., d / width], the index of the nearest point, the first of
+    equals."""
+    parts = vectors.reshape(-1, points.shape[1])
+    chunk = max(1, _COMPARED // len(points))
+    index = [(part[:, None, :] - points).square().sum(-1).argmin(1) for part in parts.split(chunk)]
+    return torch.cat(index).to(torch.uint8).reshape(*vectors.shape[:-1], -1)
+
+
+def look_up(index: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., d / width] -> float32 [..., d]."""
+    return points[index.long()].flatten(-2)
 
 
 @lru_cache(maxsize=256)

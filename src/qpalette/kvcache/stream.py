@@ -46,6 +46,7 @@ class Stream:
     ) -> None:
         batch, heads, self.length = shape
         self.format, self.transform, self.exact = format, transform.to(device), exact
+        self.points = format.code.points(device)
         # One place more than tokens, for what must go nowhere; sinks of a sequence that begins late may lie beyond.
         pages = -(-(self.length + exact.sinks + 1) // PAGE)
         self.pages = torch.zeros(
@@ -72,7 +73,7 @@ class Stream:
 
     def write(self, vectors: Tensor, tokens: Tensor, starts: Tensor) -> None:
         """Keep `vectors` [batch, heads, n, dim] of the successive `tokens`; a sequence's first token is starts [batch]."""
-        codes, scales = self.format.encode(self.transform.apply(vectors))
+        codes, scales = self.format.encode(self.transform.apply(vectors), self.points)
         page, place = tokens // PAGE, tokens % PAGE
         self.codes[:, :, page, place] = codes
         self.scales[:, :, page, place] = scales
@@ -84,10 +85,12 @@ class Stream:
             self.ring.index_copy_(2, places % self.exact.window, newest.to(self.ring.dtype))
             self.ring_tokens.index_copy_(0, places % self.exact.window, places)
 
-    def read(self, count: Tensor, starts: Tensor) -> Tensor:
-        """All `length` tokens, float32 [batch, heads, length, dim], of which the first `count` mean something."""
-        coded = self.format.decode(self.codes, self.scales).flatten(2, 3)
+    def read(self, count: Tensor, starts: Tensor, pages: int | None = None) -> Tensor:
+        """All `length` tokens, float32 [batch, heads, length, dim], of which the first `count` mean something. Only the
+        first `pages` pages are decoded, where the host knows how many there are; what follows are zeros."""
+        coded = self.format.decode(self.codes[:, :, :pages], self.scales[:, :, :pages], self.points).flatten(2, 3)
         dense = self.transform.undo(coded)
+        dense = torch.nn.functional.pad(dense, (0, 0, 0, self.pages.shape[2] * PAGE - dense.shape[2]))
         if self.exact.sinks:
             places = self._sink_tokens(starts)[:, None, :, None].expand_as(self.sinks)
             dense = dense.scatter(2, places, self.sinks.float())

@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 
 from qpalette.core.errors import SpecError
-from qpalette.kvcache.codes import CacheCode
+from qpalette.kvcache.codes import CacheCode, look_up, nearest
 
 SCALE_STEPS = 12  # of a scale, per octave: its rounding costs 0.1 to 0.5 % of the distortion
 SCALE_ONE = 160  # the byte of the scale 1: 2^-13 .. 2^8, for coordinates whose transform has made them about 1, or not
@@ -50,19 +50,22 @@ class VectorFormat:
     def units(self) -> int:
         return self.dim // self.code.width
 
-    def encode(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float [..., dim] -> uint8 [..., code_bytes] and uint8 [...], the scales. What is not finite becomes zeros."""
+    def encode(self, vectors: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float [..., dim] -> uint8 [..., code_bytes] and uint8 [...], the scales. What is not finite becomes zeros.
+
+        `points` are those of the code, on the device of `vectors`: a compiled step can read no table from a file.
+        """
         y = vectors.float()
         root = y.square().mean(-1, keepdim=True).sqrt()
-        index = self.code.nearest(y / root.clamp(min=torch.finfo(torch.float32).tiny))
-        levels = self.code.decode(index)
+        index = nearest(y / root.clamp(min=torch.finfo(torch.float32).tiny), points)
+        levels = look_up(index, points)
         cross = (y * levels).sum(-1)
         scale = y.square().sum(-1) / cross if self.unbiased else cross / levels.square().sum(-1)
         return pack(index, self.code.index_bits), scale_bytes(scale)
 
-    def decode(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         """float32 [..., dim]."""
-        levels = self.code.decode(unpack(codes, self.code.index_bits, self.units))
+        levels = look_up(unpack(codes, self.code.index_bits, self.units), points)
         return levels * scales_of(scales)[..., None]
 
 

@@ -17,7 +17,7 @@ from transformers import Cache, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from qpalette.core.errors import InputError, UnsupportedError
-from qpalette.kvcache import BALANCED, CachePlan, Stream, Transform, white
+from qpalette.kvcache import PAGE, WHITE, CachePlan, Stream, Transform, white
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,13 @@ class CodedLayer(StaticLayer):
         count = key_states.shape[-2]
         tokens = torch.arange(count, device=self.device) + self.cumulative_length
         self.cumulative_length.add_(count)
+        # On a CPU to know the length costs nothing, and to decode what is empty would take most of the time.
+        known = self.device.type == "cpu" and not torch.compiler.is_compiling()
+        pages = -(-int(self.cumulative_length) // PAGE) if known else None
         results = []
         for stream, states in zip(self.streams, (key_states, value_states), strict=True):
             stream.write(states, tokens, self.starts)
-            dense = stream.read(self.cumulative_length, self.starts).to(states.dtype)
+            dense = stream.read(self.cumulative_length, self.starts, pages).to(states.dtype)
             if self.own_exact and count > 1:
                 dense = dense.index_copy(2, tokens, states)
             results.append(dense)
@@ -172,6 +175,13 @@ class CodedCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
+    def feed(self) -> int | None:
+        """How many tokens may come at a time so that each reads what it would when it comes alone, or less: one that is
+        followed by others reads fewer exact tokens of the window. None: any number."""
+        window = self.plan.exact.window
+        return max(1, window // 2) if window else None
+
+    @property
     def bytes(self) -> int:
         """Of everything that it holds; 0 before the first tokens."""
         return sum(memory.nbytes for layer in self.layers if layer.is_initialized for memory in layer.memory)
@@ -187,7 +197,7 @@ class CodedCache(Cache):
 
 def codings_of(plan: CachePlan, layers: int, transforms: Sequence[Transform] | None) -> list[LayerCoding]:
     """Of each layer. Raises SpecError for a plan of another number of layers; AssertionError where transforms lack."""
-    assert plan.transform == "white" or transforms is not None, "calibrated transforms are needed"
+    assert plan.transform == WHITE or transforms is not None, "calibrated transforms are needed"
     keys: Sequence[Transform | None] = [None] * layers if transforms is None else transforms
     plan.of_layer(0, layers)
     return [LayerCoding(plan, layer, layers, keys[layer]) for layer in range(layers)]
