@@ -47,5 +47,5 @@ def watched(model: Any, watcher: Watcher) -> Iterator[None]:
 
 
 def _original(name: str, module: Any) -> Any:
-    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, own)

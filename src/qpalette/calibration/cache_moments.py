@@ -17,13 +17,13 @@ from torch import Tensor
 from qpalette.calibration.attention_taps import watched
 from qpalette.calibration.gradients import backward_of_drawn_labels, frozen
 from qpalette.core.errors import InputError, UnsupportedError
-from qpalette.kvcache import Transform
+from qpalette.kvcache import KeyMoments, Transform
 
 Progress = Callable[[int, int], None]  # (windows done, windows in all)
 
 
 @dataclass
-class KeyMoments:
+class _KeySums:
     """Of one layer, running sums in float64 over tokens, on the model's device.
 
     total [heads, dim] and squares [heads, dim, dim] of keys; queries [heads, dim, dim], the second moment of those that
@@ -36,14 +36,14 @@ class KeyMoments:
     queries: Tensor
 
     @classmethod
-    def like(cls, key: Tensor) -> KeyMoments:
+    def like(cls, key: Tensor) -> _KeySums:
         heads, dim = key.shape[1], key.shape[-1]
         zeros = torch.zeros(heads, dim, dim, dtype=torch.float64, device=key.device)
         return cls(0, zeros[..., 0].clone(), zeros, zeros.clone())
 
     def add(self, query: Tensor, key: Tensor, skip: int) -> None:
-        """query [batch, query heads, tokens, dim], key [batch, heads, tokens, dim]; the first `skip` keys are exact in a
-        cache, and left out."""
+        """query [batch, query heads, tokens, dim], key [batch, heads, tokens, dim]; the first `skip` keys are exact
+        in a cache, and left out."""
         heads, dim = key.shape[1], key.shape[-1]
         keys = key[:, :, skip:].transpose(0, 1).reshape(heads, -1, dim).float()
         grouped = query.unflatten(1, (heads, -1)).transpose(0, 1).reshape(heads, -1, dim).float()
@@ -53,13 +53,10 @@ class KeyMoments:
         self.queries += (grouped.mT @ grouped).double()
 
     @property
-    def mean(self) -> Tensor:
-        return self.total / self.tokens
-
-    @property
-    def covariance(self) -> Tensor:
-        mean = self.mean
-        return self.squares / self.tokens - mean[:, :, None] * mean[:, None, :]
+    def moments(self) -> KeyMoments:
+        mean = self.total / self.tokens
+        covariance = self.squares / self.tokens - mean[:, :, None] * mean[:, None, :]
+        return KeyMoments(mean.float().cpu(), covariance.float().cpu(), (self.queries / self.tokens).float().cpu())
 
 
 def spread_offsets(context: int, length: int, windows: int) -> list[int]:
@@ -77,10 +74,10 @@ def key_moments(
     moments are for. Raises InputError without windows, UnsupportedError as `watched`."""
     if not windows or max(map(len, windows)) <= skip:
         raise InputError(f"a calibration of keys needs windows of more than {skip} tokens")
-    found: dict[int, KeyMoments] = {}
+    found: dict[int, _KeySums] = {}
 
     def take(layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        found.setdefault(layer, KeyMoments.like(key)).add(query, key, skip)
+        found.setdefault(layer, _KeySums.like(key)).add(query, key, skip)
         return key, value
 
     offsets = spread_offsets(context, max(map(len, windows)), len(windows))
@@ -92,7 +89,7 @@ def key_moments(
                 progress(done, len(windows))
     if not found:
         raise UnsupportedError(f"no attention of {model.config.model_type} could be seen: use a white cache")
-    return [found[layer] for layer in sorted(found)]
+    return [found[layer].moments for layer in sorted(found)]
 
 
 Cost = Callable[[Tensor], Tensor]

@@ -42,20 +42,25 @@ def check_sampling(max_new_tokens: int, temperature: float) -> None:
         raise InputError(f"--temperature must be a finite number of at least 0, got {temperature}")
 
 
-def open_model(model: str, engine: str, device: str, dtype: str | None, compile: str) -> tuple[Any, Any]:
+def open_model(
+    model: str, engine: str, device: str, dtype: str | None, compile: str, cache: str | None = None
+) -> tuple[Any, Any]:
     """The model on `device` and its tokenizer; `dtype` by default float16 on a GPU and float32 on a CPU. On a GPU its
-    `generate` is the fast one, with steps compiled as `compile` says.
+    `generate` is the fast one, with steps compiled as `compile` says; `cache` is of `qpalette.load`.
 
     Raises InputError for an engine, device, type or `compile` that cannot be used here, and as `load_model` does.
     """
     from qpalette.api import load
+    from qpalette.kvcache import parse_cache
     from qpalette.runtime.device import parse_device
 
     if engine != "transformers":
         raise InputError(f"--engine {engine}: answers here come from transformers; other engines have `qpalette serve`")
+    if cache not in (None, "none"):
+        parse_cache(str(cache))  # a wrong one is told before minutes of loading
     where = parse_device(device)
     kind = parse_dtype(dtype or ("float16" if where.type == "cuda" else "float32"))
-    return load(model, device=where, dtype=kind, fast=True, compile=compile)
+    return load(model, device=where, dtype=kind, fast=True, compile=compile, cache=cache)
 
 
 def parse_dtype(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,27 +10,29 @@ from typing import Any
 
 import torch
 
-from qpalette.calibration.cache_moments import KeyMoments, key_moments
+from qpalette.calibration.cache_moments import key_moments
 from qpalette.core.cache import private_folder
+from qpalette.core.errors import InputError
 from qpalette.evaluate.cache_baselines import BaselineCache, parse_baseline
-from qpalette.evaluate.loading import bits_per_weight, is_artifact, load_model
+from qpalette.evaluate.loading import bits_per_weight, load_model
 from qpalette.evaluate.metrics import Evaluation, evaluate_models
 from qpalette.evaluate.metrics import Progress as MetricsProgress
-from qpalette.evaluate.sampled_text import Progress, mark_of, sample_windows
+from qpalette.evaluate.sampled_text import TOKEN_FILE, Progress, mark_of, sample_windows
 from qpalette.evaluate.text_source import context_of, model_windows
 from qpalette.evaluate.windows import WINDOW as WHOLE
 from qpalette.kvcache import (
-    BALANCED,
     CACHE_PLAN_FILE,
+    MOMENTS_FILE,
     WHITE,
     CachePlan,
+    KeyMoments,
     Transform,
-    balanced,
-    mean_removed,
+    key_transforms,
     parse_cache,
     read_cache_plan,
+    read_moments,
+    write_moments,
 )
-from qpalette.kvcache.stored import TRANSFORMS_FILE, read_transforms, write_transforms
 from qpalette.nn.coded_cache import CodedCache, check_cacheable
 from qpalette.storage import local_path
 
@@ -39,50 +42,51 @@ SEED = 2_000_000  # of that text: no other measurement reads it
 TEST_SEED = 1_000_000  # as that of `evaluate`
 
 
-def make_transforms(moments: Sequence[KeyMoments], plan: CachePlan) -> list[Transform]:
-    """Of each layer's keys, for a plan that is not white."""
-    made = []
-    for moment in moments:
-        mean, covariance = moment.mean, moment.covariance
-        both = balanced(mean, covariance, moment.queries) if plan.transform == BALANCED else None
-        made.append(both or mean_removed(mean, covariance))
-    return made
-
-
 def transforms_for(
     model: Any,
     tokenizer: Any,
     plan: CachePlan,
     length: int,
     windows: Sequence[torch.Tensor] | None = None,
-    directory: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Transform] | None:
-    """Transforms for a cache of `length` tokens; None where the plan needs none.
-
-    From `windows` of text, where they are given; from the file that a quantized `directory` has; else from text that
-    the model writes, once: they are kept under QPALETTE_CACHE, by the model's content and by the context.
-    """
-    layers = check_cacheable(model.config)
+    """Of each layer's keys, for a cache of `length` tokens; None where the plan needs none. Arguments and errors are
+    those of `moments_for`."""
     if plan.transform == WHITE:
         return None
-    stored = None if directory is None else directory / TRANSFORMS_FILE
-    if windows is None and stored is not None and stored.exists():
-        return read_transforms(stored, layers)
+    return key_transforms(plan, moments_for(model, tokenizer, length, plan.exact.sinks, windows, progress))
+
+
+def moments_for(
+    model: Any,
+    tokenizer: Any,
+    length: int,
+    sinks: int,
+    windows: Sequence[torch.Tensor] | None = None,
+    progress: Progress | None = None,
+) -> list[KeyMoments]:
+    """Moments of the model's keys for a cache of `length` tokens, of which the first `sinks` are exact.
+
+    Of `windows` of text, int64 [length] each, where they are given; from the file that the model's directory has; else
+    of text that the model writes, once: they are kept under QPALETTE_CACHE, by the model's content and the context.
+
+    Raises UnsupportedError for a model whose cache cannot be coded, InputError for a file that cannot be read.
+    """
+    layers = check_cacheable(model.config)
+    stored = directory_of(model) / MOMENTS_FILE
+    if windows is None and stored.exists():
+        return read_moments(stored, layers)
     context = _context(model, length)
-    skip = plan.exact.sinks
     if windows is not None:
-        return make_transforms(key_moments(model, windows, context, skip), plan)
-    folder = private_folder("transforms")
-    mark = mark_of(model)
-    kept = folder / f"{mark}-{plan.transform}-{context}-{skip}.safetensors"
+        return key_moments(model, windows, context, sinks)
+    folder, mark = private_folder("key_moments"), mark_of(model)
+    kept = folder / f"{mark}-{context}-{sinks}.safetensors"
     if not kept.exists():
         texts = sample_windows(
-            model, tokenizer, WINDOWS, min(WINDOW, context), SEED, folder / f"{mark}.tokens.json", progress
+            model, tokenizer, WINDOWS, min(WINDOW, context), SEED, folder / f"{mark}{TOKEN_FILE}", progress
         )
-        made = make_transforms(key_moments(model, texts, context, skip), plan)
-        write_transforms(kept, made, {"context": str(context), "transform": plan.transform, "text": "sampled"})
-    return read_transforms(kept, layers)
+        write_moments(kept, key_moments(model, texts, context, sinks), {"context": str(context), "text": "sampled"})
+    return read_moments(kept, layers)
 
 
 def _context(model: Any, length: int) -> int:
@@ -97,19 +101,19 @@ def stored_plan(directory: Path) -> CachePlan | None:
     return read_cache_plan(file) if file.exists() else None
 
 
-def make_cache(
-    model: Any,
-    spec: str | CachePlan,
-    max_length: int,
-    *,
-    tokenizer: Any = None,
-    padding: torch.Tensor | None = None,
-) -> CodedCache:
-    """As `qpalette.cache`, whose arguments these are."""
-    plan = parse_cache(spec) if isinstance(spec, str) else spec
-    directory = Path(model.config.name_or_path or ".")
-    transforms = transforms_for(model, tokenizer, plan, max_length, directory=directory)
-    return CodedCache(model.config, plan, max_length, transforms, padding)
+def plan_for(model: Any, spec: str | CachePlan | None) -> CachePlan:
+    """What `spec` says; None: the plan that the model's directory has. Raises InputError where there is none."""
+    if spec is not None:
+        return parse_cache(spec) if isinstance(spec, str) else spec
+    stored = stored_plan(directory_of(model))
+    if stored is None:
+        raise InputError(f"{directory_of(model)} has no {CACHE_PLAN_FILE}: say which cache, such as vq-3")
+    return stored
+
+
+def directory_of(model: Any) -> Path:
+    """Where transformers has read the model from."""
+    return Path(model.config.name_or_path or os.curdir)
 
 
 @dataclass(frozen=True)
@@ -164,17 +168,16 @@ def evaluate_cache(
     reference: Any = None,
     *,
     calibration: Sequence[torch.Tensor] | None = None,
-    directory: Path | None = None,
     progress: MetricsProgress | None = None,
 ) -> CacheEvaluation:
     """KL from `reference`, by default `model` itself, with every token read through the cache that `spec` names.
 
-    `windows` are int64 [context] each. `spec` is of `parse_cache`, or a baseline (`cache_baselines.py`). Transforms are
-    of the `calibration` windows, or as `transforms_for` finds them. Raises as that, `parse_cache` and `evaluate_models`.
+    `windows` are int64 [context] each. `spec` is of `parse_cache`, or a baseline (`cache_baselines.py`). Keys are
+    calibrated on the `calibration` windows, or as `moments_for` does. Raises as that, `parse_cache`, `evaluate_models`.
     """
     length = max(map(len, windows))
     plan = None if parse_baseline(spec) is not None else parse_cache(spec)
-    made = None if plan is None else transforms_for(model, tokenizer, plan, length, calibration, directory)
+    made = None if plan is None else transforms_for(model, tokenizer, plan, length, calibration)
     factory = _Factory(spec, plan, made, length)
     found = evaluate_models(model, model if reference is None else reference, windows, progress, factory)
     bits, exact = float(factory.last.bits), min(factory.exact, length)
@@ -206,7 +209,6 @@ def evaluate_through_cache(
     place = local_path(model_dir)
     model, tokenizer = load_model(place, device, dtype)
     other = None if reference is None else load_model(reference, device, dtype)[0]
-    directory = Path(place) if is_artifact(place) else None
     count = windows if text is not None else windows or 2
     found = []
     for length in lengths:
@@ -214,8 +216,6 @@ def evaluate_through_cache(
         known = None
         if cache_text is not None:
             known = model_windows(cache_text, model, tokenizer, min(WINDOW, len(chosen[0])), WINDOWS)
-        result = evaluate_cache(
-            model, tokenizer, spec, chosen, other, calibration=known, directory=directory, progress=progress
-        )
+        result = evaluate_cache(model, tokenizer, spec, chosen, other, calibration=known, progress=progress)
         found.append(replace(result, bits_per_weight=bits_per_weight(place)))
     return found

@@ -55,18 +55,15 @@ class BaselineLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All tokens: those before as they are read back, these too, unless they are the window's."""
         before = self.get_seq_length()
-        coded = [
-            self._with_sinks(quantize(states.float()).to(states.dtype), states, before)
-            for quantize, states in zip((self.baseline.key, self.baseline.value), (key_states, value_states), strict=True)
-        ]
+        keys, values = super().update(
+            self._coded(self.baseline.key, key_states, before), self._coded(self.baseline.value, value_states, before)
+        )
         if not self.baseline.window:
-            return super().update(coded[0], coded[1])
-        past = (self.keys, self.values) if before else (key_states[:, :, :0], value_states[:, :, :0])
-        exact = [torch.cat(pair, -2) for pair in zip(past, (key_states, value_states), strict=True)]
-        super().update(coded[0], coded[1])
-        return exact[0], exact[1]
+            return keys, values
+        return torch.cat([keys[:, :, :before], key_states], -2), torch.cat([values[:, :, :before], value_states], -2)
 
-    def _with_sinks(self, coded: Tensor, states: Tensor, before: int) -> Tensor:
+    def _coded(self, quantize: Quantize, states: Tensor, before: int) -> Tensor:
+        coded = quantize(states.float()).to(states.dtype)
         exact = max(0, self.sinks - before)
         return torch.cat([states[:, :, :exact], coded[:, :, exact:]], -2)
 
@@ -86,8 +83,8 @@ class BaselineCache(Cache):
         """Stored bits per cached number; known from the first tokens on."""
         total = numbers = Fraction(0)
         for layer in self.layers:
-            assert layer.keys is not None and layer.values is not None
             for place, states in enumerate((layer.keys, layer.values)):
+                assert states is not None
                 dim, heads = states.shape[-1], states.shape[1]
                 total += heads * dim * self.baseline.bits(dim)[place]
                 numbers += heads * dim

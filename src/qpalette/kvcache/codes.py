@@ -28,7 +28,7 @@ _VQ4_DISTORTION = {4: 0.345888, 5: 0.251884, 6: 0.183856, 7: 0.133307, 8: 0.0963
 
 @dataclass(frozen=True)
 class CacheCode:
-    """`width` neighbouring numbers of a vector, unit variance, become the index of the nearest of 2^index_bits points."""
+    """`width` neighbours of a vector of unit variance become the index of the nearest of 2^index_bits points."""
 
     name: str
     width: int

@@ -16,16 +16,18 @@ from qpalette.kvcache.vectors import VectorFormat
 
 CACHE_PLAN_VERSION = 1
 CACHE_PLAN_FILE = "qpalette_cache.json"  # in a quantized model's directory
-BALANCED, MEAN, WHITE = TRANSFORMS = ("balanced", "mean", "white")
+SHAPED, BALANCED, MEAN, WHITE = TRANSFORMS = ("shaped", "balanced", "mean", "white")
 _FIELDS = {"cache_plan_version", "transform", "sinks", "window", "keys", "values"}
 _MOST_EXACT = 1 << 20
+EXACT = Exact()  # where nothing is said
 
 
 @dataclass(frozen=True)
 class CachePlan:
     """Codes of keys and values, by layer; of one entry: the same in all layers.
 
-    transform: what keys are coded after: "balanced" and "mean" are calibrated, "white" is not. Values are always white.
+    transform: what keys are coded after: "white" needs no calibration, the others do (`transform.py`, `shaping.py`).
+    Values are always white.
     exact: which tokens are kept as they are.
 
     Raises SpecError for a code, transform or number that means nothing.
@@ -33,8 +35,8 @@ class CachePlan:
 
     keys: tuple[str, ...]
     values: tuple[str, ...]
-    transform: str = BALANCED
-    exact: Exact = Exact()
+    transform: str = SHAPED
+    exact: Exact = EXACT
 
     def __post_init__(self) -> None:
         if self.transform not in TRANSFORMS:
@@ -79,8 +81,8 @@ class CachePlan:
         """As `parse_cache` reads it; of a plan with layers of their own, a summary."""
         keys, values = (names[0] if len(set(names)) == 1 else "mixed" for names in (self.keys, self.values))
         text = keys if keys == values else f"{keys}/{values}"
-        head = "" if self.transform == BALANCED else f"{self.transform}:"
-        tail = "" if self.exact == Exact() else f",sinks={self.exact.sinks},window={self.exact.window}"
+        head = "" if self.transform == SHAPED else f"{self.transform}:"
+        tail = "" if self.exact == EXACT else f",sinks={self.exact.sinks},window={self.exact.window}"
         return head + text + tail
 
     def to_json(self) -> str:
@@ -135,13 +137,15 @@ def parse_cache(text: str) -> CachePlan:
     codes, *options = text.split(",")
     transform, colon, names = codes.rpartition(":")
     keys, _, values = names.partition("/")
-    numbers = {"sinks": Exact().sinks, "window": Exact().window}
+    numbers = {"sinks": EXACT.sinks, "window": EXACT.window}
     for option in options:
         name, equals, number = option.partition("=")
         if name not in numbers or not equals or not (number.isdecimal() and len(number) < 8):
-            raise SpecError(f"'{text[:60]}' is no cache: after the codes come sinks=N and window=N, not '{option[:30]}'")
+            raise SpecError(
+                f"'{text[:60]}' is no cache: sinks=N and window=N may follow the codes, not '{option[:20]}'"
+            )
         numbers[name] = int(number)
-    return CachePlan((keys,), (values or keys,), transform if colon else BALANCED, Exact(**numbers))
+    return CachePlan((keys,), (values or keys,), transform if colon else SHAPED, Exact(**numbers))
 
 
 def read_cache_plan(file: str | Path) -> CachePlan:

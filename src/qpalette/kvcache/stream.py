@@ -49,9 +49,7 @@ class Stream:
         self.points = format.code.points(device)
         # One place more than tokens, for what must go nowhere; sinks of a sequence that begins late may lie beyond.
         pages = -(-(self.length + exact.sinks + 1) // PAGE)
-        self.pages = torch.zeros(
-            batch, heads, pages, PAGE * (format.code_bytes + 1), dtype=torch.uint8, device=device
-        )
+        self.pages = torch.zeros(batch, heads, pages, PAGE * (format.code_bytes + 1), dtype=torch.uint8, device=device)
         self.sinks = torch.zeros(batch, heads, exact.sinks, format.dim, dtype=dtype, device=device)
         self.ring = torch.zeros(batch, heads, exact.window, format.dim, dtype=dtype, device=device)
         self.ring_tokens = torch.full((exact.window,), -1, dtype=torch.int64, device=device)
@@ -72,8 +70,8 @@ class Stream:
         return self.pages[..., PAGE * self.format.code_bytes :]
 
     def write(self, vectors: Tensor, tokens: Tensor, starts: Tensor) -> None:
-        """Keep `vectors` [batch, heads, n, dim] of the successive `tokens`; a sequence's first token is starts [batch]."""
-        codes, scales = self.format.encode(self.transform.apply(vectors), self.points)
+        """Keep `vectors` [batch, heads, n, dim] of successive `tokens`; starts [batch] is each sequence's first."""
+        codes, scales = self.format.encode(self.transform.apply(vectors), self.points, self.transform.shaping)
         page, place = tokens // PAGE, tokens % PAGE
         self.codes[:, :, page, place] = codes
         self.scales[:, :, page, place] = scales

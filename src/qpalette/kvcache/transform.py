@@ -9,6 +9,7 @@ it make the coordinates alike, and near Gaussian.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,17 @@ FLOOR = 1e-3  # of a second moment's mean eigenvalue, added to each: few tokens 
 
 @dataclass(frozen=True)
 class Transform:
-    """matrix and inverse: float32 [heads or 1, dim, dim]; mean: float32 [heads or 1, dim]."""
+    """matrix and inverse: float32 [heads or 1, dim, dim]; mean: float32 [heads or 1, dim].
+
+    Where errors are shaped (`shaping.py`) there are feedback, float32 [heads, dim, dim], strictly lower triangular, and
+    gain, float32 [heads]: the scale over the root of a vector's mean square.
+    """
 
     matrix: Tensor
     inverse: Tensor
     mean: Tensor
+    feedback: Tensor | None = None
+    gain: Tensor | None = None
 
     def apply(self, vectors: Tensor) -> Tensor:
         """x, any float [batch, heads, tokens, dim] -> y = A (x - m), float32."""
@@ -36,12 +43,24 @@ class Transform:
         """y [batch, heads, tokens, dim] -> x = A^-1 y + m, float32."""
         return coordinates @ self.inverse.mT + self.mean[:, None]
 
+    @property
+    def shaping(self) -> tuple[Tensor, Tensor] | None:
+        """Feedback and gain, if there are any."""
+        return None if self.feedback is None or self.gain is None else (self.feedback, self.gain)
+
+    def split(self, heads: Sequence[int]) -> list[Transform]:
+        """Transforms of so many heads each."""
+        tensors = (self.matrix, self.inverse, self.mean, self.feedback, self.gain)
+        parts = [[None] * len(heads) if tensor is None else tensor.split(list(heads)) for tensor in tensors]
+        return [Transform(*part) for part in zip(*parts, strict=True)]  # type: ignore[arg-type]
+
     def to(self, device: torch.device) -> Transform:
-        return Transform(self.matrix.to(device), self.inverse.to(device), self.mean.to(device))
+        tensors = (self.matrix, self.inverse, self.mean, self.feedback, self.gain)
+        return Transform(*(tensor if tensor is None else tensor.to(device) for tensor in tensors))  # type: ignore[arg-type]
 
 
 def made_of(matrix: Tensor, mean: Tensor) -> Transform:
-    """From A as it is stored, float16 [heads, dim, dim], and the mean; A^-1 is that of the rounded A, exactly."""
+    """From A, [heads, dim, dim], and the mean [heads, dim]."""
     exact = matrix.double()
     return Transform(exact.float(), torch.linalg.inv(exact).float(), mean.float())
 
@@ -55,17 +74,17 @@ def white(dim: int) -> Transform:
 def mean_removed(mean: Tensor, covariance: Tensor) -> Transform:
     """`white` without the mean, [heads, dim], and with coordinates of unit variance."""
     matrix = mixing(mean.shape[-1]).expand(*covariance.shape).clone()
-    return made_of(_normalised(matrix, covariance.double()).half(), mean)
+    return made_of(_normalised(matrix, covariance.double()), mean)
 
 
 def balanced(mean: Tensor, covariance: Tensor, metric: Tensor) -> Transform:
     """The best for one rate: `mean` [heads, dim], `covariance` C and `metric` G [heads, dim, dim], any scale of G."""
-    c, g = _raised(covariance.double()), _raised(metric.double())
-    root = _power(c, 0.5)
-    inverse_root = _power(c, -0.5)
-    transport = inverse_root @ _power(root @ g @ root, 0.5) @ inverse_root
-    matrix = mixing(mean.shape[-1]) @ _power(transport, 0.5)
-    return made_of(_normalised(matrix, covariance.double()).half(), mean)
+    c, g = raised(covariance.double()), raised(metric.double())
+    root = power(c, 0.5)
+    inverse_root = power(c, -0.5)
+    transport = inverse_root @ power(root @ g @ root, 0.5) @ inverse_root
+    matrix = mixing(mean.shape[-1]) @ power(transport, 0.5)
+    return made_of(_normalised(matrix, covariance.double()), mean)
 
 
 def mixing(dim: int) -> Tensor:
@@ -80,14 +99,15 @@ def _normalised(matrix: Tensor, covariance: Tensor) -> Tensor:
     return matrix / variance.clamp(min=torch.finfo(torch.float32).tiny).sqrt()[:, None, None]
 
 
-def _raised(moment: Tensor) -> Tensor:
+def raised(moment: Tensor) -> Tensor:
+    """A second moment [heads, dim, dim] that can be inverted."""
     level = FLOOR * moment.diagonal(dim1=-2, dim2=-1).mean(-1)
     level = level.clamp(min=torch.finfo(torch.float32).tiny)  # a head that is never anything but zero
     return moment + level[:, None, None] * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
 
 
-def _power(matrix: Tensor, exponent: float) -> Tensor:
-    """Of symmetric positive definite matrices."""
+def power(matrix: Tensor, exponent: float) -> Tensor:
+    """Of symmetric positive definite matrices [heads, dim, dim]."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     least = values[..., -1:] * torch.finfo(values.dtype).eps
     return (vectors * values.clamp(min=least)[..., None, :] ** exponent) @ vectors.mT

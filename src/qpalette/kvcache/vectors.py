@@ -1,4 +1,4 @@
-"""A vector as bytes: the indexes of its numbers in bit planes, and one byte of scale. docs/cache.md has every bit of it.
+"""A vector as bytes: the indexes of its numbers in bit planes, and one byte of scale. docs/cache.md has every bit.
 
 A vector is coded alone, so that it can be dropped, copied or shared without a look at its neighbours.
 """
@@ -13,6 +13,7 @@ import torch
 from qpalette.core.errors import SpecError
 from qpalette.kvcache.codes import CacheCode, look_up, nearest
 
+BLOCK = 8  # coordinates that are coded at once where errors are shaped
 SCALE_STEPS = 12  # of a scale, per octave: its rounding costs 0.1 to 0.5 % of the distortion
 SCALE_ONE = 160  # the byte of the scale 1: 2^-13 .. 2^8, for coordinates whose transform has made them about 1, or not
 
@@ -21,9 +22,9 @@ SCALE_ONE = 160  # the byte of the scale 1: 2^-13 .. 2^8, for coordinates whose 
 class VectorFormat:
     """Vectors of `dim` numbers in `code`.
 
-    unbiased: the scale is y.y / y.c, c the decoded levels: what is decoded then has, along y, the length of y. A near
-    optimal code shrinks what it codes, an error along y, and that is where the queries are that read a key. Else the
-    scale is least squares, y.c / c.c.
+    unbiased: where errors are not shaped, the scale is y.y / y.c, c the decoded levels: what is decoded then has, along
+    y, the length of y. A near optimal code shrinks what it codes, an error along y, and that is where the queries are
+    that read a key. Else the scale is least squares, y.c / c.c.
 
     Raises SpecError when `dim` is no multiple of the code's width.
     """
@@ -50,18 +51,40 @@ class VectorFormat:
     def units(self) -> int:
         return self.dim // self.code.width
 
-    def encode(self, vectors: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float [..., dim] -> uint8 [..., code_bytes] and uint8 [...], the scales. What is not finite becomes zeros.
+    def encode(
+        self, vectors: torch.Tensor, points: torch.Tensor, shaping: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """float [batch, heads, tokens, dim] -> uint8 [..., code_bytes] and uint8 [...], the scales. What is not finite
+        becomes zeros.
 
         `points` are those of the code, on the device of `vectors`: a compiled step can read no table from a file.
+        `shaping` is a transform's feedback and gain.
         """
         y = vectors.float()
+        if shaping is not None:
+            return self._encode_shaped(y, points, *shaping)
         root = y.square().mean(-1, keepdim=True).sqrt()
         index = nearest(y / root.clamp(min=torch.finfo(torch.float32).tiny), points)
         levels = look_up(index, points)
         cross = (y * levels).sum(-1)
         scale = y.square().sum(-1) / cross if self.unbiased else cross / levels.square().sum(-1)
         return pack(index, self.code.index_bits), scale_bytes(scale)
+
+    def _encode_shaped(
+        self, y: torch.Tensor, points: torch.Tensor, feedback: torch.Tensor, gain: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block after block, each with what the errors before it have cost."""
+        scales = scale_bytes(y.square().mean(-1).sqrt() * gain[:, None])
+        scale = scales_of(scales)[..., None]
+        divisor = torch.where(scale == 0, 1.0, scale)
+        indexes, errors = [], y[..., :0]
+        for start in range(0, self.dim, BLOCK):
+            block = y[..., start : start + BLOCK]
+            wanted = block + errors @ feedback[:, start : start + BLOCK, :start].mT
+            index = nearest(wanted / divisor, points)
+            indexes.append(index)
+            errors = torch.cat([errors, block - look_up(index, points) * scale], -1)
+        return pack(torch.cat(indexes, -1), self.code.index_bits), scales
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         """float32 [..., dim]."""

@@ -102,6 +102,24 @@ class CodedLayer(StaticLayer):
         for stream in self.streams:
             stream.cut(self.cumulative_length)
 
+    def set_starts(self, starts: Tensor | None) -> None:
+        """The first token of each sequence to come, int64 [batch]; None: 0."""
+        self.given_starts = starts
+        if self.is_initialized:
+            self.starts.copy_(_starts_of(starts, self.batch_size))
+
+    def take_memory(self, other: CodedLayer) -> None:
+        """As for the tokens of another layer."""
+        key, value = (stream.ring[:, :, :0] for stream in other.streams)
+        self.lazy_initialization(key, value)
+
+    def copy(self, other: CodedLayer, tokens: int) -> None:
+        """The first `tokens` of another layer, which become the length."""
+        for mine, theirs in zip(self.streams, other.streams, strict=True):
+            mine.copy(theirs, tokens)
+        self.starts.copy_(other.starts)
+        self.set_length(tokens)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Without the last -tokens_to_remove tokens. Raises ValueError for a positive number, as transformers does."""
         if tokens_to_remove > 0:
@@ -131,7 +149,9 @@ class CodedLayer(StaticLayer):
         chosen = indices.to(self.device)
         for stream in self.streams:
             stream.select(chosen)
-        self.batch_size, self.starts = len(chosen), self.starts[chosen]
+        starts = self.starts[chosen]
+        self.starts = self.starts.copy_(starts) if len(chosen) == self.batch_size else starts
+        self.batch_size = len(chosen)
 
 
 class CodedCache(Cache):
@@ -213,7 +233,7 @@ def check_cacheable(config: Any) -> int:
     layers = StaticCache(config=config, max_cache_len=1).layers
     strange = [type(layer).__name__ for layer in layers if type(layer) not in (StaticLayer, StaticSlidingWindowLayer)]
     if strange:
-        raise UnsupportedError(f"{text.model_type} has layers of the kind {strange[0]}, which a coded cache cannot hold")
+        raise UnsupportedError(f"{text.model_type} has layers of {strange[0]}, which a coded cache cannot hold")
     return len(layers)
 
 
