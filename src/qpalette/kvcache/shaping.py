@@ -51,8 +51,8 @@ def shaped(mean: Tensor, covariance: Tensor, metric: Tensor, distortion: float) 
 
 
 def equal_rotation(cost: Tensor, block: int) -> Tensor:
-    """P, orthogonal, float64 [heads, dim, dim], for `cost` M [heads, dim, dim]: the D_i of P^T M P are equal, but for
-    the last `block` to be found, which are coded first, and L is the identity in blocks.
+    """P, orthogonal, float64 [heads, dim, dim], for `cost` M [heads, dim, dim]: the D_i of P^T M P are equal, or as
+    near as what is left allows to those that are found last and coded first; L is the identity in blocks.
 
     Found from the last coordinate to the first: a direction p with p.S p = det(M)^(1/dim), S what the directions after
     it leave of M (its Schur complement), which again has that geometric mean of eigenvalues. It is a mixture of a
