@@ -30,7 +30,7 @@ from qpalette.core.files import write_whole
 from qpalette.core.records import LinearShape
 from qpalette.core.resume import PartialFigures
 from qpalette.evaluate import loading
-from qpalette.evaluate.cache import directory_of, plan_for, stored_plan, transforms_for
+from qpalette.evaluate.cache import directory_of, plan_for, stored_plan, stream_sensitivities, transforms_for
 from qpalette.evaluate.loading import load_model
 from qpalette.evaluate.sampled_text import TOKEN_FILE
 from qpalette.evaluate.text_source import check_text, context_of, model_windows, text_sha256
@@ -272,6 +272,7 @@ def measure_sensitivities(
     tokens: int | None = None,
     window: int = WINDOW,
     distortion: float = DISTORTION,
+    cache: bool = False,
     seed: int = 0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -283,7 +284,8 @@ def measure_sensitivities(
     `model` is a directory, a .gguf file or a Hub id; `text` a UTF-8 file, of which the first `tokens` are read in
     windows of `window` tokens, or None: the model itself writes the text, into `out`.tokens.json, from which others
     may read it. `method` is "fisher", one backward pass, or
-    "perturbation", noise of `distortion` into one linear after the other. Interrupted, the same call goes on where it
+    "perturbation", noise of `distortion` into one linear after the other. With `cache` keys and values of each layer are
+    measured, too, by another backward pass. Interrupted, the same call goes on where it
     stopped, from `out`.partial. `progress` is called with (steps done, steps in all), `writing` with (tokens written,
     tokens in all).
 
@@ -324,7 +326,8 @@ def measure_sensitivities(
             loaded, windows, names, distortion=distortion, seed=seed, partial=partial, progress=progress
         )
     measured = tuple(replace(linear, sensitivity=values[linear.name]) for linear in linears)
-    found = Sensitivities(measured, provenance)
+    streams = stream_sensitivities(loaded, tokenizer, windows, seed=seed, progress=progress) if cache else ()
+    found = Sensitivities(measured, provenance, streams=streams)
     temporary = target.with_name(target.name + ".tmp")
     temporary.write_text(found.to_json(), encoding="utf-8")
     os.replace(temporary, target)

@@ -142,12 +142,17 @@ def cost_of_errors(errors: Sequence[Tensor]) -> Cost:
 
 
 def cost_of_noise(states: Tensor, transform: Transform, skip: int) -> Cost:
-    """Per unit of distortion, of an error that is white in y = A (x - m), in proportion to y.y; the first `skip` tokens
-    are exact."""
+    """Per unit of distortion, of a code's own error, white and in proportion to y.y, y = A (x - m); where errors are
+    shaped, after they are fed back. The first `skip` tokens are exact."""
     power = transform.apply(states).square().mean(-1)
     power[..., :skip] = 0
+    spread = transform.inverse
+    if transform.shaping is not None:
+        feedback, gain = transform.shaping
+        spread = spread @ torch.linalg.inv(feedback + torch.eye(feedback.shape[-1], device=feedback.device))
+        power = power * gain.square()[:, None]
 
     def cost(gradient: Tensor) -> Tensor:
-        return 0.5 * ((gradient @ transform.inverse).square().sum(-1) * power).sum()[None]
+        return 0.5 * ((gradient @ spread).square().sum(-1) * power).sum()[None]
 
     return cost

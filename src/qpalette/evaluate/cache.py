@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from qpalette.calibration.cache_moments import key_moments
+from qpalette.calibration.cache_moments import Cost, cost_of_noise, key_moments, stream_costs
 from qpalette.core.cache import private_folder
 from qpalette.core.errors import InputError
 from qpalette.evaluate.cache_baselines import BaselineCache, parse_baseline
-from qpalette.evaluate.loading import bits_per_weight, load_model
+from qpalette.evaluate.loading import bits_per_weight, load_model, plan_of
 from qpalette.evaluate.metrics import Evaluation, evaluate_models
 from qpalette.evaluate.metrics import Progress as MetricsProgress
 from qpalette.evaluate.sampled_text import TOKEN_FILE, Progress, mark_of, sample_windows
@@ -22,6 +22,7 @@ from qpalette.evaluate.text_source import context_of, model_windows
 from qpalette.evaluate.windows import WINDOW as WHOLE
 from qpalette.kvcache import (
     CACHE_PLAN_FILE,
+    EXACT,
     MOMENTS_FILE,
     WHITE,
     CachePlan,
@@ -31,14 +32,18 @@ from qpalette.kvcache import (
     parse_cache,
     read_cache_plan,
     read_moments,
+    white,
     write_moments,
 )
 from qpalette.nn.coded_cache import CodedCache, check_cacheable
+from qpalette.plan import SensitiveStream
+from qpalette.plan.streams import KINDS
 from qpalette.storage import local_path
 
 WINDOWS, WINDOW = 16, 256  # of text that the model writes: 4096 tokens, where 1024 were found to be enough
 SHORTEST = 2048  # context that moments are taken over: one calibration serves all shorter ones
 SEED = 2_000_000  # of that text: no other measurement reads it
+NEAR = "vq-3"  # the plan at whose distortion sensitivities are measured: in the middle of what is planned
 TEST_SEED = 1_000_000  # as that of `evaluate`
 
 
@@ -89,6 +94,35 @@ def moments_for(
     return read_moments(kept, layers)
 
 
+def stream_sensitivities(
+    model: Any,
+    tokenizer: Any,
+    windows: Sequence[torch.Tensor],
+    *,
+    seed: int = 0,
+    progress: MetricsProgress | None = None,
+) -> tuple[SensitiveStream, ...]:
+    """d(KL per token) / d(distortion) of all keys and of all values of each layer, by one backward pass a window; keys
+    transformed as a cache does it by default, calibrated on the same windows, int64 [length] each. Raises as
+    `moments_for`."""
+    sinks, code = EXACT.sinks, parse_cache(NEAR)
+    moments = moments_for(model, tokenizer, max(map(len, windows)), sinks, windows)
+    transforms = [transform.to(model.device) for transform in key_transforms(code, moments)]
+    shapes: dict[int, tuple[int, int, int]] = {}
+
+    def probe(layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[Cost, Cost]:
+        shapes[layer] = (key.shape[1], key.shape[-1], value.shape[-1])
+        plain = white(value.shape[-1]).to(value.device)
+        return cost_of_noise(key, transforms[layer], sinks), cost_of_noise(value, plain, sinks)
+
+    found = []
+    for layer, costs in enumerate(stream_costs(model, windows, probe, seed, progress)):
+        heads, *dims = shapes[layer]
+        for kind, dim, cost in zip(KINDS, dims, costs, strict=True):
+            found.append(SensitiveStream(layer, kind, heads, dim, float(cost)))
+    return tuple(found)
+
+
 def _context(model: Any, length: int) -> int:
     """The power of two that holds `length` tokens, but no more than the model's own context."""
     rounded = max(SHORTEST, 1 << (length - 1).bit_length())
@@ -96,9 +130,13 @@ def _context(model: Any, length: int) -> int:
 
 
 def stored_plan(directory: Path) -> CachePlan | None:
-    """The cache plan in a quantized model's directory. Raises SpecError for one that cannot be read."""
+    """The cache plan in a quantized model's directory: a file of its own, or a part of the plan that the model was made
+    by. Raises SpecError for a file that cannot be read."""
     file = directory / CACHE_PLAN_FILE
-    return read_cache_plan(file) if file.exists() else None
+    if file.exists():
+        return read_cache_plan(file)
+    whole = plan_of(directory)
+    return None if whole is None else whole.cache
 
 
 def plan_for(model: Any, spec: str | CachePlan | None) -> CachePlan:

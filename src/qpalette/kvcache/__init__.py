@@ -6,6 +6,7 @@ from qpalette.kvcache.moments import MOMENTS_FILE, KeyMoments, read_moments, wri
 from qpalette.kvcache.plan import (
     BALANCED,
     CACHE_PLAN_FILE,
+    EXACT,
     MEAN,
     SHAPED,
     TRANSFORMS,
@@ -22,6 +23,7 @@ from qpalette.kvcache.vectors import VectorFormat
 __all__ = [
     "BALANCED",
     "CACHE_PLAN_FILE",
+    "EXACT",
     "MEAN",
     "MOMENTS_FILE",
     "PAGE",

@@ -87,17 +87,19 @@ class CachePlan:
 
     def to_json(self) -> str:
         """The file. `from_json` of it gives an equal plan."""
-        return json.dumps(
-            {
-                "cache_plan_version": CACHE_PLAN_VERSION,
-                "transform": self.transform,
-                "sinks": self.exact.sinks,
-                "window": self.exact.window,
-                "keys": list(self.keys),
-                "values": list(self.values),
-            },
-            indent=1,
-        )
+        return json.dumps(self.content, indent=1)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the file says; `from_content` reads it."""
+        return {
+            "cache_plan_version": CACHE_PLAN_VERSION,
+            "transform": self.transform,
+            "sinks": self.exact.sinks,
+            "window": self.exact.window,
+            "keys": list(self.keys),
+            "values": list(self.values),
+        }
 
     @classmethod
     def from_json(cls, text: str, source: str = "the cache plan") -> CachePlan:
