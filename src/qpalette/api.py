@@ -283,11 +283,10 @@ def measure_sensitivities(
 
     `model` is a directory, a .gguf file or a Hub id; `text` a UTF-8 file, of which the first `tokens` are read in
     windows of `window` tokens, or None: the model itself writes the text, into `out`.tokens.json, from which others
-    may read it. `method` is "fisher", one backward pass, or
-    "perturbation", noise of `distortion` into one linear after the other. With `cache` keys and values of each layer are
-    measured, too, by another backward pass. Interrupted, the same call goes on where it
-    stopped, from `out`.partial. `progress` is called with (steps done, steps in all), `writing` with (tokens written,
-    tokens in all).
+    may read it. `method` is "fisher", one backward pass, or "perturbation", noise of `distortion` into one linear after
+    the other. With `cache` keys and values of each layer are measured, too, by another backward pass. Interrupted, the
+    same call goes on where it stopped, from `out`.partial. `progress` is called with (steps done, steps in all),
+    `writing` with (tokens written, tokens in all).
 
     Raises InputError for a method, text or number that cannot be used, CheckpointError for a model that cannot be read.
     """

@@ -56,7 +56,7 @@ class Transform:
 
     def to(self, device: torch.device) -> Transform:
         tensors = (self.matrix, self.inverse, self.mean, self.feedback, self.gain)
-        return Transform(*(tensor if tensor is None else tensor.to(device) for tensor in tensors))  # type: ignore[arg-type]
+        return Transform(*(tensor if tensor is None else tensor.to(device) for tensor in tensors))
 
 
 def made_of(matrix: Tensor, mean: Tensor) -> Transform:
