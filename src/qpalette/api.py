@@ -63,6 +63,7 @@ def load(
     fast: bool = False,
     compile: str = "never",
     cache: str | CachePlan | None = None,
+    writing: Progress | None = None,
 ) -> tuple[Any, Any]:
     """The causal language model at `path`, a `PreTrainedModel` in evaluation mode, and its tokenizer.
 
@@ -74,14 +75,15 @@ def load(
     by captured steps, with the same arguments and results, and compiles them as `compile` says: "never", in the
     "background", or "now", before the first token. cache: with `fast`, what keys and values are kept as, on any
     device: a spec or plan as `qpalette.cache` takes it, "none" for keys and values as they are; None is what the
-    directory says, or else as they are.
+    directory says, or else as they are; where keys are to be calibrated on text that the model writes, `writing` is
+    called with (tokens written, tokens in all).
 
     Raises InputError when there is no such device or `compile`, UnsupportedError with the reasons when no backend can
     run the model, and ArtifactError or CheckpointError when there is no intact model or transformers cannot build it.
     """
     check_mode(compile)
     model, tokenizer = loading.load(path, device=device, dtype=dtype, device_map=device_map, backend=backend)
-    return (make_fast(model, compile, cache_maker(model, tokenizer, cache)) if fast else model), tokenizer
+    return (make_fast(model, compile, cache_maker(model, tokenizer, cache, writing)) if fast else model), tokenizer
 
 
 def cache(
@@ -110,14 +112,17 @@ def cache(
     return CodedCache(model.config, plan, length, transforms, padding)
 
 
-def cache_maker(model: Any, tokenizer: Any, spec: str | CachePlan | None) -> CacheMaker | None:
+def cache_maker(
+    model: Any, tokenizer: Any, spec: str | CachePlan | None, writing: Progress | None = None
+) -> CacheMaker | None:
     """Makes caches of any length, alike; None where keys and values stay as they are. Takes and raises what `load` and
-    `cache` do."""
+    `cache` do; `writing` is called with (tokens written, tokens in all) where the model writes a text to calibrate on.
+    """
     directory = directory_of(model)
     if spec == "none" or (spec is None and stored_plan(directory) is None):
         return None
     plan = plan_for(model, spec)
-    transforms = transforms_for(model, tokenizer, plan, CACHE_LENGTH)
+    transforms = transforms_for(model, tokenizer, plan, CACHE_LENGTH, progress=writing)
     return lambda config, length: CodedTokenCache(config, length, plan, transforms)
 
 

@@ -19,6 +19,7 @@ from qpalette.evaluate.cache_baselines import BASELINES, BaselineCache
 from qpalette.generation import CodedTokenCache, attach
 from qpalette.kvcache import Exact, parse_cache
 from qpalette.nn.coded_cache import CodedCache, check_cacheable
+from qpalette.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FINE = "white:nuq-8,sinks=2"  # near enough for the same tokens where they are far apart
@@ -364,6 +365,11 @@ def test_the_commands(tmp_path, monkeypatch):
     (packed / "qpalette_cache.json").write_text(parse_cache("white:nuq-2").to_json())
     model, _ = qpalette.load(packed, fast=True)
     assert model.generate.cache(model.config, 9).plan == parse_cache("white:nuq-2")
+    (packed / "qpalette_cache.json").unlink()
+    plan = Plan({"model.layers.0.mlp.up_proj": "nuq-4"}, cache=parse_cache("white:vq-2"))
+    (packed / "qpalette_plan.json").write_text(plan.to_json())
+    model, _ = qpalette.load(packed, fast=True)
+    assert model.generate.cache(model.config, 9).plan == parse_cache("white:vq-2")
     plain, _ = qpalette.load(packed, fast=True, cache="none")
     assert not hasattr(plain.generate, "cache")
     assert qpalette.cache(plain, max_length=9).plan.exact == Exact(4, 0)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qpalette.cli.output import token_bar
 from qpalette.core.errors import InputError
 
 Message = dict[str, str]  # {"role": "user" or "assistant", "content": text}
@@ -60,7 +61,8 @@ def open_model(
         parse_cache(str(cache))  # a wrong one is told before minutes of loading
     where = parse_device(device)
     kind = parse_dtype(dtype or ("float16" if where.type == "cuda" else "float32"))
-    return load(model, device=where, dtype=kind, fast=True, compile=compile, cache=cache)
+    with token_bar("calibrating the cache") as bar:
+        return load(model, device=where, dtype=kind, fast=True, compile=compile, cache=cache, writing=bar.show)
 
 
 def parse_dtype(name: str) -> Any:
