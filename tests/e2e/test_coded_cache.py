@@ -373,3 +373,24 @@ def test_the_commands(tmp_path, monkeypatch):
     plain, _ = qpalette.load(packed, fast=True, cache="none")
     assert not hasattr(plain.generate, "cache")
     assert qpalette.cache(plain, max_length=9).plan.exact == Exact(4, 0)
+
+
+def test_bench_times_codes_beside_the_original(tmp_path):
+    config = tmp_path / "config.json"
+    build("llama").config.save_pretrained(tmp_path)
+    run = CliRunner()
+    options = ["--spec", "nuq-4", "--batch", "1", "--context", "8", "--steps", "2", "--dtype", "float32", "--json"]
+    found = run.invoke(app, ["bench", "--config", str(config), "--cache", "vq-3", *options])
+    assert found.exit_code == 0, found.output
+    original, quantized = json.loads(found.stdout)["speeds"]
+    assert "cache" not in original
+    assert quantized["cache"] == "white:vq-3"
+
+
+def test_serving_elsewhere_has_its_own_cache():
+    run = CliRunner()
+    for engine in (["--engine", "vllm"], ["--", "--continuous-batching"]):
+        said = run.invoke(app, ["serve", "nowhere", "--cache", "vq-3", *engine])
+        assert said.exit_code == 1
+        assert "have their own" in said.output
+    assert run.invoke(app, ["serve", "nowhere", "--cache", "vq-77"]).exit_code == 1

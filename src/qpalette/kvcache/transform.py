@@ -52,11 +52,11 @@ class Transform:
         """Transforms of so many heads each."""
         tensors = (self.matrix, self.inverse, self.mean, self.feedback, self.gain)
         parts = [[None] * len(heads) if tensor is None else tensor.split(list(heads)) for tensor in tensors]
-        return [Transform(*part) for part in zip(*parts, strict=True)]  # type: ignore[arg-type]
+        return [Transform(*part) for part in zip(*parts, strict=True)]
 
     def to(self, device: torch.device) -> Transform:
-        tensors = (self.matrix, self.inverse, self.mean, self.feedback, self.gain)
-        return Transform(*(tensor if tensor is None else tensor.to(device) for tensor in tensors))
+        feedback, gain = (None if tensor is None else tensor.to(device) for tensor in (self.feedback, self.gain))
+        return Transform(self.matrix.to(device), self.inverse.to(device), self.mean.to(device), feedback, gain)
 
 
 def made_of(matrix: Tensor, mean: Tensor) -> Transform:
