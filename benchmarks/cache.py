@@ -22,7 +22,9 @@ from qpalette.calibration.cache_moments import cost_of_errors, stream_costs
 from qpalette.evaluate import load_model, token_windows
 from qpalette.evaluate.cache import WINDOW, WINDOWS, evaluate_cache, moments_for
 from qpalette.evaluate.cache_baselines import BASELINES, parse_baseline
-from qpalette.kvcache import Exact, Stream, key_transforms, parse_cache, white
+from qpalette.kvcache import Exact, KeyMoments, Stream, key_transforms, parse_cache, white
+from qpalette.kvcache.shaping import equal_rotation, unit_lower
+from qpalette.kvcache.transform import power, raised
 
 OURS = ("vq4-2", "vq-2", "vq-2.5", "vq-3", "nuq-3", "vq-3.5", "nuq-4", "vq-4")
 BESIDE = ("balanced:vq-3", "mean:vq-3", "white:vq-3")
@@ -55,6 +57,27 @@ def predicted(model: Any, spec: str, windows: list[torch.Tensor], transforms: An
     return float(sum(keys.sum() + values.sum() for keys, values in costs))
 
 
+def print_costs(moments: list[KeyMoments]) -> None:
+    """What an error of keys costs by each transform, all heads together, over reverse water-filling's bound."""
+    sums: dict[str, float] = {}
+    for moment in moments:
+        covariance, queries = raised(moment.covariance.double()), raised(moment.queries.double())
+        dim, root = covariance.shape[-1], power(covariance, 0.5)
+        cost = root @ queries @ root
+        values = torch.linalg.eigvalsh(cost)
+        trace = [x.diagonal(dim1=1, dim2=2).sum(-1) for x in (covariance, queries)]
+        parts = {"bound": dim * values.log().mean(-1).exp(), "mean": trace[0] * trace[1] / dim}
+        parts["balanced"] = values.sqrt().sum(-1).square() / dim
+        for block in (2, 8, 16):
+            rotation = equal_rotation(cost, block)
+            turned = rotation.mT @ cost @ rotation
+            inverse = torch.linalg.inv(unit_lower(turned))
+            parts[f"shaped, blocks of {block}"] = (inverse.mT @ turned @ inverse).diagonal(dim1=1, dim2=2).sum(-1)
+        for name, part in parts.items():
+            sums[name] = sums.get(name, 0.0) + float(part.sum())
+    print("cost over the bound:", ", ".join(f"{name} {value / sums['bound']:.3f}" for name, value in sums.items()))
+
+
 def main(
     model: str,
     text: Annotated[Path, typer.Option()],
@@ -72,9 +95,10 @@ def main(
     train = token_windows(calibration, tokenizer, min(WINDOW, length), WINDOWS)
     held_out = token_windows(calibration, tokenizer, min(PREDICTED_LENGTH, length))[-PREDICTED_WINDOWS:]
     moments = moments_for(loaded, tokenizer, length, 4, train)
+    print_costs(moments)
     rows = []
     print("           cache    bits       KL      +-   median  99.9 %  top-1 predicted  seconds")
-    for name in spec or [*OURS, *BESIDE, *(f"{name},sinks=4" for name in BASELINES)]:
+    for name in spec if spec is not None else [*OURS, *BESIDE, *(f"{name},sinks=4" for name in BASELINES)]:
         start = time.perf_counter()
         found = evaluate_cache(loaded, tokenizer, name, test, calibration=train)
         told = None
