@@ -12,6 +12,7 @@ from typing import Any
 from qpalette.integrations.autoload import install as _install
 
 _HOME = {
+    "Config": "qpalette.integrations.on_load",
     "cache": "qpalette.api",
     "load": "qpalette.api",
     "parse_spec": "qpalette.codes",
@@ -19,7 +20,7 @@ _HOME = {
     "tune": "qpalette.tuning",
 }
 
-__all__ = ["__version__", "cache", "calibrate", "evaluate", "load", "parse_spec", "quantize", "tune"]
+__all__ = ["Config", "__version__", "cache", "calibrate", "evaluate", "load", "parse_spec", "quantize", "tune"]
 
 
 class _Package(ModuleType):

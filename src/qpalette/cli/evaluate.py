@@ -76,7 +76,7 @@ def evaluate(
     check_limit(windows)
     if cache is None and (cache_text is not None or length):
         raise typer.BadParameter("--cache-text and --length are for --cache")
-    check_text(text)  # a wrong file is told before minutes of loading
+    check_text(text, model if reference is None else reference)  # a wrong file is told before minutes of loading
     if cache is not None:
         return _through_cache(model, reference, cache, text, cache_text, windows, length or [WINDOW], where, as_json)
     if text is None and reference is not None:
@@ -105,7 +105,7 @@ def _through_cache(
     from qpalette.evaluate.text_source import check_text
 
     check_cache(cache)
-    check_text(cache_text)
+    check_text(cache_text, model)
     quiet_transformers()
     with token_bar("writing text") as writing, step_bar("windows") as bar:
         options: dict[str, Any] = {"reference": reference, "cache_text": cache_text, "device": device}

@@ -23,6 +23,7 @@ from qpalette.models.model_class import (
 )
 from qpalette.models.weights import tensor_of
 from qpalette.storage.base import Checkpoint, TensorInfo
+from qpalette.storage.tied import EMBEDDING, OUTPUT_HEAD
 
 # Group name in a decoder layer -> the linears that read its input, in the order in which a launch holds them.
 SPLIT = {
@@ -48,8 +49,6 @@ ARCHITECTURES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt"))  # their Conv1D weights are in x out
 
-EMBEDDING = re.compile(r"(?:\w+\.)*(?:embed_tokens|embeddings|embed_in|wte|word_embeddings|tok_embeddings)")
-OUTPUT_HEAD = re.compile(r"(?:\w+\.)*(?:lm_head|output_layer|embed_out)")
 DECODER_LAYER = re.compile(r"(?P<layer>(?:(?:model|language_model)\.)*layers\.(?P<index>\d+))\.(?P<rest>.+)")
 ANY_LAYER = re.compile(r".*?\b(?:layers|layer|blocks|block|h)\.(?P<index>\d+)\.(?P<rest>.+)")
 
