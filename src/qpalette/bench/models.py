@@ -15,6 +15,7 @@ from qpalette.core.records import LinearRecord
 from qpalette.formats.packed import QuantizationFormat
 from qpalette.formats.parts import parts_of, total_bits
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
+from qpalette.kvcache import CachePlan
 from qpalette.models import Grouping, find_groups
 from qpalette.plan import Plan
 from qpalette.rotate import rotation_for
@@ -85,6 +86,7 @@ class Candidate:
     make: Callable[[], Any]
     random_weights: bool
     bits_per_weight: float | None = None  # of the quantized linears, everything counted; None where none is
+    cache: CachePlan | None = None  # of codes; None: keys and values as they are
 
     def build(self) -> Any:
         """The model on its device, in evaluation mode."""

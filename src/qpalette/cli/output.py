@@ -41,6 +41,12 @@ def print_note(message: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"[dim]{escape(message)}[/]")
 
 
+CACHE_HELP = (
+    "Keep keys and values as codes: vq-3, vq-3/vq-2.5, white:nuq-4, a plan file, or none.  [default: as the model's "
+    "directory says, or none]"
+)
+
+
 def print_json(value: Any) -> None:
     """`value` on stdout: dataclasses as objects, exact rates as numbers, infinities as null."""
     sys.stdout.write(_json(value))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from qpalette.cli.output import print_note
+from qpalette.cli.output import CACHE_HELP, print_note
 
 LOCAL = "127.0.0.1"
 
@@ -18,6 +18,7 @@ def serve(
     engine: Annotated[str, typer.Option("--engine", help="transformers or vllm.")] = "transformers",
     host: Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0 lets the network in.")] = LOCAL,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port to listen on.")] = 8000,
+    cache: Annotated[str | None, typer.Option("--cache", metavar="SPEC", help=CACHE_HELP)] = None,
     compile: Annotated[
         str,
         typer.Option(
@@ -31,10 +32,16 @@ def serve(
 
     Example: [bold]qpalette serve OUT --port 8001 -- --device cuda[/]
     """
-    from qpalette.generation import check_mode, fast
+    from qpalette.core.errors import UnsupportedError
+    from qpalette.generation import check_mode
     from qpalette.integrations import serving
+    from qpalette.kvcache import parse_cache
 
     check_mode(compile)
+    if cache not in (None, "none"):
+        parse_cache(str(cache))
+        if engine == "vllm" or "--continuous-batching" in context.args:
+            raise UnsupportedError("--cache is for transformers' generate: vLLM and continuous batching have their own")
     serving.check_engine(engine)
     serving.check_port(host, port)
     directory = _directory(model)
@@ -42,7 +49,15 @@ def serve(
     if engine == "vllm":
         serving.serve_vllm(directory, host, port, context.args)
     else:
-        serving.serve_transformers(directory, host, port, context.args, partial(fast, compile=compile))
+        serving.serve_transformers(directory, host, port, context.args, partial(_prepared, compile, cache))
+
+
+def _prepared(compile: str, cache: str | None, model: Any) -> Any:
+    """The model as `transformers serve` has loaded it, with a `generate` of ours."""
+    from qpalette.api import cache_maker
+    from qpalette.generation import fast
+
+    return fast(model, compile, cache_maker(model, None, cache))
 
 
 def _directory(model: str) -> str:
