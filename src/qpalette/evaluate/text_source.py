@@ -31,8 +31,8 @@ def model_windows(
     """The first `count` windows of `length` tokens, int64 each: less in a model of shorter context.
 
     `text` is a UTF-8 file, of which `count` None takes all windows; a token file (`sampled_text`), whose windows are
-    cut where they are longer and may be shorter; or None: `model` writes `count` windows, with `seed`, into the token file
-    `keep`, from which an interrupted run goes on. Raises InputError for numbers or a file that cannot be used, and
+    cut where they are longer and may be shorter; or None: `model` writes `count` windows, with `seed`, into the token
+    file `keep`, from which an interrupted run goes on. Raises InputError for numbers or a file that cannot be used, and
     naming a token that the model does not know.
     """
     windows = _windows(text, model, tokenizer, length, count, seed, keep, progress)

@@ -2,6 +2,6 @@
 
 from qpalette.recipe.forecast import Step, forecast
 from qpalette.recipe.options import BEST, STANDARD, Recipe, recipe_of
-from qpalette.recipe.run import Compressed, compress
+from qpalette.recipe.run import Compressed, Wish, compress
 
-__all__ = ["BEST", "STANDARD", "Compressed", "Recipe", "Step", "compress", "forecast", "recipe_of"]
+__all__ = ["BEST", "STANDARD", "Compressed", "Recipe", "Step", "Wish", "compress", "forecast", "recipe_of"]
