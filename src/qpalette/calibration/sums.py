@@ -16,7 +16,7 @@ from qpalette.calibration.equalize import equalize, row_mean_square
 from qpalette.calibration.hessians import input_names, pack_symmetric, packed_length, row_blocks, unpack_symmetric
 from qpalette.calibration.taps import Weight
 from qpalette.core.records import LinearGroup
-from qpalette.models.model_class import EXPERT
+from qpalette.models.experts import EXPERT
 from qpalette.storage import StreamingSafetensorsWriter, TensorInfo
 
 logger = logging.getLogger(__name__)

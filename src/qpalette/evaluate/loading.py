@@ -12,6 +12,7 @@ import torch
 from qpalette.core.errors import ArtifactError, CheckpointError, SpecError, UnsupportedError
 from qpalette.formats.reader import open_artifact
 from qpalette.models import find_groups, weight_bytes
+from qpalette.models.model_class import class_of, config_for
 from qpalette.plan import PLAN_FILE, Plan
 from qpalette.runtime import backends
 from qpalette.runtime.device import parse_device
@@ -55,10 +56,21 @@ def load_model(
 
 
 def _read(directory: Path, options: dict[str, Any]) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
-    return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    return read_model(directory, options), tokenizer
+
+
+def read_model(directory: Path, options: dict[str, Any]) -> Any:
+    """The model alone, of the class that its config names: of text, of images and text, of sequences to sequences."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    found = class_of(config)
+    if found is None:
+        raise ValueError(f"no class of it generates text from a config of type '{config.model_type}'")
+    return found.from_pretrained(directory, config=config_for(found, config), local_files_only=True, **options)
 
 
 def is_artifact(path: str | Path) -> bool:
