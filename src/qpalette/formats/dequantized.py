@@ -85,7 +85,7 @@ def _sources_of(records: Mapping[str, LinearRecord]) -> dict[str, tuple[str, ...
         was_stacked = match is not None and match["experts"] in stacked and not records[name].source
         plain = f"{match['experts']}.{match['leaf']}" if match is not None and was_stacked else f"{name}.weight"
         result[name] = records[name].source or (plain,)
-        if match is not None:
+        if match is not None and len(result[name]) == 1:
             stacks.setdefault(result[name][0], []).append(records[name])
     for tensor, members in stacks.items():
         _check_alike(tensor, members)

@@ -39,7 +39,9 @@ class LinearEntry(_Strict):
 
     def record(self) -> LinearRecord:
         rows, columns = self.shape
-        return LinearRecord(self.spec, rows, columns, self.rotation, self.seed, self.group, self.diagonal, tuple(self.source))
+        return LinearRecord(
+            self.spec, rows, columns, self.rotation, self.seed, self.group, self.diagonal, tuple(self.source)
+        )
 
 
 class QuantizationFormat(_Strict):

@@ -25,6 +25,7 @@ from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord
 from qpalette.formats.packed import FORMAT_VERSION, METHOD, QuantizationFormat
 from qpalette.formats.reader import open_artifact
+from qpalette.models.names import saved_names
 from qpalette.nn import (
     PackedModule,
     QuantExperts,
@@ -62,6 +63,7 @@ class QPaletteQuantizer(HfQuantizer):
 
     requires_calibration = True  # transformers itself then refuses to quantize while loading
     quantization_config: QPaletteConfig
+    _modules: dict[str, str]  # linear's name in the checkpoint -> its module
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises UnsupportedError with every backend's reason when a spec cannot run on one of the devices."""
@@ -75,18 +77,15 @@ class QPaletteQuantizer(HfQuantizer):
     ) -> None:
         records = self.quantization_config.records
         stored = _check_files(Path(checkpoint_files[0]).parent, records) if checkpoint_files else set()
-        modules = pack_modules(model, records, stored)
-        # A base model names its modules without the prefix; what it saves must be named alike.
-        linears, prefix = self.quantization_config.linears, f"{model.base_model_prefix}."
-        self.quantization_config.linears = {
-            module if module in (name.removeprefix(prefix), prefix + name) else name: linears[name]
-            for name, module in modules.items()
-        }
+        self._modules = pack_modules(model, records, stored)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in _modules_of_kind(model, PackedModule).items():
             module.check_values(name)
             module.prepare()
+        # Saved by this class, tensors have its names; a base model's, for one, lack a prefix.
+        linears, saved = self.quantization_config.linears, saved_names(model, self._modules.values())
+        self.quantization_config.linears = {saved[module]: linears[name] for name, module in self._modules.items()}
         join_launches(model)
         fuse_norms(model)
         return model
@@ -149,7 +148,7 @@ def _untie(model: Any) -> None:
     del model._tied_weights_keys
     for name, module in tied.items():
         linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        linear.bias = getattr(module, "bias", None)
+        linear.register_parameter("bias", getattr(module, "bias", None))
         model.set_submodule(name, linear)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.tie_weights()

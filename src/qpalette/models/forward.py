@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,8 +18,16 @@ from torch.overrides import TorchFunctionMode
 
 TOKENS = 12  # enough for a convolution's window
 ZEROS = {Tensor.item: 0, Tensor.__bool__: False, Tensor.__int__: 0, Tensor.__float__: 0.0, Tensor.__index__: 0}
-# What asks a weight for no value.
-HARMLESS = frozenset(("__get__", "size", "dim", "numel", "is_floating_point", "get_device", "stride", "__hash__"))
+# What a packed weight answers as it is: what asks it for no value, and products.
+_PROPERTIES = ("dtype", "device", "shape", "ndim", "layout", "is_meta", "is_cuda", "requires_grad", "grad", "is_sparse")
+_QUESTIONS = ("size", "dim", "numel", "is_floating_point", "is_complex", "get_device", "stride", "__hash__", "__len__")
+HARMLESS = frozenset(
+    (
+        *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
+        *(getattr(Tensor, name) for name in _QUESTIONS),
+        *(torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__),
+    )
+)
 
 
 @dataclass
@@ -41,8 +50,10 @@ def forward_on_meta(model: Any) -> Seen:
                 run(**inputs)
             except Exception as error:  # what a class raises on inputs that it does not take
                 seen.failure = error
-        if len(seen.inputs) > len(best.inputs) or best.failure is not None and seen.failure is None:
+        outside = best.computed_outside | seen.computed_outside  # some classes do a thing only once
+        if len(seen.inputs) > len(best.inputs) or (best.failure is not None and seen.failure is None):
             best = seen
+        best.computed_outside = outside
         if seen.failure is None:
             break
     return best
@@ -68,7 +79,20 @@ def _language_model(model: Any) -> Any | None:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it computes what nn.Linear does."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and _computes_linear(type(module))
+
+
+@lru_cache(maxsize=256)
+def _computes_linear(kind: type[nn.Linear]) -> bool:
+    """Judged by what it computes, where its code is another."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            linear, x = kind(8, 4), torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+            return torch.allclose(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
+    except Exception:  # another signature, or whatever such a class raises
+        return False
 
 
 class _Watch(TorchFunctionMode):
@@ -81,7 +105,7 @@ class _Watch(TorchFunctionMode):
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if first is not None and first.is_meta and (answer := _without_value(func, first, args, kwargs)) is not None:
             return answer[0]
-        if func.__name__ not in HARMLESS:
+        if func not in HARMLESS:
             self._note(args, kwargs)
         return func(*args, **kwargs)
 
@@ -103,6 +127,8 @@ def _without_value(func: Any, tensor: Tensor, args: Any, kwargs: Any) -> tuple[A
         return (torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu").tolist(),)
     if func in (torch.equal, torch.allclose, Tensor.equal):
         return (False,)
+    if func is Tensor.unique and not any(kwargs.get(each) for each in ("return_inverse", "return_counts")):
+        return (tensor.new_empty(0),)
     if func in (torch.nonzero, Tensor.nonzero) or (func is torch.where and len(args) == 1):
         if func is torch.where or kwargs.get("as_tuple"):
             return (tuple(tensor.new_empty(0, dtype=torch.long) for _ in tensor.shape),)
@@ -112,10 +138,10 @@ def _without_value(func: Any, tensor: Tensor, args: Any, kwargs: Any) -> tuple[A
 
 @contextmanager
 def _watched(model: nn.Module, seen: Seen) -> Iterator[None]:
-    owners: dict[int, list[str]] = {}  # modules that share a parameter
+    owners: dict[int, list[str]] = {}  # modules that share a weight
     for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            owners.setdefault(id(weight), []).append(name)
     running: list[str] = []
     held: dict[int, Tensor] = {}  # inputs, so that none gets the address of another
     hooks = []
@@ -149,7 +175,7 @@ def _stacks_passed_over(model: nn.Module) -> Iterator[None]:
     """Modules of stacked experts return their input: their products ask for types and sizes that depend on values."""
     stacks = [module for module in model.modules() if hasattr(module, "has_gate")]
     for module in stacks:
-        module.forward = lambda x, *_args, **_kwargs: torch.zeros_like(x)  # type: ignore[method-assign]
+        module.forward = lambda x, *_args, **_kwargs: torch.zeros_like(x)
     try:
         yield
     finally:

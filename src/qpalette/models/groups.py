@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from os.path import commonprefix
 
 import torch
 
@@ -157,13 +156,19 @@ def _group_name(names: Sequence[str]) -> str:
     if expert := EXPERT.fullmatch(names[0]):
         return f"{expert['experts']}.gate_up_proj"
     parent = names[0].rpartition(".")[0]
-    leaves = [name.rpartition(".")[2] for name in names]
-    start = commonprefix(leaves).rpartition("_")[0]
-    start = f"{start}_" if start else ""
-    end = commonprefix([leaf[len(start) :][::-1] for leaf in leaves])[::-1].partition("_")[2]
-    end = f"_{end}" if end else ""
-    stems = [leaf[len(start) : len(leaf) - len(end)] for leaf in leaves]
-    return f"{parent}.{start}{('' if max(map(len, stems)) == 1 else '_').join(stems)}{end}"
+    leaves = [name.rpartition(".")[2].split("_") for name in names]
+    start, end = _alike(leaves), _alike([leaf[::-1] for leaf in leaves])
+    stems = ["_".join(leaf[start : len(leaf) - end]) for leaf in leaves]
+    together = ("" if max(map(len, stems)) == 1 else "_").join(stems)
+    return ".".join((parent, "_".join((*leaves[0][:start], together, *leaves[0][len(leaves[0]) - end :]))))
+
+
+def _alike(leaves: Sequence[Sequence[str]]) -> int:
+    """How many parts they begin with in common, each keeping one of its own."""
+    count = 0
+    while count < min(map(len, leaves)) - 1 and len({leaf[count] for leaf in leaves}) == 1:
+        count += 1
+    return count
 
 
 def _sort_key(name: str, first: Held) -> tuple[object, ...]:

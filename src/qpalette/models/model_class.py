@@ -60,7 +60,7 @@ def build_on_meta(config: Mapping[str, Any]) -> Any | None:
     layers = text_config(config).get("num_hidden_layers")
     if isinstance(layers, int) and layers > MAX_LAYERS:
         return None
-    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    plain = {key: _value(each) for key, each in config.items() if key not in ("quantization_config", "auto_map")}
     try:
         parsed = AutoConfig.for_model(**plain)
         found = class_of(parsed)
@@ -71,6 +71,13 @@ def build_on_meta(config: Mapping[str, Any]) -> Any | None:
     except Exception as error:  # whatever a model class raises on a config that is incomplete, or of another release
         logger.info("transformers builds no model of %r (%s)", config.get("model_type"), error)
         return None
+
+
+def _value(field: Any) -> Any:
+    """A field of config.json; numbers that JSON has not are there as {"__float__": "Infinity"}."""
+    if isinstance(field, Mapping):
+        return float(field["__float__"]) if field.keys() == {"__float__"} else {k: _value(v) for k, v in field.items()}
+    return [_value(each) for each in field] if isinstance(field, list) else field
 
 
 def model_of(config: Mapping[str, Any]) -> Any | None:

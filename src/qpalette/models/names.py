@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 MERGE, CONCATENATE = "MergeModulelist", "Concatenate"
+MARK = "qp_codes"  # of any packed tensor
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Names:
         self.model = model
         mapping = get_model_conversion_mapping(model)
         self._converters = [each for each in mapping if isinstance(each, WeightConverter)]
-        self._renames = [each for each in mapping if not isinstance(each, WeightConverter)]
+        self._renames: list[Any] = [each for each in mapping if not isinstance(each, WeightConverter)]
         self._by_pattern = {pattern: each for each in self._converters for pattern in each.source_patterns}
         self._parameters = model.state_dict()
 
@@ -107,3 +108,14 @@ def _run(
     # Its names are those between two renames; their order is that of the patterns.
     values = [value[0] if isinstance(value, list) else value for value in found.values()]
     return dict(zip(wanted, values, strict=True))
+
+
+def saved_names(model: Any, modules: Iterable[str]) -> dict[str, str]:
+    """Module -> the name before its tensors' own in a checkpoint that `save_pretrained` writes of a loaded model."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    marks = {f"{module}.{MARK}": torch.empty(0) for module in modules}
+    of_mark = {id(mark): name for name, mark in marks.items()}
+    saved = revert_weight_conversion(model, dict(marks))
+    end = len(MARK) + 1
+    return {of_mark[id(mark)][:-end]: name[:-end] for name, mark in saved.items()}

@@ -1,7 +1,7 @@
 """From the tensors of a checkpoint to the matrices that the class multiplies by: the one way from name to module.
 
-transformers itself says which parameter a tensor becomes (`names.py`), and the class, built without weights and run once
-without values (`forward.py`), what it does with it.
+transformers itself says which parameter a tensor becomes (`names.py`), and the class, built without weights and run
+once without values (`forward.py`), what it does with it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ NOT_LANGUAGE = re.compile(
     r"|language_projection|qformer|perceiver|resampler|aligner|protein|vocoder|t2u"
 )
 HEADS = re.compile(r"(^|\.)(lm_head|output_layer|embed_out|score|classifier|proj_out)(\.|$)")
-GATE = re.compile(r"gate|router|(^|\.)wg(\.|$)|classifier")
+GATE = re.compile(r"(^|[._])(gate|router|wg|classifier)(\.\w+)?$")
+EXPERT_COUNT = re.compile(r"(num|n)_(\w+_)?experts|zero_expert_num")
 MTP = re.compile(r"(^|\.)mtp\.")
 LAYER = re.compile(r"\b(?:layers|layer|blocks|block|h)\.(?P<index>\d+)\.")
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")  # of torch.compile, DistributedDataParallel, peft
@@ -91,6 +92,16 @@ class Resolved:
 
 
 _known: WeakKeyDictionary[Checkpoint, Resolved] = WeakKeyDictionary()
+
+
+_forwards: WeakKeyDictionary[nn.Module, Seen] = WeakKeyDictionary()  # by models of `model_of`
+
+
+def _seen_by(model: Any) -> Seen:
+    """Of the first forward: some classes do a thing only once."""
+    if model not in _forwards:
+        _forwards[model] = forward_on_meta(model)
+    return _forwards[model]
 
 
 def resolve(checkpoint: Checkpoint) -> Resolved:
@@ -188,9 +199,11 @@ class _Sorting:
         if self.model is None:
             self.found.reasons = {name: NO_CLASS for name, info in self.tensors.items() if len(info.shape) > 1}
             return self.found
-        self.found.seen = forward_on_meta(self.model)
+        self.found.seen = _seen_by(self.model)
         self.modules, self.parameters = dict(self.model.named_modules()), self.model.state_dict()
         self.head = self.model.get_output_embeddings()
+        decoder = getattr(self.model, "get_decoder", lambda: None)()
+        self.decoder = next((f"{name}." for name, module in self.modules.items() if module is decoder and name), "\0")
         units = Names(self.model).units(self.tensors)
         _check_wrapped(self.tensors, units)
         for unit in units:
@@ -259,8 +272,10 @@ class _Sorting:
         """Why a parameter of the class is no linear to quantize; None when it is one."""
         path, _, leaf = parameter.rpartition(".")
         module, shape = self.modules.get(path), self._shape(parameter)
-        if NOT_LANGUAGE.search(parameter):
+        if NOT_LANGUAGE.search(parameter) and not parameter.startswith(self.decoder):
             return "not the language model"
+        if len(shape) < 2:
+            return f"{len(shape)} dimensions, or no weight"
         if isinstance(module, nn.Embedding):
             return EMBEDDING
         if module is self.head or (is_linear(module) and HEADS.search(path) and not LAYER.search(path)):  # type: ignore[arg-type]
@@ -287,13 +302,13 @@ class _Sorting:
         parents = [self.modules[path.rsplit(".", up)[0]] for up in range(1, path.count(".") + 1)][:2]
         if any("Router" in type(parent).__name__ for parent in parents):
             return True
-        return shape[0] in self._expert_counts() and bool(GATE.search(path.rsplit(".", 1)[-1]) or GATE.search(path))
+        return shape[0] in self._expert_counts() and bool(GATE.search(path))
 
     def _expert_counts(self) -> set[int]:
-        """How many experts a layer has, those that compute nothing counted and not."""
+        """How many experts a layer has: those that compute nothing counted, too, and not."""
         config = vars(self.model.config.get_text_config())  # type: ignore[union-attr]
-        counts = [value for key, value in config.items() if "expert" in key and type(value) is int and value > 1]
-        return {*counts, *(a + b for a in counts for b in counts)}
+        counts = [value for key, value in config.items() if type(value) is int and EXPERT_COUNT.fullmatch(key)]
+        return {*counts, sum(counts)}
 
     def _why_unknown(self, name: str) -> str:
         layer, layers = LAYER.search(name), text_config(self.config).get("num_hidden_layers")

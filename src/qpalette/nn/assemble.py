@@ -29,9 +29,9 @@ class _Experts:
 def pack_modules(model: Any, records: Mapping[str, LinearRecord], stored: Collection[str] = ()) -> dict[str, str]:
     """Swap the modules of `records` in `model` for packed ones; linear's name in the checkpoint -> that of its module.
 
-    `stored` are the names of all tensors of the checkpoint: a head with a weight of its own among them keeps it, however
-    the config ties it. Linears of a head that this class lacks are left out. Raises ArtifactError when the model has no
-    such module, or one that cannot be packed.
+    `stored` are the names of all tensors of the checkpoint: a head with a weight of its own among them keeps it,
+    however the config ties it. Linears of a head that this class lacks are left out. Raises ArtifactError when the
+    model has no such module, or one that cannot be packed.
     """
     places = places_of(model, records)
     _check_found(model, records, places)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from qpalette.nn.packed_module import PackedModule
 
 
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
 class PackedWeight(Tensor):
     """The matrices of `linears` one above the other, [sum of out_features, in_features]; or, `transposed`, beside each
     other and in_features x ... Its type is that of the activations.
@@ -51,10 +54,13 @@ class PackedWeight(Tensor):
         if func is F.linear and isinstance(args[1], PackedWeight) and not args[1].transposed:
             result, bias = args[1].product(args[0]), kwargs.get("bias", args[2] if len(args) > 2 else None)
             return result if bias is None else result + bias
-        return super().__torch_function__(func, types, args, kwargs)
+        if func in _MATMULS and isinstance(args[0], PackedWeight) and args[0].dim() == 2 and not args[0].transposed:
+            return args[0].product(args[1].transpose(-1, -2)).transpose(-1, -2)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func._schema.is_mutable:
             raise UnsupportedError("a packed weight cannot be written to: dequantize the model first")
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs or {}))
@@ -62,7 +68,7 @@ class PackedWeight(Tensor):
     def __deepcopy__(self, memo: Any) -> PackedWeight:
         return self
 
-    def __repr__(self, *_: Any, **__: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)})"
 
 
@@ -87,12 +93,13 @@ class PackedStack(PackedWeight):
         if func is torch.bmm and isinstance(args[1], PackedStack) and args[1].transposed:
             pairs = zip(args[0], args[1].experts, strict=True)
             return torch.stack([expert.product(rows) for rows, expert in pairs])
-        return super().__torch_function__(func, types, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 def _one(index: Any) -> int | None:
     """The number of one expert; None for what picks several."""
-    if isinstance(index, Tensor) and index.dim() == 0 and not index.is_meta and not index.dtype == torch.bool:
+    if isinstance(index, Tensor) and index.dim() == 0 and not index.is_meta and index.dtype != torch.bool:
         return int(index)
     return index if type(index) is int else None
 

@@ -100,6 +100,8 @@ class TiedHead(nn.Module):
 class TiedLinear(nn.Module):
     """A linear whose weight is that of another packed one; its bias is its own."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, linear: QuantLinear, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features

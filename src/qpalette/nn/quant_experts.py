@@ -13,7 +13,6 @@ from qpalette.core.records import LinearRecord
 from qpalette.models.resolver import Place
 from qpalette.nn.quant_linear import QuantLinear
 
-
 DOWN = "down_proj"  # the parameter of what comes last, in every class that holds experts
 
 
@@ -103,7 +102,9 @@ def add_linears(
 def _roles(places: Mapping[str, Place]) -> tuple[tuple[str, ...], str]:
     """(the leaves that an expert computes first, in the order in which its activation takes them; the last)."""
     order = {key.partition(".")[2]: place for key, place in places.items()}
-    first = sorted((leaf for leaf, place in order.items() if place.parameter != DOWN), key=lambda leaf: order[leaf].part)
+    first = sorted(
+        (leaf for leaf, place in order.items() if place.parameter != DOWN), key=lambda leaf: order[leaf].part
+    )
     return tuple(first), next((leaf for leaf, place in order.items() if place.parameter == DOWN), "")
 
 

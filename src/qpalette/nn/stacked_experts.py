@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,21 +54,25 @@ def pack_stacks(module: nn.Module, records: Mapping[str, LinearRecord], places: 
     check_fit(records, _shapes(stacks, places), name)
     first = next(iter(stacks.values()))
     holder = module
-    if not name.rpartition(".")[2] == "experts":
+    if name.rpartition(".")[2] != "experts":
         holder = nn.Module()
         module.add_module("experts", holder)
     add_linears(holder, records, first.dtype, first.device)
     for parameter in stacks:
         delattr(module, parameter)
-    shown = {parameter: property(lambda self, parameter=parameter: self.stack(parameter)) for parameter in stacks}
+    shown = {parameter: property(partial(_stack_of, parameter)) for parameter in stacks}
     module.packed_places = dict(places)  # type: ignore[assignment]
     module.__class__ = type(type(module).__name__, (StackedExperts, type(module)), shown)
+
+
+def _stack_of(parameter: str, module: StackedExperts) -> PackedStack:
+    return module.stack(parameter)
 
 
 def _shapes(stacks: Mapping[str, torch.Tensor], places: Mapping[str, Place]) -> dict[str, tuple[int, int]]:
     """Of every expert: those that the records lack are then named."""
     leaves = {key.partition(".")[2]: place for key, place in places.items()}
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for leaf, place in leaves.items():
         count, *matrix = stacks[place.parameter].shape
         rows, columns = reversed(matrix) if place.transposed else matrix

@@ -161,12 +161,19 @@ def format_of(
     return QuantizationFormat.of(records, provenance, _left_alone(find_groups(checkpoint), plan))
 
 
+def planned_result(
+    checkpoint: Checkpoint, plan: Plan, jobs: Sequence[Job], hessians: HessianStore | None = None
+) -> PackedCheckpoint:
+    """What will be written, without its values."""
+    return PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), no_tensor)
+
+
 def estimate(
     checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None = None, rounding: Rounding = ROUNDING
 ) -> Estimate:
     """The figures of a run without running it: headers only, no weight is read. Raises as `make_jobs`."""
     jobs = make_jobs(checkpoint, plan, hessians, rounding)
-    result = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), no_tensor)
+    result = planned_result(checkpoint, plan, jobs, hessians)
     bits = total_bits(job.record for job in jobs)
     specs: Counter[str] = Counter()
     for job in jobs:
