@@ -13,14 +13,14 @@ import torch
 logger = logging.getLogger(__name__)
 
 MAX_LAYERS = 1000  # a corrupt count must not have us build a model of a billion layers
-# transformers' tables of classes by config, in the order in which they are asked.
-AUTO = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
-)
+# transformers' auto classes and their tables of classes by config, in the order in which they are asked.
+AUTO = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+}
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -39,12 +39,27 @@ def class_of(config: Any) -> type[Any] | None:
         takes = getattr(found, "config_class", None)
         if isinstance(takes, type) and isinstance(config, takes) and found.can_generate():  # type: ignore[union-attr]
             return found
-    for table in AUTO:
-        mapping = getattr(transformers, table, {})
-        if type(config) in mapping:
-            found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
-    return None
+    return next((found for auto in AUTO if (found := _class_in(auto, config)) is not None), None)
+
+
+def _class_in(auto: str, config: Any) -> type[Any] | None:
+    """What one auto class makes of a config."""
+    import transformers
+
+    mapping = getattr(transformers, AUTO[auto], {})
+    if type(config) not in mapping:
+        return None
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def class_name(config: Mapping[str, Any]) -> str:
+    """What a program imports from transformers to open a model with this config.json: an auto class that makes the
+    class of it, or else that class."""
+    model = model_of(config)
+    if model is None:
+        return next(iter(AUTO))
+    return next((auto for auto in AUTO if _class_in(auto, model.config) is type(model)), type(model).__name__)
 
 
 def config_for(found: type[Any], config: Any) -> Any:
