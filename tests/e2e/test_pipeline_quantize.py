@@ -35,7 +35,8 @@ def write_llama(directory: Path, **replaced: torch.Tensor) -> Path:
     tensors |= {name.replace("__", "."): value for name, value in replaced.items()}
     directory.mkdir(parents=True)
     save_file(tensors, directory / "model.safetensors")
-    config = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": True, "license": "mit"}
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "vocab_size": VOCABULARY, "num_hidden_layers": 2}
+    config = {"model_type": "llama", **sizes, "num_attention_heads": 4, "tie_word_embeddings": True, "license": "mit"}
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer.json").write_text("{}")
     return directory
