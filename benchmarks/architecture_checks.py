@@ -48,6 +48,7 @@ HEADS = re.compile(
     r"|output_projection|proj_out|lm_head\.decoder)(\.|$)"
 )
 Inputs = dict[str, Any]
+NO_MATRIX = re.compile(r"bias|A_log")  # of two dimensions or more, but added or exponentiated
 
 
 def check_class(kind: str, model_type: str, folder: Path) -> dict[str, Any]:
@@ -110,6 +111,8 @@ class _Class:
         torch.manual_seed(0)
         model = self.auto.from_config(tiny_config(self.model_type)).eval()
         self.row["class"] = type(model).__name__
+        if type(model.config) not in self.auto._model_mapping:
+            self.auto = type(model)  # its auto class makes it of another config than it saves
         reinitialise(model)
         with self.stage("forward"):
             self.inputs = inputs_of(model)
@@ -244,15 +247,13 @@ def _recipes(config: Any) -> Iterator[Inputs]:
     yield {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(ids)}
     yield {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     yield {"pixel_values": pixels, "input_ids": ids, "qformer_input_ids": ids}
-    yield {"input_ids": ids, "bbox": torch.zeros(1, 12, 4, dtype=torch.long), "decoder_input_ids": ids}
-    # Of models that put image features in the place of image tokens: as many as there are.
-    token = getattr(config, "image_token_index", None) or getattr(config, "image_token_id", None)
-    for count in (getattr(config, "num_query_tokens", None), getattr(config, "image_seq_length", None)):
-        if isinstance(token, int) and isinstance(count, int):
-            wide = torch.cat([torch.full((1, count), token), ids], dim=1)
-            given = {"pixel_values": pixels, "input_ids": wide, "attention_mask": torch.ones_like(wide)}
-            yield given
-            yield {**given, "qformer_input_ids": ids}
+    frames = pixels[:, None].repeat(1, 2, 1, 1, 1)
+    yield {"pixel_values": frames, "input_ids": ids, "attention_mask": mask, "qformer_input_ids": ids}
+    yield {"input_ids": ids, "bbox": torch.zeros(1, 12, 4), "decoder_input_ids": ids}
+    places = getattr(config, "latent_query_num", 0)
+    wide = torch.cat([ids[:, :1].repeat(1, places), ids], dim=1)
+    in_image = (torch.arange(places + 12) < places).long()[None]
+    yield {"pixel_values": pixels, "input_ids": wide, "image_embeds_position_mask": in_image}
 
 
 def logits_of(model: Any, inputs: Inputs) -> Tensor:
@@ -262,13 +263,13 @@ def logits_of(model: Any, inputs: Inputs) -> Tensor:
     return (logits[0] if isinstance(logits, tuple) else logits).float()
 
 
-def linear_like(model: nn.Module) -> dict[str, int]:
-    """Weights that multiply: of linears, Conv1D, and parameters of two or three dimensions of other modules."""
-    linears, seen = {}, set()
+def linear_like(model: Any) -> dict[str, int]:
+    """Weights that multiply, but for the output head: of linears, Conv1D, matrices and stacks of other modules."""
+    linears, seen = {}, {id(getattr(model.get_output_embeddings(), "weight", None))}
     for prefix, module in model.named_modules():
         multiplies = not isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd))
         for name, parameter in module.named_parameters(recurse=False):
-            matrix = parameter.ndim in (2, 3) and min(parameter.shape[-2:]) >= 2
+            matrix = parameter.ndim in (2, 3) and min(parameter.shape[-2:]) >= 2 and not NO_MATRIX.search(name)
             if matrix and multiplies and id(parameter) not in seen and "embed" not in type(module).__name__.lower():
                 linears[f"{prefix}.{name}".lstrip(".")] = parameter.numel()
             seen.add(id(parameter))

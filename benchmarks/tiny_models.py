@@ -179,7 +179,9 @@ def shrink(config: dict, text: bool = True) -> dict:
     if str(config.get("model_type")).startswith(MROPE) and isinstance(small.get("rope_parameters"), dict):
         whole = round(small.get("head_dim", HEAD) * small["rope_parameters"].get("partial_rotary_factor", 1) / 2)
         if sum(small["rope_parameters"].get("mrope_section", [])) != whole:
-            small["rope_parameters"]["mrope_section"] = [whole - 2 * (whole * 3 // 8), whole * 3 // 8, whole * 3 // 8]
+            sections = [whole - 2 * (whole * 3 // 8), whole * 3 // 8, whole * 3 // 8]
+            first_alike = str(config["model_type"]).startswith("ernie4_5_vl")
+            small["rope_parameters"]["mrope_section"] = sections[::-1] if first_alike else sections
     return tokens_inside(small)
 
 
@@ -238,6 +240,9 @@ def kinds_of_layers(config: dict, count: int) -> list[int]:
     return sorted(kept)
 
 
+TOKEN = re.compile(r"token_(id|index)$|^(im|image|video|slice|newline)_\w*_?id$")
+
+
 def tokens_inside(config: dict) -> dict:
     """Special tokens within the small vocabulary: the usual three first, the others at its end."""
     usual = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "sep_token_id": 3}
@@ -245,9 +250,8 @@ def tokens_inside(config: dict) -> dict:
         value = config[key]
         if key in usual and isinstance(value, (int, list)) and not isinstance(value, bool):
             config[key] = usual[key]
-        elif re.search(r"token_(id|index)$|^(im|image|video|slice|newline)_\w*_?id$", key) and isinstance(value, int):
-            if value > 250:
-                config[key] = 256 + sum(map(ord, key)) % 60
+        elif TOKEN.search(key) and isinstance(value, int) and value > 250:
+            config[key] = 256 + sum(map(ord, key)) % 60
     return config
 
 
@@ -293,7 +297,12 @@ OVERRIDES: dict[str, dict] = {
         "n_mamba_heads": 8,
     },
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0, 1, 1, 1]},
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "step3p5": {"sliding_window": 8},
+    "hunyuan_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4, 4]}},
+    "blip-2": {"image_token_index": 300},
+    "instructblip": {"image_token_index": 300},
+    "instructblipvideo": {"video_token_index": 300},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "chameleon": {"vocabulary_map": {"<image>": 5}},
@@ -387,7 +396,8 @@ def tiny_config(model_type: str) -> Any:
         config.decoder_start_token_id, config.pad_token_id = 1, 0
         return config
     if model_type == "gemma4_assistant":
-        text = CONFIG_MAPPING["gemma4_text"](hidden_size_per_layer_input=0, num_kv_shared_layers=0)
+        sizes = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+        text = CONFIG_MAPPING["gemma4_text"](**sizes)
         default = config_class(text_config=text).to_dict()
     else:
         default = config_class().to_dict()

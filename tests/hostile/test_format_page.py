@@ -188,7 +188,7 @@ CASES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
         ),
         (
             quantization(lambda q: q.update(format_version=2)),
-            f"{UP}: format version 2 has no group and no diagonal; {AGAIN}",
+            f"{UP}: format version 2 has no group, no diagonal and no source; {AGAIN}",
         ),
         (
             entry(diagonal="float32"),

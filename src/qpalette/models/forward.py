@@ -79,7 +79,8 @@ def _language_model(model: Any) -> Any | None:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it computes what nn.Linear does."""
-    return isinstance(module, nn.Linear) and bool(_computes_linear(type(module)))
+    kind: Any = type(module)
+    return isinstance(module, nn.Linear) and bool(_computes_linear(kind))
 
 
 @lru_cache(maxsize=256)

@@ -296,7 +296,7 @@ class _Sorting:
     def _stacks_experts(self, module: Any, shape: tuple[int, ...]) -> bool:
         if isinstance(module, nn.modules.conv._ConvNd):
             return False
-        return holds_experts(module) or (not hasattr(module, "has_gate") and shape[0] in self._expert_counts())
+        return holds_experts(module) or shape[0] in self._expert_counts()
 
     def _is_router(self, path: str, shape: tuple[int, ...]) -> bool:
         parents = [self.modules[path.rsplit(".", up)[0]] for up in range(1, path.count(".") + 1)][:2]

@@ -39,9 +39,9 @@ class PackedWeight(Tensor):
     def __init__(self, linears: Sequence[PackedModule], transposed: bool = False) -> None:
         self.linears, self.transposed = tuple(linears), transposed
 
-    def decoded(self) -> Tensor:
-        """The dense matrix."""
-        matrix = torch.cat([linear.dequantized_weight() for linear in self.linears]).to(self.dtype)
+    def decoded(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense matrix, rounded once to `dtype`, by default its own."""
+        matrix = torch.cat([linear.dequantized_weight() for linear in self.linears]).to(dtype or self.dtype)
         return matrix.T if self.transposed else matrix
 
     def product(self, x: Tensor) -> Tensor:
@@ -83,8 +83,8 @@ class PackedStack(PackedWeight):
     def __init__(self, experts: Sequence[Sequence[PackedModule]], transposed: bool = False) -> None:
         self.experts, self.transposed = tuple(PackedWeight(linears, transposed) for linears in experts), transposed
 
-    def decoded(self) -> Tensor:
-        return torch.stack([expert.decoded() for expert in self.experts])
+    def decoded(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.stack([expert.decoded(dtype) for expert in self.experts])
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

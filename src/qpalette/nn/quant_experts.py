@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord
 from qpalette.models.resolver import Place
+from qpalette.nn.packed_weight import PackedStack
 from qpalette.nn.quant_linear import QuantLinear
 
 DOWN = "down_proj"  # the parameter of what comes last, in every class that holds experts
@@ -58,6 +59,23 @@ class QuantExperts(nn.Module):
         inner = original._apply_gate(first) if original.has_gate else original.act_fn(first)
         return _linear(expert, self.down)(inner) + self._bias("down_proj_bias", index)
 
+    @property
+    def gate_up_proj(self) -> PackedStack:
+        """What code that reads the class's parameter gets."""
+        return self._stack(self.first)
+
+    @property
+    def up_proj(self) -> PackedStack:
+        return self._stack(self.first)
+
+    @property
+    def down_proj(self) -> PackedStack:
+        return self._stack((self.down,))
+
+    def _stack(self, leaves: Sequence[str]) -> PackedStack:
+        experts = [[_linear(expert, leaf) for leaf in leaves] for expert in self.children()]
+        return PackedStack(experts, self._original[0].is_transposed)
+
     def _bias(self, name: str, index: int) -> Any:
         parameter = self._parameters.get(name)
         return 0 if parameter is None else parameter[index]
@@ -66,13 +84,8 @@ class QuantExperts(nn.Module):
         """The original module, its parameters the decoded weights rounded once to `dtype`."""
         original: Any = self._original[0]
         first = "gate_up_proj" if hasattr(original, "gate_up_proj") else "up_proj"
-        for name, leaves in ((first, self.first), ("down_proj", (self.down,))):
-            experts = [
-                torch.cat([_linear(expert, leaf).dequantized_weight().to(dtype) for leaf in leaves])
-                for expert in self.children()
-            ]
-            stacked = torch.stack([weight.T if original.is_transposed else weight for weight in experts])
-            setattr(original, name, nn.Parameter(stacked))
+        for name, leaves in ((first, self.first), (DOWN, (self.down,))):
+            setattr(original, name, nn.Parameter(self._stack(leaves).decoded(dtype).contiguous()))
         for name, bias in self.named_parameters(recurse=False):
             setattr(original, name, nn.Parameter(bias.detach().to(dtype)))
         original.train(self.training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,7 @@ class StackedExperts(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> nn.Module:
         """The original module, its parameters the decoded weights rounded once to `dtype`."""
         parameters = {place.parameter for place in self.packed_places.values()}
-        dense = {name: self.stack(name).decoded().to(dtype).contiguous() for name in parameters}
+        dense = {name: self.stack(name).decoded(dtype).contiguous() for name in parameters}
         for child in [name for name in self._modules if name == "experts" or name.isdigit()]:
             del self._modules[child]
         self.__class__ = type(self).__bases__[1]
@@ -61,6 +62,10 @@ def pack_stacks(module: nn.Module, records: Mapping[str, LinearRecord], places: 
     for parameter in stacks:
         delattr(module, parameter)
     shown = {parameter: property(partial(_stack_of, parameter)) for parameter in stacks}
+    if hasattr(module, "has_gate"):  # its own code for one expert at a time, not transformers' for all
+        config: Any = copy(module.config)
+        config._experts_implementation = "eager"
+        module.config = config
     module.packed_places = dict(places)  # type: ignore[assignment]
     module.__class__ = type(type(module).__name__, (StackedExperts, type(module)), shown)
 
