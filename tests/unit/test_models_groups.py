@@ -189,6 +189,14 @@ def test_nothing_of_a_model_without_a_class():
     assert grouping.reasons == {"model.layers.0.mixer.in.weight": NO_CLASS}
 
 
+@pytest.mark.parametrize(
+    "damage", [{"num_hidden_layers": 10**9}, {"num_local_experts": 10**9}, {"text_config": {"n_layers": 10**9}}]
+)
+def test_a_corrupt_count_builds_nothing(damage):
+    config = AutoConfig.for_model("jetmoe", **SIZES).to_dict() | damage
+    assert resolve(Headers({"model.norm.weight": (32,)}, config)).model is None
+
+
 def test_why_a_matrix_stays_as_it_is():
     config = AutoConfig.for_model("qwen2_moe", **SIZES, num_experts=4, shared_expert_intermediate_size=16).to_dict()
     layer = "model.layers.9"

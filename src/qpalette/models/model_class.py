@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-MAX_LAYERS = 1000  # a corrupt count must not have us build a model of a billion layers
+MAX_REPEATS = 10_000  # a corrupt count must not have us build a model of a billion layers or experts
+_REPEATED = re.compile(r"(?!.*(size|dim|channel|width)).*(layer|expert|block|depth|stage).*")
 # transformers' auto classes and their tables of classes by config, in the order in which they are asked.
 AUTO = {
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
@@ -72,8 +74,7 @@ def build_on_meta(config: Mapping[str, Any]) -> Any | None:
     has no class for it or cannot build it."""
     from transformers import AutoConfig
 
-    layers = text_config(config).get("num_hidden_layers")
-    if isinstance(layers, int) and layers > MAX_LAYERS:
+    if _repeats(config) > MAX_REPEATS:
         return None
     plain = {key: _value(each) for key, each in config.items() if key not in ("quantization_config", "auto_map")}
     try:
@@ -86,6 +87,13 @@ def build_on_meta(config: Mapping[str, Any]) -> Any | None:
     except Exception as error:  # whatever a model class raises on a config that is incomplete, or of another release
         logger.info("transformers builds no model of %r (%s)", config.get("model_type"), error)
         return None
+
+
+def _repeats(config: Mapping[str, Any]) -> int:
+    """The largest number in a config, nested ones too, that may say how often a module is there."""
+    inner = [_repeats(value) for value in config.values() if isinstance(value, Mapping)]
+    counts = [value for key, value in config.items() if type(value) is int and _REPEATED.fullmatch(key)]
+    return max((0, *inner, *counts))
 
 
 def _value(field: Any) -> Any:

@@ -49,15 +49,10 @@ def no_class(config: Mapping[str, Any]) -> str:
     """The error of a model that nothing here could load."""
     import transformers
 
-    kind = config.get("model_type")
-    if "auto_map" in config:
-        return (
-            f"the model type '{kind}' needs code of its own repository (auto_map), which is never run here: "
-            f"transformers {transformers.__version__} has no class that could load the result"
-        )
     return (
-        f"transformers {transformers.__version__} has no class for the model type '{kind}' that it can build from "
-        "config.json: nothing here could load the result. Update transformers, or check the config"
+        f"transformers {transformers.__version__} has no class for the model type '{config.get('model_type')}' that it can "
+        "build from config.json, and code from the model's own repository is never run: nothing here could load the "
+        "result. Update transformers, or check the config"
     )
 
 
