@@ -16,6 +16,10 @@ import qpalette.formats.reader
 from qpalette.core.errors import ArtifactError
 from qpalette.formats import open_artifact
 
+GROUP_DIAGONAL_SOURCE = (
+    'since version 3, and not before, `group` is a name, `diagonal` may be `"float16"` in place of `"signs"`, '
+    "and `source` may list names"
+)
 PAGE = Path(__file__).parents[2] / "docs" / "format.md"
 AGAIN = "download the model again"
 
@@ -181,7 +185,7 @@ CASES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
             f"quantization_config: linears.{UP}.seed: Input should be less than 9223372036854775808; {AGAIN}",
         ),
     ],
-    'since version 3, and not before, `group` is a name, and `diagonal` may be `"float16"` in place of `"signs"`': [
+    GROUP_DIAGONAL_SOURCE: [
         (
             quantization(lambda q: q["linears"][UP].pop("group")),
             f"{UP}: it names no group; {AGAIN}",

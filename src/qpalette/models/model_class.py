@@ -13,7 +13,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-MAX_REPEATS = 10_000  # a corrupt count must not have us build a model of a billion layers or experts
+MAX_REPEATS = 1000  # a corrupt count must not have us build a model of a billion layers or experts
 _REPEATED = re.compile(r"(?!.*(size|dim|channel|width)).*(layer|expert|block|depth|stage).*")
 # transformers' auto classes and their tables of classes by config, in the order in which they are asked.
 AUTO = {

@@ -50,8 +50,8 @@ def no_class(config: Mapping[str, Any]) -> str:
     import transformers
 
     return (
-        f"transformers {transformers.__version__} has no class for the model type '{config.get('model_type')}' that it can "
-        "build from config.json, and code from the model's own repository is never run: nothing here could load the "
+        f"transformers {transformers.__version__} has no class for the model type '{config.get('model_type')}' that it "
+        "can build from config.json, and code of the model's own repository is never run: nothing here could load the "
         "result. Update transformers, or check the config"
     )
 
