@@ -212,3 +212,6 @@ def test_an_uncapturable_model_still_answers(caplog) -> None:
     for _ in range(2):
         assert torch.equal(model.generate(**prompt(1, 50), **GREEDY), plain.generate(**prompt(1, 50), **GREEDY))
     assert sum("cannot be captured" in record.getMessage() for record in caplog.records) == 1
+    torch.rand(2, device="cuda")  # the process can still draw
+    sampled = {"do_sample": True, "max_new_tokens": 5, "pad_token_id": 0}
+    assert fast(build()).generate(**prompt(1, 50), **sampled).shape == (1, 55)

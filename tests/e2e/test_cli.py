@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qpalette.calibration.feedback import DAMPING
+import qpalette
 from qpalette.cli import main
 from qpalette.cli import quantize as commands
 
@@ -267,6 +267,15 @@ def test_doctor_tells_what_to_type(run, monkeypatch):
     assert "Not ready: torch" in result.out
 
 
+def test_the_command_and_the_library_quantize_alike():
+    """What both call by one name and default to a number or a word has one default."""
+    of_command = inspect.signature(commands.quantize).parameters
+    shared = {name: p.default for name, p in inspect.signature(qpalette.quantize).parameters.items()}
+    plain = {name for name, value in shared.items() if isinstance(value, int | float | str)} & of_command.keys()
+    assert {"damping", "output_damping", "equalize", "seed", "rotation"} <= plain
+    assert {name: of_command[name].default for name in plain} == {name: shared[name] for name in plain}
+
+
 def test_calibrate_then_quantize(run, model, text, tmp_path):
     command = ("calibrate", model, tmp_path / "hessians", "--text", text, "--tokens", 512, "--window", 128)
     measured = json.loads(run(*command, "--json").out)
@@ -279,7 +288,6 @@ def test_calibrate_then_quantize(run, model, text, tmp_path):
     shown = run("quantize", model, tmp_path / "damped", *options, "--damping", 0.1)
     assert "of outputs" in shown.out
     assert "larger damping" not in shown.err
-    assert inspect.signature(commands.quantize).parameters["damping"].default == DAMPING
 
 
 def test_tune(run, model, packed, text, tmp_path):

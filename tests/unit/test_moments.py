@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from qpalette.calibration import collect_hessians, hessians, sums
 from qpalette.calibration.equalize import equalize
+from qpalette.calibration.feedback import LOUD
 from qpalette.calibration.hessians import (
     Calibration,
     HessianStore,
@@ -23,7 +24,7 @@ from qpalette.calibration.hessians import (
     row_blocks,
     unpack_symmetric,
 )
-from qpalette.calibration.taps import weights_of
+from qpalette.calibration.taps import Weight, weights_of
 from qpalette.core.errors import HessianError
 from qpalette.core.records import LinearGroup, LinearShape
 
@@ -142,6 +143,27 @@ def test_moments_are_the_sums_of_weighed_inputs_and_gradients(model, windows, tm
             expected = outputs[linear.name]
             torch.testing.assert_close(block.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_token_drowns_the_others():
+    """One token whose gradient, or input, is a thousand times the others' counts for LOUD times the mean of all."""
+    torch.manual_seed(0)
+    weights = {DOWN.linears[0].name: Weight(nn.Parameter(torch.randn(32, 48)))}
+    x, gradient = torch.randn(64, 48), torch.randn(64, 32)
+    x[5] *= 1e3
+    gradient[0] *= 1e3
+    found = sums.GroupSums(DOWN, weights, two_sided=True)
+    found.add(DOWN.linears[0].name, x, gradient)
+    values = weights[DOWN.linears[0].name].values.double()
+    scale = equalize([values])
+    of_inputs = gradient.double().square() @ (values / scale).square().mean(1)
+    of_outputs = (x.double() * scale).square().sum(1)
+    of_inputs[0], of_outputs[5] = LOUD * of_inputs.mean(), LOUD * of_outputs.mean()
+    (read,), ((written,),) = found.inputs.values(), found.outputs.values()
+    expected = x.double().T @ (of_inputs[:, None] * x)
+    torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    expected = gradient.double().T @ (of_outputs[:, None] * gradient)
+    torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_siblings_have_a_matrix_each_where_gradients_weigh(model, windows, tmp_path):

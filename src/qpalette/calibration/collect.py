@@ -66,7 +66,7 @@ def collect_hessians(
         weights = {group.name: weights_of(model, [linear.name for linear in group.linears]) for group in run}
         sums = [GroupSums(group, weights[group.name], store.two_sided) for group in run]
         partial = PartialSums(store.directory / PARTIAL, identity, sums)
-        reader = _Reader(model, sums, {name: weight for each in weights.values() for name, weight in each.items()})
+        reader = Reader(model, sums, {name: weight for each in weights.values() for name, weight in each.items()})
         for number in range(partial.load(), len(windows)):
             if store.two_sided:
                 reader.both_sides(windows[number], store.calibration.seed + number)
@@ -89,7 +89,7 @@ class _AllReached(Exception):
     """Leaves the forward pass: the layers above are not needed."""
 
 
-class _Reader:
+class Reader:
     """Reads windows of text into the sums of a pass."""
 
     def __init__(self, model: Any, sums: Sequence[GroupSums], weights: Mapping[str, Weight]) -> None:

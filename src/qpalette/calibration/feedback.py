@@ -23,9 +23,9 @@ from qpalette.codes.tiles import scan_order
 from qpalette.core.errors import HessianError
 from qpalette.core.records import TILE, tiles_of
 
-DAMPING = 0.01  # of the mean eigenvalue, loud ones clipped; GPTQ's figure
+DAMPING = 0.03  # of the mean eigenvalue, loud ones clipped
 DAMPING_RULE = "mean eigenvalue, clipped at 16 times itself"  # jobs' digests hold it: another rule gives other codes
-LOUD = 16  # times the mean: what no eigenvalue counts for more than
+LOUD = 16  # times the mean: what no eigenvalue, and no token, counts for more than
 LOUDEST = 64  # eigenvalues that are looked at; attention sinks are a handful
 STORED = 2**-23  # of the norm of H: what two roundings to float32, as it is stored and as it is returned, may take away
 ASYMMETRY = 1e-3  # of the largest entry: far above rounding, far below another matrix

@@ -13,7 +13,7 @@ from qpalette.calibration.hessians import rotate_hessian, row_blocks
 from qpalette.core.records import FLOAT16, SIGNS
 from qpalette.rotate import Rotation, rotate_weight, unrotate_weight
 
-OUTPUT_DAMPING = 0.1  # as `feedback.DAMPING`, of H_O, whose few large directions are less certain
+OUTPUT_DAMPING = 0.3  # as `feedback.DAMPING`, of H_O, whose few large directions are less certain
 
 
 @dataclass(frozen=True)

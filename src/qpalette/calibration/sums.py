@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qpalette.calibration.equalize import equalize, row_mean_square
+from qpalette.calibration.feedback import LOUD
 from qpalette.calibration.hessians import input_names, pack_symmetric, packed_length, row_blocks, unpack_symmetric
 from qpalette.calibration.taps import Weight
 from qpalette.core.records import LinearGroup
@@ -67,9 +68,9 @@ class GroupSums:
         x = x.detach().reshape(-1, self.group.in_features).float()
         gradient = gradient.detach().reshape(len(x), -1).float()
         self.seen[linear] += len(x)
-        weighed = x * (gradient.square() @ self._rows[linear]).sqrt()[:, None]
+        weighed = x * clipped(gradient.square() @ self._rows[linear]).sqrt()[:, None]
         self.inputs[self._input_of[linear]] += weighed.T @ weighed
-        weighed = gradient * (x.square() @ self._columns).sqrt()[:, None]
+        weighed = gradient * clipped(x.square() @ self._columns).sqrt()[:, None]
         for block, total in zip(row_blocks(weighed.shape[1]), self.outputs[linear], strict=True):
             total += weighed[:, block].T @ weighed[:, block]
 
@@ -78,6 +79,15 @@ class GroupSums:
         blocks = ((name, number, block) for name, each in self.outputs.items() for number, block in enumerate(each))
         inputs = {f"{self.group.name} {name}": total for name, total in self.inputs.items()}
         return inputs | {f"output.{n}.{name}": block for name, n, block in blocks}
+
+
+def clipped(weights: Tensor) -> Tensor:
+    """Of the tokens of a window: none counts for more than LOUD times their mean.
+
+    The gradient of an attention sink, the first token, outweighs that of all others in a value projection: H_I would
+    be the moment of as many tokens as there are windows.
+    """
+    return torch.minimum(weights, LOUD * weights.mean())
 
 
 def sum_bytes(group: LinearGroup, two_sided: bool) -> int:

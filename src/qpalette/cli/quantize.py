@@ -76,8 +76,8 @@ def quantize(
     ] = None,
     damping: Annotated[
         float, typer.Option("--damping", help="Added to an input's Hessian, times its mean eigenvalue.")
-    ] = 0.01,
-    output_damping: Annotated[float, typer.Option("--output-damping", help="The same of an output's.")] = 0.1,
+    ] = 0.03,
+    output_damping: Annotated[float, typer.Option("--output-damping", help="The same of an output's.")] = 0.3,
     equalize: Annotated[
         bool, typer.Option(help="With a calibration: columns of one norm, for 16 bits per input in place of 1.")
     ] = True,

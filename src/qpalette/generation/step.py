@@ -37,9 +37,18 @@ def capture_graph(work: Callable[[], None], pool: torch.cuda.MemPool | None = No
     try:
         with torch.cuda.graph(graph, pool=place, capture_error_mode="thread_local"):
             work()
-    finally:
+    except BaseException:
         torch.cuda.set_stream(before)  # torch stays on its own where a capture fails
+        _leave_capture()
+        raise
     return graph
+
+
+def _leave_capture() -> None:
+    """After a capture that failed torch's random generators believe that it goes on, and the next draw in the process
+    raises. A capture that succeeds, of anything, tells them that it is over."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros(1, device="cuda")
 
 
 @dataclass(frozen=True)
