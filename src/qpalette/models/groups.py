@@ -72,7 +72,7 @@ def _optional(checkpoint: Checkpoint, found: Resolved) -> dict[LinearGroup, tupl
     """Embeddings and output head, each a group of its own, with the names that a pattern may match."""
     configs = (checkpoint.config, text_config(checkpoint.config))
     tied = any(config.get("tie_word_embeddings") for config in configs)
-    main = None if found.model is None else found.model.get_input_embeddings()
+    main = found.input_embedding
     result: dict[LinearGroup, tuple[str, ...]] = {}
     for name, held in found.embeddings.items():
         module = found.model.get_submodule(held.place.module)  # type: ignore[union-attr]

@@ -66,7 +66,9 @@ def class_name(config: Mapping[str, Any]) -> str:
 
 def config_for(found: type[Any], config: Any) -> Any:
     """The config that a class takes: the whole, or its text part where the class is that of the text alone."""
-    return config if isinstance(config, found.config_class) else config.get_text_config()
+    text = config.get_text_config()
+    alone = isinstance(text, found.config_class) and not isinstance(config, found.config_class)
+    return text if alone else config
 
 
 def build_on_meta(config: Mapping[str, Any]) -> Any | None:

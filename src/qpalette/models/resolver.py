@@ -86,6 +86,14 @@ class Resolved:
     reasons: dict[str, str] = field(default_factory=dict)  # of tensors with two dimensions or more, why they are not
     seen: Seen = field(default_factory=Seen)
 
+    @property
+    def input_embedding(self) -> nn.Module | None:
+        """Of the tokens; None where a class does not say."""
+        try:
+            return None if self.model is None else self.model.get_input_embeddings()
+        except (NotImplementedError, AttributeError):
+            return None
+
     def held(self, linear: str) -> Held:
         """Raises KeyError for a name that is no linear of the checkpoint."""
         return self.linears.get(linear) or self.embeddings[linear]
