@@ -117,7 +117,9 @@ class _Class:
         with self.stage("forward"):
             self.inputs = inputs_of(model)
         model.save_pretrained(self.source)
-        self.original = self.load(self.source)
+        self.original, found = self.auto.from_pretrained(self.source, trust_remote_code=False, output_loading_info=True)
+        self.original.eval()
+        assert not found["missing_keys"], f"transformers finds {len(found['missing_keys'])} tensors not in its own save"
 
     def load(self, directory: Path, **options: Any) -> Any:
         return self.auto.from_pretrained(directory, trust_remote_code=False, **options).eval()

@@ -4,7 +4,7 @@
 
 One line of JSON per class is appended to FILE (.jsonl) as soon as it is known; with --resume those that are there
 already are skipped; with --table nothing is run, and the table is written. What is checked: architecture_checks.py.
-Every class runs in a forked process of its own, 120 s and 12 GB of addresses at most. share_language is the part of the
+Every class runs in a forked process of its own, 300 s and 12 GB of addresses at most. share_language is the part of the
 language model's weights that multiply which is packed.
 """
 
@@ -36,7 +36,7 @@ from report import RESULTS, processor  # noqa: E402
 from tiny_models import VARIANTS  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 
-TIMEOUT = 120
+TIMEOUT = 300
 ADDRESSES = 12 << 30
 MAPPINGS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
