@@ -244,7 +244,7 @@ def _recipes(config: Any) -> Iterator[Inputs]:
     images = torch.ones(1, 12, 1, dtype=torch.long)
     yield {"pixel_values": pixels[None], "input_ids": ids, "attention_mask": mask, "image_attention_mask": images}
     yield {"pixel_values": pixels, "decoder_input_ids": ids}
-    patches = torch.randn(1, 8, 2 + 16 * 16 * 3).abs()
+    patches = torch.randn(1, 8, 2 + (getattr(vision, "patch_embed_hidden_size", None) or 16 * 16 * 3)).abs()
     yield {"flattened_patches": patches, "decoder_input_ids": ids}
     yield {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(ids)}
     yield {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
