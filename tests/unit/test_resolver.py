@@ -102,6 +102,13 @@ def test_names_from_before_a_class_was_renamed():
     assert class_name(model.config.to_dict() | {"architectures": [type(model).__name__]}) == "AutoModelForCausalLM"
 
 
+def test_a_linear_is_the_same_asked_for_alone_or_with_all(tmp_path):
+    checkpoint, model = saved("mixtral", tmp_path)
+    names = linears(checkpoint)
+    together = places_of(model, names)
+    assert all(places_of(model, [name])[name] == together[name] for name in names)
+
+
 def test_a_name_that_the_model_has_not(tmp_path):
     _, model = saved("mixtral", tmp_path)
     with pytest.raises(CheckpointError, match=r"has no weight 'model\.layers\.7\.self_attn\.q_proj\.weight'"):

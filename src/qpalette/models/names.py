@@ -18,7 +18,7 @@ MARK = "qp_codes"  # of any packed tensor
 class Unit:
     """Tensors that become parameters together; the same names on both sides where nothing but a name changes."""
 
-    tensors: tuple[tuple[str, ...], ...]  # those of each pattern of the conversion, in its order
+    tensors: tuple[tuple[str, ...], ...]  # those of each pattern of the conversion, in its order; some may have none
     parameters: tuple[str, ...]
     converter: Any = None  # of transformers; None for a rename
 
@@ -76,10 +76,9 @@ class Names:
         return plain + [self._converted(first, *found) for first, found in together.items()]
 
     def _converted(self, first: str, converter: Any, found: dict[str, list[str]]) -> Unit:
-        wanted = [pattern for pattern in converter.source_patterns if pattern in found]
         start, *others = converter.target_patterns
         parameters = (first, *(first.replace(start, other) for other in others))
-        return Unit(tuple(tuple(found[pattern]) for pattern in wanted), parameters, converter)
+        return Unit(tuple(tuple(found.get(each, ())) for each in converter.source_patterns), parameters, converter)
 
 
 def convert(unit: Unit, tensors: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
@@ -101,7 +100,7 @@ def _run(
     model: Any,
 ) -> dict[str, torch.Tensor]:
     step = deepcopy(converter)
-    for pattern, names in zip(step.source_patterns, given, strict=False):
+    for pattern, names in zip(step.source_patterns, given, strict=True):
         for name in names:
             step.add_tensor(wanted[0], name, pattern, partial(tensors.__getitem__, name))
     found = step.convert(wanted[0], model=model, config=model.config)
