@@ -3,12 +3,13 @@
     python benchmarks/two_sided.py MODEL --text TEST --calibration TRAIN --device cuda
 
     [--uniform 2 --uniform 3 ...] [--planned 2.5 --planned 3 ...] [--tokens 131072] [--window 2048] [--windows 16]
-    [--effort standard] [--work out/two_sided] [--name two_sided]
+    [--effort standard] [--sampled] [--work out/two_sided] [--name two_sided]
 
 Uniform: `tcq-R` everywhere, rounded data-free, by LDLQ, by LDLQ with columns equalized, on both sides, and on both
 sides equalized. Planned: LDLQ and both sides, equalized, each by sensitivities to its own error, with the KL that was
-predicted and that of the best uniform plan within the same bits. Calibrations, sensitivities and models stay in
-`--work`, so that a rerun goes on.
+predicted and that of the best uniform plan within the same bits. With `--sampled` every KL is measured on text that the
+model writes, too, and the planned models of both sides are made once more from a calibration on such text (of another
+seed). Calibrations, sensitivities and models stay in `--work`, so that a rerun goes on.
 
     python benchmarks/two_sided.py --llama-8b [--bits 3.25] --device cuda --dtype bfloat16
 
@@ -37,12 +38,14 @@ from qpalette.api import calibrated_sensitivities
 from qpalette.calibration import HessianStore
 from qpalette.cli.answer import parse_dtype
 from qpalette.codes import parse_spec
-from qpalette.evaluate import bits_per_weight, evaluate_models, load_model, token_windows
+from qpalette.evaluate import bits_per_weight, evaluate_models, load_model, model_windows, token_windows
 from qpalette.pipeline.planning import BudgetPlan, make_plan
 from qpalette.plan import Budget, Plan, Space, palette_of
 from qpalette.storage import open_checkpoint
 
 ONE, BOTH = "one side", "both sides"
+SAMPLED = "both sides, sampled text"  # calibrated on it
+TEST_SEED = 1_000_000  # of the text that the model writes to be measured on
 ROUNDINGS = {  # name -> sides, columns equalized
     "data-free": (None, False),
     "one side": (ONE, False),
@@ -68,6 +71,7 @@ def main(
     effort: str = "standard",
     device: str = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the model that is calibrated.")] = "float32",
+    sampled: Annotated[bool, typer.Option(help="Also measure, and calibrate, on text of the model's own.")] = False,
     llama_8b: Annotated[bool, typer.Option(help="A random model of these shapes, timed.")] = False,
     bits: Annotated[str, typer.Option(help="With --llama-8b: of its plan.")] = "3.25",
     work: Path = Path("out/two_sided"),
@@ -80,15 +84,18 @@ def main(
         return
     if model is None or text is None or calibration is None:
         raise typer.BadParameter("give MODEL, --text and --calibration, or --llama-8b")
-    trial = Trial(model, calibration, options, work, name, effort, bands, *load_model(model, device))
-    trial.windows = token_windows(text, trial.tokenizer, window, windows)
-    trial.facts = {"model": Path(model).name, "text": text.name, "windows": len(trial.windows), "window": window}
+    original, tokenizer = load_model(model, device)
+    trial = Trial(model, calibration, options, work, name, effort, bands, original)
+    trial.tests["KL"] = token_windows(text, tokenizer, window, windows)
+    if sampled:
+        trial.tests["KL, sampled text"] = model_windows(None, original, tokenizer, window, windows, seed=TEST_SEED)
+    trial.facts = {"model": Path(model).name, "text": text.name, "windows": windows, "window": window}
     trial.facts |= {"calibration": calibration.name, "tokens": tokens, "effort": effort}
     for rate in uniform or ["2", "3", "4"]:
         for kind in rounding or ROUNDINGS:
             trial.run_uniform(rate, kind)
     for budget in planned or ["2.5", "3", "3.25", "4"]:
-        for sides in (ONE, BOTH):
+        for sides in (ONE, BOTH, *([SAMPLED] if sampled else [])):
             trial.run_planned(budget, sides)
 
 
@@ -104,8 +111,7 @@ class Trial:
     effort: str
     bands: int
     reference: Any
-    tokenizer: Any
-    windows: list[torch.Tensor] = field(default_factory=list)
+    tests: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -117,9 +123,10 @@ class Trial:
         """Of the calibration, which is made if it is not there."""
         if sides is None:
             return None
-        directory = self.work / sides.replace(" ", "_")
+        directory = self.work / file_name(sides)
+        text = None if sides == SAMPLED else self.calibration
         seconds = timed(
-            lambda: qpalette.calibrate(self.model, directory, self.calibration, one_sided=sides == ONE, **self.options)
+            lambda: qpalette.calibrate(self.model, directory, text, one_sided=sides == ONE, **self.options)
         )[0]
         self.facts.setdefault(f"seconds to calibrate, {sides}", round(seconds, 1))
         return directory
@@ -151,16 +158,18 @@ class Trial:
         return make_plan(known, Budget(Fraction(budget)), space, checkpoint, hessians=HessianStore.open(directory))
 
     def add(self, name: str, what: dict[str, Any], options: dict[str, Any], predicted: float | None = None) -> None:
-        out = self.work / "models" / name.replace(" ", "_").replace(",", "")
+        out = self.work / "models" / file_name(name)
         seconds = 0.0
         if not out.exists():
             seconds, _ = timed(lambda: qpalette.quantize(self.model, out, device=self.device, **options))
-        found = evaluate_models(load_model(out, self.device)[0], self.reference, self.windows)
+        quantized = load_model(out, self.device)[0]
+        measured = {kind: evaluate_models(quantized, self.reference, windows) for kind, windows in self.tests.items()}
+        found = measured["KL"]
         self.rows.append(
             {
                 **what,
                 "bits": bits_per_weight(out),
-                "KL": found.kl,
+                **{kind: result.kl for kind, result in measured.items()},
                 "KL stderr": found.kl_stderr,
                 "predicted": predicted,
                 "KL / predicted": None if predicted is None or found.kl is None else found.kl / predicted,
@@ -210,6 +219,10 @@ def _write_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(directory)
+
+
+def file_name(words: str) -> str:
+    return words.replace(" ", "_").replace(",", "")
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:

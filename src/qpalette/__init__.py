@@ -12,13 +12,14 @@ from typing import Any
 from qpalette.integrations.autoload import install as _install
 
 _HOME = {
+    "Config": "qpalette.integrations.on_load",
     "load": "qpalette.api",
     "parse_spec": "qpalette.codes",
     "quantize": "qpalette.pipeline",
     "tune": "qpalette.tuning",
 }
 
-__all__ = ["__version__", "calibrate", "evaluate", "load", "parse_spec", "quantize", "tune"]
+__all__ = ["Config", "__version__", "calibrate", "evaluate", "load", "parse_spec", "quantize", "tune"]
 
 
 class _Package(ModuleType):

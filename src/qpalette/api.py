@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,11 @@ def load(
     backend: str | None = None,
     fast: bool = False,
     compile: str = "never",
+    bits: str | float | Fraction | None = None,
+    effort: str | None = None,
 ) -> tuple[Any, Any]:
-    """The causal language model at `path`, a `PreTrainedModel` in evaluation mode, and its tokenizer.
+    """The causal language model at `path`, a `PreTrainedModel` in evaluation mode, and its tokenizer, or None where the
+    directory has none.
 
     path: a quantized directory, a Hugging Face directory, a .gguf file or the Hub id of a model of either kind. A GGUF
     file is dequantized once, into a cache. No code of the model runs. device: where all of it goes, such as cpu or
@@ -67,14 +71,32 @@ def load(
     quantized; the checkpoint's own by default. backend: the only one that may run, by name; like the variable
     QPALETTE_BACKEND, which it sets, it holds for the whole process. fast: on one CUDA device, `model.generate` decodes
     by captured steps, with the same arguments and results, and compiles them as `compile` says: "never", in the
-    "background", or "now", before the first token.
+    "background", or "now", before the first token. bits: quantize first a model that is not quantized, without data,
+    into the cache (`qpalette.Config`), searching as `effort` says.
 
     Raises InputError when there is no such device or `compile`, UnsupportedError with the reasons when no backend can
     run the model, and ArtifactError or CheckpointError when there is no intact model or transformers cannot build it.
     """
     check_mode(compile)
-    model, tokenizer = loading.load(path, device=device, dtype=dtype, device_map=device_map, backend=backend)
+    config = None
+    if bits is not None:
+        path, config = _to_quantize(path, bits, effort, parse_device(device))
+    model, tokenizer = loading.load(
+        path, device=device, dtype=dtype, device_map=device_map, backend=backend, quantization_config=config
+    )
     return (make_fast(model, compile) if fast else model), tokenizer
+
+
+def _to_quantize(
+    path: str | Path, bits: str | float | Fraction, effort: str | None, device: torch.device
+) -> tuple[Path, Any]:
+    """A directory, and the config that has transformers quantize it; for a GGUF file, with which it takes none, the
+    quantized copy."""
+    from qpalette.integrations.on_load import Config, quantized
+
+    config = Config(bits, effort=effort, device=str(device) if device.type == "cuda" else None)
+    checkpoint = open_checkpoint(path)
+    return (quantized(checkpoint, config), None) if checkpoint.format == "gguf" else (checkpoint.location, config)
 
 
 def calibrate(
@@ -110,7 +132,7 @@ def calibrate(
     if tokens < 2 or window < 2:
         raise InputError(f"tokens and window must be at least 2, got {tokens} and {window}")
     where = str(parse_device(device))
-    check_text(text)  # a wrong file is told before minutes of loading
+    check_text(text, model)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
     loaded, tokenizer = load_model(checkpoint.location, where, dtype)
     keep = Path(hessians).expanduser() / f"text{TOKEN_FILE}"
@@ -254,7 +276,7 @@ def measure_sensitivities(
         raise InputError(
             f"{target.absolute().parent} does not exist; make it, or choose another place for {target.name}"
         )
-    check_text(text)  # a wrong file is told before minutes of loading
+    check_text(text, model)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
     loaded, tokenizer = load_model(checkpoint.location, where, dtype)
     keep = target.with_name(target.name + TOKEN_FILE)

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import qpalette
 from qpalette.cli import main
 from qpalette.cli import quantize as commands
+from qpalette.pipeline import quantize as quantize_a_model
 
 VOCABULARY = 128
 COMMANDS = (
@@ -352,6 +353,38 @@ def test_inspect_a_quantized_model(run, packed):
     assert report["bits_per_weight"] == pytest.approx(report["bits"]["total"] / report["weights"])
     assert {linear["spec"] for linear in report["linears"]} == {"nuq-4"}
     assert "everything counted" in run("inspect", packed).out
+
+
+def test_how_much_is_packed_is_said_alike_everywhere(run, model, tmp_path):
+    """Before and after: of the result, in its report and in its card; and what to do where it is little."""
+    words = "88.2 % of what multiplies (linears 100 %, head 0 %, embedding 0 %)"
+    way_out = "lm_head (8.2 k weights) stays as it is; pack it too with --also lm_head"
+    out = tmp_path / "out"
+    quantizing = ("quantize", model, out, "--spec", "nuq-4")
+    for command in ((*quantizing, "--dry-run"), quantizing, ("inspect", out), ("inspect", model)):
+        result = run(*command)
+        assert words in result.out, command
+        if command[0] == "inspect" or "--dry-run" in command:
+            assert way_out in result.err
+    card, report = (out / "README.md").read_text(), json.loads((out / "qpalette_report.json").read_text())
+    assert "**88.2 % of what multiplies**" in card
+    assert "| head | 8,192 | 0 % |" in card
+    assert report["totals"]["packed"]["of_what_multiplies"] == 61_440 / 69_632
+    known = json.loads(run("inspect", out, "--json").out)["packed"]
+    assert known == report["totals"]["packed"] == json.loads(run("inspect", model, "--json").out)["packed_by_default"]
+    whole = ("quantize", model, tmp_path / "whole", "--spec", "nuq-4", "--also", "lm_head", "--json")
+    assert json.loads(run(*whole, "--dry-run").out)["packed"]["of_what_multiplies"] == 1
+    assert json.loads(run(*whole).out)["packed"]["kinds"]["head"] == {"packed": 8192, "weights": 8192}
+    assert "of what multiplies is packed" not in run("inspect", tmp_path / "whole").err
+
+
+def test_few_packed_weights_are_told_before_the_work(model, tmp_path, caplog):
+    def stop(*_: object) -> None:
+        assert "only 8" in caplog.text
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_a_model(model, tmp_path / "out", spec="nuq-4", progress=stop)
 
 
 def test_palette_lists_and_measures(run):

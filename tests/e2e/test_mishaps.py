@@ -15,7 +15,7 @@ from test_pipeline_quantize import HIDDEN, UP, Q, files_of, run, write_llama
 from test_pipeline_resume import Stop, encoded_names, stop_after
 
 from qpalette.core.errors import ArtifactError, CheckpointError, InputError
-from qpalette.formats import check_checksums, open_artifact
+from qpalette.formats import check_checksums, open_artifact, write_checksums
 from qpalette.pipeline import partial
 from qpalette.pipeline.encode import encode_tiles
 from qpalette.runtime.device import parse_device
@@ -271,18 +271,26 @@ def test_a_source_cut_short_meanwhile(tmp_path):
 
 def test_a_bit_lost_in_a_copy_of_the_result(quantized, tmp_path):
     copy = Path(shutil.copytree(quantized, tmp_path / "copy"))
-    assert check_checksums(copy) == len(files_of(copy)) - 1
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    write_checksums(copy)
+    assert check_checksums(copy) == len(files_of(quantized)) - 1 + 1  # without itself, with the template
     assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=copy, check=False).returncode == 0
     change_a_byte(copy / "model.safetensors", -1000)
     with pytest.raises(ArtifactError, match=r"model\.safetensors is not what was written: its SHA-256 differs"):
+        check_checksums(copy)
+    write_checksums(copy)
+    change_a_byte(copy / "additional_chat_templates" / "tools.jinja", 2)
+    with pytest.raises(ArtifactError, match=r"tools\.jinja is not what was written"):
         check_checksums(copy)
     (copy / "tokenizer.json").unlink()
     (copy / "SHA256SUMS").write_text("".join(reversed((copy / "SHA256SUMS").read_text().splitlines(True))))
     with pytest.raises(ArtifactError, match=r"tokenizer\.json is missing"):
         check_checksums(copy)
-    (copy / "SHA256SUMS").write_text("0" * 64 + "  ../secret\n")
-    with pytest.raises(ArtifactError, match="line 1 is no SHA-256"):
-        check_checksums(copy)
+    for name in ("../secret", "/secret", "a/../../secret", "a/../b", "./a", "a/./b"):
+        (copy / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
+        with pytest.raises(ArtifactError, match="line 1 is no SHA-256"):
+            check_checksums(copy)
 
 
 @pytest.mark.parametrize("spec", ["nuq-4", "tcq-3-L12"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -20,6 +20,7 @@ from qpalette.nn import QuantEmbedding, QuantLinear, TiedHead
 from qpalette.pipeline import estimate, quantize_checkpoint
 from qpalette.plan import Plan
 from qpalette.storage import open_checkpoint
+from qpalette.storage.tied import with_own_head
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 IDS = torch.arange(1, 13)[None]
@@ -176,6 +177,43 @@ def test_a_head_stored_beside_its_tied_embedding_keeps_its_own_weight(tmp_path):
     model = load(tmp_path / "out")
     assert isinstance(model.model.embed_tokens, QuantEmbedding)
     assert torch.equal(model.lm_head.weight, wanted)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_a_head_that_is_not_its_tied_embedding_is_packed_by_its_own_name(tmp_path, kind, caplog):
+    """A model whose head was trained apart, and whose config still says that it was not."""
+    source = write(tmp_path / "source", kind, tied=False)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    qpalette.quantize(source, tmp_path / "out", spec="nuq-6", also=["lm_head"])
+    assert "lm_head" in caplog.text
+    assert "the head of the file is used" in caplog.text
+    artifact = open_artifact(tmp_path / "out")
+    assert HEAD in artifact.records
+    assert EMBEDDING not in artifact.records
+    assert artifact.config["tie_word_embeddings"] is False
+    stored, model = load_file(source / "model.safetensors"), load(tmp_path / "out")
+    assert isinstance(model.lm_head, QuantLinear)
+    assert torch.equal(model.get_input_embeddings().weight, stored[f"{EMBEDDING}.weight"])
+    error = model.lm_head.dequantized_weight() - stored[f"{HEAD}.weight"]
+    assert error.norm() < 0.05 * stored[f"{HEAD}.weight"].norm()
+
+
+def test_a_copy_of_the_embedding_stays_tied(tmp_path):
+    source = write(tmp_path / "source", "llama", tied=True)
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {f"{HEAD}.weight": tensors[f"{EMBEDDING}.weight"].clone()}, source / "model.safetensors")
+    assert open_checkpoint(source).config["tie_word_embeddings"] is True
+
+
+def test_a_head_of_its_own_in_a_config_of_several_parts():
+    inner = {"model_type": "gemma3_text", "tie_word_embeddings": True}
+    config = {"model_type": "gemma3", "text_config": inner, "tie_word_embeddings": True}
+    names = ["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"]
+    untied = with_own_head(config, names, lambda head, embedding: False)
+    assert (untied["tie_word_embeddings"], untied["text_config"]["tie_word_embeddings"]) == (False, False)
+    assert with_own_head(config, names, lambda head, embedding: True) == config
+    assert with_own_head(config, names[:1], lambda head, embedding: False) == config
 
 
 def test_a_plan_may_name_them(tmp_path):

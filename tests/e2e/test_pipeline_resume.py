@@ -22,6 +22,7 @@ QUANTIZE = import_module("qpalette.pipeline.quantize")  # the folder has a funct
 DRIVER = """
 import errno, os, pathlib, shutil, signal, sys, traceback
 import qpalette.pipeline
+import transformers.models.llama.modeling_llama  # here, not in each process
 from qpalette.models import find_groups
 from qpalette.storage import open_checkpoint
 from qpalette.core.errors import ArtifactError

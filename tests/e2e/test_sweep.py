@@ -12,7 +12,13 @@ from architecture_checks import check_class
 from architectures import SUBSET, passes
 
 # Of their linears: what their own code computes with stays in 16 bits.
-IN_PART = {"causal:rwkv": 0.5, "causal:zamba": 0.85, "causal:mamba": 0.96, "causal:gemma3n_text": 0.96}
+IN_PART = {
+    "causal:rwkv": 0.5,
+    "causal:zamba": 0.85,
+    "causal:mamba": 0.96,
+    "causal:gemma3n_text": 0.96,
+    "image:inkling_mm_model": 0.94,
+}
 
 
 @pytest.mark.architectures

@@ -147,10 +147,10 @@ def test_a_config_that_means_nothing(copy, change, message):
         load(copy)
 
 
-def test_quantizing_while_loading(pair):
+def test_a_config_for_a_model_that_is_not_quantized(pair):
     packed, plain = pair
     config = QPaletteConfig.from_dict(json.loads((packed / "config.json").read_text())["quantization_config"])
-    with pytest.raises(ValueError, match="pre-quantized"):
+    with pytest.raises(ArtifactError, match=r"not quantized, .* that of another: .*qpalette\.Config\(bits=4\)"):
         load(plain, quantization_config=config)
 
 

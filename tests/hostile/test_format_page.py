@@ -59,6 +59,12 @@ def index(*names: str) -> Callable[[Path], None]:
 
 
 def second_shard(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "first.safetensors")
+    save_file({"model.norm.weight": torch.ones(36)}, directory / "second.safetensors")
+    index("first.safetensors", "second.safetensors")(directory)
+
+
+def whole_beside_shards(directory: Path) -> None:
     save_file({"model.norm.weight": torch.ones(36)}, directory / "second.safetensors")
     index("model.safetensors", "second.safetensors")(directory)
 
@@ -233,7 +239,14 @@ CASES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
         ),
     ],
     "no tensor is in two files": [
-        (second_shard, "tensor 'model.norm.weight' is in D/model.safetensors and in D/second.safetensors")
+        (second_shard, "tensor 'model.norm.weight' is in D/first.safetensors and in D/second.safetensors")
+    ],
+    "no `model.safetensors` beside an index of other files: transformers would read that alone": [
+        (
+            whole_beside_shards,
+            "D/model.safetensors lies beside model.safetensors.index.json, which names other files; remove what is "
+            "not of this model",
+        )
     ],
     "each linear has its three tensors (`formats/parts.py`), with exactly that type and shape": [
         (

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qpalette.core import files
-from qpalette.core.errors import InputError
+from qpalette.core.errors import BusyError, InputError
 from qpalette.core.files import contents, is_mount_point, locked, move_contents, write_whole
 
 HOLDER = """
@@ -38,13 +38,39 @@ def test_a_held_folder_is_refused_with_its_holder_until_that_is_killed(tmp_path)
     try:
         wanted = rf"/out is being written by another run \(process {holder.pid} on .+\): wait for it, or choose another"
         for _ in range(2):  # who is refused takes nothing from the holder
-            with pytest.raises(InputError, match=wanted), locked(folder, Path("/out")):
+            with pytest.raises(BusyError, match=wanted), locked(folder, Path("/out")):
                 pytest.fail("two hold it")
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     with locked(folder, Path("/out")):
         assert (folder / files.LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("end", ["let go", "killed"])
+def test_who_waits_has_it_when_the_holder_ends_however_it_does(tmp_path, end):
+    """With the folder that the holder removes as it leaves, and with one that stays."""
+    folder, held = tmp_path / "out.partial", []
+    holder = hold(folder)
+
+    def wait() -> None:
+        with locked(folder, Path("/out"), wait=True):
+            held.append((folder / files.LOCK).read_text())
+
+    waiting = [threading.Thread(target=wait) for _ in range(3)]
+    try:
+        for thread in waiting:
+            thread.start()
+        waiting[0].join(timeout=0.5)
+        assert not held, "the other one still has it"
+    finally:
+        holder.send_signal(signal.SIGKILL if end == "killed" else signal.SIGINT)
+        holder.wait()
+    for thread in waiting:
+        thread.join(timeout=30)
+    assert len(held) == 3
+    assert all(text.startswith(f"process {os.getpid()} on ") for text in held)
     assert not folder.exists()
 
 

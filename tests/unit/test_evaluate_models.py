@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qpalette.core.errors import CheckpointError, InputError
@@ -172,6 +172,65 @@ def test_windows_do_not_overlap_and_drop_the_tail(text):
     assert [len(window) for window in windows] == [64, 64]
     assert len(token_windows(text, tokenizer, length=64, limit=1)) == 1
     assert [len(window) for window in token_windows(text, tokenizer)] == [150], "the tail is all there is"
+
+
+CORPUS = "".join(
+    f"a{'b' * (i % 7)} word{i % 13}, {i * 7919 % 1000} \u00e9\u4e16\u754c{'x' * (i % 40)}\n" for i in range(3000)
+)
+
+
+def trained(
+    model: models.Model, trainer: object, splits: pre_tokenizers.PreTokenizer | None
+) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(model)
+    if splits is not None:
+        tokenizer.pre_tokenizer = splits
+    tokenizer.train_from_iterator([CORPUS[:20_000]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+TOKENIZERS = {
+    "byte-level": lambda: trained(
+        models.BPE(),
+        trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ),
+    "not split at all": lambda: trained(
+        models.BPE(unk_token="<unk>"),
+        trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>"], show_progress=False),
+        None,
+    ),
+    "unigram": lambda: trained(
+        models.Unigram(),
+        trainers.UnigramTrainer(vocab_size=300, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False),
+        pre_tokenizers.Metaspace(),
+    ),
+    "words": lambda: trained(
+        models.WordPiece(unk_token="<unk>"),
+        trainers.WordPieceTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False),
+        pre_tokenizers.BertPreTokenizer(),
+    ),
+}
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
+@pytest.mark.parametrize(("length", "count"), [(16, 1), (64, 3), (100, 40)])
+def test_of_a_long_text_no_more_is_read_than_asked_for(tmp_path, monkeypatch, tokenizer, length, count):
+    """And what is read gives the tokens that all of it would."""
+    text, found = tmp_path / "text.txt", tokenizer()
+    text.write_text(CORPUS)
+    whole = token_windows(text, found, length)
+    read = 0
+
+    def counted(text: str, **options):
+        nonlocal read
+        read += len(text)
+        return found(text, **options)
+
+    windows = token_windows(text, counted, length, count)
+    assert len(windows) == count
+    assert all(map(torch.equal, windows, whole))
+    assert read < min(len(CORPUS), 64 * (length * count + 64))
 
 
 @pytest.mark.parametrize(

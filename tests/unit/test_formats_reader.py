@@ -134,10 +134,21 @@ def test_index_stays_in_the_directory(good, weight_map, message):
 
 
 def test_a_tensor_in_two_shards(good):
+    (good / "model.safetensors").rename(good / "first.safetensors")
     save_file({"model.norm.weight": torch.ones(36)}, good / "second.safetensors")
-    index = {"weight_map": {"a": "model.safetensors", "b": "second.safetensors"}}
+    index = {"weight_map": {"a": "first.safetensors", "b": "second.safetensors"}}
     (good / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ArtifactError, match=r"model\.norm\.weight' is in"):
+        open_artifact(good)
+
+
+@pytest.mark.parametrize("names", [("other.safetensors",), ("model.safetensors", "other.safetensors")])
+def test_a_whole_file_beside_an_index_of_others(good, names):
+    """transformers would read the first and nothing else: what it lacks would be random numbers."""
+    save_file({"other": torch.ones(36)}, good / "other.safetensors")
+    index = {"weight_map": {name: name for name in names}}
+    (good / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match=r"model\.safetensors lies beside .*index\.json, which names other files"):
         open_artifact(good)
 
 

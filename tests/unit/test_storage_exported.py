@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from qpalette.core.cache import CACHE_GB, code_digest
 from qpalette.core.errors import CheckpointError, InputError
 from qpalette.storage import exported, plain_directory
-from qpalette.storage.exported import CACHE_GB, code_digest
 
 PAYLOAD = 1000  # bytes beside config and weights
 

@@ -9,12 +9,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qpalette.core.errors import CheckpointError
 from qpalette.storage import export_checkpoint, open_checkpoint
 from qpalette.storage.gguf_header import check_header
+from qpalette.storage.gguf_rope import scaled_rope
 
 try:
     from transformers import GgufConfig
@@ -68,7 +69,7 @@ def write_gguf(
     pre: str = "smollm",
     drop: tuple[str, ...] = (),
     extra: dict[str, np.ndarray] | None = None,
-    metadata: dict[str, int] | None = None,
+    metadata: dict[str, int | float | str] | None = None,
     layers: int = LAYERS,
 ) -> Path:
     writer = gguf.GGUFWriter(file, architecture)
@@ -93,7 +94,7 @@ def write_gguf(
     writer.add_pad_token_id(0)
     writer.add_chat_template(CHAT)
     for key, value in (metadata or {}).items():
-        writer.add_uint32(key, value)
+        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](key, value)
     for name, tensor in {**model_tensors(tied, architecture == "qwen2"), **(extra or {})}.items():
         if name in drop:
             continue
@@ -208,6 +209,74 @@ def test_llama3_rope_factors_become_config(tmp_path):
     odd = write_gguf(tmp_path / "b.gguf", extra={"rope_freqs.weight": np.linspace(1, 3, head // 2, dtype=np.float32)})
     with pytest.raises(CheckpointError, match="rope_freqs are not those of Llama 3"):
         open_checkpoint(odd)
+
+
+def rope_metadata(**given: int | float | str) -> dict[str, int | float | str]:
+    return {f"llama.rope.scaling.{key}": value for key, value in given.items()}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "rope"),
+    [
+        (rope_metadata(type="none"), {"rope_type": "default"}),
+        (rope_metadata(type="linear", factor=1.0), {"rope_type": "default"}),
+        (rope_metadata(type="linear", factor=4.0), {"rope_type": "linear", "factor": 4.0}),
+        (rope_metadata(factor=4.0), {"rope_type": "linear", "factor": 4.0}),
+        (rope_metadata(factor=4.0, original_context_length=32), {"rope_type": "linear", "factor": 4.0}),
+        ({"llama.rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        (
+            rope_metadata(type="yarn", factor=4.0, original_context_length=32, attn_factor=1.0),
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        ),
+        (
+            rope_metadata(type="yarn", factor=4.0, original_context_length=32, yarn_beta_fast=16.0, attn_factor=0.5),
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 16.0,
+                "attention_factor": 0.5 * (1 + 0.1 * np.log(4)),
+            },
+        ),
+    ],
+)
+def test_scaled_positions_become_config(tmp_path, metadata, rope):
+    """What transformers leaves out: without it the model answers, and wrongly beyond its first context."""
+    config = open_checkpoint(write_gguf(tmp_path / "a.gguf", metadata=metadata)).config
+    assert config["rope_parameters"] == pytest.approx(rope | {"rope_theta": 500000.0})
+    assert AutoConfig.for_model(**config).rope_parameters == config["rope_parameters"]
+
+
+def test_only_full_attention_is_scaled(tmp_path):
+    """Of a model with two kinds of layers: llama.cpp leaves sliding windows as they are."""
+    own = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+    scaled = scaled_rope(tmp_path, {"rope_parameters": own}, {"type": "linear", "factor": 8.0}, None)
+    assert scaled == own | {"full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "what"),
+    [
+        (rope_metadata(type="longrope", factor=4.0), "longrope"),
+        (rope_metadata(type="yarn", factor=4.0), "original_context_length"),
+        (rope_metadata(type="yarn", original_context_length=32), "factor = None"),
+        (rope_metadata(type="linear", factor=4.0, attn_factor=2.0), "attn_factor = 2"),
+        (rope_metadata(type="linear", factor=4.0, alpha=100.0), "alpha = 100"),
+        (
+            rope_metadata(type="yarn", factor=4.0, original_context_length=32, yarn_log_multiplier=0.5),
+            "yarn_log_multiplier = 0.5",
+        ),
+    ],
+)
+def test_positions_that_transformers_cannot_have_are_refused(tmp_path, metadata, what):
+    with pytest.raises(CheckpointError, match=rf"{what}.*give the model's safetensors directory"):
+        open_checkpoint(write_gguf(tmp_path / "a.gguf", metadata=metadata))
+
+
+def test_the_factors_of_long_positions_are_refused(tmp_path):
+    extra = {f"rope_factors_{kind}.weight": np.ones(HIDDEN // HEADS // 2, np.float32) for kind in ("long", "short")}
+    with pytest.raises(CheckpointError, match="longrope"):
+        open_checkpoint(write_gguf(tmp_path / "a.gguf", extra=extra))
 
 
 def test_missing_and_unknown_tensors(tmp_path, caplog):

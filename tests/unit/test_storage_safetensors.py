@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qpalette.core.errors import CheckpointError
 from qpalette.storage import StreamingSafetensorsWriter, TensorInfo, export_checkpoint, open_checkpoint
@@ -132,15 +132,27 @@ def test_side_files_are_text_of_the_tokenizer_only(tmp_path):
         "generation_config.json",
         "merges.txt",
         "tokenizer.model",
+        "tokenizer.model.v3",
+        "source.spm",
+        "additional_chat_templates/tool_use.jinja",
+        "tokenizer/vocab.txt",
         "LICENSE",
     }
     dropped = {"modeling_evil.py", "pytorch_model.bin", "x.gguf", "consolidated.safetensors", "old.index.json", "a.pkl"}
+    dropped |= {
+        "checkpoint-5/trainer_state.json",
+        "tokenizer/tokenizer.py",
+        "tokenizer/more/vocab.txt",
+        ".cache/a.json",
+    }
     for name in kept | dropped:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text("{}")
     (directory / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": "evil"}, "pad": "é"}))
     (tmp_path / "out").mkdir()
     open_checkpoint(directory).save_side_files(tmp_path / "out")
-    assert {file.name for file in (tmp_path / "out").iterdir()} == kept | {"tokenizer_config.json"}
+    found = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert found == kept | {"tokenizer_config.json"}
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text("utf-8")) == {"pad": "é"}
 
 
@@ -331,6 +343,22 @@ def test_second_copies_beside_the_model_are_left_out_with_a_word(tmp_path, caplo
     assert "consolidated.safetensors is not part of the model" in caplog.text
 
 
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("beside", ["all shards", "no shard"])
+def test_a_whole_file_is_read_as_transformers_does_whatever_lies_beside_it(tmp_path, caplog, index, beside):
+    """Shards or an index of another release of the model: the single file goes first."""
+    directory = write_model(tmp_path, two_shards(), index)
+    for shard in two_shards():
+        old = {name: torch.zeros_like(tensor) for name, tensor in load_file(directory / shard).items()}
+        save_file(old | {"of.old": torch.zeros(1)}, directory / shard)
+        if beside == "no shard":
+            (directory / shard).unlink()
+    assert_same(open_checkpoint(write_model(directory)), tensors_of_a_model())
+    for shard in two_shards() if beside == "all shards" else ():
+        assert f"{shard} is not part of the model" in caplog.text
+    assert ("transformers reads this file, not" in caplog.text) == index
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
 def test_pickles_are_refused_and_never_opened(tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
@@ -341,8 +369,8 @@ def test_pickles_are_refused_and_never_opened(tmp_path, name):
 
 def test_quantized_sources_are_refused(tmp_path):
     directory = write_model(tmp_path)
-    (directory / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(CheckpointError, match=r"quantized already \(method 'gptq'\)"):
+    (directory / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "quip"}}))
+    with pytest.raises(CheckpointError, match=r"quantized already \(method 'quip'\)"):
         open_checkpoint(directory)
 
 
@@ -373,8 +401,9 @@ def test_the_hub_is_asked_for_no_code_and_its_refusal_is_one_sentence(tmp_path, 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert_same(open_checkpoint("owner/name"), tensors_of_a_model())
     files = ["model.safetensors", "modeling.py", "pytorch_model.bin", "tokenizer.json", "original/model.safetensors"]
+    files += ["tokenizer.model.v3", "additional_chat_templates/tool_use.jinja"]
     chosen = list(huggingface_hub.utils.filter_repo_objects(files, **asked))
-    assert chosen == ["model.safetensors", "tokenizer.json"]
+    assert chosen == ["model.safetensors", "tokenizer.json", *files[-2:]]
     with pytest.raises(CheckpointError, match=r"the Hub did not give it \(no network\)"):
         open_checkpoint("owner/absent")
 

@@ -12,6 +12,15 @@ from qpalette.core.errors import InputError
 
 Message = dict[str, str]  # {"role": "user" or "assistant", "content": text}
 
+# Of a model's generation_config.json, what is said of an answer itself. How it is searched for (beams, several of them,
+# assistants), what else is returned and where the cache lies are not: one answer is streamed, as the options say.
+OF_AN_ANSWER = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "stop_strings"),
+    *("min_length", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
+    *("exponential_decay_length_penalty", "remove_invalid_values"),
+)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -46,16 +55,30 @@ def open_model(model: str, engine: str, device: str, dtype: str | None, compile:
     """The model on `device` and its tokenizer; `dtype` by default float16 on a GPU and float32 on a CPU. On a GPU its
     `generate` is the fast one, with steps compiled as `compile` says.
 
-    Raises InputError for an engine, device, type or `compile` that cannot be used here, and as `load_model` does.
+    Raises InputError for an engine, device, type or `compile` that cannot be used here and for a model without a
+    tokenizer, and as `load_model` does.
     """
     from qpalette.api import load
+    from qpalette.evaluate.text_source import check_tokenizer_of
+    from qpalette.models.vocabulary import check_tokenizer
     from qpalette.runtime.device import parse_device
 
     if engine != "transformers":
         raise InputError(f"--engine {engine}: answers here come from transformers; other engines have `qpalette serve`")
     where = parse_device(device)
     kind = parse_dtype(dtype or ("float16" if where.type == "cuda" else "float32"))
-    return load(model, device=where, dtype=kind, fast=True, compile=compile)
+    check_tokenizer_of(model)  # before minutes of loading
+    loaded, tokenizer = load(model, device=where, dtype=kind, fast=True, compile=compile)
+    check_tokenizer(tokenizer, model)
+    loaded.generation_config = _of_an_answer(loaded.generation_config)
+    return loaded, tokenizer
+
+
+def _of_an_answer(config: Any) -> Any:
+    from transformers import GenerationConfig
+
+    kept = {name: getattr(config, name, None) for name in OF_AN_ANSWER}
+    return GenerationConfig(**{name: value for name, value in kept.items() if value is not None})
 
 
 def parse_dtype(name: str) -> Any:
@@ -81,10 +104,12 @@ def stream_answer(
 ) -> Answer:
     """Continue `prompt` (int64 [1, tokens]), giving each finished word to `write`.
 
-    Temperature 0 always takes the most likely token. Raises InputError when the prompt is empty or leaves no room for
-    an answer in the model's context.
+    Temperature 0 always takes the most likely token. Raises InputError when the prompt is empty, has a token that the
+    model does not know, or leaves no room for an answer in the model's context.
     """
     import torch
+
+    from qpalette.models.vocabulary import check_tokens
 
     length = prompt.shape[1]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -92,6 +117,7 @@ def stream_answer(
         raise InputError("the prompt is empty")
     if length >= context:
         raise InputError(f"the prompt has {length} tokens and the model's context is {context}; shorten it")
+    check_tokens(prompt[0].tolist(), model, tokenizer)
     streamer = _streamer(tokenizer, write)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else _GREEDY
     result = model.generate(
@@ -100,6 +126,7 @@ def stream_answer(
         max_new_tokens=int(min(max_new_tokens, context - length)),
         pad_token_id=_pad_token(model, tokenizer),
         streamer=streamer,
+        tokenizer=tokenizer,  # which stop strings are looked for with
         **sampling,
     )
     written = result[0, length:]

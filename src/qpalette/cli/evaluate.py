@@ -51,7 +51,7 @@ def evaluate(
 
         return score_tasks(model, reference, tasks, as_json, where)
     check_limit(windows)
-    check_text(text)  # a wrong file is told before minutes of loading
+    check_text(text, model if reference is None else reference)  # a wrong file is told before minutes of loading
     if text is None and reference is not None:
         print_note("no --text: the reference writes it first")
     quiet_transformers()

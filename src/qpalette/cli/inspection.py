@@ -18,6 +18,7 @@ from qpalette.core.text import count, size
 if TYPE_CHECKING:
     from qpalette.formats.reader import Artifact
     from qpalette.models import Grouping
+    from qpalette.models.multiplied import Shares
     from qpalette.storage import Checkpoint
 
 SHOWN_BITS = (2, 3, 4)
@@ -98,15 +99,18 @@ def _describe_checkpoint(model: str, place: Path, as_json: bool) -> None:
         print_json(_checkpoint_json(checkpoint, grouping, kinds, sizes))
         return
     weights = sum(group.weights for group in grouping.groups)
+    shares = _shares(checkpoint, grouping)
     facts = {
         "model": checkpoint.describe(),
         "files": size(sum(file.stat().st_size for file in checkpoint.files)),
         "linears": f"{sum(len(g.linears) for g in grouping.groups)} in {len(grouping.groups)} groups, "
         f"{count(weights)} weights",
+        "packed by default": str(shares),
         "untouched": f"{len(grouping.untouched)} tensors, {size(_untouched_bytes(checkpoint, grouping))}",
     }
     facts |= {f"at {bits} bits": f"{size(nbytes)} (codes of {bits} bits)" for bits, nbytes in sizes.items()}
     print_facts(model, facts)
+    _warn(shares)
     _print_kinds(kinds)
     _print_untouched(checkpoint, grouping)
 
@@ -114,6 +118,8 @@ def _describe_checkpoint(model: str, place: Path, as_json: bool) -> None:
 def _checkpoint_json(
     checkpoint: Checkpoint, grouping: Grouping, kinds: list[GroupKind], sizes: dict[int, int]
 ) -> dict[str, Any]:
+    from qpalette.pipeline.report import shares_json
+
     return {
         "kind": "checkpoint",
         "format": checkpoint.format,
@@ -122,6 +128,7 @@ def _checkpoint_json(
         "file_bytes": sum(file.stat().st_size for file in checkpoint.files),
         "bytes_at_bits": sizes,
         "weights": sum(group.weights for group in grouping.groups),
+        "packed_by_default": shares_json(_shares(checkpoint, grouping)),
         "group_kinds": kinds,
         "groups": grouping.groups,
         "untouched": [
@@ -134,6 +141,22 @@ def _checkpoint_json(
             for name in grouping.untouched
         ],
     }
+
+
+def _shares(checkpoint: Checkpoint, grouping: Grouping) -> Shares:
+    """What would be packed, and what would not."""
+    from qpalette.models.multiplied import shares_of
+
+    packed = {linear.name: linear.weights for group in grouping.groups for linear in group.linears}
+    infos = (checkpoint.tensors[name] for name in grouping.untouched)
+    return shares_of(
+        checkpoint.config, packed, {info.name: info.shape for info in infos if info.dtype.is_floating_point}
+    )
+
+
+def _warn(shares: Shares) -> None:
+    if (warning := shares.warning()) is not None:
+        print_note(warning)
 
 
 def _size_at(checkpoint: Checkpoint, grouping: Grouping, bits: int) -> int:
@@ -182,6 +205,7 @@ def _print_untouched(checkpoint: Checkpoint, grouping: Grouping) -> None:
 def _describe_artifact(model: str, place: Path, as_json: bool) -> None:
     from qpalette.evaluate import plan_of
     from qpalette.formats import PARTS, open_artifact
+    from qpalette.pipeline.report import shares_json
 
     artifact = open_artifact(place)
     summary, kinds = artifact.inspect(), _artifact_kinds(artifact)
@@ -190,6 +214,7 @@ def _describe_artifact(model: str, place: Path, as_json: bool) -> None:
         facts |= {"weights": summary.weights, "bits": {**summary.bits.parts, "total": summary.bits.total}}
         plan = plan_of(place)
         facts |= {} if plan is None else {"plan": {**plan.prediction, "provenance": dict(plan.provenance)}}
+        facts |= {"packed": shares_json(summary.shares)}
         facts |= {"bytes": summary.tensor_bytes, "carried_bytes": summary.carried_bytes, "linears": kinds}
         print_json(facts | {"provenance": dict(summary.provenance), "files": list(summary.files)})
         return
@@ -203,6 +228,7 @@ def _describe_artifact(model: str, place: Path, as_json: bool) -> None:
                 for part in PARTS
                 if part.suffix in summary.bits.parts
             ),
+            "packed": str(summary.shares),
             "untouched": f"{summary.carried_tensors} tensors, {size(summary.carried_bytes)}",
             "all tensors": f"{size(summary.tensor_bytes)} in {', '.join(summary.files)}",
             **_plan_facts(place),
@@ -214,6 +240,7 @@ def _describe_artifact(model: str, place: Path, as_json: bool) -> None:
          f"{k['bits_per_weight']:.4f}")
         for k in kinds
     ]  # fmt: skip
+    _warn(summary.shares)
     print_table("Linears", ("linear", "times", "out x in", "spec", "rotation", "bits per weight"), rows)
 
 

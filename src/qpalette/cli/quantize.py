@@ -233,7 +233,9 @@ def _output_error(linear: LinearResult) -> float:
 
 
 def report_json(report: QuantizeReport, source_bytes: int) -> dict[str, Any]:
-    """Keys that stay: output, source_bytes, bytes, bits_per_weight, distortion, kinds."""
+    """Keys that stay: output, source_bytes, bytes, bits_per_weight, distortion, packed, kinds."""
+    from qpalette.pipeline.report import shares_json
+
     return {
         "output": report.output,
         "source_bytes": source_bytes,
@@ -242,6 +244,7 @@ def report_json(report: QuantizeReport, source_bytes: int) -> dict[str, Any]:
         "bits": report.bits.total,
         "weights": report.bits.weights,
         "distortion": report.distortion,
+        "packed": shares_json(report.shares),
         "kinds": distortion_by_kind(report),
     }
 
@@ -267,11 +270,14 @@ def _show_report(report: QuantizeReport, source_bytes: int) -> None:
             "size": f"{size(source_bytes)} before, {size(report.tensor_bytes)} after",
             "bits per weight": f"{float(report.rate):.4f} in {count(report.bits.weights)} weights, everything counted",
             "distortion": f"{report.distortion:.5f}",
+            "packed": str(report.shares),
         },
     )
 
 
 def _show_estimate(model: str, estimate: Estimate, as_json: bool) -> None:
+    from qpalette.pipeline.report import shares_json
+
     if as_json:
         print_json(
             {
@@ -286,6 +292,7 @@ def _show_estimate(model: str, estimate: Estimate, as_json: bool) -> None:
                 "disk_bytes": estimate.disk_bytes,
                 "peak_memory_bytes": estimate.peak_memory_bytes,
                 "seconds": estimate.seconds,
+                "packed": shares_json(estimate.shares),
             }
         )
         return
@@ -293,6 +300,7 @@ def _show_estimate(model: str, estimate: Estimate, as_json: bool) -> None:
         f"{model}: nothing is written",
         {
             "linears": f"{estimate.linears}, {count(estimate.weights)} weights",
+            "packed": str(estimate.shares),
             "quantizers": spec_range(list(estimate.specs)),
             "bits per weight": f"{float(estimate.rate):.4f}, everything counted",
             "size": f"{size(estimate.source_bytes)} before, {size(estimate.tensor_bytes)} after",
@@ -301,3 +309,5 @@ def _show_estimate(model: str, estimate: Estimate, as_json: bool) -> None:
             "time needed": f"about {estimate.seconds:.0f} s" if estimate.seconds is not None else "not tried",
         },
     )
+    if (warning := estimate.shares.warning()) is not None:
+        print_note(warning)

@@ -35,3 +35,7 @@ class UnsupportedError(QPaletteError):
 
 class InputError(QPaletteError):
     """A text file, prompt or option that cannot be used."""
+
+
+class BusyError(InputError):
+    """Something that another run is writing."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from qpalette.core.errors import InputError
+from qpalette.core.errors import BusyError, InputError
 
 try:
     import fcntl
@@ -40,14 +40,14 @@ def write_whole(file: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path, what: Path) -> Iterator[None]:
+def locked(folder: Path, what: Path, wait: bool = False) -> Iterator[None]:
     """Hold `folder`, which is made, for one run; it is removed when nothing but the lock is left in it.
 
     The system lets go of the lock of a process that dies, however it dies. Where the file system has no locks, a
-    warning says that nobody watches. Raises InputError at once while another run holds it: `what` it writes, and which
-    process that is.
+    warning says that nobody watches. While another run holds it, BusyError is raised at once: `what` it writes, and
+    which process that is; or, with `wait`, this call waits for it.
     """
-    stream = _taken(folder, what)
+    stream = _taken(folder, what, wait)
     try:
         yield
     finally:
@@ -59,7 +59,7 @@ def locked(folder: Path, what: Path) -> Iterator[None]:
         stream.close()
 
 
-def _taken(folder: Path, what: Path) -> IO[str]:
+def _taken(folder: Path, what: Path, wait: bool) -> IO[str]:
     """The open lock file. Python's files are closed in processes that are started: only this one holds it."""
     for _ in range(ATTEMPTS):
         try:
@@ -69,7 +69,7 @@ def _taken(folder: Path, what: Path) -> IO[str]:
             continue  # its holder has just removed the folder
         stream = os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
         try:
-            _lock(stream, what)
+            _lock(stream, what, wait)
             if os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
                 stream.truncate(0)
                 stream.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -84,14 +84,14 @@ def _taken(folder: Path, what: Path) -> IO[str]:
     raise InputError(f"{folder} is no directory, or comes and goes; remove it, or choose another output directory")
 
 
-def _lock(stream: IO[str], what: Path) -> None:
+def _lock(stream: IO[str], what: Path, wait: bool) -> None:
     try:
         if fcntl is None:
             raise OSError(errno.ENOSYS, "this system has no flock")
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         holder = stream.read(200) or "its process is not known"
-        raise InputError(
+        raise BusyError(
             f"{what} is being written by another run ({holder}): wait for it, or choose another output directory"
         ) from error
     except OSError as error:

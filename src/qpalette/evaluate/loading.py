@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qpalette.core.errors import ArtifactError, CheckpointError, SpecError, UnsupportedError
+from qpalette.core.errors import ArtifactError, CheckpointError, QPaletteError, SpecError, UnsupportedError
 from qpalette.formats.reader import open_artifact
-from qpalette.models import find_groups, weight_bytes
+from qpalette.models import check_finite, check_loaded, find_groups, weight_bytes
 from qpalette.models.model_class import class_of, config_for
+from qpalette.models.vocabulary import has_tokenizer
 from qpalette.plan import PLAN_FILE, Plan
 from qpalette.runtime import backends
 from qpalette.runtime.device import parse_device
 from qpalette.runtime.dispatch import ENVIRONMENT
 from qpalette.storage import local_path, open_checkpoint, plain_directory
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -27,8 +31,10 @@ def load(
     dtype: torch.dtype | str | None = None,
     device_map: str | dict[str, Any] | torch.device | int | None = None,
     backend: str | None = None,
+    quantization_config: Any = None,
 ) -> tuple[Any, Any]:
-    """As `qpalette.load`, whose arguments these are, with the `generate` of transformers."""
+    """As `qpalette.load`, whose arguments these are, with the `generate` of transformers; `quantization_config` is a
+    `qpalette.Config` for a model that is not quantized."""
     where = parse_device(device)
     if backend is not None:
         if backend not in backends():
@@ -37,13 +43,13 @@ def load(
     place = local_path(path)
     quantized = is_artifact(place)
     directory = open_artifact(place).directory if quantized else plain_directory(open_checkpoint(place))
-    options = {"dtype": dtype, "device_map": device_map}
+    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
+    kind = ArtifactError if quantized else CheckpointError
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        model, tokenizer = _read(directory, given)
+        model, tokenizer = _read(directory, given, kind)
         return (model if device_map is not None else model.to(where)).eval(), tokenizer
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
-        kind = ArtifactError if quantized else CheckpointError
         reason = str(error).strip().partition("\n")[0]
         raise kind(f"transformers cannot load {path} ({type(error).__name__}: {reason})") from error
 
@@ -55,22 +61,34 @@ def load_model(
     return load(path, device=device, dtype=dtype)
 
 
-def _read(directory: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+def _read(directory: Path, options: dict[str, Any], kind: type[QPaletteError]) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    return read_model(directory, options), tokenizer
+    model = read_model(directory, options, kind)
+    if not has_tokenizer(directory):
+        logger.warning("%s has no tokenizer: None stands for it", directory)
+        return model, None
+    return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
 
 
-def read_model(directory: Path, options: dict[str, Any]) -> Any:
-    """The model alone, of the class that its config names: of text, of images and text, of sequences to sequences."""
+def read_model(directory: Path, options: dict[str, Any], kind: type[QPaletteError] = CheckpointError) -> Any:
+    """The model alone, of the class that its config names: of text, of images and text, of sequences to sequences.
+
+    Raises `kind` when a weight is missing, of another shape, or not finite.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     found = class_of(config)
     if found is None:
         raise ValueError(f"no class of it generates text from a config of type '{config.model_type}'")
-    return found.from_pretrained(directory, config=config_for(found, config), local_files_only=True, **options)
+    loaded: Any = found.from_pretrained(
+        directory, config=config_for(found, config), local_files_only=True, output_loading_info=True, **options
+    )
+    model, info = loaded
+    check_loaded(directory, info, kind)
+    check_finite(directory, model, kind)
+    return model
 
 
 def is_artifact(path: str | Path) -> bool:
@@ -86,13 +104,14 @@ def is_artifact(path: str | Path) -> bool:
 def bits_per_weight(path: str | Path) -> float | None:
     """Stored bits per weight of the linears, everything counted, from headers alone.
 
-    None for a GGUF file, whose headers are read as the dequantized model's, and for a model without linears.
+    None for a GGUF file or another tool's quantized model, whose headers are read as the dequantized model's, and for a
+    model without linears.
     """
     if is_artifact(path):
         return float(open_artifact(Path(path).expanduser()).bits().rate)
     checkpoint = open_checkpoint(path)
     linears = [linear for group in find_groups(checkpoint).groups for linear in group.linears]
-    if checkpoint.format == "gguf" or not linears:
+    if checkpoint.format != "safetensors" or not linears:
         return None
     stored = sum(weight_bytes(checkpoint, linear) for linear in linears)
     return 8 * stored / sum(linear.weights for linear in linears)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qpalette.core.errors import InputError
+from qpalette.models.vocabulary import check_tokens
 
 CHUNK = 256  # positions whose log-probabilities are held in float32 at a time: 250 MB at a vocabulary of 256k
 
@@ -99,11 +100,7 @@ def _add_window(
 @torch.inference_mode()
 def _logits(model: Any, window: torch.Tensor, cache: CacheFactory | None = None) -> torch.Tensor:
     """[length - 1, vocabulary]: the prediction of each token but the first."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if int(window.max()) >= vocabulary:
-        raise InputError(
-            f"the text has token {int(window.max())}, but the model knows {vocabulary}; it needs its own tokenizer"
-        )
+    check_tokens(window.tolist(), model)
     own = None if cache is None else cache(model)
     return model(window[None].to(model.device), past_key_values=own, use_cache=True).logits[0, :-1]
 

@@ -13,6 +13,7 @@ import torch
 
 from qpalette.core.errors import InputError
 from qpalette.core.resume import PartialFigures
+from qpalette.models.vocabulary import check_tokens
 
 TOKEN_FILE = ".tokens.json"  # how the name of a file of tokens ends
 KIND = "sampled text"
@@ -51,6 +52,8 @@ def sample_windows(
     as soon as it is whole: what it has of this model, seed and length is not written again.
     """
     chat = chat_of(tokenizer)
+    if chat is not None:
+        check_tokens([*chat.opening, *chat.to_assistant, *chat.to_user], model, tokenizer)
     identity = {"kind": KIND, "model": _mark_of(model), "length": str(length), "seed": str(seed)}
     kept = None if keep is None else PartialFigures(keep, identity)
     windows: list[list[int]] = [] if kept is None else kept.figures.setdefault("windows", [])

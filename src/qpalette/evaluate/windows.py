@@ -10,6 +10,8 @@ import torch
 from qpalette.core.errors import InputError
 
 WINDOW = 2048  # the length that published perplexities use
+CHARACTERS = 8  # read for each token that is wanted, and twice as many as long as they are too few
+SPARE = 64  # tokens before a cut that may be others in the whole text
 
 
 def read_text(file: str | Path) -> str:
@@ -42,14 +44,26 @@ def token_windows(
     than 2 tokens: there is nothing to predict.
     """
     check_limit(limit)
-    encoded = tokenizer(read_text(file), add_special_tokens=False, verbose=False)
-    tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    tokens = torch.tensor(_tokens(read_text(file), tokenizer, limit and limit * length), dtype=torch.int64)
     if len(tokens) < 2:
         raise InputError(f"{file} has {len(tokens)} token(s); at least 2 are needed to predict one from the other")
     whole = len(tokens) // length
     if whole == 0:
         return [tokens]
     return list(tokens[: whole * length].split(length))[:limit]
+
+
+def _tokens(text: str, tokenizer: Any, count: int | None) -> list[int]:
+    """The first `count` tokens of a text, which may be far longer; fewer, or with None, are all of them."""
+    characters = len(text) if count is None else CHARACTERS * (count + SPARE)
+    while True:
+        tokens: list[int] = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
+        if characters >= len(text):
+            return tokens if count is None else tokens[:count]
+        assert count is not None, "all of the text was asked for"
+        if len(tokens) >= count + SPARE:
+            return tokens[:count]
+        characters *= 2
 
 
 def check_limit(limit: int | None) -> None:

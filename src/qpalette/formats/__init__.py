@@ -7,6 +7,7 @@ from qpalette.formats.packed import FORMAT_VERSION, METHOD, QuantizationFormat
 from qpalette.formats.parts import PARTS, Part, counted_bits, expected_tensors, packed_bits, parts_of, total_bits
 from qpalette.formats.reader import Artifact, Inspection, open_artifact
 from qpalette.formats.revised import RevisedCheckpoint
+from qpalette.formats.shares import stored_shares
 from qpalette.formats.writer import PackedCheckpoint
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "open_artifact",
     "packed_bits",
     "parts_of",
+    "stored_shares",
     "total_bits",
     "write_checksums",
 ]

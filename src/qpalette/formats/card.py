@@ -11,6 +11,7 @@ from typing import Any
 from qpalette.core.records import LinearRecord
 from qpalette.formats.parts import PARTS, counted_bits, total_bits
 from qpalette.models.model_class import class_name
+from qpalette.models.multiplied import Shares
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -35,7 +36,7 @@ model = {class_name}.from_pretrained({path}, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained({path})
 ```
 
-## Size
+{packed}## Size
 
 | part | bytes | bits per quantized weight |
 |---|---:|---:|
@@ -50,6 +51,17 @@ Squared error of the stored weights over their energy, measured with the stored 
 {distortions}
 {calibrated}{tuned}
 Every linear is listed in `qpalette_report.json`.
+"""
+
+PACKED = """\
+## What is packed
+
+**{share} of what multiplies**; what is not stays in the source's type.
+
+| kind | weights | packed |
+|---|---:|---:|
+{rows}
+
 """
 
 CALIBRATED = """
@@ -85,12 +97,13 @@ def model_card(
     base_model: str | None = None,
     calibration: tuple[int, str] | None = None,
     tuned: Tuned | None = None,
+    shares: Shares | None = None,
 ) -> str:
     """Markdown, the same for equal arguments. `distortions` by linear name; `carried_bytes` are the other tensors'.
 
     `base_model` is a Hub name; without it the source config's own is used when it is one. The licence is the source
     config's, when it states one. `calibration`, of calibrated rounding, is its tokens and the text's SHA-256; `tuned`
-    is what was done after that.
+    is what was done after that; `shares` how much is packed.
     """
     weights = sum(record.out_features * record.in_features for record in records.values())
     packed_bits = sum(counted_bits(record).total for record in records.values())
@@ -104,6 +117,7 @@ def model_card(
         weights=weights,
         count=len(records),
         rate=packed_bits / weights,
+        packed="" if shares is None else PACKED.format(share=shares.multiplied, rows=_share_rows(shares)),
         sizes=_size_rows(records, weights, carried_bytes),
         distortions=_distortion_rows(records, distortions),
         calibrated="" if calibration is None else CALIBRATED.format(tokens=calibration[0], sha256=calibration[1]),
@@ -167,6 +181,10 @@ def _front_matter(base_model: str | None, licence: Any) -> str:
     if isinstance(licence, str) and licence:
         lines.append(f"license: {_quoted(licence)}")
     return "\n".join(lines)
+
+
+def _share_rows(shares: Shares) -> str:
+    return "\n".join(f"| {kind} | {share.weights:,} | {share} |" for kind, share in shares.kinds.items())
 
 
 def _size_rows(records: Mapping[str, LinearRecord], weights: int, carried_bytes: int) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 from qpalette.core.errors import ArtifactError
 
 CHECKSUMS = "SHA256SUMS"
-_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]{1,255})")
+_NAME = r"(?!\.\.?/)[^/\\]{1,255}"
+_LINE = re.compile(rf"([0-9a-f]{{64}})  ({_NAME}(?:/{_NAME})?)")
 
 
 def write_checksums(directory: Path) -> None:
-    """One line for each file in `directory`."""
-    files = sorted(file for file in directory.iterdir() if file.is_file() and file.name != CHECKSUMS)
-    lines = [f"{_sha256(file)}  {file.name}\n" for file in files]
+    """One line for each file in `directory` and its folders."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file() and file != directory / CHECKSUMS)
+    lines = [f"{_sha256(file)}  {file.relative_to(directory).as_posix()}\n" for file in files]
     (directory / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 

@@ -17,6 +17,8 @@ from qpalette.core.errors import ArtifactError, CheckpointError
 from qpalette.core.records import LinearRecord, PackedBits
 from qpalette.formats.packed import QuantizationFormat
 from qpalette.formats.parts import check_values, expected_tensors, is_part, packed_linear_of, parts_of, total_bits
+from qpalette.formats.shares import stored_shares
+from qpalette.models.multiplied import Shares
 from qpalette.runtime import PackedLinear
 from qpalette.storage.safetensors_format import StoredTensor, read_header
 
@@ -36,6 +38,7 @@ class Inspection:
     carried_tensors: int  # stored as they were in the source
     carried_bytes: int
     files: tuple[str, ...]
+    shares: Shares  # of what multiplies, packed or not
 
     @property
     def rate(self) -> Fraction:
@@ -103,6 +106,7 @@ class Artifact:
             carried_tensors=len(carried),
             carried_bytes=sum(info.nbytes for info in carried),
             files=tuple(sorted({tensor.file.name for tensor in self.stored.values()})),
+            shares=stored_shares(self.config, self.records, (tensor.info for tensor in self.stored.values())),
         )
 
 
@@ -164,6 +168,10 @@ def _weight_files(directory: Path) -> list[Path]:
             raise ArtifactError(f"{directory / INDEX} names {name!r}, which is no safetensors file beside it")
         if not (directory / name).is_file():
             raise ArtifactError(f"{directory / name} is missing; download it")
+    if names != {SINGLE} and (directory / SINGLE).is_file():  # which transformers reads, and nothing else
+        raise ArtifactError(
+            f"{directory / SINGLE} lies beside {INDEX}, which names other files; remove what is not of this model"
+        )
     return [directory / name for name in sorted(names)]
 
 

@@ -9,7 +9,9 @@ import torch
 
 from qpalette.formats.packed import QuantizationFormat
 from qpalette.formats.parts import expected_tensors
+from qpalette.formats.shares import stored_shares
 from qpalette.models import tensors_of
+from qpalette.models.multiplied import Shares
 from qpalette.storage import Checkpoint, TensorInfo
 
 PackedReader = Callable[[str, str], torch.Tensor]  # (linear name, suffix) -> tensor
@@ -36,7 +38,7 @@ class PackedCheckpoint(Checkpoint):
         self._source, self._read_packed = source, read_packed
         self._packed: dict[str, tuple[str, str]] = {}
         tensors: dict[str, TensorInfo] = {}
-        records = quantization.records
+        self._records = records = quantization.records
         replaced: dict[str, list[str]] = {}  # tensor -> the linears in its place: all experts may share one
         for linear in records:
             first, *others = tensors_of(source, linear)
@@ -51,6 +53,16 @@ class PackedCheckpoint(Checkpoint):
                     tensors[name] = TensorInfo(name, shape, dtype)
                     self._packed[name] = (linear, suffix)
         self.tensors = tensors
+
+    @property
+    def carried(self) -> list[str]:
+        """The tensors that are those of the source."""
+        return [name for name in self.tensors if name not in self._packed]
+
+    @property
+    def shares(self) -> Shares:
+        """How much of what multiplies is packed."""
+        return stored_shares(self.config, self._records, self.tensors.values())
 
     @property
     def packed_bytes(self) -> int:

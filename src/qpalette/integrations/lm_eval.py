@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qpalette.core.errors import InputError, UnsupportedError
+from qpalette.models.vocabulary import check_tokenizer, check_tokens
 
 TASK_FILES = (".yaml", ".yml")
 
@@ -52,7 +53,17 @@ def run_tasks(
     named = any(isinstance(task, str) for task in tasks)
     manager = TaskManager(include_defaults=named)  # thousands of files, read only when a name must be found
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it tells is for those who start it by name
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+
+    class Checked(HFLM):
+        """Tokens that the model does not know would be an index beyond its embedding, somewhere on a GPU."""
+
+        def tok_encode(self, *args: Any, **kwargs: Any) -> Any:
+            tokens = super().tok_encode(*args, **kwargs)
+            check_tokens(tokens, model, tokenizer)
+            return tokens
+
+    check_tokenizer(tokenizer, model.name_or_path)
+    wrapped = Checked(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     try:
         results = simple_evaluate(
             wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000

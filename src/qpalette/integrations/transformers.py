@@ -25,6 +25,7 @@ from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord
 from qpalette.formats.packed import FORMAT_VERSION, METHOD, QuantizationFormat
 from qpalette.formats.reader import open_artifact
+from qpalette.integrations.on_load import Config, devices_of, ordinary_torch, quantize_first
 from qpalette.models.names import saved_names
 from qpalette.nn import (
     PackedModule,
@@ -61,20 +62,34 @@ class QPaletteQuantizer(HfQuantizer):
     """Swaps the named linears for packed ones before the weights are read. The kernels are not chosen here: see
     the variable QPALETTE_BACKEND."""
 
-    requires_calibration = True  # transformers itself then refuses to quantize while loading
     quantization_config: QPaletteConfig
     _modules: dict[str, str]  # linear's name in the checkpoint -> its module
 
+    def __init__(self, quantization_config: QPaletteConfig | Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized and not isinstance(quantization_config, Config):
+            raise ArtifactError(
+                "the model is not quantized, and this quantization_config is that of another: to quantize while "
+                "loading, give qpalette.Config(bits=4)"
+            )
+
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises UnsupportedError with every backend's reason when a spec cannot run on one of the devices."""
+        if not self.pre_quantized:
+            return  # which specs there are is known when it is
         specs = {entry["spec"] for entry in self.quantization_config.linears.values()}
-        for device in _devices(device_map):
+        for device in devices_of(device_map):
             for spec in sorted(specs):
                 select("linear", spec, device)
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> None:
+        if isinstance(self.quantization_config, Config):
+            with ordinary_torch():
+                fields = quantize_first(self.quantization_config, checkpoint_files, device_map)
+                self.quantization_config, self.pre_quantized = QPaletteConfig(**fields), True
+                self.validate_environment(device_map=device_map)
         records = self.quantization_config.records
         stored = _check_files(Path(checkpoint_files[0]).parent, records) if checkpoint_files else set()
         self._modules = pack_modules(model, records, stored)
@@ -121,14 +136,6 @@ def register() -> None:
         register_quantization_config(METHOD)(QPaletteConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(QPaletteQuantizer)
-
-
-def _devices(device_map: Any) -> set[torch.device]:
-    """The devices that compute. Of "auto" and the like nothing is known yet: transformers asks again when it is."""
-    if isinstance(device_map, str):
-        return set()
-    places = device_map.values() if isinstance(device_map, Mapping) else ["cpu" if device_map is None else device_map]
-    return {torch.device(place) for place in places if place not in ("disk", "meta")}
 
 
 def _check_files(directory: Path, records: Mapping[str, LinearRecord]) -> set[str]:

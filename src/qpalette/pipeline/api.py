@@ -16,7 +16,7 @@ from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import CheckpointError, SpecError
 from qpalette.core.rate import parse_rate
 from qpalette.core.records import SIGNS, LinearGroup
-from qpalette.models import find_groups
+from qpalette.models import check_complete, find_groups
 from qpalette.models.resolver import NO_CLASS
 from qpalette.pipeline.forecast import forecast_seconds
 from qpalette.pipeline.jobs import Estimate, estimate
@@ -130,6 +130,7 @@ def quantize(
         palette = preferred(palette_of(effort or "standard"), prefer, profile_of(target, device))
         ready = _plan_within(checkpoint, bits, size, known, palette, wanted, options)
     if dry_run:
+        check_complete(checkpoint)
         return replace(
             estimate(checkpoint, ready, store, rounding), seconds=forecast_seconds(checkpoint, ready, device)
         )

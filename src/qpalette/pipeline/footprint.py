@@ -32,13 +32,15 @@ def disk_bytes(
     results = [LinearResult(job.name, job.record, LONGEST, proxy) for job in jobs]
     calibration = None if hessians is None else hessians.calibration
     output = Path("\\" * 255)  # the longest name, each of its characters escaped where the model card repeats it
-    report = QuantizeReport(output, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration)
+    report = QuantizeReport(
+        *(output, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, packed.shares, calibration)
+    )
     write_documents(packed, report, plan, base_model=None)
     with tempfile.TemporaryDirectory() as directory:
         packed.save_side_files(Path(directory))
         files = [file for file in Path(directory).rglob("*") if file.is_file()]
         beside = sum(file.stat().st_size for file in files)
-    names = [*(file.name for file in files), *exported_names(packed)]
+    names = [*(file.relative_to(directory).as_posix() for file in files), *exported_names(packed)]
     return exported_bytes(packed) + beside + checksums_bytes(names)
 
 

@@ -20,6 +20,7 @@ from qpalette.core.errors import SpecError
 from qpalette.core.records import SIGNS, LinearGroup, LinearRecord, LinearShape, PackedBits
 from qpalette.formats import FORMAT_VERSION, PackedCheckpoint, QuantizationFormat, counted_bits, total_bits
 from qpalette.models import Grouping, find_groups, tensors_of, weight_bytes, whole_of
+from qpalette.models.multiplied import Shares
 from qpalette.pipeline.encode import BATCH_BYTES, feedback_bytes, working_bytes
 from qpalette.plan import Plan, select_linears
 from qpalette.rotate import random_signs, rotation_for
@@ -63,6 +64,7 @@ class Estimate:
     tensor_bytes: int  # all tensors of the result
     disk_bytes: int  # free space that a run from the start asks for
     peak_memory_bytes: int  # of tensors, about; a backend's search tables come on top
+    shares: Shares  # of what multiplies, how much the result has packed
     seconds: float | None = None  # about, from a trial on this machine (`forecast_seconds`); None when nobody tried
 
     @property
@@ -187,6 +189,7 @@ def estimate(
         tensor_bytes=result.total_bytes,
         disk_bytes=result.total_bytes + result.packed_bytes + HEADROOM_BYTES,
         peak_memory_bytes=_peak_memory(checkpoint, jobs),
+        shares=result.shares,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from qpalette.calibration.learned_signs import learn_seeds
 from qpalette.calibration.rounding import ROUNDING, Rounding
 from qpalette.core.errors import InputError
 from qpalette.formats import PackedCheckpoint, model_card, open_artifact, write_checksums
+from qpalette.models import check_complete
 from qpalette.pipeline.encode import Quality, tell_of_faint_rows
 from qpalette.pipeline.jobs import HEADROOM_BYTES, Job, format_of, make_jobs, planned_result
 from qpalette.pipeline.output import Output
@@ -30,6 +32,8 @@ from qpalette.runtime import select
 from qpalette.runtime.device import parse_device
 from qpalette.storage import Checkpoint, export_checkpoint
 from qpalette.storage.export import MAX_SHARD_BYTES
+
+logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -70,10 +74,10 @@ def quantize_checkpoint(
     address or "local", they run in Ray. The result is the same, to the byte.
 
     Raises SpecError when the plan does not fit the checkpoint, UnsupportedError when no backend encodes on `device`,
-    ArtifactError when the output exists, InputError when the disk is too full, CheckpointError naming the tensor when a
-    weight is not finite or too large, and HessianError naming the group when Hessians are missing, of another model, or
-    not usable. InputError also tells of another run that writes the output, of a `device` that is not there, and of
-    workers that keep dying.
+    ArtifactError when the output exists, InputError when the disk is too full, CheckpointError naming the tensor when
+    one is missing, not finite or too large, and HessianError naming the group when Hessians are missing, of another
+    model, or not usable. InputError also tells of another run that writes the output, of a `device` that is not there,
+    and of workers that keep dying.
     """
     output, device = Output(Path(output_dir).expanduser().resolve(), overwrite), parse_device(device)
     if workers < 1:
@@ -86,10 +90,14 @@ def quantize_checkpoint(
         if sign_seeds > 1:
             seeds = _learned(jobs, hessians, plan, sign_seeds, rounding.damping, device)
             jobs = make_jobs(checkpoint, plan, hessians, rounding, seeds)
+        check_complete(checkpoint)
         partial = PartialResults(output.work, jobs)
-        partial.open(checkpoint)
         packed = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), partial.read)
+        checkpoint.check_values(packed.carried)
+        partial.open(checkpoint)
         _check_disk(packed, jobs, partial)
+        if (warning := packed.shares.warning()) is not None:
+            logger.warning("%s: %s", checkpoint.location.name, warning)
 
         with _full_disk_is_told(partial):
             work = Work(checkpoint.location, checkpoint.fingerprint, hessians, rounding, torch.get_num_threads())
@@ -105,7 +113,8 @@ def quantize_checkpoint(
             measured = [(job, qualities[job.name]) for job in jobs]
             results = [LinearResult(job.name, job.record, found.distortion, found.proxy) for job, found in measured]
             report = QuantizeReport(
-                output.directory, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, calibration
+                *(output.directory, results, packed.total_bytes, plan.digest, checkpoint.fingerprint),
+                *(packed.shares, calibration),
             )
             write_documents(packed, report, plan, base_model)
             export_checkpoint(packed, partial.assembled, max_shard_bytes)
@@ -189,7 +198,10 @@ def write_documents(packed: PackedCheckpoint, report: QuantizeReport, plan: Plan
     carried_bytes = packed.total_bytes - packed.packed_bytes
     measured = report.calibration
     calibration = None if measured is None else (measured.tokens, measured.text_sha256)
-    card = model_card(report.output.name, packed.config, records, distortions, carried_bytes, base_model, calibration)
+    card = model_card(
+        *(report.output.name, packed.config, records, distortions, carried_bytes, base_model, calibration),
+        shares=report.shares,
+    )
     packed.documents.update({REPORT_FILE: report.to_json(), PLAN_FILE: plan.to_json(), "README.md": card})
 
 

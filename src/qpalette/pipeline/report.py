@@ -12,6 +12,7 @@ from typing import Any
 from qpalette.calibration.hessians import Calibration
 from qpalette.core.records import LinearRecord, PackedBits
 from qpalette.formats import counted_bits, total_bits
+from qpalette.models.multiplied import Shares
 
 REPORT_FILE = "qpalette_report.json"
 
@@ -39,6 +40,7 @@ class QuantizeReport:
     tensor_bytes: int  # all tensors of the output
     plan_digest: str
     source_fingerprint: str
+    shares: Shares
     calibration: Calibration | None = None
 
     @property
@@ -65,11 +67,18 @@ class QuantizeReport:
                 **_counts(self.bits),
                 "tensor_bytes": self.tensor_bytes,
                 "distortion": self.distortion,
+                "packed": shares_json(self.shares),
             },
             **({} if self.calibration is None else {"calibration": _measured_on(self.calibration)}),
             "linears": {linear.name: _entry(linear) for linear in self.linears},
         }
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def shares_json(shares: Shares) -> dict[str, object]:
+    """Plain JSON: how much of what multiplies is packed, and of each kind."""
+    kinds = {kind: {"packed": share.packed, "weights": share.weights} for kind, share in shares.kinds.items()}
+    return {"of_what_multiplies": shares.multiplied.fraction, "kinds": kinds}
 
 
 def revised_report(

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from qpalette.core.errors import CheckpointError
+
 SAMPLE_BYTES = 4096
 SAMPLES_PER_FILE = 64
 
@@ -33,7 +35,7 @@ class TensorInfo:
 class Checkpoint(ABC):
     """A source model on disk. Opening one reads headers; only `read` touches weights, one tensor at a time."""
 
-    format: str  # "safetensors" or "gguf"
+    format: str  # "safetensors", which transformers reads as it is; "gguf", or one of `storage/quantized`, decoded
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]  # every tensor, in file order
     config: dict[str, Any]  # the content of a Hugging Face config.json
@@ -48,6 +50,18 @@ class Checkpoint(ABC):
     def read_part(self, name: str, index: int) -> torch.Tensor:
         """`read(name)[index]`, without the rest where the format allows it."""
         return self.read(name)[index].clone()
+
+    def check_values(self, carried: Iterable[str]) -> None:
+        """Read the tensors `carried`, and what others are decoded by.
+
+        Raises CheckpointError naming the first that cannot be right: NaN or infinity in it, zero points out of range.
+        """
+        for name in carried:
+            if self.tensors[name].dtype.is_floating_point and not torch.isfinite(self.read(name)).all():
+                raise CheckpointError(
+                    f"{self.location}: tensor {name!r} has values that are not finite (NaN or infinity); the model "
+                    "answers with them: fetch the file again"
+                )
 
     @abstractmethod
     def save_side_files(self, directory: Path) -> None:

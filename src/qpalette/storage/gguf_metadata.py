@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qpalette.core.errors import CheckpointError
+from qpalette.storage.gguf_rope import scaled_rope
 
 logger = logging.getLogger(__name__)
 
@@ -19,15 +20,15 @@ DIGIT_SPLITTING = frozenset(("smollm", "starcoder", "refact", "command-r", "code
 PLAIN_BYTE_LEVEL = frozenset(("gpt-2", "mpt", "olmo", "jais", "trillion"))
 # Marks of where and how the file was read; a plain directory has none of them.
 NOT_CONFIG = ("_model_name_or_path", "transformers_version", "quantization_config")
-# Llama 3's rotary scaling: a GGUF file keeps the resulting factors only, and these are what made them.
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def read_config(file: Path, dtype: torch.dtype, rope_factors: torch.Tensor | None) -> dict[str, Any]:
+def read_config(
+    file: Path, dtype: torch.dtype, rope_scaling: Mapping[str, Any], rope_factors: torch.Tensor | None
+) -> dict[str, Any]:
     """The Hugging Face config of a GGUF file, whose weights will be of `dtype`.
 
-    `rope_factors` (head_dim / 2 divisors of the rotary frequencies) is the file's own tensor, if it has one.
-    Raises CheckpointError when transformers cannot tell the config, or the factors are not Llama 3's.
+    `rope_scaling` and `rope_factors` are what `scaled_rope` takes. Raises CheckpointError when transformers cannot tell
+    the config, or cannot have the scaling.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -42,8 +43,8 @@ def read_config(file: Path, dtype: torch.dtype, rope_factors: torch.Tensor | Non
     if architecture := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"]):
         config["architectures"] = [architecture]
     config["dtype"] = str(dtype).removeprefix("torch.")
-    if rope_factors is not None:
-        config["rope_parameters"] = _llama3_rope(file, config, rope_factors.double())
+    if (rope := scaled_rope(file, config, rope_scaling, rope_factors)) is not None:
+        config["rope_parameters"] = rope
     return config
 
 
@@ -93,20 +94,3 @@ def _names_of_transformers() -> set[str]:
     except ImportError:
         return set()
     return set(GGUF_PRE_TOKENIZER_SPLITS)
-
-
-def _llama3_rope(file: Path, config: dict[str, Any], factors: torch.Tensor) -> dict[str, Any]:
-    """The rope_parameters that give these factors; transformers ignores the tensor, which changes the model."""
-    theta = (config.get("rope_parameters") or {}).get("rope_theta", 10000.0)
-    rope = {"rope_type": "llama3", "rope_theta": theta, "factor": float(factors.max()), **LLAMA3_ROPE}
-    half = len(factors)
-    wavelengths = 2 * math.pi * theta ** (torch.arange(half, dtype=torch.float64) / half)
-    low, high, context = LLAMA3_ROPE.values()
-    smooth = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
-    expected = 1 / ((1 - smooth) / rope["factor"] + smooth)
-    if not torch.allclose(factors, expected, rtol=1e-3):
-        raise CheckpointError(
-            f"{file}: its rope_freqs are not those of Llama 3, and transformers has no place for them; "
-            "give the model's safetensors directory instead"
-        )
-    return rope

@@ -27,6 +27,8 @@ FLOATS = {
 LAYER = re.compile(r"blk\.(\d+)\.")
 MOST_LAYERS = 256  # twice the deepest model's; transformers takes a time that grows with their square
 ROPE_FACTORS = "rope_freqs.weight"  # goes into the config
+ROPE_SCALING = re.compile(r"[\w-]+\.rope\.(?:scaling\.(?P<what>\w+)|(?P<old>scale_linear))")
+LONG_ROPE = re.compile(r"rope_factors_(?:long|short)\.weight")
 
 
 class GgufCheckpoint(Checkpoint):
@@ -47,7 +49,7 @@ class GgufCheckpoint(Checkpoint):
         _check_supported(file, reader)
         stored = {tensor.name: tensor for tensor in reader.tensors}
         self.dtype = _float_type(reader.tensors)
-        self.config = read_config(file, self.dtype, _rope_factors(stored))
+        self.config = read_config(file, self.dtype, _rope_scaling(file, reader), _rope_factors(stored))
         self._processor, names, shapes = _transformers_layout(file, reader, self.config)
         self._stored = {names[name]: tensor for name, tensor in stored.items() if name in names}
         self.tensors = layout_of(TensorInfo(name, shapes[name], self.dtype) for name in self._stored)
@@ -138,6 +140,8 @@ def _check_supported(file: Path, reader: GGUFReader) -> None:
         raise CheckpointError(f"{file}: experts are stacked in GGUF files, which is not supported; {way_out}")
     if _count(file, reader, "split.count") > 1:
         raise CheckpointError(f"{file} is one part of a split model; join the parts with `llama-gguf-split --merge`")
+    if any(LONG_ROPE.fullmatch(tensor.name) for tensor in reader.tensors):
+        raise CheckpointError(f"{file} asks for rope.scaling.type = longrope, which is not read from GGUF; {way_out}")
     # A corrupt count would have us build a model of a billion layers, and none the 32 of transformers' default.
     layers = _count(file, reader, f"{architecture}.block_count")
     present = len({match[1] for tensor in reader.tensors if (match := LAYER.match(tensor.name))})
@@ -159,6 +163,12 @@ def _float_type(tensors: list[ReaderTensor]) -> torch.dtype:
 def _rope_factors(stored: Mapping[str, ReaderTensor]) -> torch.Tensor | None:
     tensor = stored.get(ROPE_FACTORS)
     return None if tensor is None else torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))
+
+
+def _rope_scaling(file: Path, reader: GGUFReader) -> dict[str, Any]:
+    """Metadata of the rotary positions' scaling, by the last part of their names."""
+    matches = map(ROPE_SCALING.fullmatch, reader.fields)
+    return {match["what"] or match["old"]: _metadata(file, reader, match[0]) for match in matches if match}
 
 
 def _transformers_layout(

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,31 @@ import torch
 from qpalette.core.errors import CheckpointError
 from qpalette.storage.base import Checkpoint, layout_of
 from qpalette.storage.safetensors_format import StoredTensor, read_header
+from qpalette.storage.tied import with_own_head
 
 logger = logging.getLogger(__name__)
 
-SIDE_FILE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
-SIDE_FILE_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
+SINGLE = "model.safetensors"
+BLOCK_BYTES = 1 << 24  # of two tensors at a time that are compared
+
+# What a tokenizer, a chat template and a licence are kept in; of folders, only those that a tokenizer reads.
+SIDE_FILES = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.model.v*", "*.tiktoken", "*.spm", "*.bpe", "*.vocab", "*.codes"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+SIDE_FOLDERS = ("*template*", "*tokenizer*")
+# Nor how a source is quantized, which the result is not.
+NO_SIDE_FILES = (
+    *("config.json", "*.index.json", "*.py", "*.safetensors"),
+    *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
+)
 # Second copies of the weights in another naming, and weights on top of a model.
 NOT_THE_MODEL = ("consolidated*.safetensors", "adapter_model*.safetensors")
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """Reads `directory`; raises CheckpointError naming the file when anything in it is inconsistent.
+    """Reads `directory`, tensors as they are stored; raises CheckpointError naming the file when anything in it is
+    inconsistent. What the weights are stored as is `storage/quantized`'s to say.
 
     Weights may lie elsewhere, behind links: only numbers are taken from them. What is carried as text may not.
     """
@@ -41,6 +56,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if index:
             _check_index(index, self._stored)
         self.tensors = layout_of(stored.info for stored in self._stored.values())
+        self.config = with_own_head(self.config, self.tensors, self._are_same)
         for extra in sorted(set(directory.glob("*.safetensors")) - set(self.files)):
             logger.warning("%s is not part of the model and is left out", extra)
 
@@ -57,19 +73,35 @@ class SafetensorsCheckpoint(Checkpoint):
     def save_side_files(self, directory: Path) -> None:
         copy_side_files(self.directory, directory)
 
+    def _are_same(self, name: str, other: str) -> bool:
+        """Whether two tensors are equal, a block at a time: those that are not mostly differ in the first."""
+        one, two = self.tensors[name], self.tensors[other]
+        if (one.shape, one.dtype) != (two.shape, two.dtype):
+            return False
+        blocks = [_blocks(self._stored[tensor]) for tensor in (name, other)]
+        return all(mine == theirs for mine, theirs in zip(*blocks, strict=True))
+
 
 def copy_side_files(source: Path, target: Path, but: Collection[str] = ()) -> None:
     """Tokenizer, chat template, generation config and licence from one model directory to another, `but` some names.
 
     What a link brings in from elsewhere is no part of the model and is left out, with a warning (`is_inside`).
     """
-    for file in sorted(source.iterdir()):
-        if not _is_side_file(file) or file.name in but:
-            continue
-        if is_inside(file, source):
-            _copy_without_remote_code(file, target / file.name)
-        else:
+    for file in side_files(source):
+        place = file.relative_to(source)
+        if str(place) not in but:
+            (target / place).parent.mkdir(exist_ok=True)
+            _copy_without_remote_code(file, target / place)
+
+
+def side_files(directory: Path) -> list[Path]:
+    """What `copy_side_files` copies from a model directory, in the order of names."""
+    folders = [entry for entry in directory.iterdir() if entry.is_dir() and _matches(entry, SIDE_FOLDERS)]
+    candidates = sorted(file for folder in (directory, *folders) for file in folder.iterdir() if _is_side_file(file))
+    for file in candidates:
+        if not is_inside(file, directory):
             logger.warning("%s is a link to %s, outside the model: it is left out; copy it there", file, file.resolve())
+    return [file for file in candidates if is_inside(file, directory)]
 
 
 def is_inside(file: Path, directory: Path) -> bool:
@@ -89,6 +121,16 @@ def _read(stored: StoredTensor, index: int, shape: tuple[int, ...]) -> torch.Ten
         stream.seek(stored.offset + index * buffer.nbytes)
         _fill(stream, buffer.numpy().data, f"{stored.file}: tensor {stored.info.name!r}")
     return buffer.view(stored.info.dtype).reshape(shape)
+
+
+def _blocks(stored: StoredTensor) -> Iterator[bytes]:
+    """The bytes of a tensor, some at a time."""
+    left = stored.info.nbytes
+    with open(stored.file, "rb") as stream:
+        stream.seek(stored.offset)
+        while block := stream.read(min(BLOCK_BYTES, left)):
+            left -= len(block)
+            yield block
 
 
 def _fill(stream: Any, view: memoryview, what: str) -> None:
@@ -119,21 +161,20 @@ def _read_config(file: Path) -> dict[str, Any]:
             f"{file} is a link to {file.resolve()}, outside the model: copy it there, or give the directory it is in"
         )
     config = _read_json(file)
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            method = config[key].get("quant_method", "unknown") if isinstance(config[key], dict) else "unknown"
-            raise CheckpointError(
-                f"{file}: the model is quantized already (method {method!r}); give the 16-bit original, "
-                "or dequantize it first and save that as safetensors"
-            )
     if config.pop("auto_map", None):
         logger.warning("%s: auto_map dropped; remote code is never run", file)
     return config
 
 
 def _find_index(directory: Path) -> Path | None:
+    """The index to read by; None where the files are to be read without, as transformers does beside a whole file."""
     indexes = sorted(directory.glob("*.safetensors.index.json"))
     standard = directory / "model.safetensors.index.json"
+    if indexes and (directory / SINGLE).is_file():
+        logger.warning(
+            "%s: transformers reads this file, not %s: so it is what is read here", directory / SINGLE, indexes[0]
+        )
+        return None
     if len(indexes) > 1 and standard not in indexes:
         names = ", ".join(index.name for index in indexes)
         raise CheckpointError(f"{directory} has several indexes ({names}); keep the one to read")
@@ -160,6 +201,8 @@ def _shards_of_index(index: Path) -> tuple[Path, ...]:
 
 
 def _unindexed_files(directory: Path) -> tuple[Path, ...]:
+    if (directory / SINGLE).is_file():
+        return (directory / SINGLE,)
     return tuple(
         file
         for file in sorted(directory.glob("*.safetensors"))
@@ -192,10 +235,11 @@ def _check_index(index: Path, stored: dict[str, StoredTensor]) -> None:
 
 
 def _is_side_file(file: Path) -> bool:
-    if file.name in ("config.json", "quantize_config.json") or file.name.endswith(".index.json"):
-        return False
-    known = file.suffix in SIDE_FILE_SUFFIXES or file.name.startswith(SIDE_FILE_PREFIXES)
-    return known and file.suffix != ".py" and file.is_file()
+    return file.is_file() and _matches(file, SIDE_FILES) and not _matches(file, NO_SIDE_FILES)
+
+
+def _matches(file: Path, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(file.name, pattern) for pattern in patterns)
 
 
 def _copy_without_remote_code(source: Path, target: Path) -> None:

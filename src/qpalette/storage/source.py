@@ -8,25 +8,28 @@ from pathlib import Path
 from qpalette.core.errors import CheckpointError
 from qpalette.storage.base import Checkpoint, TensorInfo
 from qpalette.storage.gguf_source import GgufCheckpoint
-from qpalette.storage.safetensors_source import SafetensorsCheckpoint
+from qpalette.storage.quantized.checkpoint import as_plain
+from qpalette.storage.safetensors_source import SIDE_FILES, SafetensorsCheckpoint
 
 __all__ = ["Checkpoint", "TensorInfo", "local_path", "open_checkpoint"]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
-HUB_FILES += ["README.md", "SHA256SUMS"]  # with these a quantized model is whole: its checksums name its card
-HUB_IGNORED = ["*/*", "consolidated*", "adapter_model*", "*.py"]
+# With README.md and SHA256SUMS a quantized model is whole: its checksums name its card.
+HUB_FILES = ["*.safetensors", *SIDE_FILES, "README.md", "SHA256SUMS"]
+# A pattern's * matches a slash, too: folders bring their small files, but no second copy of the weights.
+HUB_IGNORED = ["consolidated*", "adapter_model*", "*.py", "*/*.safetensors"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
-    """Open a source model, reading headers only.
+    """Open a source model, reading headers only. Weights that are stored in a format of `storage/quantized` have
+    their plain names and shapes, and are decoded when they are read.
 
     `path_or_id` is a directory with config.json and safetensors files, a .gguf file, a directory with exactly one,
     or a Hub id ("owner/name"), which is fetched first: weights, config and tokenizer, never code.
 
-    Raises CheckpointError when there is no such model, when it holds pickles only (they are never loaded), and for
-    every inconsistency of its files.
+    Raises CheckpointError when there is no such model, when it holds pickles only (they are never loaded), when its
+    weights are stored in a way that is not known exactly, and for every inconsistency of its files.
     """
     path = local_path(path_or_id)
     return _open_directory(path) if path.is_dir() else _open_file(path)
@@ -47,7 +50,7 @@ def local_path(path_or_id: str | Path) -> Path:
 
 def _open_directory(directory: Path) -> Checkpoint:
     if any(directory.glob("*.safetensors")) or any(directory.glob("*.safetensors.index.json")):
-        return SafetensorsCheckpoint(directory)
+        return as_plain(SafetensorsCheckpoint(directory))
     ggufs = sorted(directory.glob("*.gguf"))
     if len(ggufs) == 1:
         return GgufCheckpoint(ggufs[0])

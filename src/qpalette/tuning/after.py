@@ -40,7 +40,7 @@ def quantize_and_tune(
     Between the two the model lies in `OUT.untuned`, from which the same call goes on. Raises as both do.
     """
     target = Path(out).expanduser().resolve()
-    check_text(text)
+    check_text(text, model)
     Output(target, overwrite).check()
     untuned = target.with_name(f"{target.name}.untuned")
     made_from = {"model": open_checkpoint(model).fingerprint, "device": device}

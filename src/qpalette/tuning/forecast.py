@@ -54,7 +54,7 @@ def forecast(
 ) -> Forecast:
     """Nothing is written, and neither model is loaded. Raises as `tune` does before its work."""
     tuning, place = tuning or Tuning(), parse_device(device)
-    check_text(text)
+    check_text(text, reference)
     subject = Subject.open(model, reference, tuning.keep_size)
     records = revised_records(subject.artifact, tuning.keep_size)
     return Forecast(

@@ -27,6 +27,7 @@ from qpalette.formats import (
     base_model_of,
     model_card,
     open_artifact,
+    stored_shares,
     total_bits,
     write_checksums,
 )
@@ -113,7 +114,7 @@ def tune(
     exists, InputError for a text, device or option that cannot be used, or a disk too full; all before the work.
     """
     tuning, watcher, place = tuning or Tuning(), watcher or Silent(), parse_device(device)
-    check_text(text)
+    check_text(text, reference)
     subject = Subject.open(model, reference, tuning.keep_size)
     output = _output(model, out, subject, overwrite)
     with output.claimed():
@@ -233,6 +234,7 @@ def _write(subject: Subject, output: Output, state: State, vectors: TunedVectors
         base_model_of(card.read_text(encoding="utf-8", errors="replace")) if card.exists() else None,
         None if measured is None else (measured["tokens"], measured["text_sha256"]),
         tuned,
+        stored_shares(revised.config, records, revised.tensors.values()),
     )
     assembled = output.work / "assembled"
     shutil.rmtree(assembled, ignore_errors=True)
