@@ -13,6 +13,7 @@ from qpalette.cli import (
     bench,
     calibrate,
     chat,
+    compare,
     compile,
     doctor,
     evaluate,
@@ -98,6 +99,7 @@ app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
 app.command("tune")(tune.tune)
 app.command("eval")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)

@@ -31,25 +31,16 @@ def serve(
 
     Example: [bold]qpalette serve OUT --port 8001 -- --device cuda[/]
     """
+    from qpalette.evaluate.loading import directory_for
     from qpalette.generation import check_mode, fast
     from qpalette.integrations import serving
 
     check_mode(compile)
     serving.check_engine(engine)
     serving.check_port(host, port)
-    directory = _directory(model)
+    directory = str(directory_for(model))
     print_note(f"{directory} at http://{host}:{port}/v1, {engine}; Ctrl-C stops")
     if engine == "vllm":
         serving.serve_vllm(directory, host, port, context.args)
     else:
         serving.serve_transformers(directory, host, port, context.args, partial(fast, compile=compile))
-
-
-def _directory(model: str) -> str:
-    """What the engines open: a quantized directory, checked; a checkpoint's directory; a GGUF file dequantized."""
-    from qpalette.evaluate.loading import is_artifact
-    from qpalette.formats import open_artifact
-    from qpalette.storage import local_path, open_checkpoint, plain_directory
-
-    place = local_path(model)
-    return str(open_artifact(place).directory if is_artifact(place) else plain_directory(open_checkpoint(place)))
