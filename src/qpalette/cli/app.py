@@ -23,6 +23,7 @@ from qpalette.cli import (
     palette,
     plan,
     profile,
+    push,
     quantize,
     sensitivity,
     serve,
@@ -101,6 +102,7 @@ app.command("tune")(tune.tune)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("export")(export.export)
+app.command("push")(push.push)
 app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
