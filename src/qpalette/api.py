@@ -33,11 +33,12 @@ from qpalette.core.resume import PartialFigures
 from qpalette.evaluate import loading
 from qpalette.evaluate.loading import load_model
 from qpalette.evaluate.sampled_text import TOKEN_FILE
-from qpalette.evaluate.text_source import check_text, context_of, model_windows, text_sha256
+from qpalette.evaluate.text_source import check_text, model_windows, text_sha256
 from qpalette.evaluate.windows import WINDOW
 from qpalette.generation import check_mode
 from qpalette.generation import fast as make_fast
 from qpalette.models import find_groups
+from qpalette.models.vocabulary import context_of
 from qpalette.pipeline.planning import SHAPED
 from qpalette.plan import SensitiveLinear, Sensitivities
 from qpalette.runtime.device import parse_device

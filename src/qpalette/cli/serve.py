@@ -18,6 +18,10 @@ def serve(
     engine: Annotated[str, typer.Option("--engine", help="transformers or vllm.")] = "transformers",
     host: Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0 lets the network in.")] = LOCAL,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port to listen on.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", metavar="KEY", envvar="QPALETTE_API_KEY", help="Answer only who knows it."),
+    ] = None,
     compile: Annotated[
         str,
         typer.Option(
@@ -39,8 +43,16 @@ def serve(
     serving.check_engine(engine)
     serving.check_port(host, port)
     directory = str(directory_for(model))
+    if serving.is_public(host):
+        print_note(_exposed(host, api_key))
     print_note(f"{directory} at http://{host}:{port}/v1, {engine}; Ctrl-C stops")
     if engine == "vllm":
-        serving.serve_vllm(directory, host, port, context.args)
+        serving.serve_vllm(directory, host, port, context.args, api_key)
     else:
-        serving.serve_transformers(directory, host, port, context.args, partial(fast, compile=compile))
+        serving.serve_transformers(directory, host, port, context.args, partial(fast, compile=compile), api_key)
+
+
+def _exposed(host: str, key: str | None) -> str:
+    if key is None:
+        return f"warning: whoever reaches {host} may use the model; --api-key KEY asks for a key"
+    return f"warning: what goes to and from {host}, the key too, can be read on its way: put TLS before it"
