@@ -15,7 +15,7 @@ from qpalette.core.text import size
 if TYPE_CHECKING:
     from qpalette.evaluate.compare import Compared
 
-PROMPT, NEW_TOKENS = 64, 64  # of the requests that are timed
+PROMPT, NEW_TOKENS = 64, 48  # of the requests that are timed
 
 
 def compare(

@@ -30,6 +30,7 @@ def draw_comparison(rows: Sequence[Compared], file: Path) -> None:
     _draw_bound(axes, models)
     if original.file_bytes is not None:
         axes.axvline(_megabytes(original), color=ORIGINAL, lw=1, ls="--", label="original")
+    _plain_numbers(axes.yaxis)
     axes.set_xlabel("weight files, MB")
     axes.set_ylabel("KL from the original, nats per token")
     axes.margins(x=0.12, y=0.12)
@@ -38,6 +39,13 @@ def draw_comparison(rows: Sequence[Compared], file: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(file, dpi=160)
+
+
+def _plain_numbers(axis: Any) -> None:
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def _draw_bound(axes: Any, models: Sequence[Compared]) -> None:
