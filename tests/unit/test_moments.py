@@ -27,6 +27,7 @@ from qpalette.calibration.hessians import (
 from qpalette.calibration.taps import Weight, weights_of
 from qpalette.core.errors import HessianError
 from qpalette.core.records import LinearGroup, LinearShape
+from qpalette.models.resolver import Place
 
 VOCABULARY = 24
 SIZES = {
@@ -148,7 +149,7 @@ def test_moments_are_the_sums_of_weighed_inputs_and_gradients(model, windows, tm
 def test_no_token_drowns_the_others():
     """One token whose gradient, or input, is a thousand times the others' counts for LOUD times the mean of all."""
     torch.manual_seed(0)
-    weights = {DOWN.linears[0].name: Weight(nn.Parameter(torch.randn(32, 48)))}
+    weights = {DOWN.linears[0].name: Weight(nn.Parameter(torch.randn(32, 48)), Place("down"))}
     x, gradient = torch.randn(64, 48), torch.randn(64, 32)
     x[5] *= 1e3
     gradient[0] *= 1e3

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from qpalette.core.errors import HessianError
 from qpalette.core.files import write_whole
 from qpalette.core.records import TILE, LinearGroup, tiles_of
-from qpalette.models.model_class import EXPERT
+from qpalette.models.experts import EXPERT
 from qpalette.rotate import Rotation
 from qpalette.storage import StreamingSafetensorsWriter, TensorInfo
 

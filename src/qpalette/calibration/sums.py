@@ -17,7 +17,7 @@ from qpalette.calibration.feedback import LOUD
 from qpalette.calibration.hessians import input_names, pack_symmetric, packed_length, row_blocks, unpack_symmetric
 from qpalette.calibration.taps import Weight
 from qpalette.core.records import LinearGroup
-from qpalette.models.model_class import DOWN, EXPERT
+from qpalette.models.experts import DOWN, EXPERT
 from qpalette.storage import StreamingSafetensorsWriter, TensorInfo
 
 logger = logging.getLogger(__name__)

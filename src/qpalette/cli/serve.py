@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from qpalette.cli.output import print_note
+from qpalette.cli.output import CACHE_HELP, print_note
 
 LOCAL = "127.0.0.1"
 
@@ -22,6 +22,7 @@ def serve(
         str | None,
         typer.Option("--api-key", metavar="KEY", envvar="QPALETTE_API_KEY", help="Answer only who knows it."),
     ] = None,
+    cache: Annotated[str | None, typer.Option("--cache", metavar="SPEC", help=CACHE_HELP)] = None,
     compile: Annotated[
         str,
         typer.Option(
@@ -35,11 +36,17 @@ def serve(
 
     Example: [bold]qpalette serve OUT --port 8001 -- --device cuda[/]
     """
+    from qpalette.core.errors import UnsupportedError
     from qpalette.evaluate.loading import directory_for
-    from qpalette.generation import check_mode, fast
+    from qpalette.generation import check_mode
     from qpalette.integrations import serving
+    from qpalette.kvcache import parse_cache
 
     check_mode(compile)
+    if cache not in (None, "none"):
+        parse_cache(str(cache))
+        if engine == "vllm" or "--continuous-batching" in context.args:
+            raise UnsupportedError("--cache is for transformers' generate: vLLM and continuous batching have their own")
     serving.check_engine(engine)
     serving.check_port(host, port)
     directory = str(directory_for(model))
@@ -49,7 +56,15 @@ def serve(
     if engine == "vllm":
         serving.serve_vllm(directory, host, port, context.args, api_key)
     else:
-        serving.serve_transformers(directory, host, port, context.args, partial(fast, compile=compile), api_key)
+        serving.serve_transformers(directory, host, port, context.args, partial(_prepared, compile, cache), api_key)
+
+
+def _prepared(compile: str, cache: str | None, model: Any) -> Any:
+    """The model as `transformers serve` has loaded it, with a `generate` of ours."""
+    from qpalette.api import cache_maker
+    from qpalette.generation import fast
+
+    return fast(model, compile, cache_maker(model, None, cache))
 
 
 def _exposed(host: str, key: str | None) -> str:

@@ -13,6 +13,7 @@ import torch
 from qpalette.core.errors import ArtifactError, CheckpointError, QPaletteError, SpecError, UnsupportedError
 from qpalette.formats.reader import open_artifact
 from qpalette.models import check_finite, check_loaded, find_groups, weight_bytes
+from qpalette.models.model_class import class_of, config_for
 from qpalette.models.vocabulary import has_tokenizer
 from qpalette.plan import PLAN_FILE, Plan
 from qpalette.runtime import backends
@@ -78,15 +79,7 @@ def load_model(
 
 
 def _read(directory: Path, options: dict[str, Any], kind: type[QPaletteError]) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, trust_remote_code=False, local_files_only=True, output_loading_info=True, **options
-    )
-    model, info = loaded
-    check_loaded(directory, info, kind)
-    check_finite(directory, model, kind)
-    return model, _tokenizer(directory)
+    return read_model(directory, options, kind), _tokenizer(directory)
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -96,6 +89,26 @@ def _tokenizer(directory: Path) -> Any:
         logger.warning("%s has no tokenizer: None stands for it", directory)
         return None
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+
+
+def read_model(directory: Path, options: dict[str, Any], kind: type[QPaletteError] = CheckpointError) -> Any:
+    """The model alone, of the class that its config names: of text, of images and text, of sequences to sequences.
+
+    Raises `kind` when a weight is missing, of another shape, or not finite.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    found = class_of(config)
+    if found is None:
+        raise ValueError(f"no class of it generates text from a config of type '{config.model_type}'")
+    loaded: Any = found.from_pretrained(
+        directory, config=config_for(found, config), local_files_only=True, output_loading_info=True, **options
+    )
+    model, info = loaded
+    check_loaded(directory, info, kind)
+    check_finite(directory, model, kind)
+    return model
 
 
 def is_artifact(path: str | Path) -> bool:

@@ -61,7 +61,7 @@ def evaluate_models(
 
     Both run through a key-value cache, as they do when they generate: attention reads what the cache's `update` gives
     back, so that what a cache loses is measured with the rest. A model makes its own; `cache` makes that of `model`
-    instead, one for each window.
+    instead, one for each window; where that has a `feed`, so many tokens go through the model at a time.
 
     Raises InputError when there is no window, a token lies outside the vocabulary, or the vocabularies differ.
     """
@@ -107,7 +107,10 @@ def _logits(model: Any, window: torch.Tensor, cache: CacheFactory | None = None)
     """[length - 1, vocabulary]: the prediction of each token but the first."""
     check_tokens(window.tolist(), model)
     own = None if cache is None else cache(model)
-    return model(window[None].to(model.device), past_key_values=own, use_cache=True).logits[0, :-1]
+    feed = getattr(own, "feed", None) or len(window)
+    parts = window.to(model.device)[None].split(feed, 1)
+    logits = [model(part, past_key_values=own, use_cache=True).logits[0] for part in parts]
+    return torch.cat(logits)[:-1] if len(logits) > 1 else logits[0][:-1]
 
 
 def _at(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
