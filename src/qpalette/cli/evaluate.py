@@ -122,7 +122,6 @@ def _cache_facts(result: CacheEvaluation) -> dict[str, str]:
     return {
         "cache": f"{result.cache}, {result.cache_bits:.4f} bits per number; "
         f"{result.cache_bits_with_exact:.4f} with the exact tokens of a window",
-        "KL of a prediction": f"median {result.kl_median:.4f}, 99.9 % below {result.kl_999:.4f}",
     }
 
 

@@ -18,11 +18,11 @@ def serve(
     engine: Annotated[str, typer.Option("--engine", help="transformers or vllm.")] = "transformers",
     host: Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0 lets the network in.")] = LOCAL,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port to listen on.")] = 8000,
-    cache: Annotated[str | None, typer.Option("--cache", metavar="SPEC", help=CACHE_HELP)] = None,
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", metavar="KEY", envvar="QPALETTE_API_KEY", help="Answer only who knows it."),
     ] = None,
+    cache: Annotated[str | None, typer.Option("--cache", metavar="SPEC", help=CACHE_HELP)] = None,
     compile: Annotated[
         str,
         typer.Option(
@@ -56,8 +56,7 @@ def serve(
     if engine == "vllm":
         serving.serve_vllm(directory, host, port, context.args, api_key)
     else:
-        prepared = partial(_prepared, compile, cache)
-        serving.serve_transformers(directory, host, port, context.args, prepared, api_key)
+        serving.serve_transformers(directory, host, port, context.args, partial(_prepared, compile, cache), api_key)
 
 
 def _prepared(compile: str, cache: str | None, model: Any) -> Any:

@@ -25,6 +25,7 @@ from qpalette.models.vocabulary import context_of
 
 OPEN = "/health"  # without a key
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", OPEN)
+OF_EACH = ("max_new_tokens", "eos_token_id")  # what continuous batching takes from each request
 
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
@@ -108,13 +109,13 @@ class _Manager:
         return getattr(self._manager, name)
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **more: Any) -> Any:
-        _fit(model, inputs, gen_config)
+        self._check(model, inputs, gen_config)
         return self._manager.generate_streaming(model, processor, inputs, gen_config, **more)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> Any:
-        _fit(model, inputs, gen_config)
+        self._check(model, inputs, gen_config)
         stop = _Stop()
         given = inputs if self._batches else {**inputs, "streamer": stop}
         work = asyncio.ensure_future(
@@ -129,6 +130,19 @@ class _Manager:
                 self._manager._cb.cancel_request(request_id)
                 work.cancel()
             raise
+
+    def _check(self, model: Any, inputs: Any, gen_config: Any) -> None:
+        """Raises HTTPException for a prompt that does not fit, and for what a batch would not do without a word."""
+        _fit(model, inputs, gen_config)
+        if self._batches:
+            said = {name: value for name, value in gen_config.to_dict().items() if name not in OF_EACH}
+            first = vars(self._manager).setdefault("first_asked_for", said)
+            if differing := sorted(name for name in said | first if said.get(name) != first.get(name)):
+                raise HTTPException(
+                    400,
+                    f"continuous batching answers all requests as the first one: {differing[0]} is "
+                    f"{first.get(differing[0])}, not {said.get(differing[0])}",
+                )
 
 
 class _ClientGone(Exception):
