@@ -13,13 +13,26 @@ from qpalette.integrations.autoload import install as _install
 
 _HOME = {
     "Config": "qpalette.integrations.on_load",
+    "cache": "qpalette.api",
+    "compress": "qpalette.recipe",
     "load": "qpalette.api",
     "parse_spec": "qpalette.codes",
     "quantize": "qpalette.pipeline",
     "tune": "qpalette.tuning",
 }
 
-__all__ = ["Config", "__version__", "calibrate", "evaluate", "load", "parse_spec", "quantize", "tune"]
+__all__ = [
+    "Config",
+    "__version__",
+    "cache",
+    "calibrate",
+    "compress",
+    "evaluate",
+    "load",
+    "parse_spec",
+    "quantize",
+    "tune",
+]
 
 
 class _Package(ModuleType):

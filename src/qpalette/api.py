@@ -31,19 +31,24 @@ from qpalette.core.files import write_whole
 from qpalette.core.records import LinearShape
 from qpalette.core.resume import PartialFigures
 from qpalette.evaluate import loading
+from qpalette.evaluate.cache import directory_of, plan_for, stored_plan, stream_sensitivities, transforms_for
 from qpalette.evaluate.loading import load_model
 from qpalette.evaluate.sampled_text import TOKEN_FILE
-from qpalette.evaluate.text_source import check_text, context_of, model_windows, text_sha256
+from qpalette.evaluate.text_source import check_text, model_windows, text_sha256
 from qpalette.evaluate.windows import WINDOW
-from qpalette.generation import check_mode
+from qpalette.generation import CacheMaker, CodedTokenCache, check_mode
 from qpalette.generation import fast as make_fast
+from qpalette.kvcache import CachePlan
 from qpalette.models import find_groups
+from qpalette.models.vocabulary import context_of
+from qpalette.nn.coded_cache import CodedCache
 from qpalette.pipeline.planning import SHAPED
 from qpalette.plan import SensitiveLinear, Sensitivities
 from qpalette.runtime.device import parse_device
 from qpalette.storage import Checkpoint, open_checkpoint
 
 TOKENS = 65_536
+CACHE_LENGTH = 4096  # tokens that a cache has room for, and its transforms are for, where nobody says more
 SENSITIVITIES = "sensitivities.json"  # in a calibration's directory
 HOW_WELL = ("qpalette", "windows", "bands", "dtype")  # of its provenance: not what was measured
 HELD_OUT = 8  # windows, at most, that are set aside
@@ -59,6 +64,8 @@ def load(
     backend: str | None = None,
     fast: bool = False,
     compile: str = "never",
+    cache: str | CachePlan | None = None,
+    writing: Progress | None = None,
     bits: str | float | Fraction | None = None,
     effort: str | None = None,
 ) -> tuple[Any, Any]:
@@ -72,7 +79,10 @@ def load(
     QPALETTE_BACKEND, which it sets, it holds for the whole process. fast: on one CUDA device, `model.generate` decodes
     by captured steps, with the same arguments and results, and compiles them as `compile` says: "never", in the
     "background", or "now", before the first token. bits: quantize first a model that is not quantized, without data,
-    into the cache (`qpalette.Config`), searching as `effort` says.
+    into the cache (`qpalette.Config`), searching as `effort` says. cache: with `fast`, what keys and values are kept
+    as, on any device: a spec or plan as `qpalette.cache` takes it, "none" for keys and values as they are; None is what
+    the directory says, or else as they are; where keys are to be calibrated on text that the model writes, `writing` is
+    called with (tokens written, tokens in all).
 
     Raises InputError when there is no such device or `compile`, UnsupportedError with the reasons when no backend can
     run the model, and ArtifactError or CheckpointError when there is no intact model or transformers cannot build it.
@@ -84,7 +94,47 @@ def load(
     model, tokenizer = loading.load(
         path, device=device, dtype=dtype, device_map=device_map, backend=backend, quantization_config=config
     )
-    return (make_fast(model, compile) if fast else model), tokenizer
+    return (make_fast(model, compile, cache_maker(model, tokenizer, cache, writing)) if fast else model), tokenizer
+
+
+def cache(
+    model: Any,
+    spec: str | CachePlan | None = None,
+    max_length: int | None = None,
+    *,
+    tokenizer: Any = None,
+    padding: torch.Tensor | None = None,
+) -> CodedCache:
+    """A key-value cache of codes, for `model.generate(..., past_key_values=qpalette.cache(model, "vq-3"))`.
+
+    model: a transformers causal language model, quantized or not. spec: a code for keys and values, "vq-3", "nuq-4",
+    "vq4-2", or one for each, "vq-3/vq-2.5"; "white:" before it needs no calibration; ",sinks=N,window=N" after it says
+    how many of the first and of the newest tokens are exact (4 and 0); or a plan, or a plan file; None: what the
+    directory of the model says. max_length: tokens that each sequence has room for, by default the model's context, up
+    to 4096. padding: the attention mask of prompts that are padded on the left. tokenizer: where keys are calibrated
+    on text that the model writes, it writes a chat; once for a model and a context, up to a minute on a CPU.
+
+    Raises SpecError for a spec, InputError for a prompt that is longer than the cache, UnsupportedError, naming it, for
+    what is no cache of keys and values of heads: latent attention, states of linear attention, encoders.
+    """
+    plan = plan_for(model, spec)
+    length = max_length or min(CACHE_LENGTH, context_of(model) or CACHE_LENGTH)
+    transforms = transforms_for(model, tokenizer, plan, length)
+    return CodedCache(model.config, plan, length, transforms, padding)
+
+
+def cache_maker(
+    model: Any, tokenizer: Any, spec: str | CachePlan | None, writing: Progress | None = None
+) -> CacheMaker | None:
+    """Makes caches of any length, alike; None where keys and values stay as they are. Takes and raises what `load` and
+    `cache` do; `writing` is called with (tokens written, tokens in all) where the model writes a text to calibrate on.
+    """
+    directory = directory_of(model)
+    if spec == "none" or (spec is None and stored_plan(directory) is None):
+        return None
+    plan = plan_for(model, spec)
+    transforms = transforms_for(model, tokenizer, plan, CACHE_LENGTH, progress=writing)
+    return lambda config, length: CodedTokenCache(config, length, plan, transforms)
 
 
 def _to_quantize(
@@ -250,6 +300,7 @@ def measure_sensitivities(
     tokens: int | None = None,
     window: int = WINDOW,
     distortion: float = DISTORTION,
+    cache: bool = False,
     seed: int = 0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -260,10 +311,10 @@ def measure_sensitivities(
 
     `model` is a directory, a .gguf file or a Hub id; `text` a UTF-8 file, of which the first `tokens` are read in
     windows of `window` tokens, or None: the model itself writes the text, into `out`.tokens.json, from which others
-    may read it. `method` is "fisher", one backward pass, or
-    "perturbation", noise of `distortion` into one linear after the other. Interrupted, the same call goes on where it
-    stopped, from `out`.partial. `progress` is called with (steps done, steps in all), `writing` with (tokens written,
-    tokens in all).
+    may read it. `method` is "fisher", one backward pass, or "perturbation", noise of `distortion` into one linear after
+    the other. With `cache` keys and values of each layer are measured, too, by another backward pass. Interrupted, the
+    same call goes on where it stopped, from `out`.partial. `progress` is called with (steps done, steps in all),
+    `writing` with (tokens written, tokens in all).
 
     Raises InputError for a method, text or number that cannot be used, CheckpointError for a model that cannot be read.
     """
@@ -302,7 +353,8 @@ def measure_sensitivities(
             loaded, windows, names, distortion=distortion, seed=seed, partial=partial, progress=progress
         )
     measured = tuple(replace(linear, sensitivity=values[linear.name]) for linear in linears)
-    found = Sensitivities(measured, provenance)
+    streams = stream_sensitivities(loaded, tokenizer, windows, seed=seed, progress=progress) if cache else ()
+    found = Sensitivities(measured, provenance, streams=streams)
     temporary = target.with_name(target.name + ".tmp")
     temporary.write_text(found.to_json(), encoding="utf-8")
     os.replace(temporary, target)

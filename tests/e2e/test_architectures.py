@@ -1,4 +1,4 @@
-"""The table of architectures, row by row: quantize, load, compare with the decoded weights, generate, nothing lost."""
+"""Architectures at odd widths, one by one: quantize, load, compare with the decoded weights, generate, nothing lost."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from qpalette.plan import Plan, uniform_plan
 from qpalette.storage import open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from architectures import CASES, IDS, check, tolerance, write_model
+from odd_widths import CASES, IDS, check, tolerance, write_model
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.model_type)

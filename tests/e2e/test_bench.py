@@ -264,7 +264,9 @@ def test_bench_of_what_generate_runs(run, config_file, monkeypatch):  # noqa: F8
     assert [(speed["runner"], speed["batch"]) for speed in speeds] == [("generate", batch) for batch in (1, 3, 1, 3)]
     assert all(own <= speed.keys() and "warm_seconds" not in speed for speed in speeds), "a CPU captures nothing"
     assert all(speed["ratio"] is None or speed["ratio"] > 0 for speed in speeds)
-    monkeypatch.setattr(generate, "fast", lambda model, compile: attach(model, compile, lambda work: Again(work)))
+    monkeypatch.setattr(
+        generate, "fast", lambda model, compile, cache: attach(model, compile, lambda work: Again(work), cache)
+    )
     captured = json.loads(run(*command, "--json").out)["speeds"]
     assert all(own | {"warm_seconds"} <= speed.keys() for speed in captured)
     assert "warm: until captured" in " ".join(run(*command).out.split())

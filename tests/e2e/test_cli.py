@@ -23,7 +23,7 @@ from qpalette.pipeline import quantize as quantize_a_model
 VOCABULARY = 128
 COMMANDS = (
     *("doctor", "inspect", "palette", "calibrate", "sensitivity", "plan", "quantize", "tune", "eval", "export"),
-    *("bench", "generate", "chat", "serve", "profile", "compile"),
+    *("bench", "generate", "chat", "serve", "profile", "compile", "compare", "push"),
 )
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}{% endfor %}"
@@ -210,7 +210,11 @@ def test_a_mistake_is_one_clear_line(run, model, packed, text, tmp_path, argumen
         ("quantize", "{model}", "{model}-out"),
         ("quantize", "{model}", "{model}-out", "--bits", "4", "--spec", "nuq-4"),
         ("quantize", "{model}"),
-        ("quantize", "{model}", "{model}-out", "--bits", "4", "--text", "{model}/config.json"),
+        ("quantize", "{model}", "{model}-out", "--bits", "4", "--fast", "--text", "{model}/config.json"),
+        ("quantize", "{model}", "{model}-out", "--bits", "4", "--fast", "--best"),
+        ("quantize", "{model}", "{model}-out", "--memory", "4MB", "--fast"),
+        ("quantize", "{model}", "{model}-out", "--bits", "4", "--sign-seeds", "2"),
+        ("quantize", "{model}", "{model}-out", "--bits", "4", "--also", "lm_head"),
         ("tune", "{model}"),
         ("palette", "--weights", "many"),
         ("no-such-command",),
@@ -238,7 +242,7 @@ def test_interrupted_says_that_a_rerun_resumes(run, model, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qpalette.pipeline.quantize", interrupt)
-    result = run("quantize", model, tmp_path / "out", "--bits", "4")
+    result = run("quantize", model, tmp_path / "out", "--bits", "4", "--fast")
     assert result.code == 130
     assert "interrupted; the same command resumes" in result.err
 
@@ -421,10 +425,11 @@ def test_palette_without_matplotlib(run, tmp_path, monkeypatch):
 
 def test_quantize_with_a_budget(run, model, tmp_path):
     out = tmp_path / "out"
-    planned = json.loads(run("quantize", model, out, "--bits", "4.6", "--effort", "fast", "--dry-run", "--json").out)
+    command = ("quantize", model, out, "--bits", "4.6", "--fast", "--effort", "fast", "--json")
+    planned = json.loads(run(*command, "--dry-run").out)
     assert not out.exists()
     assert planned["bits_per_weight"] <= 4.6
-    report = json.loads(run("quantize", model, out, "--bits", "4.6", "--effort", "fast", "--json").out)
+    report = json.loads(run(*command).out)
     assert report["bits_per_weight"] == planned["bits_per_weight"]
     assert report["bytes"] == planned["bytes"] < report["source_bytes"]
     assert len(report["kinds"]) == 7

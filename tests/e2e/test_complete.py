@@ -20,7 +20,7 @@ from qpalette.models.model_class import build_on_meta
 from qpalette.storage import Checkpoint, open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from architectures import CASES, write_model
+from odd_widths import CASES, write_model
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.model_type)
@@ -52,7 +52,7 @@ def test_any_tensor_of_the_first_layer_or_outside_may_be_the_one_that_is_missing
 
 def test_a_shape_that_the_config_does_not_mean(checkpoint):
     whole = dict(checkpoint.tensors)
-    name = next(name for name in whole if "layernorm" in name or "ln_1" in name)
+    name = next(name for name in whole if "norm" in name or "ln_1" in name)
     checkpoint.tensors = whole | {name: replace(whole[name], shape=(whole[name].shape[0] + 1,))}
     with pytest.raises(CheckpointError, match=r"has shape \(\d+,\), but config\.json asks for \(\d+,\)"):
         check_complete(checkpoint)

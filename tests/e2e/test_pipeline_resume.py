@@ -64,6 +64,7 @@ def attempt(point):
     except ArtifactError as error:
         assert "exists already" in str(error) and pathlib.Path(output).exists()
 
+find_groups(open_checkpoint(source))  # the model's class is imported once, for all
 killed = 0
 for point in points:
     pid = os.fork()

@@ -314,13 +314,12 @@ def test_what_a_budget_takes_depends_on_the_target(run, model, sensitivity, monk
         }
         assert families["cpu"] == {"tcq"}
         assert "tcq2" in families["cuda"]
-    shown = run(
-        "quantize", model, "unused", "--bits", "4", "--target", "cuda", "--prefer", "quality", "--dry-run", "--json"
-    )
+    rounded = ("quantize", model, "unused", "--bits", "4", "--fast", "--dry-run")
+    shown = run(*rounded, "--target", "cuda", "--prefer", "quality", "--json")
     assert {spec.partition("-")[0] for spec in json.loads(shown.out)["specs"]} == {"tcq"}
     options = ("--sensitivity", sensitivity, "--bits", "3", "--json", "--target")
     planned = {target: json.loads(run("plan", model, *options, target).out) for target in ("cpu", "cuda")}
     assert any(spec.startswith("tcq2-") for spec in planned["cuda"]["assignments"].values())
     assert planned["cpu"]["predicted_loss"] < planned["cuda"]["predicted_loss"] < 1.1 * planned["cpu"]["predicted_loss"]
-    assert "no target" in run("quantize", model, "unused", "--bits", "4", "--target", "tpu", "--dry-run").err
+    assert "no target" in run(*rounded, "--target", "tpu").err
     assert "no preference" in run("plan", model, *options, "cpu", "--prefer", "fast").err

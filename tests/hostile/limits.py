@@ -14,8 +14,8 @@ from typing import Any
 # Reading holds a file's bytes, their JSON (some hundred bytes for each of a small number or key) and a decoded copy;
 # gguf makes objects of 700 bytes for each item of an array, and is called twice.
 BYTES_PER_BYTE = {"safetensors": 400, "gguf": 1500}
-TRACED_AT_LEAST = 4 << 20  # of what Python and numpy allocate
-TOUCHED_AT_LEAST = 64 << 20  # of the process: modules that are loaded, threads, what allocators keep
+TRACED_AT_LEAST = 96 << 20  # of what Python and numpy allocate: a class is imported, and built with 1000 layers at most
+TOUCHED_AT_LEAST = 192 << 20  # of the process: modules that are loaded, threads, what allocators keep
 HANGS = 120  # seconds: thousands of times what a case takes
 SEES_EVERYTHING = sys.platform == "linux"  # elsewhere what Python and numpy allocate, alone
 

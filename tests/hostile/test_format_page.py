@@ -16,6 +16,10 @@ import qpalette.formats.reader
 from qpalette.core.errors import ArtifactError
 from qpalette.formats import open_artifact
 
+GROUP_DIAGONAL_SOURCE = (
+    'since version 3, and not before, `group` is a name, `diagonal` may be `"float16"` in place of `"signs"`, '
+    "and `source` may list names"
+)
 PAGE = Path(__file__).parents[2] / "docs" / "format.md"
 AGAIN = "download the model again"
 
@@ -187,14 +191,14 @@ CASES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
             f"quantization_config: linears.{UP}.seed: Input should be less than 9223372036854775808; {AGAIN}",
         ),
     ],
-    'since version 3, and not before, `group` is a name, and `diagonal` may be `"float16"` in place of `"signs"`': [
+    GROUP_DIAGONAL_SOURCE: [
         (
             quantization(lambda q: q["linears"][UP].pop("group")),
             f"{UP}: it names no group; {AGAIN}",
         ),
         (
             quantization(lambda q: q.update(format_version=2)),
-            f"{UP}: format version 2 has no group and no diagonal; {AGAIN}",
+            f"{UP}: format version 2 has no group, no diagonal and no source; {AGAIN}",
         ),
         (
             entry(diagonal="float32"),

@@ -1,4 +1,4 @@
-"""Groups against real model classes on the meta device: the table names every linear of every architecture in it."""
+"""Groups against real model classes: every linear is found, and those of a group are given one tensor when it runs."""
 
 import re
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qpalette.core.errors import CheckpointError
-from qpalette.models import find_groups, tensor_of
-from qpalette.models.groups import ARCHITECTURES
+from qpalette.models import find_groups, tensors_of
+from qpalette.models.resolver import NO_CLASS, resolve
 from qpalette.storage import Checkpoint, TensorInfo
 
 SIZES = {
@@ -22,6 +22,12 @@ SIZES = {
     "vocab_size": 48,
     "pad_token_id": 0,
 }
+
+
+ARCHITECTURES = (
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma3", "gemma3_text", "gpt_oss", "olmo2"),
+    *("phi3", "glm4", "gemma2", "starcoder2", "granite"),
+)
 
 
 class Headers(Checkpoint):
@@ -46,7 +52,7 @@ def meta_model(model_type: str) -> tuple[torch.nn.Module, dict]:
     config = AutoConfig.for_model(model_type, **sizes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(getattr(config, "text_config", config))
-    return model, config.to_dict()
+    return model, model.config.to_dict()
 
 
 def checkpoint_of(model_type: str) -> tuple[Headers, torch.nn.Module]:
@@ -65,13 +71,13 @@ def test_every_decoder_linear_of_the_model_class_is_grouped(model_type):
     grouping = find_groups(checkpoint)
     linears = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"}
     assert {name for name in names(grouping) if ".experts." not in name} == linears
-    holding = {tensor_of(checkpoint, name) for name in names(grouping)}
+    holding = {tensor for name in names(grouping) for tensor in tensors_of(checkpoint, name)}
     assert holding | set(grouping.untouched) == set(checkpoint.tensors)
     assert len(holding) + len(grouping.untouched) == len(checkpoint.tensors)
     assert grouping.reasons["model.embed_tokens.weight"] == "embedding"
     for group in grouping.groups:
         for linear in group.linears:
-            held = checkpoint.tensors[tensor_of(checkpoint, linear.name)].shape
+            held = checkpoint.tensors[tensors_of(checkpoint, linear.name)[0]].shape
             assert sorted(held[-2:]) == sorted((linear.out_features, linear.in_features))
 
 
@@ -130,11 +136,11 @@ def test_stacked_experts_are_transposed_where_the_model_class_says_so():
     }
     assert grouping.reasons == {
         "model.layers.0.mlp.experts.gate_up_proj_bias": "2 dimensions, or no weight",
-        "model.layers.1.mlp.experts.down_proj": "3 dimensions, or no weight",
+        "model.layers.1.mlp.experts.down_proj": "of another shape than the model class has",
     }
 
 
-def test_without_a_table_the_model_class_decides():
+def test_what_the_class_has_not_stays():
     config = AutoConfig.for_model("glm4", **SIZES).to_dict()
     shapes = {
         "model.layers.0.self_attn.o_proj.weight": (32, 32),
@@ -176,64 +182,67 @@ def test_include_and_exclude():
     assert grouping.reasons["model.layers.1.self_attn.q_proj.weight"] == "not included"
 
 
-def test_an_unknown_architecture_gives_one_group_per_linear():
+def test_nothing_of_a_model_without_a_class():
+    shapes = {"model.layers.0.mixer.in.weight": (64, 32), "model.norm.weight": (32,)}
+    grouping = find_groups(Headers(shapes, {"model_type": "novel", "num_hidden_layers": 12}))
+    assert (grouping.groups, grouping.untouched) == ((), tuple(shapes))
+    assert grouping.reasons == {"model.layers.0.mixer.in.weight": NO_CLASS}
+
+
+@pytest.mark.parametrize(
+    "damage", [{"num_hidden_layers": 10**9}, {"num_local_experts": 10**9}, {"text_config": {"n_layers": 10**9}}]
+)
+def test_a_corrupt_count_builds_nothing(damage):
+    config = AutoConfig.for_model("jetmoe", **SIZES).to_dict() | damage
+    assert resolve(Headers({"model.norm.weight": (32,)}, config)).model is None
+
+
+def test_why_a_matrix_stays_as_it_is():
+    config = AutoConfig.for_model("qwen2_moe", **SIZES, num_experts=4, shared_expert_intermediate_size=16).to_dict()
+    layer = "model.layers.9"
     shapes = {
         "model.embed_tokens.weight": (48, 32),
-        "model.layers.10.mlp.experts.2.up.weight": (64, 32),
-        "model.layers.10.mlp.experts.10.up.weight": (64, 32),
-        "model.layers.9.mixer.in.weight": (64, 32),
-        "model.layers.9.mlp.gate.weight": (16, 32),
-        "model.layers.9.mlp.shared_expert_gate.weight": (1, 32),
-        "model.layers.9.mixer.tiny.weight": (8, 32),
-        "model.layers.9.mixer.conv1d.weight": (32, 1, 4),
-        "model.layers.9.mlp.experts.gate_up_proj": (4, 64, 32),
-        "model.layers.9.norm.weight": (32,),
-        "model.layers.9.mixer.in.bias": (64,),
+        f"{layer}.mlp.gate.weight": (4, 32),
+        f"{layer}.mlp.shared_expert_gate.weight": (1, 32),
+        f"{layer}.mlp.shared_expert.gate_proj.weight": (16, 32),
+        f"{layer}.self_attn.conv1d.weight": (32, 1, 4),
         "mtp.layers.0.foo.weight": (32, 32),
         "model.layers.12.eh_proj.weight": (32, 64),
-        "model.vision_tower.layers.0.fc.weight": (32, 32),
-        "head.weight": (48, 32),
         "lm_head.weight": (48, 32),
     }
-    grouping = find_groups(Headers(shapes, {"model_type": "novel", "num_hidden_layers": 12}))
-    assert [group.name for group in grouping.groups] == [
-        "model.layers.9.mixer.in",
-        "model.layers.10.mlp.experts.2.up",
-        "model.layers.10.mlp.experts.10.up",
-    ]
-    assert all(len(group.linears) == 1 for group in grouping.groups)
-    assert len(grouping.untouched) == len(shapes) - 3
-    reasons = {name.removesuffix(".weight"): reason for name, reason in grouping.reasons.items()}
-    assert reasons == {
+    grouping = find_groups(Headers(shapes, config))
+    assert names(grouping) == [f"{layer}.mlp.shared_expert.gate_proj"]
+    assert {name.removesuffix(".weight"): reason for name, reason in grouping.reasons.items()} == {
         "model.embed_tokens": "embedding",
-        "model.layers.9.mlp.gate": "router or gate",
-        "model.layers.9.mlp.shared_expert_gate": "router or gate",
-        "model.layers.9.mixer.tiny": "smaller than 16 x 16",
-        "model.layers.9.mixer.conv1d": "3 dimensions, or no weight",
-        "model.layers.9.mlp.experts.gate_up_proj": "3 dimensions, or no weight",
+        f"{layer}.mlp.gate": "router or gate",
+        f"{layer}.mlp.shared_expert_gate": "smaller than 16 x 16",
+        f"{layer}.self_attn.conv1d": "no module of the model class",
         "mtp.layers.0.foo": "multi-token-prediction head",
         "model.layers.12.eh_proj": "a layer beyond the decoder's (multi-token prediction)",
-        "model.vision_tower.layers.0.fc": "not the language model",
-        "head": "not in a numbered layer",
         "lm_head": "output head",
     }
 
 
-def test_what_is_no_plain_linear_is_left_alone():
+def test_a_type_that_is_no_weight_is_left_alone():
     linear = "model.layers.0.mlp.up_proj.weight"
-    for config, dtype, reason in (
-        ({"model_type": "gpt2"}, torch.float16, "stored transposed (Conv1D)"),
-        ({"model_type": "llama"}, torch.float8_e4m3fn, "stored as torch.float8_e4m3fn"),
-    ):
-        grouping = find_groups(Headers({linear: (32, 32)}, config, dtype))
-        assert (grouping.groups, grouping.untouched, grouping.reasons) == ((), (linear,), {linear: reason})
-    odd = "model.layers.0.self_attn.novel_proj.weight"
-    assert find_groups(Headers({odd: (32, 32)}, {"model_type": "llama"})).reasons == {
-        odd: "no linear of the llama table"
-    }
+    config = AutoConfig.for_model("llama", **SIZES).to_dict()
+    grouping = find_groups(Headers({linear: (64, 32)}, config, torch.float8_e4m3fn))
+    assert (grouping.groups, grouping.untouched) == ((), (linear,))
+    assert grouping.reasons == {linear: "stored as torch.float8_e4m3fn"}
 
 
-def test_siblings_that_cannot_share_an_input():
-    shapes = {"model.layers.0.mlp.gate_proj.weight": (64, 32), "model.layers.0.mlp.up_proj.weight": (64, 48)}
-    with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.gate_up_proj: .* must read the same input"):
-        find_groups(Headers(shapes, {"model_type": "llama"}))
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_names_of_a_wrapped_model_are_refused(prefix):
+    checkpoint, _ = checkpoint_of("llama")
+    wrapped = Headers({prefix + name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
+    with pytest.raises(CheckpointError, match=f"begins with '{re.escape(prefix)}'"):
+        find_groups(wrapped)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model.model."])
+def test_names_without_the_prefix_of_the_class_are_the_same_modules(prefix):
+    checkpoint, _ = checkpoint_of("llama")
+    shapes = {prefix + name.removeprefix("model."): info.shape for name, info in checkpoint.tensors.items()}
+    found = resolve(Headers(shapes, checkpoint.config)).linears
+    assert len(found) == len(resolve(checkpoint).linears)
+    assert all(held.place.module == f"model.{name.removeprefix(prefix)}" for name, held in found.items())

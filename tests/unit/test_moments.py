@@ -27,6 +27,7 @@ from qpalette.calibration.hessians import (
 from qpalette.calibration.taps import Weight, weights_of
 from qpalette.core.errors import HessianError
 from qpalette.core.records import LinearGroup, LinearShape
+from qpalette.models.resolver import Place
 
 VOCABULARY = 24
 SIZES = {
@@ -148,7 +149,7 @@ def test_moments_are_the_sums_of_weighed_inputs_and_gradients(model, windows, tm
 def test_no_token_drowns_the_others():
     """One token whose gradient, or input, is a thousand times the others' counts for LOUD times the mean of all."""
     torch.manual_seed(0)
-    weights = {DOWN.linears[0].name: Weight(nn.Parameter(torch.randn(32, 48)))}
+    weights = {DOWN.linears[0].name: Weight(nn.Parameter(torch.randn(32, 48)), Place("down"))}
     x, gradient = torch.randn(64, 48), torch.randn(64, 32)
     x[5] *= 1e3
     gradient[0] *= 1e3
@@ -290,6 +291,7 @@ def test_an_expert_has_the_moments_of_the_tokens_that_are_routed_to_it(mixtral, 
     collect_hessians(mixtral, windows, [FIRST_LINEARS, *LAST], store)
     for expert, count in enumerate(routed(mixtral, windows)):
         assert {seen[f"{EXPERTS}.{expert}.{leaf}"] for leaf in ("w1", "w3", "w2")} == {count}
+        assert store.expert_tokens[f"{EXPERTS}.{expert}"] == count
     if sides == 2:
         traces = [store.read_outputs(g, g.linears[0].name)[0].trace() for g in LAST]
         assert all(trace > 0 for trace in traces)
@@ -297,17 +299,71 @@ def test_an_expert_has_the_moments_of_the_tokens_that_are_routed_to_it(mixtral, 
         assert not torch.allclose(first[0], first[1]), "gate and up are rows of one product"
 
 
-def test_experts_of_few_tokens_are_filled_up_with_those_of_the_layer(mixtral, windows, tmp_path, monkeypatch):
-    plain, pooled = (HessianStore(tmp_path / name, calibration()) for name in ("plain", "pooled"))
-    collect_hessians(mixtral, windows, LAST, pooled)
-    monkeypatch.setattr("qpalette.calibration.collect.fill_up", lambda found: None)
-    collect_hessians(mixtral, windows, LAST, plain)
+def test_moments_of_hidden_states_are_filled_up_with_those_of_the_layer(mixtral, windows, tmp_path, monkeypatch):
+    """H_O of last linears: every expert writes the same hidden state."""
+    plain, pooled = of_experts(mixtral, windows, tmp_path, monkeypatch, LAST)
     counts = routed(mixtral, windows)
-    assert min(counts) < 48
-    pool = sum(plain.read(g).double() for g in LAST) / sum(counts)
-    for g, count in zip(LAST, counts, strict=True):
-        expected = plain.read(g).double() + pool * max(0, 48 - count)
-        torch.testing.assert_close(pooled.read(g).double(), expected, rtol=1e-5, atol=1e-6 * float(pool.max()))
+    assert min(counts) < 32
+    moments = [plain.read_outputs(g, g.linears[0].name)[0].double() for g in LAST]
+    pool = sum(moments) / sum(counts)
+    for g, moment, count in zip(LAST, moments, counts, strict=True):
+        (found,) = pooled.read_outputs(g, g.linears[0].name)
+        expected = moment + pool * max(0, 32 - count)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6 * float(pool.max()))
+
+
+def test_moments_of_neurons_are_shrunk_towards_their_own_diagonals(mixtral, windows, tmp_path, monkeypatch):
+    """H_I of last linears and H_O of first ones: no neuron of another expert says anything of them."""
+    plain, shrunk = of_experts(mixtral, windows, tmp_path, monkeypatch, [FIRST_LINEARS, *LAST])
+    counts = routed(mixtral, windows)
+    first = {
+        leaf: [linear.name for linear in FIRST_LINEARS.linears if linear.name.endswith(leaf)] for leaf in ("w1", "w3")
+    }
+    for read in (
+        lambda store: [store.read(g) for g in LAST],
+        *(lambda store, of=of: [store.read_outputs(FIRST_LINEARS, name)[0] for name in of] for of in first.values()),
+    ):
+        before, after = ([matrix.double() for matrix in read(store)] for store in (plain, shrunk))
+        even = sum(matrix.diagonal().mean() for matrix in before) / sum(counts)
+        for own, found, count in zip(before, after, counts, strict=True):
+            assert count < 2 * len(own)
+            off = ~torch.eye(len(own), dtype=torch.bool)
+            torch.testing.assert_close(found[off], own[off])
+            token = (own.diagonal() + sums.EVEN_TOKENS * even) / (count + sums.EVEN_TOKENS)
+            torch.testing.assert_close(
+                found.diagonal(), own.diagonal() + (2 * len(own) - count) * token, rtol=1e-5, atol=0
+            )
+
+
+def test_an_expert_without_tokens_is_rounded_without_feedback():
+    """All directions are alike to it: of 4 experts one saw nothing."""
+    counted = [(torch.ones(8, 8, dtype=torch.float64) * (index > 0), 5 * (index > 0)) for index in range(4)]
+    sums._shrink(counted)
+    moment = counted[0][0]
+    torch.testing.assert_close(moment, moment[0, 0] * torch.eye(8, dtype=torch.float64))
+    assert moment[0, 0] > 0
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_experts_that_no_token_reached_are_named_and_can_be_rounded(mixtral, tmp_path, sides, caplog):
+    same = [torch.full((6,), 3)]
+    idle = [expert for expert, count in enumerate(routed(mixtral, same)) if count == 0]
+    assert idle
+    store = HessianStore(tmp_path, calibration(sides))
+    collect_hessians(mixtral, same, [FIRST_LINEARS, *LAST], store)
+    assert f"{EXPERTS}: {len(idle)} of 4 saw no token of the text ({', '.join(map(str, idle))})" in caplog.text
+    for expert in idle:
+        moments = [store.read(LAST[expert]), *store.read_outputs(LAST[expert], LAST[expert].linears[0].name)]
+        assert all(moment.isfinite().all() and moment.trace() > 0 for moment in moments)
+
+
+def of_experts(mixtral, windows, tmp_path, monkeypatch, groups):
+    """(a store of sums as they are, one of sums that were filled up)"""
+    plain, filled = (HessianStore(tmp_path / name, calibration()) for name in ("plain", "filled"))
+    collect_hessians(mixtral, windows, groups, filled)
+    monkeypatch.setattr("qpalette.calibration.collect.fill_up", lambda found: None)
+    collect_hessians(mixtral, windows, groups, plain)
+    return plain, filled
 
 
 def test_experts_of_a_layer_come_in_one_pass(mixtral, windows, tmp_path):

@@ -193,11 +193,6 @@ def test_the_repr_counts_every_bit():
     assert f"bits={4 + 16 / 64 + 1 / 64:.4g}" in repr(layer)
 
 
-def test_there_is_no_weight_to_read_by_mistake():
-    layer, _, _ = packed_layer()
-    assert not hasattr(layer, "weight")
-
-
 @pytest.mark.parametrize(("name", "dtype"), [("qp_codes", torch.float32), ("qp_scales", torch.float16)])
 def test_a_buffer_of_another_type_is_refused(name, dtype):
     layer, _, _ = packed_layer()

@@ -15,6 +15,8 @@ import torch
 
 from qpalette.core.errors import InputError, UnsupportedError
 from qpalette.generation import CAPTURE_WARMUP, capture_graph, compile_options, most_likely
+from qpalette.kvcache import CachePlan
+from qpalette.nn.coded_cache import CodedCache
 
 STEP_RUNNERS = ("eager", "graph", "compile", "compile-graph")
 GENERATE = "generate"  # not a step alone, but what the commands run: `bench/generate.py`
@@ -43,6 +45,7 @@ class Speed:
     first_token_seconds: float | None = None
     first_tokens_per_second: float | None = None
     warm_seconds: float | None = None
+    cache: str | None = None  # of codes; None: keys and values as they are
 
     @property
     def tokens_per_second(self) -> float:
@@ -63,7 +66,9 @@ class Decoder:
     Raises InputError when the cache is longer than the model's context, and UnsupportedError for a graph without CUDA.
     """
 
-    def __init__(self, model: Any, batch: int, context: int, steps: int, runner: str = "eager") -> None:
+    def __init__(
+        self, model: Any, batch: int, context: int, steps: int, runner: str = "eager", cache: CachePlan | None = None
+    ) -> None:
         from transformers import StaticCache
 
         self.model, self.batch, self.context, self.runner = model, batch, context, runner
@@ -71,7 +76,8 @@ class Decoder:
         self.left = steps + WARMUP + (CAPTURE_WARMUP + 1 if "graph" in runner else 0)
         positions = context + self.left + 1
         _check(model, positions, runner)
-        self.cache = StaticCache(config=model.config, max_cache_len=-(-positions // ALIGNMENT) * ALIGNMENT)
+        length = -(-positions // ALIGNMENT) * ALIGNMENT
+        self.cache: Any = CodedCache(model.config, cache, length) if cache else StaticCache(model.config, length)
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.next_token = _compiled(model, runner)
         self.graph: Any = None
@@ -148,7 +154,7 @@ def measure_speed(
     release()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    decoder = Decoder(model, batch, context, steps + PROFILED, runner)
+    decoder = Decoder(model, batch, context, steps + PROFILED, runner, candidate.cache)
     decoder.prefill()  # compiles kernels, and allocates
     prefill = statistics.median(decoder.prefill() for _ in range(prefills))
     decoder.warm_up()
@@ -157,6 +163,7 @@ def measure_speed(
         model=candidate.name,
         random_weights=candidate.random_weights,
         bits_per_weight=candidate.bits_per_weight,
+        cache=None if candidate.cache is None else str(candidate.cache),
         runner=runner,
         batch=batch,
         context=context,

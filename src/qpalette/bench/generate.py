@@ -11,7 +11,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from qpalette.bench.decode import GENERATE, Speed, check_positions, release, weight_bytes
 from qpalette.core.errors import InputError
-from qpalette.generation import Generate, fast
+from qpalette.generation import CodedTokenCache, Generate, fast
+from qpalette.kvcache import CachePlan
 
 TENTH = 10  # tokens that a speed leaves out: the first are slow, and their number should not tell
 REQUESTS = 3  # after the model is warm; the median counts
@@ -23,9 +24,11 @@ def check_steps(steps: int) -> None:
         raise InputError(f"runner '{GENERATE}' times what follows token {TENTH}: take --steps {TENTH + 1} or more")
 
 
-def make_fast(model: Any, compile: str) -> None:
-    """As the commands do, and without a token that ends an answer."""
-    fast(model, compile)
+def make_fast(model: Any, compile: str, cache: CachePlan | None = None) -> None:
+    """As the commands do, and without a token that ends an answer. `cache` is white: what else its transforms could be
+    changes no time."""
+    maker = None if cache is None else lambda config, length: CodedTokenCache(config, length, cache, None)
+    fast(model, compile, maker)
     model.generation_config.eos_token_id = None
 
 
@@ -48,6 +51,7 @@ def measure_generate(candidate: Any, model: Any, batch: int, context: int, steps
         model=candidate.name,
         random_weights=candidate.random_weights,
         bits_per_weight=candidate.bits_per_weight,
+        cache=None if candidate.cache is None else str(candidate.cache),
         runner=GENERATE,
         batch=batch,
         context=context,

@@ -15,7 +15,9 @@ from qpalette.core.records import LinearRecord
 from qpalette.formats.packed import QuantizationFormat
 from qpalette.formats.parts import parts_of, total_bits
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
+from qpalette.kvcache import CachePlan
 from qpalette.models import Grouping, find_groups
+from qpalette.models.model_class import class_of
 from qpalette.plan import Plan
 from qpalette.rotate import rotation_for
 from qpalette.storage import Checkpoint, TensorInfo, local_path, open_checkpoint
@@ -85,6 +87,7 @@ class Candidate:
     make: Callable[[], Any]
     random_weights: bool
     bits_per_weight: float | None = None  # of the quantized linears, everything counted; None where none is
+    cache: CachePlan | None = None  # of codes; None: keys and values as they are
 
     def build(self) -> Any:
         """The model on its device, in evaluation mode."""
@@ -208,17 +211,21 @@ def from_config(
 
 def _skeleton(config: Any) -> Any:
     """The model on the meta device: names and shapes."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return _class(config)._from_config(config)
 
 
 def _plain(config: Any, dtype: torch.dtype, device: torch.device, attention: str | None) -> Any:
-    from transformers import AutoModelForCausalLM
-
     with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **_attention(attention))
+        return _class(config)._from_config(config, dtype=dtype, **_attention(attention))
+
+
+def _class(config: Any) -> Any:
+    """Raises InputError when transformers has no class that generates text with this config."""
+    found = class_of(config)
+    if found is None:
+        raise InputError(f"transformers has no class that generates text from a config of type '{config.model_type}'")
+    return found
 
 
 def _packed(

@@ -47,6 +47,6 @@ def _measure_generate(
     candidate: Candidate, batches: Sequence[int], context: int, steps: int, compile: str
 ) -> Iterator[tuple[Speed, None]]:
     model = candidate.build()
-    make_fast(model, compile)
+    make_fast(model, compile, candidate.cache)
     for batch in batches:
         yield measure_generate(candidate, model, batch, context, steps), None

@@ -11,6 +11,7 @@ could be seen.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from qpalette.calibration.gradients import backward_of_drawn_labels, frozen
 from qpalette.calibration.hessians import HessianStore
-from qpalette.calibration.sums import GroupSums, PartialSums, family_of, fill_up, sum_bytes
+from qpalette.calibration.sums import GroupSums, PartialSums, expert_tokens, family_of, fill_up, sum_bytes
 from qpalette.calibration.taps import Taps, Weight, one_expert_at_a_time, weights_of
 from qpalette.core.errors import HessianError, InputError
 from qpalette.core.records import LinearGroup
+
+logger = logging.getLogger(__name__)
 
 MEMORY_BUDGET = 4 << 30  # bytes
 PARTIAL = "sums.partial"  # in the directory of a store
@@ -75,6 +78,9 @@ def collect_hessians(
             partial.keep(number + 1)
             if progress is not None:
                 progress(index * len(windows) + number + 1, len(passes) * len(windows))
+        if counts := expert_tokens(sums):
+            store.count_experts(counts)
+            _tell_of_idle_experts(counts)
         fill_up(sums)
         try:
             for item in sums:
@@ -83,6 +89,20 @@ def collect_hessians(
             partial.remove()
             raise
         partial.remove()
+
+
+def _tell_of_idle_experts(counts: Mapping[str, int]) -> None:
+    layers: dict[str, dict[str, int]] = {}
+    for expert, seen in counts.items():
+        experts, _, index = expert.rpartition(".")
+        layers.setdefault(experts, {})[index] = seen
+    for experts, found in layers.items():
+        if idle := [index for index, seen in found.items() if seen == 0]:
+            logger.warning(
+                "%s: %d of %d saw no token of the text (%s): they are rounded as if all inputs were alike; "
+                "calibrate on more text, or on another",
+                *(experts, len(idle), len(found), ", ".join(idle)),
+            )
 
 
 class _AllReached(Exception):

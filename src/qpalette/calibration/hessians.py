@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from qpalette.core.errors import HessianError
 from qpalette.core.files import write_whole
 from qpalette.core.records import TILE, LinearGroup, tiles_of
-from qpalette.models.model_class import EXPERT
+from qpalette.models.experts import EXPERT
 from qpalette.rotate import Rotation
 from qpalette.storage import StreamingSafetensorsWriter, TensorInfo
 
@@ -29,6 +29,7 @@ VERSION = 2  # of the files; 1 had one tensor, the whole of H_I
 SUM = "sum"  # its name
 INPUT = "input"
 HELD_OUT = "held_out.json"
+EXPERT_TOKENS = "expert_tokens.json"
 STRIP = 256  # rows: a symmetric matrix is stored as strips, each from its own diagonal on
 BLOCK_TILES = 128  # rows of tiles, at most, that share an H_O: 2048 rows
 
@@ -147,6 +148,24 @@ class HessianStore:
             raise HessianError(
                 f"{file} cannot be read ({error}): run `qpalette calibrate` into another directory"
             ) from error
+
+    def count_experts(self, tokens: Mapping[str, int]) -> None:
+        """Keep how many tokens of the text reached experts, by name such as model.layers.1.mlp.experts.3."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_whole(self.directory / EXPERT_TOKENS, json.dumps(self.expert_tokens | dict(tokens), sort_keys=True))
+
+    @property
+    def expert_tokens(self) -> dict[str, int]:
+        """What was counted; none of a model without experts, nor in directories of earlier releases. Raises
+        HessianError for a file that is damaged."""
+        file = self.directory / EXPERT_TOKENS
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return {str(expert): int(tokens) for expert, tokens in found.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise _damaged(file, str(error)) from error
 
     def check_source(self, fingerprint: str) -> None:
         """Raises HessianError unless these Hessians belong to the checkpoint of `fingerprint`."""

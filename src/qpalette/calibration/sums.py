@@ -17,12 +17,13 @@ from qpalette.calibration.feedback import LOUD
 from qpalette.calibration.hessians import input_names, pack_symmetric, packed_length, row_blocks, unpack_symmetric
 from qpalette.calibration.taps import Weight
 from qpalette.core.records import LinearGroup
-from qpalette.models.model_class import EXPERT
+from qpalette.models.experts import DOWN, EXPERT
 from qpalette.storage import StreamingSafetensorsWriter, TensorInfo
 
 logger = logging.getLogger(__name__)
 
 SUM_TYPE = torch.float64
+EVEN_TOKENS = 16  # of an expert, whose neurons are all alike before more have come
 SPACING = 20  # times what saving takes: at most a twentieth of the time goes into it
 
 
@@ -104,31 +105,56 @@ def family_of(group: LinearGroup) -> str:
     return group.name if expert is None else f"{expert['experts']}.{expert['leaf']}"
 
 
-def fill_up(sums: Iterable[GroupSums]) -> None:
-    """Experts that saw fewer tokens than a matrix has rows get the missing ones from all experts of their layer.
+def expert_tokens(sums: Iterable[GroupSums]) -> dict[str, int]:
+    """How many tokens reached each expert, by its name."""
+    return {
+        f"{expert['experts']}.{expert['index']}": seen
+        for group in sums
+        for linear, seen in group.seen.items()
+        if (expert := EXPERT.fullmatch(linear))
+    }
 
-    The pool is the mean over the tokens of the layer; an expert that saw enough is left as it is. H_I of linears that
-    share it has all their tokens already.
+
+def fill_up(sums: Iterable[GroupSums]) -> None:
+    """Experts that saw fewer tokens than a moment needs are helped out; one that saw enough is left as it is.
+
+    Where all experts of a layer have the same axes, those of the hidden states that a last linear writes, the missing
+    tokens, up to as many as there are rows, are the mean of the layer's. Neurons of two experts have nothing in common:
+    a moment over them is shrunk towards its own diagonal until twice as many tokens as rows have come. H_I of linears
+    that share it has all their tokens already.
     """
     families: dict[str, list[tuple[GroupSums, str]]] = {}
     for group in sums:
         for linear in group.seen:
             if expert := EXPERT.fullmatch(linear):
                 families.setdefault(f"{expert['experts']}.{expert['leaf']}", []).append((group, linear))
-    for members in families.values():
+    for family, members in families.items():
         tokens = sum(group.seen[linear] for group, linear in members)
         if tokens == 0:
             continue
-        stacks = [
-            [*(group.inputs.values() if len(group.seen) == 1 else ()), *group.outputs.get(linear, ())]
-            for group, linear in members
-        ]
-        for matrices in zip(*stacks, strict=True):
-            pool = sum(matrices[1:], matrices[0].clone()) / tokens
-            for matrix, (group, linear) in zip(matrices, members, strict=True):
-                matrix += pool * max(0, len(matrix) - group.seen[linear])
+        last = family.rpartition(".")[2] in DOWN
+        if last:
+            _shrink([(next(iter(group.inputs.values())), group.seen[linear]) for group, linear in members])
+        for blocks in zip(*(group.outputs.get(linear, ()) for group, linear in members), strict=True):
+            counted = [(block, group.seen[linear]) for block, (group, linear) in zip(blocks, members, strict=True)]
+            (_pool if last else _shrink)(counted)
         for group, linear in members:
             group.seen[linear] = max(1, group.seen[linear])
+
+
+def _pool(moments: Sequence[tuple[Tensor, int]]) -> None:
+    """Sums over tokens, and how many: missing tokens are the mean of all."""
+    mean = sum(moment for moment, _ in moments) / sum(seen for _, seen in moments)
+    for moment, seen in moments:
+        moment += mean * max(0, len(moment) - seen)
+
+
+def _shrink(moments: Sequence[tuple[Tensor, int]]) -> None:
+    """Missing tokens are independent ones with the diagonal of those that came, which is even as long as few have."""
+    even = sum(moment.diagonal().mean() for moment, _ in moments) / sum(seen for _, seen in moments)
+    for moment, seen in moments:
+        diagonal = (moment.diagonal() + EVEN_TOKENS * even) / (seen + EVEN_TOKENS)
+        moment.diagonal().add_(diagonal * max(0, 2 * len(moment) - seen))
 
 
 class PartialSums:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qpalette.core.errors import CheckpointError
-from qpalette.models.model_class import DOWN, EXPERT, FIRST, Modules
+from qpalette.models.resolver import Place, places_of
 
-MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)  # x @ W^T, as some experts are stored
+# Also x @ W^T, as some experts are stored, and a Conv1D's.
+PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.addmm)
 EAGER = "eager"  # transformers' name for one product per expert, in place of one for all
 
 Seen = Callable[[str, Tensor, Tensor, slice], None]
@@ -24,16 +25,17 @@ class Weight(NamedTuple):
     """The matrix of one linear: a parameter, or the part of one that stacks all experts of a layer."""
 
     parameter: nn.Parameter
-    expert: int | None = None
-    rows: slice = slice(None)
-    transposed: bool = False  # the parameter holds in_features x out_features
+    place: Place
+
+    @property
+    def rows(self) -> slice:
+        """Of the product with the parameter, or with one expert's part of it, that are this linear's."""
+        height = self.values.shape[0]
+        return slice(None) if self.place.parts == 1 else slice(self.place.part * height, (self.place.part + 1) * height)
 
     def of(self, tensor: Tensor) -> Tensor:
         """This linear's [out_features, in_features] view of the parameter, or of a tensor like it."""
-        if self.expert is None:
-            return tensor
-        matrix = tensor[self.expert]
-        return (matrix.T if self.transposed else matrix)[self.rows]
+        return self.place.of(tensor)
 
     @property
     def values(self) -> Tensor:
@@ -42,7 +44,8 @@ class Weight(NamedTuple):
     @property
     def address(self) -> int:
         """Of the matrix that the model multiplies by: gate and up are rows of one."""
-        return (self.parameter if self.expert is None else self.parameter.data[self.expert]).data_ptr()
+        expert = self.place.expert
+        return (self.parameter if expert is None else self.parameter.data[expert]).data_ptr()
 
 
 def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Weight]:
@@ -50,36 +53,13 @@ def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Weight]:
 
     Raises CheckpointError naming one that the model does not have.
     """
-    modules = Modules(model)
-    found = {}
-    for name in names:
-        place = modules.find(name)
-        weight = None if place is None else getattr(modules.all[place], "weight", None)
-        if isinstance(weight, nn.Parameter):
-            found[name] = Weight(weight)
-        elif (holder := modules.find_experts(name)) is not None:
-            found[name] = _expert_weight(modules.all[holder], name)
-        else:
-            raise CheckpointError(
-                f"the model that transformers builds has no weight '{name}.weight': it cannot be calibrated"
-            )
-    return found
-
-
-def _expert_weight(module: Any, name: str) -> Weight:
-    """transformers stacks gate above up, whatever the checkpoint calls them."""
-    expert = EXPERT.fullmatch(name)
-    assert expert is not None
-    leaf, index = expert["leaf"], int(expert["index"])
-    if leaf in DOWN:
-        return Weight(module.down_proj, index, transposed=module.is_transposed)
-    parameter = getattr(module, "gate_up_proj", None)
-    if parameter is None:
-        return Weight(module.up_proj, index, transposed=module.is_transposed)
-    half = parameter.shape[2 if module.is_transposed else 1] // 2
-    place = next((pair.index(leaf) for pair in FIRST if leaf in pair and len(pair) == 2), None)
-    rows = slice(None) if place is None else slice(place * half, (place + 1) * half)
-    return Weight(parameter, index, rows, module.is_transposed)
+    wanted = list(names)
+    places = places_of(model, wanted)
+    if missing := next((name for name in wanted if name not in places), None):
+        raise CheckpointError(
+            f"the model that transformers builds has no weight '{missing}.weight': it cannot be calibrated"
+        )
+    return {name: Weight(model.get_parameter(place.path), place) for name, place in places.items()}
 
 
 class Taps(TorchFunctionMode):
@@ -99,9 +79,10 @@ class Taps(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if (func is F.linear or func in MATMULS) and len(args) > 1:
-            for name, rows in self._linears.get(args[1].data_ptr(), ()):
-                self._seen(name, args[0], result, rows)
+        first = 1 if func is torch.addmm else 0  # a bias comes before the two
+        if (func in PRODUCTS) and len(args) > first + 1:
+            for name, rows in self._linears.get(args[first + 1].data_ptr(), ()):
+                self._seen(name, args[first], result, rows)
         return result
 
 

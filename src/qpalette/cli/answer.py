@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qpalette.cli.output import token_bar
 from qpalette.core.errors import InputError
 
 Message = dict[str, str]  # {"role": "user" or "assistant", "content": text}
@@ -51,24 +52,31 @@ def check_sampling(max_new_tokens: int, temperature: float) -> None:
         raise InputError(f"--temperature must be a finite number of at least 0, got {temperature}")
 
 
-def open_model(model: str, engine: str, device: str, dtype: str | None, compile: str) -> tuple[Any, Any]:
+def open_model(
+    model: str, engine: str, device: str, dtype: str | None, compile: str, cache: str | None = None
+) -> tuple[Any, Any]:
     """The model on `device` and its tokenizer; `dtype` by default float16 on a GPU and float32 on a CPU. On a GPU its
-    `generate` is the fast one, with steps compiled as `compile` says.
+    `generate` is the fast one, with steps compiled as `compile` says; `cache` is of `qpalette.load`.
 
     Raises InputError for an engine, device, type or `compile` that cannot be used here and for a model without a
     tokenizer, and as `load_model` does.
     """
     from qpalette.api import load
     from qpalette.evaluate.text_source import check_tokenizer_of
+    from qpalette.kvcache import parse_cache
     from qpalette.models.vocabulary import check_tokenizer
     from qpalette.runtime.device import parse_device
 
     if engine != "transformers":
         raise InputError(f"--engine {engine}: answers here come from transformers; other engines have `qpalette serve`")
+    if cache not in (None, "none"):
+        parse_cache(str(cache))  # a wrong one is told before minutes of loading
     where = parse_device(device)
     kind = parse_dtype(dtype or ("float16" if where.type == "cuda" else "float32"))
     check_tokenizer_of(model)  # before minutes of loading
-    loaded, tokenizer = load(model, device=where, dtype=kind, fast=True, compile=compile)
+    given: dict[str, Any] = {"device": where, "dtype": kind, "compile": compile, "cache": cache}
+    with token_bar("calibrating the cache") as bar:
+        loaded, tokenizer = load(model, fast=True, **given, writing=bar.show)
     check_tokenizer(tokenizer, model)
     loaded.generation_config = _of_an_answer(loaded.generation_config)
     return loaded, tokenizer

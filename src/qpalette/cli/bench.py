@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ from qpalette.core.text import size
 
 if TYPE_CHECKING:
     from qpalette.bench import Candidate, Share, Speed
+    from qpalette.kvcache import CachePlan
     from qpalette.plan import Plan
 
 BATCHES = (1, 2, 4, 8, 16)
@@ -72,6 +74,15 @@ def bench(
     compile: Annotated[
         str, typer.Option("--compile", help="With --runner generate: never, background or now, as `qpalette generate`.")
     ] = "never",
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            "--cache",
+            metavar="SPEC",
+            help="Keep keys and values as codes, those of the original not: vq-3, white:nuq-4, a plan file.  [default: "
+            "as OUT says]",
+        ),
+    ] = None,
     attention: Annotated[
         str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation, or grouped.")
     ] = None,
@@ -101,16 +112,18 @@ def bench(
         raise InputError("batch sizes, --context and --steps must be at least 1")
     _check_runner(runner, compile, steps, with_breakdown)
     if plot is not None:
-        from qpalette.report.bench_plot import check_plot
+        from qpalette.report.pictures import check_picture
 
-        check_plot(plot)
+        check_picture(plot)
     if out is not None:
         check_folder(out)
     quiet_transformers()
     where = parse_device(device)
     kind = dtype or ("float16" if where.type == "cuda" else "bfloat16")
     common = (parse_dtype(kind), where, attention)
+    coded = _cache(cache, model)
     candidates = _quantized(model, config, spec or [], plan, head, rotation, common)
+    candidates = [replace(candidate, cache=coded) for candidate in candidates]
     if not alone:
         candidates.insert(0, _original(model, config, reference, kind, common))
     if not candidates:
@@ -128,6 +141,18 @@ def bench(
             if out is not None:
                 write_json(_report(speeds, shares, where), out)
     _tell(speeds, shares, where, plot, as_json)
+
+
+def _cache(spec: str | None, model: str | None) -> CachePlan | None:
+    """White, whatever the plan's transforms: theirs have the same shapes, and there is nothing to calibrate on."""
+    from qpalette.evaluate.cache import stored_plan
+    from qpalette.kvcache import WHITE, parse_cache
+    from qpalette.storage import local_path
+
+    if spec == "none" or (spec is None and model is None):
+        return None
+    found = stored_plan(Path(local_path(str(model)))) if spec is None else parse_cache(spec)
+    return None if found is None else replace(found, transform=WHITE)
 
 
 def _check_runner(runner: str | None, compile: str, steps: int, with_breakdown: bool) -> None:
@@ -231,10 +256,10 @@ def _report(speeds: list[Speed], shares: dict[str, list[Share]], device: Any) ->
 
 
 def _fields(speed: Speed) -> dict[str, Any]:
-    """All of them; those of the runner "generate" where they exist."""
+    """All of them; those of the runner "generate" and of a cache of codes where they exist."""
     from dataclasses import asdict
 
-    own = ("first_token_seconds", "first_tokens_per_second", "warm_seconds")
+    own = ("first_token_seconds", "first_tokens_per_second", "warm_seconds", "cache")
     return {name: value for name, value in asdict(speed).items() if name not in own or value is not None}
 
 

@@ -41,7 +41,10 @@ def calibrate(
 
     Example: [bold]qpalette calibrate MODEL DIR --text wiki.train.raw[/]
     """
+    from dataclasses import asdict
+
     from qpalette.api import calibrate as run
+    from qpalette.calibration.hessians import HessianStore
     from qpalette.cli.answer import parse_dtype
     from qpalette.core.errors import InputError
 
@@ -63,12 +66,16 @@ def calibrate(
             progress=bar.show,
             writing=writing.show,
         )
+    experts = sorted(HessianStore.open(directory).expert_tokens.values())
     if as_json:
-        print_json(found)
+        print_json(asdict(found) | {"expert_tokens": experts})
     else:
         facts = {
             "sides": "inputs and outputs" if found.sides == 2 else "inputs",
             "tokens": f"{found.tokens}, in windows of {found.window}",
             "text": f"SHA-256 {found.text_sha256}",
         }
+        if experts:
+            middle = experts[len(experts) // 2]
+            facts["tokens per expert"] = f"{experts[0]} to {experts[-1]}, median {middle}"
         print_facts(str(directory), facts)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qpalette.cli.output import print_error, print_note, quiet_transformers
+from qpalette.cli.output import CACHE_HELP, print_error, print_note, quiet_transformers
 
 HELP = "/reset forgets the conversation, /exit or end of input leaves, Ctrl-C stops an answer"
 
@@ -27,6 +27,7 @@ def chat(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="To compute in.  [default: float16 on a GPU, float32 on a CPU]")
     ] = None,
+    cache: Annotated[str | None, typer.Option("--cache", metavar="SPEC", help=CACHE_HELP)] = None,
     compile: Annotated[
         str,
         typer.Option(
@@ -46,7 +47,7 @@ def chat(
     check_sampling(max_new_tokens, temperature)
     quiet_transformers()
 
-    loaded, tokenizer = open_model(model, engine, device, dtype, compile)
+    loaded, tokenizer = open_model(model, engine, device, dtype, compile, cache)
     if tokenizer.chat_template is None:
         raise InputError(f"{model} has no chat template; use `qpalette generate`")
     with suppress(ImportError):  # where it exists, it gives `input` line editing and a history

@@ -52,9 +52,9 @@ def _export_weights(artifact: str, out: Path, dtype: str) -> dict[str, object]:
     import torch
 
     from qpalette.formats import DequantizedCheckpoint, open_artifact
-    from qpalette.storage import export_checkpoint
+    from qpalette.storage import export_checkpoint, local_path
 
-    plain = DequantizedCheckpoint(open_artifact(Path(artifact).expanduser()), getattr(torch, dtype))
+    plain = DequantizedCheckpoint(open_artifact(local_path(artifact)), getattr(torch, dtype))
     export_checkpoint(plain, out)
     return {"type": dtype, "tensors": len(plain.tensors), "size": size(plain.total_bytes)}
 

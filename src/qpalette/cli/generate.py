@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qpalette.cli.output import print_json, print_note, quiet_transformers
+from qpalette.cli.output import CACHE_HELP, print_json, print_note, quiet_transformers
 
 
 def generate(
@@ -22,6 +22,7 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="To compute in.  [default: float16 on a GPU, float32 on a CPU]")
     ] = None,
+    cache: Annotated[str | None, typer.Option("--cache", metavar="SPEC", help=CACHE_HELP)] = None,
     compile: Annotated[
         str,
         typer.Option(
@@ -51,7 +52,7 @@ def generate(
     quiet_transformers()
     import torch
 
-    loaded, tokenizer = open_model(model, engine, device, dtype, compile)
+    loaded, tokenizer = open_model(model, engine, device, dtype, compile, cache)
     torch.manual_seed(seed)
     tokens = _tokens(tokenizer, prompt, raw)
     answer = stream_answer(loaded, tokenizer, tokens, max_new_tokens, temperature, _silent if as_json else _to_stdout)

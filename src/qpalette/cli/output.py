@@ -6,10 +6,10 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -39,6 +39,12 @@ def print_error(message: str) -> None:
 def print_note(message: str) -> None:
     """A line on stderr: never mixed with a command's output."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"[dim]{escape(message)}[/]")
+
+
+CACHE_HELP = (
+    "Keep keys and values as codes: vq-3, vq-3/vq-2.5, white:nuq-4, a plan file, or none.  [default: as the model's "
+    "directory says, or none]"
+)
 
 
 def print_json(value: Any) -> None:
@@ -159,24 +165,27 @@ def token_bar(description: str) -> Bar:
     return Bar(description, TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"), TimeElapsedColumn())
 
 
-class TuningBar:
-    """What tuning tells, as bars, one for each stage, and a line for each look at held-out text. Use it in a `with`."""
+class StageBars:
+    """What long work tells of its stages, as bars, one after the other, and a line for each look at held-out text. Use
+    it in a `with`."""
 
-    titles: ClassVar = {"text": "writing text", "original": "original", "tuning": "tuning"}
+    def __init__(self) -> None:
+        self._stage: tuple[str, int] | None = None
+        self._bar = Bar("")
 
-    def __enter__(self) -> TuningBar:
-        self._stage, self._bar = "", Bar("")
+    def __enter__(self) -> StageBars:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._bar.__exit__(*exception)
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
+        if (stage, total) != self._stage:  # some stages have two parts, each with a total of its own
             self._bar.__exit__()
-            self._stage = stage
-            self._bar = (token_bar if stage == "text" else _share_bar)(self.titles[stage])
-            if stage == "tuning":  # what an earlier run has done says nothing about the speed
+            self._stage = stage, total
+            title, kind = STAGES[stage]
+            self._bar = kind(title)
+            if stage in RESUMED:
                 return self._bar.skip(done, total)
         self._bar.show(done, total)
 
@@ -186,6 +195,17 @@ class TuningBar:
 
 def _share_bar(description: str) -> Bar:
     return Bar(description, TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+
+
+STAGES: dict[str, tuple[str, Callable[[str], Bar]]] = {
+    "text": ("writing text", token_bar),
+    "calibrate": ("calibrating", step_bar),
+    "sensitivities": ("sensitivities", step_bar),
+    "quantize": ("quantizing", weight_bar),
+    "original": ("original", _share_bar),
+    "tuning": ("tuning", _share_bar),
+}
+RESUMED = ("quantize", "tuning")  # what an earlier run has done comes at once, and says nothing about the speed
 
 
 def quiet_transformers() -> None:

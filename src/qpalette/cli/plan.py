@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from qpalette.storage import Checkpoint
 
 FRONT_POINTS = 48
+MOST_CONTEXT = 1 << 20  # of a model that does not say
 
 
 def plan(
@@ -52,7 +55,21 @@ def plan(
         str | None,
         typer.Option("--memory", metavar="SIZE", help="At most so much device memory: weights, KV cache, activations."),
     ] = None,
-    context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens that --memory must hold.")] = 4096,
+    context: Annotated[
+        str,
+        typer.Option(
+            "--context",
+            metavar="N",
+            help="Tokens that --memory must hold, in a cache that is planned with the weights where --sensitivity has "
+            "measured it (--cache); max: as many as fit.",
+        ),
+    ] = "4096",
+    max_loss: Annotated[
+        float | None, typer.Option("--max-loss", metavar="L", help="With --context max: at most this predicted loss.")
+    ] = None,
+    cache_out: Annotated[
+        Path | None, typer.Option("--cache-out", metavar="FILE", help="Write the plan of the cache alone, for --cache.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", metavar="N", help="Sequences at once.")] = 1,
     tokens_per_second: Annotated[
         float | None,
@@ -118,6 +135,7 @@ def plan(
         raise typer.BadParameter("--calibration needs a MODEL and no --sensitivity: it has its own")
     from qpalette.plan import FUSIONS, LatencyProfile, Space, palette_of, preferred, profile_of
 
+    tokens = _context(context, memory, max_loss)
     if fusion not in FUSIONS:
         raise typer.BadParameter(f"--fusion is one of {', '.join(FUSIONS)}")
     budget = _budget(bits, disk, memory, tokens_per_second)
@@ -131,7 +149,14 @@ def plan(
         known = _sensitivities(model, sensitivity, checkpoint)
     else:
         known, store = of_calibration(model, calibration, rotation, seed, device)
-    found = _made(known, budget, space, checkpoint, store, also or (), context, solver, rotation, seed)
+    make = partial(_made, known, budget, space, checkpoint, store, also or (), solver, rotation, seed)
+    found = make(tokens) if tokens is not None else _longest(make, checkpoint, max_loss)
+    if cache_out is not None:
+        if found.plan.cache is None:
+            raise typer.BadParameter(
+                "--cache-out: no cache was planned; it needs --memory, and sensitivities of --cache"
+            )
+        write_text(cache_out, found.plan.cache.to_json())
     if out is not None:
         write_text(out, found.plan.to_json())
     if plot is not None:
@@ -221,10 +246,10 @@ def _made(
     checkpoint: Checkpoint | None,
     hessians: HessianStore | None,
     also: Any,
-    context: int,
     solver: str,
     rotation: str,
     seed: int,
+    context: int,
 ) -> BudgetPlan:
     from qpalette.pipeline.planning import make_plan
 
@@ -237,6 +262,28 @@ def _made(
         "seed": seed,
     }
     return make_plan(known, budget, space, checkpoint, **options)
+
+
+def _context(context: str, memory: str | None, max_loss: float | None) -> int | None:
+    """None: the longest."""
+    if context == "max":
+        if memory is None:
+            raise typer.BadParameter("--context max asks what --memory holds: give it, too")
+        return None
+    if max_loss is not None:
+        raise typer.BadParameter("--max-loss goes with --context max")
+    if not context.isdecimal() or not 0 < len(context) < 10:
+        raise typer.BadParameter(f"--context is a number of tokens, or max, not {context[:20]}")
+    return int(context)
+
+
+def _longest(make: Callable[[int], BudgetPlan], checkpoint: Checkpoint | None, max_loss: float | None) -> BudgetPlan:
+    from qpalette.pipeline.planning import longest_context
+
+    config = {} if checkpoint is None else checkpoint.config.get("text_config") or checkpoint.config
+    context, found = longest_context(make, config.get("max_position_embeddings") or MOST_CONTEXT, max_loss)
+    print_note(f"the longest context is {context} tokens")
+    return found
 
 
 def show_plan(found: BudgetPlan, budget: str) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qpalette.cli.output import Bar
     from qpalette.pipeline import Estimate, LinearResult, QuantizeReport
 
+DAMPING, OUTPUT_DAMPING = 0.03, 0.3  # those of `qpalette.quantize`, whose module takes seconds to import
 AT_ONCE = 0.005  # seconds; a linear that takes less was finished by an earlier run
 
 
@@ -36,6 +37,16 @@ def quantize(
     disk: Annotated[
         str | None, typer.Option("--size", metavar="SIZE", help="Or the size of OUT on disk, at most, such as 6GB.")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Or the device memory of all: weights, cache, activations."),
+    ] = None,
+    context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens that --memory must hold.")] = 4096,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Sequences at once, with --memory.")] = 1,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Without calibration, plan and tuning: minutes, and several times the loss.")
+    ] = False,
+    best: Annotated[bool, typer.Option("--best", help="The longest search, more text, more tuning.")] = False,
     sensitivity: Annotated[
         Path | None,
         typer.Option(
@@ -76,8 +87,10 @@ def quantize(
     ] = None,
     damping: Annotated[
         float, typer.Option("--damping", help="Added to an input's Hessian, times its mean eigenvalue.")
-    ] = 0.03,
-    output_damping: Annotated[float, typer.Option("--output-damping", help="The same of an output's.")] = 0.3,
+    ] = DAMPING,
+    output_damping: Annotated[
+        float, typer.Option("--output-damping", help="The same of an output's.")
+    ] = OUTPUT_DAMPING,
     equalize: Annotated[
         bool, typer.Option(help="With a calibration: columns of one norm, for 16 bits per input in place of 1.")
     ] = True,
@@ -116,16 +129,38 @@ def quantize(
 ) -> None:
     """Quantize a model. Interrupted, the same command goes on where it stopped.
 
-    Say how far by --bits, --size or both, by --spec, or by --plan.
+    Say how far by --bits, --size, --memory or several of them: then the model is calibrated (on text that it writes, or
+    on --text), measured, planned, rounded and tuned; --fast rounds at once. Or by --spec or --plan, for the rounding
+    alone.
 
     Example: [bold]qpalette quantize SmolLM2-135M-Instruct.Q4_1.gguf OUT --bits 3.25[/]
     """
-    if [bits is not None or disk is not None, spec is not None, plan is not None].count(True) != 1:
+    budget = (bits, disk, memory)
+    if [any(limit is not None for limit in budget), spec is not None, plan is not None].count(True) != 1:
         raise typer.BadParameter(
-            "give one of --bits (such as 3.25) or --size (6GB), --spec (tcq-3.25), and --plan FILE"
+            "give one of --bits (such as 3.25), --size (6GB) or --memory (8GB), --spec (tcq-3.25), and --plan FILE"
+        )
+    by_steps = fast or spec is not None or plan is not None or sensitivity is not None or calibration is not None
+    if not by_steps:
+        manual = {"--include": include, "--also": also, "--ray": ray, "--workers": workers != 1}
+        manual |= {"--sign-seeds": sign_seeds != 1, "--no-equalize": not equalize}
+        manual |= {"--damping": damping != DAMPING, "--output-damping": output_damping != OUTPUT_DAMPING}
+        if given := next((option for option, value in manual.items() if value), None):
+            raise typer.BadParameter(f"{given} is of the rounding alone: add --fast, or --calibration DIR")
+        from qpalette.cli.recipe import run_recipe
+
+        run_recipe(
+            model, out, budget, text, best, effort, dry_run, as_json, context=context, batch=batch, prefer=prefer,
+            target=target, rotation=rotation, seed=seed, exclude=exclude or (), device=device, overwrite=overwrite,
+        )  # fmt: skip
+        return
+    if best or memory is not None:
+        raise typer.BadParameter(
+            "--best and --memory are of all steps together: leave out --fast, --spec, --plan, --sensitivity and "
+            "--calibration"
         )
     if text is not None and not tune:
-        raise typer.BadParameter("--text is what --tune reads: give both, or neither")
+        raise typer.BadParameter("--text is what is calibrated or tuned on: leave out --fast, or add --tune")
     if sensitivity is not None and bits is None and disk is None:
         raise typer.BadParameter("--sensitivity decides how --bits or --size are spent: give one of them")
     from qpalette.pipeline import Estimate
@@ -159,12 +194,12 @@ def quantize(
 def _quantize_and_tune(
     model: str, out: Path, text: Path | None, options: dict[str, Any], overwrite: bool, as_json: bool
 ) -> None:
-    from qpalette.cli.output import TuningBar, quiet_transformers
+    from qpalette.cli.output import StageBars, quiet_transformers
     from qpalette.cli.tune import show_tuned
     from qpalette.tuning import quantize_and_tune
 
     quiet_transformers()
-    with weight_bar("quantizing") as bar, TuningBar() as watcher:
+    with weight_bar("quantizing") as bar, StageBars() as watcher:
         report = quantize_and_tune(
             model, out, text, **options, overwrite=overwrite, progress=_Timed(bar), watcher=watcher
         )

@@ -53,6 +53,9 @@ def sensitivity(
     distortion: Annotated[
         float, typer.Option("--distortion", metavar="D", help="Of the noise that perturbation adds.")
     ] = 0.01,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Of keys and values of each layer, too: plan --memory then plans the cache.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of labels, noise and sampled text.")] = 0,
     device: Annotated[str, typer.Option("--device", help="Where to run the model, such as cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the file's content.")] = False,
@@ -64,8 +67,8 @@ def sensitivity(
     from qpalette.api import calibrated_sensitivities, measure_sensitivities
 
     if calibration is not None:
-        if text is not None:
-            raise typer.BadParameter("--calibration has a text of its own: give it without --text")
+        if text is not None or cache:
+            raise typer.BadParameter("--calibration has a text of its own: give it without --text and --cache")
         quiet_transformers()
         with step_bar("calibrated") as bar:
             found = calibrated_sensitivities(model, calibration, seed=seed, device=device, progress=bar.show)
@@ -84,6 +87,7 @@ def sensitivity(
             tokens=tokens,
             window=window,
             distortion=distortion,
+            cache=cache,
             seed=seed,
             device=device,
             progress=bar.show,
@@ -94,13 +98,16 @@ def sensitivity(
 
 def _show(found: Sensitivities, out: Path, as_json: bool) -> None:
     if as_json:
-        print_json({"provenance": dict(found.provenance), "sensitivities": found.values})
+        streams = {"streams": {stream.name: stream.sensitivity for stream in found.streams}} if found.streams else {}
+        print_json({"provenance": dict(found.provenance), "sensitivities": found.values} | streams)
         return
     from qpalette.models.kinds import linear_kind
 
     kinds: dict[str, list[float]] = {}
     for linear in found.linears:
         kinds.setdefault(linear_kind(linear.name), []).append(linear.sensitivity)
+    for stream in found.streams:
+        kinds.setdefault(f"cache: {stream.kind}", []).append(stream.sensitivity)
     rows = [
         (kind, str(len(values)), f"{sum(values):.4g}", f"{min(values):.4g}", f"{max(values):.4g}")
         for kind, values in kinds.items()

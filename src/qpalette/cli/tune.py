@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qpalette.cli.output import TuningBar, print_facts, print_json, quiet_transformers
+from qpalette.cli.output import StageBars, print_facts, print_json, quiet_transformers
 from qpalette.core.text import count, size
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def tune(
 
         return _show_forecast(model, forecast(model, reference, text, **options), as_json)
     quiet_transformers()
-    with TuningBar() as watcher:
+    with StageBars() as watcher:
         report = run(model, reference, text, out, **options, overwrite=overwrite, watcher=watcher)
     show_tuned(report, as_json)
 

@@ -12,9 +12,15 @@ class SpecError(QPaletteError):
 class BudgetError(SpecError):
     """A budget that nothing can meet; it holds the least that is possible, where one figure tells it."""
 
-    def __init__(self, message: str, least_bits: int | None = None, least_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        least_bits: int | None = None,
+        least_seconds: float | None = None,
+        least_memory: int | None = None,
+    ) -> None:
         super().__init__(message)
-        self.least_bits, self.least_seconds = least_bits, least_seconds
+        self.least_bits, self.least_seconds, self.least_memory = least_bits, least_seconds, least_memory
 
 
 class CheckpointError(QPaletteError):

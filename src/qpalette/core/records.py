@@ -54,6 +54,7 @@ class LinearRecord:
     seed: int  # of the rotation's signs; provenance only, the signs themselves are stored
     group: str = ""  # linears of one group read one input in one basis, and run as one launch; "": alone
     diagonal: str = SIGNS  # of DIAGONALS: what multiplies the input before the rotation
+    source: tuple[str, ...] = ()  # tensors of the original that it was made of, where not its own name + ".weight"
 
     @property
     def weights(self) -> int:

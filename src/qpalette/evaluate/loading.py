@@ -13,6 +13,7 @@ import torch
 from qpalette.core.errors import ArtifactError, CheckpointError, QPaletteError, SpecError, UnsupportedError
 from qpalette.formats.reader import open_artifact
 from qpalette.models import check_finite, check_loaded, find_groups, weight_bytes
+from qpalette.models.model_class import class_of, config_for
 from qpalette.models.vocabulary import has_tokenizer
 from qpalette.plan import PLAN_FILE, Plan
 from qpalette.runtime import backends
@@ -41,7 +42,7 @@ def load(
         os.environ[ENVIRONMENT] = backend
     place = local_path(path)
     quantized = is_artifact(place)
-    directory = open_artifact(place).directory if quantized else plain_directory(open_checkpoint(place))
+    directory = directory_for(place)
     options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
     kind = ArtifactError if quantized else CheckpointError
     given = {name: value for name, value in options.items() if value is not None}
@@ -53,6 +54,23 @@ def load(
         raise kind(f"transformers cannot load {path} ({type(error).__name__}: {reason})") from error
 
 
+def directory_for(path: str | Path) -> Path:
+    """What transformers and the engines open: a quantized directory, checked; a checkpoint's own; a plain copy of a
+    GGUF file and of what another tool has quantized. Raises ArtifactError or CheckpointError."""
+    place = local_path(path)
+    return open_artifact(place).directory if is_artifact(place) else plain_directory(open_checkpoint(place))
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """As `load`'s, without the model. Raises as that does."""
+    directory = directory_for(path)
+    try:
+        return _tokenizer(directory)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"transformers cannot load the tokenizer of {path} ({reason})") from error
+
+
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
@@ -61,18 +79,36 @@ def load_model(
 
 
 def _read(directory: Path, options: dict[str, Any], kind: type[QPaletteError]) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    return read_model(directory, options, kind), _tokenizer(directory)
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, trust_remote_code=False, local_files_only=True, output_loading_info=True, **options
+
+def _tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not has_tokenizer(directory):
+        logger.warning("%s has no tokenizer: None stands for it", directory)
+        return None
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+
+
+def read_model(directory: Path, options: dict[str, Any], kind: type[QPaletteError] = CheckpointError) -> Any:
+    """The model alone, of the class that its config names: of text, of images and text, of sequences to sequences.
+
+    Raises `kind` when a weight is missing, of another shape, or not finite.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    found = class_of(config)
+    if found is None:
+        raise ValueError(f"no class of it generates text from a config of type '{config.model_type}'")
+    loaded: Any = found.from_pretrained(
+        directory, config=config_for(found, config), local_files_only=True, output_loading_info=True, **options
     )
     model, info = loaded
     check_loaded(directory, info, kind)
     check_finite(directory, model, kind)
-    if not has_tokenizer(directory):
-        logger.warning("%s has no tokenizer: None stands for it", directory)
-        return model, None
-    return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    return model
 
 
 def is_artifact(path: str | Path) -> bool:

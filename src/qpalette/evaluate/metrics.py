@@ -31,6 +31,8 @@ class Evaluation:
     tokens: int  # predictions: one less than tokens in each window
     bits_per_weight: float | None = None  # of the quantized linears, everything stored counted; None if unknown
     predicted_kl: float | None = None  # by the plan of the quantized model; None if it has none
+    kl_median: float | None = None  # of single predictions
+    kl_999: float | None = None  # 99.9 % of predictions have no more
 
 
 @dataclass
@@ -42,6 +44,7 @@ class _Sums:
     reference_loss: float = 0.0
     agreements: int = 0
     window_kl: list[tuple[float, int]] = field(default_factory=list)  # (sum over the window, predictions)
+    token_kl: list[torch.Tensor] = field(default_factory=list)  # of single predictions, float32 on the CPU
 
 
 def evaluate_models(
@@ -58,7 +61,7 @@ def evaluate_models(
 
     Both run through a key-value cache, as they do when they generate: attention reads what the cache's `update` gives
     back, so that what a cache loses is measured with the rest. A model makes its own; `cache` makes that of `model`
-    instead, one for each window.
+    instead, one for each window; where that has a `feed`, so many tokens go through the model at a time.
 
     Raises InputError when there is no window, a token lies outside the vocabulary, or the vocabularies differ.
     """
@@ -92,7 +95,9 @@ def _add_window(
             true = other[rows].to(logits.device).float().log_softmax(-1)
             sums.reference_loss -= _total(_at(true, targets[rows]))
             sums.agreements += int((mine.argmax(-1) == true.argmax(-1)).sum())
-            divergence += _total((true.exp() * (true - mine)).sum(-1))
+            each = (true.exp() * (true - mine)).sum(-1)
+            divergence += _total(each)
+            sums.token_kl.append(each.cpu())
     sums.tokens += len(targets)
     sums.window_kl.append((divergence, len(targets)))
 
@@ -102,7 +107,10 @@ def _logits(model: Any, window: torch.Tensor, cache: CacheFactory | None = None)
     """[length - 1, vocabulary]: the prediction of each token but the first."""
     check_tokens(window.tolist(), model)
     own = None if cache is None else cache(model)
-    return model(window[None].to(model.device), past_key_values=own, use_cache=True).logits[0, :-1]
+    feed = getattr(own, "feed", None) or len(window)
+    parts = window.to(model.device)[None].split(feed, 1)
+    logits = [model(part, past_key_values=own, use_cache=True).logits[0] for part in parts]
+    return torch.cat(logits)[:-1] if len(logits) > 1 else logits[0][:-1]
 
 
 def _at(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -123,7 +131,15 @@ def _summary(sums: _Sums, compared: bool, windows: int) -> Evaluation:
         top1=sums.agreements / sums.tokens if compared else None,
         windows=windows,
         tokens=sums.tokens,
+        kl_median=_quantile(sums.token_kl, 0.5) if compared else None,
+        kl_999=_quantile(sums.token_kl, 0.999) if compared else None,
     )
+
+
+def _quantile(parts: Sequence[torch.Tensor], share: float) -> float:
+    """The least value that `share` of all do not exceed."""
+    values = torch.cat(list(parts)).sort().values
+    return float(values[math.ceil(share * len(values)) - 1])
 
 
 def _perplexity(mean_loss: float) -> float:

@@ -54,7 +54,7 @@ def sample_windows(
     chat = chat_of(tokenizer)
     if chat is not None:
         check_tokens([*chat.opening, *chat.to_assistant, *chat.to_user], model, tokenizer)
-    identity = {"kind": KIND, "model": _mark_of(model), "length": str(length), "seed": str(seed)}
+    identity = {"kind": KIND, "model": mark_of(model), "length": str(length), "seed": str(seed)}
     kept = None if keep is None else PartialFigures(keep, identity)
     windows: list[list[int]] = [] if kept is None else kept.figures.setdefault("windows", [])
     block = BLOCK_ON_CPU if model.device.type == "cpu" else BLOCK
@@ -175,7 +175,7 @@ def _ends_of(model: Any) -> set[int]:
     return set(end if isinstance(end, list) else [] if end is None else [end])
 
 
-def _mark_of(model: Any) -> str:
+def mark_of(model: Any) -> str:
     """Tells models apart: the config, and a sample of each parameter and buffer."""
     digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
     for name, tensor in model.state_dict().items():

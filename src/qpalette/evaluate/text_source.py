@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from qpalette.core.errors import InputError
 from qpalette.evaluate.sampled_text import Progress, is_token_file, read_token_file, sample_windows
 from qpalette.evaluate.windows import check_limit, read_text, token_windows
-from qpalette.models.vocabulary import check_tokenizer, check_tokens, has_tokenizer
+from qpalette.models.vocabulary import check_tokenizer, check_tokens, context_of, has_tokenizer
 from qpalette.storage import local_path
 
 
@@ -29,10 +30,10 @@ def model_windows(
 ) -> list[torch.Tensor]:
     """The first `count` windows of `length` tokens, int64 each: less in a model of shorter context.
 
-    `text` is a UTF-8 file, of which `count` None takes all windows; a token file (`sampled_text`), whose windows may be
-    shorter; or None: `model` writes `count` windows, with `seed`, into the token file `keep`, from which an interrupted
-    run goes on. Raises InputError for numbers or a file that cannot be used, and naming a token that the model
-    does not know.
+    `text` is a UTF-8 file, of which `count` None takes all windows; a token file (`sampled_text`), whose windows are
+    cut where they are longer and may be shorter; or None: `model` writes `count` windows, with `seed`, into the token
+    file `keep`, from which an interrupted run goes on. Raises InputError for numbers or a file that cannot be used, and
+    naming a token that the model does not know.
     """
     windows = _windows(text, model, tokenizer, length, count, seed, keep, progress)
     for window in windows:
@@ -58,7 +59,8 @@ def _windows(
         assert count is not None, "how many windows to write"
         return sample_windows(model, tokenizer, count, length, seed, keep, progress)
     if is_token_file(text):
-        return [window[:length] for window in read_token_file(text)[:count]]
+        pieces = (piece for window in read_token_file(text) for piece in window.split(length) if len(piece) > 1)
+        return list(islice(pieces, count))
     check_tokenizer(tokenizer, model.name_or_path)
     return token_windows(text, tokenizer, length, count)
 
@@ -87,8 +89,3 @@ def text_sha256(text: str | Path | None, windows: Sequence[torch.Tensor]) -> str
     if text is None or is_token_file(text):
         return hashlib.sha256(torch.cat(list(windows)).numpy().data).hexdigest()
     return hashlib.sha256(read_text(text).encode()).hexdigest()
-
-
-def context_of(model: Any) -> int | None:
-    """The most tokens that a model was made for; None when its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -10,6 +10,7 @@ from typing import Any
 
 from qpalette.core.records import LinearRecord
 from qpalette.formats.parts import PARTS, counted_bits, total_bits
+from qpalette.models.model_class import class_name
 from qpalette.models.multiplied import Shares
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,9 +30,9 @@ TEMPLATE = """\
 
 ```python
 import qpalette  # before from_pretrained, always
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, {class_name}
 
-model = AutoModelForCausalLM.from_pretrained({path}, dtype="auto")
+model = {class_name}.from_pretrained({path}, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained({path})
 ```
 
@@ -111,6 +112,7 @@ def model_card(
         front_matter=_front_matter(base, config.get("license")),
         title=_escaped(title),
         path=_quoted(title),
+        class_name=class_name(config),
         base=_code(base) if base else f"A {_escaped(str(config.get('model_type', 'language')))} model",
         weights=weights,
         count=len(records),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from qpalette.core.errors import ArtifactError
 from qpalette.core.records import TILE, LinearRecord
 from qpalette.formats.parts import is_part
 from qpalette.formats.reader import Artifact
-from qpalette.models.model_class import EXPERT, stored_transposed
+from qpalette.models.experts import EXPERT
+from qpalette.models.model_class import model_of
+from qpalette.models.sources import Sources
 from qpalette.rotate import Rotation, diagonal_of, unrotate_weight
 from qpalette.runtime import PackedLinear, select
 from qpalette.storage import Checkpoint, TensorInfo, copy_side_files
@@ -35,21 +37,15 @@ class DequantizedCheckpoint(Checkpoint):
         left_out = ("quantization_config", "torch_dtype")
         self.config = {key: value for key, value in artifact.config.items() if key not in left_out}
         self.config["dtype"] = str(dtype).removeprefix("torch.")
-        self._linears = _by_tensor(artifact)
+        self._sources = Sources(model_of(self.config), _sources_of(artifact.records))
         carried = {
             stored.info.name: stored.info for stored in artifact.stored.values() if not is_part(stored.info.name)
         }
-        weights = {name: TensorInfo(name, self._shape(name), dtype) for name in self._linears}
+        weights = {name: TensorInfo(name, self._shape(name), dtype) for name in self._sources.tensors}
         self.tensors = carried | weights
 
     def read(self, name: str) -> torch.Tensor:
-        if name not in self._linears:
-            return self.artifact.read(name)
-        linears = self._linears[name]
-        if name == f"{linears[0]}.weight":
-            return self._weight(linears[0])
-        turned = stored_transposed(self.config, linears[0])
-        return torch.stack([self._weight(linear).T if turned else self._weight(linear) for linear in linears])
+        return self.artifact.read(name) if name not in self._sources else self._sources.read(name, self._weight)
 
     def save_side_files(self, directory: Path) -> None:
         copy_side_files(self.artifact.directory, directory, but=OWN_FILES)
@@ -58,12 +54,12 @@ class DequantizedCheckpoint(Checkpoint):
         return torch.cat([rows.to(self.dtype) for rows in decoded_rows(self.artifact.read_linear(linear))])
 
     def _shape(self, tensor: str) -> tuple[int, ...]:
-        linears = self._linears[tensor]
-        record = self.artifact.records[linears[0]]
-        shape = (record.out_features, record.in_features)
-        if tensor == f"{linears[0]}.weight":
-            return shape
-        return (len(linears), *(reversed(shape) if stored_transposed(self.config, linears[0]) else shape))
+        """As transformers' conversions give it, of tensors without values."""
+        return tuple(self._sources.read(tensor, self._no_weight).shape)
+
+    def _no_weight(self, linear: str) -> torch.Tensor:
+        record = self.artifact.records[linear]
+        return torch.empty(record.out_features, record.in_features, dtype=self.dtype, device="meta")
 
 
 def decoded_rows(packed: PackedLinear) -> Iterator[torch.Tensor]:
@@ -78,19 +74,21 @@ def decoded_rows(packed: PackedLinear) -> Iterator[torch.Tensor]:
         yield unrotate_weight(backend.rotated_weight(some), rotation, diagonal)
 
 
-def _by_tensor(artifact: Artifact) -> dict[str, list[str]]:
-    """Tensor of the source -> the linears in it. Experts that compute gate and up at once were stacked there."""
-    result: dict[str, list[str]] = {}
-    matches = {name: EXPERT.fullmatch(name) for name in artifact.records}
+def _sources_of(records: Mapping[str, LinearRecord]) -> dict[str, tuple[str, ...]]:
+    """Linear -> the tensors of the source that it was made of. Artifacts that do not say so have experts that were
+    stacked, where gate and up are one linear."""
+    matches = {name: EXPERT.fullmatch(name) for name in records}
     stacked = {match["experts"] for match in matches.values() if match and match["leaf"] == "gate_up_proj"}
+    result: dict[str, tuple[str, ...]] = {}
+    stacks: dict[str, list[LinearRecord]] = {}
     for name, match in matches.items():
-        is_stacked = match is not None and match["experts"] in stacked
-        tensor = f"{match['experts']}.{match['leaf']}" if match is not None and is_stacked else f"{name}.weight"
-        result.setdefault(tensor, []).append(name)
-    for tensor, linears in result.items():
-        if tensor != f"{linears[0]}.weight":
-            linears.sort(key=lambda name: int(name.split(".")[-2]))
-            _check_alike(tensor, [artifact.records[linear] for linear in linears])
+        was_stacked = match is not None and match["experts"] in stacked and not records[name].source
+        plain = f"{match['experts']}.{match['leaf']}" if match is not None and was_stacked else f"{name}.weight"
+        result[name] = records[name].source or (plain,)
+        if match is not None and len(result[name]) == 1:
+            stacks.setdefault(result[name][0], []).append(records[name])
+    for tensor, members in stacks.items():
+        _check_alike(tensor, members)
     return result
 
 

@@ -35,10 +35,13 @@ class LinearEntry(_Strict):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
     group: Annotated[str, Field(max_length=250)] = ""  # since version 3, where "" is refused
     diagonal: Literal["signs", "float16"] = "signs"  # since version 3
+    source: list[Name] = []  # since version 3: tensors of the original, where not the linear's name + ".weight"
 
     def record(self) -> LinearRecord:
         rows, columns = self.shape
-        return LinearRecord(self.spec, rows, columns, self.rotation, self.seed, self.group, self.diagonal)
+        return LinearRecord(
+            self.spec, rows, columns, self.rotation, self.seed, self.group, self.diagonal, tuple(self.source)
+        )
 
 
 class QuantizationFormat(_Strict):
@@ -105,7 +108,7 @@ def _entry(name: str, record: LinearRecord) -> dict[str, Any]:
     """As config.json spells it; a linear that is in no group is one alone, under its own name."""
     shape = [record.out_features, record.in_features]
     entry = {"spec": record.spec, "shape": shape, "rotation": record.rotation, "seed": record.seed}
-    return entry | {"group": record.group or name, "diagonal": record.diagonal}
+    return entry | {"group": record.group or name, "diagonal": record.diagonal, "source": list(record.source)}
 
 
 def _check_version(data: Mapping[str, Any]) -> None:
@@ -145,8 +148,10 @@ def _check_codebook(name: str, entry: LinearEntry, version: int) -> None:
 
 def _check_fields(name: str, entry: LinearEntry, version: int) -> None:
     """What came with version 3 must be there from then on, and must not before."""
-    if version < FIRST_WITH_GROUPS and entry.model_fields_set & {"group", "diagonal"}:
-        raise ArtifactError(f"{name}: format version {version} has no group and no diagonal; download the model again")
+    if version < FIRST_WITH_GROUPS and entry.model_fields_set & {"group", "diagonal", "source"}:
+        raise ArtifactError(
+            f"{name}: format version {version} has no group, no diagonal and no source; download the model again"
+        )
     if version >= FIRST_WITH_GROUPS and not entry.group:
         raise ArtifactError(f"{name}: it names no group; download the model again")
 

@@ -10,7 +10,7 @@ import torch
 from qpalette.formats.packed import QuantizationFormat
 from qpalette.formats.parts import expected_tensors
 from qpalette.formats.shares import stored_shares
-from qpalette.models import tensor_of
+from qpalette.models import tensors_of
 from qpalette.models.multiplied import Shares
 from qpalette.storage import Checkpoint, TensorInfo
 
@@ -39,9 +39,11 @@ class PackedCheckpoint(Checkpoint):
         self._packed: dict[str, tuple[str, str]] = {}
         tensors: dict[str, TensorInfo] = {}
         self._records = records = quantization.records
-        replaced: dict[str, list[str]] = {}  # tensor -> the linears in it: all experts may share one
+        replaced: dict[str, list[str]] = {}  # tensor -> the linears in its place: all experts may share one
         for linear in records:
-            replaced.setdefault(tensor_of(source, linear), []).append(linear)
+            first, *others = tensors_of(source, linear)
+            replaced.setdefault(first, []).append(linear)
+            replaced |= {other: [] for other in others}
         for info in source.tensors.values():
             if info.name not in replaced:
                 tensors[info.name] = info

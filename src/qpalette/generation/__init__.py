@@ -1,5 +1,6 @@
 """Generation with captured and compiled steps, behind transformers' own `generate`."""
 
+from qpalette.generation.cache import CacheMaker, CodedTokenCache
 from qpalette.generation.choice import most_likely
 from qpalette.generation.compilation import MODES, check_mode
 from qpalette.generation.fast import Generate, attach, fast
@@ -8,6 +9,8 @@ from qpalette.generation.step import CAPTURE_WARMUP, capture_graph, compile_opti
 __all__ = [
     "CAPTURE_WARMUP",
     "MODES",
+    "CacheMaker",
+    "CodedTokenCache",
     "Generate",
     "attach",
     "capture_graph",

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from qpalette.core.errors import InputError
-from qpalette.generation.cache import TokenCache
 from qpalette.generation.step import Inputs, Reduced, Step, compile_options, reduced
 
 MODES = ("never", "background", "now")
@@ -106,7 +105,7 @@ def _like(inputs: Inputs) -> Inputs:
     device, needed = inputs.token.device, inputs.cache.bytes + SPARE
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < needed:
         raise MemoryError(f"{device} has no {needed >> 20} MiB free for it")
-    cache = TokenCache(inputs.cache.config, inputs.cache.length, inputs.cache)
+    cache = inputs.cache.empty_like()
     offset = None if inputs.offset is None else torch.zeros_like(inputs.offset)
     mask = None if inputs.mask is None else torch.ones_like(inputs.mask)
     return Inputs(torch.zeros_like(inputs.token), cache, offset, mask)

@@ -15,40 +15,50 @@ import torch
 from transformers import GenerationMixin, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from qpalette.generation.cache import holds
+from qpalette.core.errors import UnsupportedError
+from qpalette.generation.cache import CacheMaker, TokenCache, holds
 from qpalette.generation.compilation import Compiler, check_mode
 from qpalette.generation.loop import Loop
 from qpalette.generation.request import NotOurs, request_of
 from qpalette.generation.step import Capture, capture_graph
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
 
+DEFAULT_LENGTH = 20  # tokens that transformers generates to where nothing is said
 ATTENTION = ("eager", "sdpa", "grouped")  # that read a static cache by its mask
 
 
-def fast(model: Any, compile: str = "never") -> Any:
+def fast(model: Any, compile: str = "never", cache: CacheMaker | None = None) -> Any:
     """`model`, a transformers causal language model, whose `generate` decodes with captured steps from now on.
 
     The call and its results stay: transformers prepares the request, and what this loop does not do (beams, a cache
     that is given, scores that are asked for, ...) runs as before. compile: "never"; "background", beside the
     generation, which takes the compiled step up when it is ready; "now", before the first token. On a CPU, and spread
-    over several devices, the model stays as it is.
+    over several devices, the model stays as it is, unless it is given a `cache`: every request is served with
+    that, on a CPU by the same loop without captures.
 
-    Raises InputError for another `compile`.
+    Raises InputError for another `compile`; UnsupportedError for a `cache` where the loop cannot serve the model.
     """
     check_mode(compile)
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if {device.type for device in devices} != {"cuda"} or len(devices) > 1 or not can_serve(model):
+    if len(devices) > 1 or not can_serve(model):
+        if cache is not None:
+            raise UnsupportedError(f"no cache of codes for {type(model).__name__} on {len(devices)} device(s) here")
+        return model
+    if next(iter(devices)).type != "cuda":
+        if cache is not None:
+            attach(model, "never", None, cache)
         return model
     config = model.config.get_text_config()
     if config._attn_implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is None:
         model.set_attn_implementation("grouped")
-    attach(model, compile, partial(capture_graph, pool=torch.cuda.MemPool()))
+    attach(model, compile, partial(capture_graph, pool=torch.cuda.MemPool()), cache)
     return model
 
 
-def attach(model: Any, compile: str, capture: Capture | None) -> Generate:
-    """Put the loop behind `model.generate`, on any device; `capture` None runs every step eagerly."""
-    model.generate = Generate(model, compile, capture)
+def attach(model: Any, compile: str, capture: Capture | None, cache: CacheMaker | None = None) -> Generate:
+    """Put the loop behind `model.generate`, on any device; `capture` None runs every step eagerly, `cache` None over
+    keys and values as they are."""
+    model.generate = Generate(model, compile, capture, cache)
     return model.generate
 
 
@@ -75,8 +85,8 @@ def _is_short_phi3(config: Any) -> bool:
 class Generate:
     """Stands for `model.generate`. Threads wait for one another: a model has one loop."""
 
-    def __init__(self, model: Any, compile: str, capture: Capture | None) -> None:
-        self.model, self.compile, self.capture = model, compile, capture
+    def __init__(self, model: Any, compile: str, capture: Capture | None, cache: CacheMaker | None = None) -> None:
+        self.model, self.compile, self.capture, self.cache = model, compile, capture, cache
         self.context = contextvars.copy_context()
         self.plain = type(model).generate.__get__(model)  # transformers' own
         self.lock, self.running = threading.RLock(), False
@@ -97,10 +107,10 @@ class Generate:
                 finally:
                     self.running = False
         except NotOurs:
-            return self.plain(*args, **kwargs)
+            return self.plain(*args, **kwargs) if self.cache is None else self._plain_with_cache(args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
-        return Generate(copy.deepcopy(self.model, memo), self.compile, self.capture)
+        return Generate(copy.deepcopy(self.model, memo), self.compile, self.capture, self.cache)
 
     @property
     def warm_since(self) -> float | None:
@@ -121,6 +131,21 @@ class Generate:
         if any(given.get(name) is not None for name in elsewhere):
             raise NotOurs
         return self._with_stop_strings(given, tokenizer)
+
+    def _plain_with_cache(self, args: Any, kwargs: Any) -> Any:
+        """Transformers' own loop, over a cache of ours that has room for the request."""
+        assert self.cache is not None
+        bound = inspect.signature(self.plain).bind(*args, **kwargs).arguments
+        given = bound | bound.pop("kwargs", {})
+        ids = given.get("input_ids", given.get("inputs"))
+        if ids is None or given.get("past_key_values") is not None or given.get("use_cache") is False:
+            return self.plain(*args, **kwargs)
+        config = given.get("generation_config") or self.model.generation_config
+        new = given.get("max_new_tokens") or config.max_new_tokens
+        limit = ids.shape[1] + new if new else given.get("max_length") or config.max_length or DEFAULT_LENGTH
+        cache = self.cache(self.model.config, limit)
+        cache.begin(given.get("attention_mask"))
+        return self.plain(**(given | {"past_key_values": cache}))
 
     def _with_stop_strings(self, given: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         """Transformers keeps the tokenizer from a loop that is not its own: the criterion is made here."""
@@ -149,7 +174,7 @@ class Generate:
             if not can_serve(model):
                 raise NotOurs
             self.stamp = stamp
-            self.loop = Loop(model, Compiler(model, self.compile, self.context), self.capture)
+            self.loop = Loop(model, Compiler(model, self.compile, self.context), self.capture, self.cache or TokenCache)
         return self.loop
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qpalette.generation.cache import bucket
+from qpalette.generation.cache import CacheMaker, bucket
 from qpalette.generation.compilation import Compiler
 from qpalette.generation.reader import Reader
 from qpalette.generation.request import Request
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 class Loop:
     """Runs requests of one model, one at a time. `capture` None runs every step eagerly."""
 
-    def __init__(self, model: Any, compiler: Compiler, capture: Capture | None) -> None:
+    def __init__(self, model: Any, compiler: Compiler, capture: Capture | None, make: CacheMaker) -> None:
         self.model, self.compiler, self.capture = model, compiler, capture
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.sessions = Sessions(model)
+        self.sessions = Sessions(model, make)
         self.warm_since: float | None = None  # time.perf_counter() of the latest capture
 
     def run(self, request: Request) -> torch.Tensor:

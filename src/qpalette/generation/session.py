@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qpalette.generation.cache import TokenCache
+from qpalette.generation.cache import CacheMaker
 from qpalette.generation.choice import Choice
 from qpalette.generation.step import Inputs, Step
 
@@ -21,12 +21,12 @@ class Session:
     """A cache of `length` tokens for `batch` sequences. `used` tokens are in it; `held` are they, int64 [used], where
     there is one sequence and a later prompt may go on from them."""
 
-    def __init__(self, model: Any, batch: int, length: int, masked: bool, positions: bool) -> None:
+    def __init__(self, model: Any, batch: int, length: int, masked: bool, positions: bool, make: CacheMaker) -> None:
         device = model.device
         self.model, self.batch, self.length, self.masked = model, batch, length, masked
         self.inputs = Inputs(
             token=torch.zeros(batch, 1, dtype=torch.int64, device=device),
-            cache=TokenCache(model.config, length),
+            cache=make(model.config, length),
             offset=torch.zeros(batch, 1, dtype=torch.int64, device=device) if positions else None,
             mask=torch.ones(batch, length, dtype=torch.int64, device=device) if masked else None,
         )
@@ -65,6 +65,7 @@ class Session:
         """
         self.rewind(kept)
         tokens = prompt["input_ids"].shape[1]
+        self.inputs.cache.begin(prompt.get("attention_mask"))
         if self.inputs.mask is not None:
             self.inputs.mask.fill_(1)[:, :tokens].copy_(prompt["attention_mask"])
         if self.inputs.offset is not None:
@@ -77,7 +78,7 @@ class Session:
     def move(self, other: Session, tokens: int) -> None:
         """Take over the first `tokens` of the other's cache, and where it stands."""
         self.rewind(0)
-        self.inputs.cache.copy(other.inputs.cache, tokens)
+        self.inputs.cache.copy(other.inputs.cache, tokens)  # type: ignore[arg-type]  # one maker makes both
         self.used = tokens
         self.inputs.token.copy_(other.inputs.token)
         for mine, theirs in ((self.inputs.offset, other.inputs.offset), (self.inputs.mask, other.inputs.mask)):
@@ -88,8 +89,8 @@ class Session:
 class Sessions:
     """The sessions of one model, by batch size, length and whether prompts are padded."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, make: CacheMaker) -> None:
+        self.model, self.make = model, make
         self.kept: OrderedDict[Hashable, Session] = OrderedDict()
 
     def __iter__(self) -> Iterator[Session]:
@@ -101,7 +102,7 @@ class Sessions:
         if key not in self.kept:
             while len(self.kept) >= SESSIONS:
                 self.kept.popitem(last=False)
-            self.kept[key] = Session(self.model, *key)
+            self.kept[key] = Session(self.model, *key, self.make)
         self.kept.move_to_end(key)
         return self.kept[key]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qpalette.generation.cache import TokenCache
+from qpalette.generation.cache import SessionCache
 from qpalette.generation.choice import Choice
 
 CAPTURE_WARMUP = 3  # runs ahead of a capture, as torch's documentation of CUDA graphs asks for
@@ -56,7 +56,7 @@ class Inputs:
     """Memory that a step reads and writes, the same at every step."""
 
     token: torch.Tensor  # int64 [batch, 1]
-    cache: TokenCache
+    cache: SessionCache
     offset: torch.Tensor | None  # int64 [batch, 1]: a token's place in the cache less its position; None: no positions
     mask: torch.Tensor | None  # int64 [batch, length of the cache]: 0 where a prompt is padded; None: nowhere
 

@@ -14,7 +14,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from qpalette.codes import parse_spec
 from qpalette.core.errors import InputError
 from qpalette.core.records import LinearRecord
-from qpalette.models.model_class import EXPERT, text_config
+from qpalette.models.experts import EXPERT
+from qpalette.models.model_class import text_config
 
 # What llama-quantize makes without an importance matrix. Blocks of 256 inputs must divide the row, or those of 32.
 LLAMA_CPP_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q5_0", "Q8_0", "F16")

@@ -6,9 +6,9 @@ hooks are used that are the same in every release from 5.16 on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,8 +26,17 @@ from qpalette.core.records import LinearRecord
 from qpalette.formats.packed import FORMAT_VERSION, METHOD, QuantizationFormat
 from qpalette.formats.reader import open_artifact
 from qpalette.integrations.on_load import Config, devices_of, ordinary_torch, quantize_first
-from qpalette.models.model_class import Modules
-from qpalette.nn import PackedModule, QuantEmbedding, QuantExperts, QuantLinear, TiedHead, fuse_norms, join_launches
+from qpalette.models.names import saved_names
+from qpalette.nn import (
+    PackedModule,
+    QuantExperts,
+    StackedExperts,
+    TiedHead,
+    TiedLinear,
+    fuse_norms,
+    join_launches,
+    pack_modules,
+)
 from qpalette.runtime import select
 
 
@@ -54,6 +63,7 @@ class QPaletteQuantizer(HfQuantizer):
     the variable QPALETTE_BACKEND."""
 
     quantization_config: QPaletteConfig
+    _modules: dict[str, str]  # linear's name in the checkpoint -> its module
 
     def __init__(self, quantization_config: QPaletteConfig | Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -82,32 +92,15 @@ class QPaletteQuantizer(HfQuantizer):
                 self.validate_environment(device_map=device_map)
         records = self.quantization_config.records
         stored = _check_files(Path(checkpoint_files[0]).parent, records) if checkpoint_files else set()
-        found = _locate(model, records)
-        tied = dict(getattr(model, "all_tied_weights_keys", {}))
-        heads = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in tied.items()}
-        experts: dict[str, dict[str, LinearRecord]] = {}
-        for name, place in found.items():
-            if place.module in heads:
-                raise ArtifactError(f"linear '{name}' is packed, but config.json ties its weight to the embeddings")
-            if place.expert:
-                experts.setdefault(place.module, {})[place.expert] = records[name]
-            else:
-                _swap(model, place.module, records[name], multiplied=place.module in heads.values())
-        for module_name, packed in experts.items():
-            model.set_submodule(module_name, QuantExperts(model.get_submodule(module_name), packed, module_name))
-        swapped = {place.module for place in found.values()}
-        _share_packed_embeddings(model, {head: source for head, source in heads.items() if source in swapped}, stored)
-        # A base model names its modules without the prefix; what it saves must be named alike.
-        linears, prefix = self.quantization_config.linears, f"{model.base_model_prefix}."
-        self.quantization_config.linears = {
-            place.name if place.name in (name.removeprefix(prefix), prefix + name) else name: linears[name]
-            for name, place in found.items()
-        }
+        self._modules = pack_modules(model, records, stored)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in _modules_of_kind(model, PackedModule).items():
             module.check_values(name)
             module.prepare()
+        # Saved by this class, tensors have its names; a base model's, for one, lack a prefix.
+        linears, saved = self.quantization_config.linears, saved_names(model, self._modules.values())
+        self.quantization_config.linears = {saved[module]: linears[name] for name, module in self._modules.items()}
         join_launches(model)
         fuse_norms(model)
         return model
@@ -115,7 +108,7 @@ class QPaletteQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         before = model.dtype
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or before
-        for kind in (QuantExperts, PackedModule):
+        for kind in (QuantExperts, StackedExperts, PackedModule):
             for name, module in _modules_of_kind(model, kind).items():
                 model.set_submodule(name, module.dequantize(wanted))
         _untie(model)
@@ -154,93 +147,16 @@ def _check_files(directory: Path, records: Mapping[str, LinearRecord]) -> set[st
     return set(artifact.stored)
 
 
-class _Place(NamedTuple):
-    """Where a packed linear goes: a module, or "3.gate_proj" and the like in a module that holds all experts."""
-
-    module: str
-    expert: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.module}.{self.expert}".rstrip(".")
-
-
-def _locate(model: Any, records: Mapping[str, LinearRecord]) -> dict[str, _Place]:
-    """The place of each packed linear, by its name in the checkpoint.
-
-    Raises ArtifactError when the model has no such module, or one that cannot be packed.
-    """
-    modules = Modules(model)
-    headless = not hasattr(model, model.base_model_prefix)
-    found = {}
-    for name, record in records.items():
-        if (holder := modules.find_experts(name)) is not None:
-            found[name] = _Place(holder, ".".join(name.split(".")[-2:]))
-        elif (module_name := modules.find(name)) is not None:
-            _check_module(name, modules.all[module_name], record)
-            found[name] = _Place(module_name)
-        elif not headless or name.startswith(f"{model.base_model_prefix}."):  # else a head, which this class lacks
-            raise ArtifactError(f"{type(model).__name__} has no module '{name}', which config.json says is packed")
-    return found
-
-
-def _check_module(name: str, module: nn.Module, record: LinearRecord) -> None:
-    if not isinstance(module, nn.Linear | nn.Embedding):
-        kinds = "an nn.Linear or an nn.Embedding"
-        raise ArtifactError(f"module '{name}' is a {type(module).__name__}, but only {kinds} can be packed")
-    shape = tuple(module.weight.shape)
-    if shape != (record.out_features, record.in_features):
-        raise ArtifactError(
-            f"linear '{name}' is {shape[0]} x {shape[1]} in the model, but {record.out_features} x "
-            f"{record.in_features} in quantization_config"
-        )
-
-
-def _swap(model: Any, name: str, record: LinearRecord, multiplied: bool) -> None:
-    """Put a packed module in the place of `name`; `multiplied` when an output head is tied to it."""
-    old = model.get_submodule(name)
-    dtype, device = old.weight.dtype, old.weight.device
-    if isinstance(old, nn.Embedding):
-        new: PackedModule = QuantEmbedding(record, _factor(name, old), multiplied, dtype, device)
-    else:
-        new = QuantLinear(record, old.bias is not None, dtype, device)
-    model.set_submodule(name, new.train(old.training))
-
-
-def _factor(name: str, embedding: nn.Embedding) -> float:
-    """What the class multiplies its rows by. Raises ArtifactError for a class that may do something else to them."""
-    if type(embedding).forward is nn.Embedding.forward:
-        return 1.0
-    factor = getattr(embedding, "scalar_embed_scale", None)
-    if factor is None:
-        raise ArtifactError(f"embedding '{name}' is a {type(embedding).__name__}, which is not known here")
-    return float(factor)
-
-
-def _share_packed_embeddings(model: Any, sources: Mapping[str, str], stored: Collection[str]) -> None:
-    """Replace heads by ones that use the packed embedding they are tied to: `sources` maps their names.
-
-    A head with a weight of its own among the `stored` tensors keeps it. transformers ties parameters, and a packed
-    embedding has none: it must not look for them.
-    """
-    if not sources:
-        return
-    for head, source in sources.items():
-        if f"{head}.weight" not in stored:
-            model.set_submodule(head, TiedHead(model.get_submodule(source)))
-    tied = model.all_tied_weights_keys
-    kept = {target: source for target, source in tied.items() if target.removesuffix(".weight") not in sources}
-    model.all_tied_weights_keys = model._tied_weights_keys = kept
-
-
 def _untie(model: Any) -> None:
-    """After dequantizing: heads become ordinary linears again, tied as the class says."""
-    heads = _modules_of_kind(model, TiedHead)
-    if not heads:
+    """After dequantizing: what shared a packed module becomes an ordinary one again, tied as the class says."""
+    tied = _modules_of_kind(model, TiedHead) | _modules_of_kind(model, TiedLinear)
+    if not tied:
         return
     del model._tied_weights_keys
-    for name, head in heads.items():
-        model.set_submodule(name, nn.Linear(head.in_features, head.out_features, bias=False, device="meta"))
+    for name, module in tied.items():
+        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        linear.register_parameter("bias", getattr(module, "bias", None))
+        model.set_submodule(name, linear)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.tie_weights()
 

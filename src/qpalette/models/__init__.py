@@ -2,7 +2,7 @@
 
 from qpalette.models.complete import check_complete, check_finite, check_loaded
 from qpalette.models.groups import Grouping, find_groups
-from qpalette.models.weights import read_weight, tensor_of, weight_bytes
+from qpalette.models.weights import read_weight, tensors_of, weight_bytes, whole_of
 
 __all__ = [
     "Grouping",
@@ -11,6 +11,7 @@ __all__ = [
     "check_loaded",
     "find_groups",
     "read_weight",
-    "tensor_of",
+    "tensors_of",
     "weight_bytes",
+    "whole_of",
 ]

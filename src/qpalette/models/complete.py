@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from qpalette.core.errors import CheckpointError, QPaletteError
-from qpalette.models.model_class import EXPERT, build_on_meta
+from qpalette.models.experts import EXPERT
+from qpalette.models.model_class import build_on_meta
+from qpalette.models.names import Names
 from qpalette.storage.base import Checkpoint, TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
         logger.warning("%s: transformers has no class that tells whether a tensor is missing", checkpoint.location)
         return
     where = checkpoint.location
-    _check_experts(where, checkpoint.tensors)
+    _check_experts(where, checkpoint.tensors, model)
     _check_types(where, checkpoint.tensors, dict(model.named_parameters()))
     check_loaded(where, _loading_info(model, checkpoint))
 
@@ -69,21 +71,18 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + rest
 
 
-def _check_experts(where: object, names: Iterable[str]) -> None:
+def _check_experts(where: object, names: Iterable[str], model: Any) -> None:
     """transformers stacks the experts that it finds: where one is missing it says that a conversion failed."""
-    found: dict[str, tuple[set[int], set[str]]] = {}
-    present = {name for name in names if EXPERT.fullmatch(name.removesuffix(".weight"))}
-    for name in present:
-        match = EXPERT.fullmatch(name.removesuffix(".weight"))
-        assert match is not None
-        indices, leaves = found.setdefault(match["experts"], (set(), set()))
-        indices.add(int(match["index"]))
-        if name.endswith(".weight"):
-            leaves.add(match["leaf"])
-    for experts, (indices, leaves) in found.items():
-        wanted = (f"{experts}.{index}.{leaf}.weight" for index in range(max(indices) + 1) for leaf in sorted(leaves))
-        if missing := [name for name in wanted if name not in present]:
-            raise CheckpointError(f"{where} has no tensor {some(missing)}, as other experts have; fetch it again")
+    parameters = model.state_dict()
+    for unit in Names(model).units(names):
+        for tensors in unit.tensors if unit.of_experts else ():
+            match = EXPERT.match(tensors[0]) if tensors else None
+            if match is None:
+                continue
+            all_experts = range(parameters[unit.parameters[0]].shape[0])
+            wanted = [f"{match['experts']}.{index}.{match['leaf']}.weight" for index in all_experts]
+            if missing := [name for name in wanted if name not in tensors]:
+                raise CheckpointError(f"{where} has no tensor {some(missing)}, as other experts have; fetch it again")
 
 
 def _check_types(where: object, tensors: Mapping[str, TensorInfo], parameters: Mapping[str, torch.Tensor]) -> None:

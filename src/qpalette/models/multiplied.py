@@ -15,8 +15,9 @@ from typing import Any
 
 from qpalette.core.records import TILE
 from qpalette.core.text import count
+from qpalette.models.experts import EXPERT
 from qpalette.models.kinds import linear_kind
-from qpalette.models.model_class import EXPERT, NOT_LANGUAGE, text_config
+from qpalette.models.model_class import text_config
 from qpalette.storage.tied import EMBEDDING, OUTPUT_HEAD
 
 LINEARS, EXPERTS, HEAD, TIED, EMBEDDINGS, OTHERS = KINDS = (
@@ -30,6 +31,7 @@ NAMED = 3  # of what stays, in that word
 
 _EMBEDDING_LIKE = re.compile(r"embed|(^|\.)w[tp]e\.|position_bias|relative_attention")
 _LAYER = re.compile(r"\b(?:layers|layer|blocks|block|h)\.(\d+)\.")
+_TOWER = re.compile(r"vision|visual|audio|image|multi_modal|(^|\.)mm_")  # a projector multiplies for tokens, too
 _MTP = re.compile(r"(^|\.)mtp\.")
 
 
@@ -111,7 +113,7 @@ def _kind_of(name: str, shape: tuple[int, ...], tied: bool, layers: object) -> s
         return None
     layer = _LAYER.search(name)
     beyond = layer is not None and isinstance(layers, int) and int(layer[1]) >= layers
-    if NOT_LANGUAGE.search(name) or _MTP.search(name) or beyond:
+    if _TOWER.search(name) or _MTP.search(name) or beyond:
         return OTHERS
     if OUTPUT_HEAD.fullmatch(linear):
         return HEAD

@@ -23,6 +23,7 @@ from qpalette.formats.parts import (
     packed_linear_of,
     parts_of,
 )
+from qpalette.nn.packed_weight import PackedWeight
 from qpalette.rotate import Rotation, diagonal_of, unrotate_weight
 from qpalette.runtime import TILES, Backend, PackedLinear, PreparedLinears, backend_for, packed_linear, select
 
@@ -34,8 +35,8 @@ class PackedModule(nn.Module):
     """One matrix of `record`'s shape, packed.
 
     Its buffers are the parts that `formats.parts` declares, as stored in the artifact: qp_codes, qp_scales, and
-    qp_signs or qp_diagonal. They are integers, so a cast of the model leaves them alone. There is no `weight`: code
-    that reads it must fail, not get something else.
+    qp_signs or qp_diagonal. They are integers, so a cast of the model leaves them alone. They may be shown
+    as a weight, for code that reads one (`packed_weight.py`).
 
     `prepare` lets a backend re-lay the codes in memory. A state dict always holds the stored layout, and takes it.
     `fit` makes parameters of scales and diagonal, `settle` rounds them back.
@@ -43,8 +44,12 @@ class PackedModule(nn.Module):
     """
 
     qp_codes: torch.Tensor
+    type_of: torch.Tensor
+    transposed = False  # whether its weight is shown as in_features x out_features
 
-    def __init__(self, record: LinearRecord, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, record: LinearRecord, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         parse_spec(record.spec)
         Rotation.parse(record.rotation, record.in_features)
@@ -55,6 +60,8 @@ class PackedModule(nn.Module):
         self.stored_shape = (rows, columns, words)
         for part in parts_of(record):
             self.register_buffer(part.suffix, torch.zeros(part.shape(record), dtype=part.dtype, device=device))
+        # Empty: what `model.to(dtype)` casts in place of the weight that is not there.
+        self.register_buffer("type_of", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self.fitted: tuple[str, ...] = ()  # fields of PackedLinear that are parameters for now
         self._diagonal_suffix = _diagonal_suffix(record)
         self._prepared: PreparedLinears | None = None  # for the tensors that were here at the last product
@@ -70,7 +77,7 @@ class PackedModule(nn.Module):
 
     def multiply(self, x: torch.Tensor, group: str = "") -> torch.Tensor:
         """W x for x [..., K]: [..., M], in x's dtype. `group`: under torch.compile, products of one name are joined."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or x.is_meta:
             return packed_linear(x, self.packed, group)
         prepared = self._prepared
         if prepared is None or not self.is_of(prepared.members[0]):
@@ -90,6 +97,11 @@ class PackedModule(nn.Module):
             and self.layout == packed.layout
             and not self.fitted
         )
+
+    @property
+    def weight(self) -> PackedWeight:
+        """What code that reads a weight gets: of the type that a cast of the model set."""
+        return PackedWeight([self], self.transposed)
 
     @property
     def qweight(self) -> torch.Tensor:
@@ -172,6 +184,8 @@ class PackedModule(nn.Module):
     def dequantized_weight(self) -> torch.Tensor:
         """W = W' Q diag(d) of what is stored, float32 [M, K]."""
         packed, columns = self.stored, self.record.in_features
+        if packed.codes.is_meta:
+            return torch.empty(packed.out_features, columns, device="meta")
         rotated = self.backend.rotated_weight(packed)
         return unrotate_weight(rotated, Rotation.parse(packed.rotation, columns), diagonal_of(packed.diagonal, columns))
 

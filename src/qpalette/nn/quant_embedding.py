@@ -13,6 +13,8 @@ from qpalette.codes.tiles import scan_order
 from qpalette.core.errors import InputError
 from qpalette.core.records import TILE, TILE_WEIGHTS, LinearRecord, tiles_of
 from qpalette.nn.packed_module import PackedModule
+from qpalette.nn.packed_weight import PackedWeight
+from qpalette.nn.quant_linear import QuantLinear
 from qpalette.rotate import Rotation, diagonal_of
 from qpalette.runtime import TILES, Backend, PackedLinear, backend_for
 from qpalette.runtime.door import check_ids, check_packed
@@ -28,8 +30,6 @@ class QuantEmbedding(PackedModule):
     `multiplied`: an output head shares the table (`TiedHead`), so that it is laid out for products.
     """
 
-    type_of: torch.Tensor
-
     def __init__(
         self,
         record: LinearRecord,
@@ -38,14 +38,12 @@ class QuantEmbedding(PackedModule):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(record, device)
+        super().__init__(record, dtype, device)
         self.num_embeddings = record.out_features
         self.embedding_dim = record.in_features
         # Rounded to the type, as transformers does.
         self.factors = {dtype: torch.tensor(factor, dtype=dtype, device="cpu").item() for dtype in FLOATS}
         self.multiplied = multiplied
-        # Empty: what `model.to(dtype)` casts in place of the weight that is not there.
-        self.register_buffer("type_of", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         rows = packed_rows(ids, self.packed)
@@ -91,8 +89,32 @@ class TiedHead(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.embedding.multiply(x.to(self.embedding.qp_codes.device)).to(x.device)
 
+    @property
+    def weight(self) -> PackedWeight:
+        return self.embedding.weight
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, tied to a packed embedding"
+
+
+class TiedLinear(nn.Module):
+    """A linear whose weight is that of another packed one; its bias is its own."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: QuantLinear, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._linear = (linear,)  # in a tuple: not a child
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> PackedWeight:
+        return self._linear[0].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result = self._linear[0].multiply(x)
+        return result if self.bias is None else result + self.bias
 
 
 def packed_rows(ids: torch.Tensor, packed: PackedLinear) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,8 +10,11 @@ from torch import nn
 
 from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord
-from qpalette.models.model_class import DOWN, FIRST
+from qpalette.models.resolver import Place
+from qpalette.nn.packed_weight import PackedStack
 from qpalette.nn.quant_linear import QuantLinear
+
+DOWN = "down_proj"  # the parameter of what comes last, in every class that holds experts
 
 
 class QuantExperts(nn.Module):
@@ -21,26 +24,19 @@ class QuantExperts(nn.Module):
     stay where they were. The gate between the two products is the original class's own.
     """
 
-    def __init__(self, original: Any, records: Mapping[str, LinearRecord], name: str = "experts") -> None:
-        """`records` maps "3.gate_proj" and the like. Raises ArtifactError when they do not fit `original`."""
+    def __init__(
+        self, original: Any, records: Mapping[str, LinearRecord], places: Mapping[str, Place], name: str = "experts"
+    ) -> None:
+        """`records` and `places` have "3.gate_proj" and the like. Raises ArtifactError when they do not fit
+        `original`."""
         super().__init__()
         self._original: tuple[Any] = (original,)  # in a tuple: not a child; its weights are not used
-        leaves = {key.partition(".")[2] for key in records}
-        self.first = next((first for first in FIRST if set(first) <= leaves), ())
-        self.down = next((down for down in DOWN if down in leaves), "")
+        self.first, self.down = _roles(places)
         shapes = _shapes(original, self.first, self.down)
         wanted = {f"{index}.{leaf}": shape for index in range(original.num_experts) for leaf, shape in shapes.items()}
-        found = {key: (record.out_features, record.in_features) for key, record in records.items()}
-        if found != wanted:
-            key = min(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-            present, due = (_spelled(each.get(key)) for each in (found, wanted))
-            raise ArtifactError(f"expert linear '{name}.{key}' is {present}, but must be {due}")
+        check_fit(records, wanted, name)
         weight = original.down_proj
-        for key, record in sorted(records.items(), key=lambda item: int(item[0].partition(".")[0])):
-            index, _, leaf = key.partition(".")
-            if index not in self._modules:
-                self.add_module(index, nn.Module())
-            self.get_submodule(index).add_module(leaf, QuantLinear(record, dtype=weight.dtype, device=weight.device))
+        add_linears(self, records, weight.dtype, weight.device)
         for bias in ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias"):
             if (parameter := getattr(original, bias, None)) is not None:
                 self.register_parameter(bias, parameter)
@@ -63,6 +59,23 @@ class QuantExperts(nn.Module):
         inner = original._apply_gate(first) if original.has_gate else original.act_fn(first)
         return _linear(expert, self.down)(inner) + self._bias("down_proj_bias", index)
 
+    @property
+    def gate_up_proj(self) -> PackedStack:
+        """What code that reads the class's parameter gets."""
+        return self._stack(self.first)
+
+    @property
+    def up_proj(self) -> PackedStack:
+        return self._stack(self.first)
+
+    @property
+    def down_proj(self) -> PackedStack:
+        return self._stack((self.down,))
+
+    def _stack(self, leaves: Sequence[str]) -> PackedStack:
+        experts = [[_linear(expert, leaf) for leaf in leaves] for expert in self.children()]
+        return PackedStack(experts, self._original[0].is_transposed)
+
     def _bias(self, name: str, index: int) -> Any:
         parameter = self._parameters.get(name)
         return 0 if parameter is None else parameter[index]
@@ -71,17 +84,41 @@ class QuantExperts(nn.Module):
         """The original module, its parameters the decoded weights rounded once to `dtype`."""
         original: Any = self._original[0]
         first = "gate_up_proj" if hasattr(original, "gate_up_proj") else "up_proj"
-        for name, leaves in ((first, self.first), ("down_proj", (self.down,))):
-            experts = [
-                torch.cat([_linear(expert, leaf).dequantized_weight().to(dtype) for leaf in leaves])
-                for expert in self.children()
-            ]
-            stacked = torch.stack([weight.T if original.is_transposed else weight for weight in experts])
-            setattr(original, name, nn.Parameter(stacked))
+        for name, leaves in ((first, self.first), (DOWN, (self.down,))):
+            setattr(original, name, nn.Parameter(self._stack(leaves).decoded(dtype).contiguous()))
         for name, bias in self.named_parameters(recurse=False):
             setattr(original, name, nn.Parameter(bias.detach().to(dtype)))
         original.train(self.training)
         return original
+
+
+def check_fit(records: Mapping[str, LinearRecord], wanted: Mapping[str, tuple[int, int]], name: str) -> None:
+    """Raises ArtifactError naming the first expert's linear that is not what it must be."""
+    found = {key: (record.out_features, record.in_features) for key, record in records.items()}
+    if found != wanted:
+        key = min(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+        present, due = (_spelled(each.get(key)) for each in (found, wanted))
+        raise ArtifactError(f"expert linear '{name}.{key}' is {present}, but must be {due}")
+
+
+def add_linears(
+    module: nn.Module, records: Mapping[str, LinearRecord], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Numbered children of `module`, each with the linears of one expert."""
+    for key, record in sorted(records.items(), key=lambda item: int(item[0].partition(".")[0])):
+        index, _, leaf = key.partition(".")
+        if index not in module._modules:
+            module.add_module(index, nn.Module())
+        module.get_submodule(index).add_module(leaf, QuantLinear(record, dtype=dtype, device=device))
+
+
+def _roles(places: Mapping[str, Place]) -> tuple[tuple[str, ...], str]:
+    """(the leaves that an expert computes first, in the order in which its activation takes them; the last)."""
+    order = {key.partition(".")[2]: place for key, place in places.items()}
+    first = sorted(
+        (leaf for leaf, place in order.items() if place.parameter != DOWN), key=lambda leaf: order[leaf].part
+    )
+    return tuple(first), next((leaf for leaf, place in order.items() if place.parameter == DOWN), "")
 
 
 def _spelled(shape: tuple[int, int] | None) -> str:
@@ -96,6 +133,6 @@ def _shapes(module: Any, first: tuple[str, ...], down: str) -> dict[str, tuple[i
     """leaf -> (out_features, in_features) of one expert."""
     weight = module.gate_up_proj if hasattr(module, "gate_up_proj") else module.up_proj
     rows, columns = (weight.shape[axis] for axis in ((2, 1) if module.is_transposed else (1, 2)))
-    result = {leaf: (rows // len(first), columns) for leaf in first}
+    result = {leaf: (rows // max(1, len(first)), columns) for leaf in first}
     rows, columns = (module.down_proj.shape[axis] for axis in ((2, 1) if module.is_transposed else (1, 2)))
-    return result | {down: (rows, columns)}
+    return result | {down or DOWN: (rows, columns)}

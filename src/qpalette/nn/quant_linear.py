@@ -28,8 +28,11 @@ class QuantLinear(PackedModule):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        transposed: bool = False,
     ) -> None:
-        super().__init__(record, device)
+        """`transposed`: it stands in for a Conv1D of transformers, whose weight is in_features x out_features."""
+        super().__init__(record, dtype, device)
+        self.transposed = transposed
         self.in_features = record.in_features
         self.out_features = record.out_features
         self.register_parameter(
@@ -44,10 +47,19 @@ class QuantLinear(PackedModule):
         result = self.multiply(x) if launch is None else launch.output_of(self.index, x)
         return result if bias is None else result + bias
 
-    def dequantize(self, dtype: torch.dtype) -> nn.Linear:
+    def dequantize(self, dtype: torch.dtype) -> nn.Module:
         """The ordinary layer that computes the same: W = W' Q diag(s) rounded once to `dtype`, and the bias."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.dequantized_weight().to(dtype))
+        weight = self.dequantized_weight().to(dtype)
+        linear: nn.Module
+        if self.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            with torch.device("meta"):
+                linear = Conv1D(self.out_features, self.in_features)
+            weight = weight.T.contiguous()
+        else:
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
         return linear.train(self.training)

@@ -14,7 +14,7 @@ from qpalette.calibration.hessians import row_blocks
 from qpalette.codes.tiles import from_tiles, to_tiles
 from qpalette.core.errors import CheckpointError, InputError
 from qpalette.core.records import TILE, LinearRecord, LinearShape
-from qpalette.models.model_class import EXPERT
+from qpalette.models.experts import EXPERT
 from qpalette.rotate import Rotation, pack_signs, rotate_weight
 from qpalette.runtime import Backend, select
 

@@ -19,8 +19,7 @@ from qpalette.codes import parse_spec
 from qpalette.core.errors import SpecError
 from qpalette.core.records import SIGNS, LinearGroup, LinearRecord, LinearShape, PackedBits
 from qpalette.formats import FORMAT_VERSION, PackedCheckpoint, QuantizationFormat, counted_bits, total_bits
-from qpalette.models import Grouping, find_groups, weight_bytes
-from qpalette.models.model_class import EXPERT
+from qpalette.models import Grouping, find_groups, tensors_of, weight_bytes, whole_of
 from qpalette.models.multiplied import Shares
 from qpalette.pipeline.encode import BATCH_BYTES, feedback_bytes, working_bytes
 from qpalette.plan import Plan, select_linears
@@ -94,7 +93,7 @@ def make_jobs(
         hessians.check_source(fingerprint)
     jobs = []
     launch_of = _launches(plan, groups)
-    _check_experts(plan, groups)
+    _check_whole(checkpoint, plan, groups)
     for linear in select_linears(plan, groups):
         rotation = rotation_for(linear.in_features, plan.rotation).name
         spec = plan.specs[linear.name]
@@ -105,6 +104,7 @@ def make_jobs(
         record = LinearRecord(
             *(spec, linear.out_features, linear.in_features, rotation, seed, launch_of[linear.name]),
             rounding.diagonal if calibrated else SIGNS,
+            _source(checkpoint, linear.name),
         )
         feedback: list[str | float] = []
         if hessians is not None and calibrated:
@@ -129,16 +129,20 @@ def _launches(plan: Plan, groups: Sequence[LinearGroup]) -> dict[str, str]:
     return ids
 
 
-def _check_experts(plan: Plan, groups: Sequence[LinearGroup]) -> None:
-    """All experts of a layer are one module of the model: packed together, or not at all."""
+def _source(checkpoint: Checkpoint, linear: str) -> tuple[str, ...]:
+    tensors = tensors_of(checkpoint, linear)
+    return () if tensors == (f"{linear}.weight",) else tensors
+
+
+def _check_whole(checkpoint: Checkpoint, plan: Plan, groups: Sequence[LinearGroup]) -> None:
+    """What is one tensor of the checkpoint or one module of the model is packed as a whole, or not at all."""
     named: dict[str, list[bool]] = {}
     for linear in (linear for group in groups for linear in group.linears):
-        if match := EXPERT.fullmatch(linear.name):
-            named.setdefault(match["experts"], []).append(linear.name in plan.specs)
-    for experts, chosen in named.items():
+        named.setdefault(whole_of(checkpoint, linear.name), []).append(linear.name in plan.specs)
+    for whole, chosen in named.items():
         if any(chosen) and not all(chosen):
             raise SpecError(
-                f"the plan names {sum(chosen)} of {len(chosen)} linears in {experts}: name all of them, or none"
+                f"the plan names {sum(chosen)} of {len(chosen)} linears in {whole}: name all of them, or none"
             )
 
 
@@ -159,12 +163,19 @@ def format_of(
     return QuantizationFormat.of(records, provenance, _left_alone(find_groups(checkpoint), plan))
 
 
+def planned_result(
+    checkpoint: Checkpoint, plan: Plan, jobs: Sequence[Job], hessians: HessianStore | None = None
+) -> PackedCheckpoint:
+    """What will be written, without its values."""
+    return PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), no_tensor)
+
+
 def estimate(
     checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None = None, rounding: Rounding = ROUNDING
 ) -> Estimate:
     """The figures of a run without running it: headers only, no weight is read. Raises as `make_jobs`."""
     jobs = make_jobs(checkpoint, plan, hessians, rounding)
-    result = PackedCheckpoint(checkpoint, format_of(checkpoint, plan, jobs, hessians), no_tensor)
+    result = planned_result(checkpoint, plan, jobs, hessians)
     bits = total_bits(job.record for job in jobs)
     specs: Counter[str] = Counter()
     for job in jobs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,11 +12,13 @@ from qpalette.calibration.rounding import ROUNDING, Rounding
 from qpalette.core.errors import BudgetError, InputError
 from qpalette.core.records import LinearGroup
 from qpalette.formats import total_bits
+from qpalette.kvcache import PAGE
 from qpalette.models import find_groups
 from qpalette.pipeline.footprint import LONGEST, carried_bytes, disk_bytes
 from qpalette.pipeline.jobs import make_jobs
 from qpalette.plan import (
     Budget,
+    CacheSpace,
     Overhead,
     Plan,
     Planned,
@@ -70,10 +72,10 @@ def make_plan(
     """The plan of least predicted loss within `budget`, for `checkpoint` or for the linears of the sensitivities alone.
 
     `also` names optional linears to quantize ("lm_head", "embed_tokens"), `include` and `exclude` which of the others
-    are and are not, as in `find_groups`. A memory budget is for
-    `space.batch` sequences of `context` tokens. With `hessians` the plan is for calibrated rounding. What feedback
-    takes off the error is in the sensitivities that were measured for it; others are multiplied by what is known of it
-    from the Hessian of each group.
+    are and are not, as in `find_groups`. A memory budget is for `space.batch` sequences of `context` tokens; where the
+    sensitivities have streams of a cache, codes are chosen for them by the same measure, else keys and values take 16
+    bits. With `hessians` the plan is for calibrated rounding. What feedback takes off the error is in the sensitivities
+    that were measured for it; others are multiplied by what is known of it from the Hessian of each group.
 
     Raises BudgetError naming the least that is possible, InputError when sensitivities lack a linear of the checkpoint
     or a size or memory is asked for without one, SpecError for options that mean nothing.
@@ -89,10 +91,42 @@ def make_plan(
         chosen = with_feedback(chosen, feedback_gains(hessians, measured, rotation, seed, rounding.damping, device))
     if hessians is not None:
         space = replace(space, count_bits=partial(stored_bits, diagonal=rounding.diagonal))
+    if chosen.streams and budget.memory is not None:
+        space = replace(space, cache=CacheSpace(chosen.streams, context, space.batch))
     draft = _Draft(chosen, budget, space, checkpoint, hessians, rounding, context, rotation, seed)
     found = draft.plan(solver)
-    told = chosen.at(found.planned.choice.loss)
+    told = chosen.at(found.planned.choice.loss - found.planned.choice.cache_loss)
     return found if told is chosen else replace(draft, sensitivities=told).plan(solver)
+
+
+def longest_context(make: Callable[[int], BudgetPlan], most: int, loss: float | None = None) -> tuple[int, BudgetPlan]:
+    """The longest context, up to `most` and in whole pages, for which `make(context)` finds a plan of at most this
+    predicted loss, and that plan. Raises what `make` does for one page, BudgetError where its loss is more.
+    """
+
+    def fitting(context: int) -> BudgetPlan | None:
+        try:
+            found = make(context)
+        except BudgetError:
+            return None
+        return found if loss is None or found.planned.choice.loss <= loss else None
+
+    low, best = min(PAGE, most), make(min(PAGE, most))
+    if loss is not None and best.planned.choice.loss > loss:
+        raise BudgetError(
+            f"with {low} tokens of context the loss is {best.planned.choice.loss:.4g}, more than {loss:g}"
+        )
+    high = -(-most // PAGE) + 1  # in pages: too long
+    pages = 1
+    while high - pages > 1:
+        middle = (pages + high) // 2
+        context = min(middle * PAGE, most)
+        found = fitting(context)
+        if found is None:
+            high = middle
+        else:
+            pages, low, best = middle, context, found
+    return low, best
 
 
 def even_sensitivities(groups: Sequence[LinearGroup]) -> Sensitivities:
@@ -117,21 +151,28 @@ class _Draft:
 
     def plan(self, solver: str) -> BudgetPlan:
         planner = Planner(self.sensitivities, self.space)
+        streams = self.space.cache is not None
         overhead = self._overhead(solver)
         for _ in range(ATTEMPTS):
             try:
-                planned = planner.plan(self.budget.limits(planner.weights, overhead), solver)
+                planned = planner.plan(self.budget.limits(planner.weights, overhead, streams), solver)
             except BudgetError as error:
                 raise self.budget.explain(error, planner.weights, overhead) from error
             plan = self._described(
                 planned.choice.specs, _prediction(planned), solver, str(self.budget), planned.choice.launches
             )
+            if self.space.cache is not None:
+                plan = replace(plan, cache=self.space.cache.plan(planned.choice.cache))
             size = None if self.checkpoint is None else disk_bytes(self.checkpoint, plan, self.hessians, self.rounding)
             excess = 0 if size is None or self.budget.size is None else size - self.budget.size
             if excess <= 0:
                 break
             overhead = replace(overhead, disk=overhead.disk + excess)  # a header whose offsets have a digit more
-        memory = None if self.budget.memory is None else planned.choice.bits // 8 + overhead.memory
+        memory = (
+            None
+            if self.budget.memory is None
+            else ((planned.choice.bits + planned.choice.cache_bits) // 8 + overhead.memory)
+        )
         return BudgetPlan(plan, planned, planner, overhead, size, memory)
 
     def _overhead(self, solver: str) -> Overhead:
@@ -147,8 +188,9 @@ class _Draft:
             packed = total_bits(job.record for job in jobs).total // 8
             disk = disk_bytes(self.checkpoint, plan, self.hessians, self.rounding) - packed
         if self.budget.memory is not None:
-            needed = device_bytes(self.checkpoint.config, self.context, self.space.batch)
-            memory = carried_bytes(self.checkpoint, plan) + sum(needed)
+            kept, activations = device_bytes(self.checkpoint.config, self.context, self.space.batch)
+            kept = kept if self.space.cache is None else self.space.cache.fixed_bytes
+            memory = carried_bytes(self.checkpoint, plan) + kept + activations
         return Overhead(disk, memory)
 
     def _described(

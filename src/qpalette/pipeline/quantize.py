@@ -19,9 +19,10 @@ from qpalette.core.errors import InputError
 from qpalette.formats import PackedCheckpoint, model_card, open_artifact, write_checksums
 from qpalette.models import check_complete
 from qpalette.pipeline.encode import Quality, tell_of_faint_rows
-from qpalette.pipeline.jobs import HEADROOM_BYTES, Job, format_of, make_jobs
+from qpalette.pipeline.jobs import HEADROOM_BYTES, Job, format_of, make_jobs, planned_result
 from qpalette.pipeline.output import Output
 from qpalette.pipeline.partial import PartialResults
+from qpalette.pipeline.rehearsal import rehearse
 from qpalette.pipeline.report import REPORT_FILE, LinearResult, QuantizeReport
 from qpalette.pipeline.work import Work, batches_of, encode_batch
 from qpalette.pipeline.workers import Batch, Result, run_in_processes
@@ -83,6 +84,7 @@ def quantize_checkpoint(
         raise InputError(f"workers must be at least 1, got {workers}")
     with output.claimed():
         jobs = make_jobs(checkpoint, plan, hessians, rounding)
+        rehearse(checkpoint, planned_result(checkpoint, plan, jobs, hessians), {job.name: job.record for job in jobs})
         for spec in set(plan.specs.values()):
             select("encode", spec, device)
         if sign_seeds > 1:

@@ -75,7 +75,7 @@ def batches_of(jobs: Sequence[Job], device: torch.device) -> list[tuple[Job, ...
     batches: list[list[Job]] = []
     open_of: dict[LinearRecord, tuple[list[Job], int]] = {}
     for job in jobs:
-        alike = replace(job.record, group="", seed=0)
+        alike = replace(job.record, group="", seed=0, source=())
         size = feedback_bytes(job.linear)
         batch, used = open_of.get(alike, ([], room))
         if not job.calibrated or used + size > room:

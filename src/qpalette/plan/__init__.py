@@ -8,6 +8,7 @@ from qpalette.plan.planner import Choice, FrontPoint, Planned, Planner
 from qpalette.plan.preference import ALLOWED, TARGETS, preferred, profile_of
 from qpalette.plan.profile import Head, LatencyProfile, Launch
 from qpalette.plan.sensitivities import SensitiveLinear, Sensitivities
+from qpalette.plan.streams import CacheSpace, SensitiveStream
 
 __all__ = [
     "ALLOWED",
@@ -15,6 +16,7 @@ __all__ = [
     "PLAN_FILE",
     "TARGETS",
     "Budget",
+    "CacheSpace",
     "Candidate",
     "Choice",
     "FrontPoint",
@@ -28,6 +30,7 @@ __all__ = [
     "Planned",
     "Planner",
     "SensitiveLinear",
+    "SensitiveStream",
     "Sensitivities",
     "Space",
     "candidate_of",

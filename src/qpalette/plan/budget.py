@@ -14,6 +14,8 @@ from qpalette.core.records import SIGNS, LinearGroup
 from qpalette.plan.build import Candidate, Limits
 from qpalette.plan.plan import counted_rate
 
+SIZE, DEVICE = "a size", "a memory"
+
 
 def spec_for_bits(
     groups: Sequence[LinearGroup], bits: str | Fraction, palette: Sequence[Candidate], diagonal: str = SIGNS
@@ -66,16 +68,21 @@ class Budget:
         if self.tokens_per_second is not None and not 0 < self.tokens_per_second < inf:
             raise SpecError(f"tokens per second must be a positive number, got {self.tokens_per_second}")
 
-    def limits(self, weights: int, overhead: Overhead) -> Limits:
-        """The same for the linears alone; 0 bits where the rest of the model is too large already."""
-        allowed = [] if self.bits is None else [floor(self.bits * weights)]
-        allowed += [8 * max(0, limit - taken) for _, limit, taken in self._bytes(overhead)]
+    def limits(self, weights: int, overhead: Overhead, streams: bool = False) -> Limits:
+        """The same for the linears alone, or with `streams` of a cache in the memory; 0 bits where the rest of the
+        model is too large already."""
+        allowed = {what: 8 * max(0, limit - taken) for what, limit, taken in self._bytes(overhead)}
+        memory = allowed.pop(DEVICE, None) if streams else None
+        if self.bits is not None:
+            allowed["bits"] = floor(self.bits * weights)
         seconds = None if self.tokens_per_second is None else 1 / self.tokens_per_second
-        return Limits(min(allowed, default=None), seconds)
+        return Limits(min(allowed.values(), default=None), seconds, memory)
 
     def explain(self, error: BudgetError, weights: int, overhead: Overhead) -> BudgetError:
         """The least that is possible, in the units that were asked for."""
         parts = []
+        if error.least_memory is not None:
+            parts += [f"the least is {DEVICE} of {readable(-(-error.least_memory // 8) + overhead.memory, up=True)}"]
         if error.least_bits is not None:
             parts += [f"the least is {_rounded_up(Fraction(error.least_bits, weights))} bits per weight"]
             least = -(-error.least_bits // 8)
@@ -88,10 +95,10 @@ class Budget:
         elif error.least_seconds is not None:
             parts += [f"the most is {floor(100 / error.least_seconds) / 100:g} tokens/s"]
         message = f"nothing fits {self}: {', '.join(parts) or error}"
-        return BudgetError(message, error.least_bits, error.least_seconds)
+        return BudgetError(message, error.least_bits, error.least_seconds, error.least_memory)
 
     def _bytes(self, overhead: Overhead) -> list[tuple[str, int, int]]:
-        pairs = (("a size", self.size, overhead.disk), ("a memory", self.memory, overhead.memory))
+        pairs = ((SIZE, self.size, overhead.disk), (DEVICE, self.memory, overhead.memory))
         return [(name, limit, taken) for name, limit, taken in pairs if limit is not None]
 
     def __str__(self) -> str:

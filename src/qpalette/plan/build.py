@@ -19,10 +19,11 @@ from qpalette.formats.parts import packed_bits
 from qpalette.plan.problem import Block, Problem, Segment, Variant
 from qpalette.plan.profile import LatencyProfile, fastest_kernel
 from qpalette.plan.sensitivities import SensitiveLinear, Sensitivities
+from qpalette.plan.streams import CacheSpace, SensitiveStream
 
 FUSIONS = ("none", "same", "free")
 MOST_FUSED = 4  # linears of one group; partitions grow fast, and no known layer has more
-BITS, SECONDS = "bits", "seconds"
+BITS, MEMORY, SECONDS = "bits", "memory", "seconds"
 _EXPERT = re.compile(r"\bexperts\.\d+\b")
 
 CountBits = Callable[[Fraction, int, int], int]
@@ -37,10 +38,12 @@ class Candidate(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Hard limits: stored bits of all linears, and predicted seconds per token, constants included. None: no limit."""
+    """Hard limits: stored bits of all linears; the same with those of all streams of a cache; and predicted seconds per
+    token, constants included. None: no limit."""
 
     bits: int | None = None
     seconds: float | None = None
+    memory: int | None = None
 
 
 def is_expert(name: str) -> bool:
@@ -71,6 +74,7 @@ class Space:
     fusion: str = "free"
     group_experts: bool = True  # the experts of a layer share a spec, linear by linear
     count_bits: CountBits = stored_bits
+    cache: CacheSpace | None = None  # streams that are chosen for, too
 
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:
@@ -97,14 +101,14 @@ def candidate_of(quantizer: Quantizer) -> Candidate:
 
 
 def build_problem(sensitivities: Sensitivities, space: Space, limits: Limits) -> Problem:
-    """The problem of `limits`, its resources in the order bits, seconds where they are limited.
+    """The problem of `limits`, its resources in the order bits, memory, seconds where they are limited.
 
     Options that another one beats in everything are left out. Raises InputError when the profile lacks every spec of a
     linear, and SpecError when there is no linear.
     """
     if not sensitivities.linears:
         raise SpecError("there is no linear to quantize: check include and exclude")
-    limited = {BITS: limits.bits, SECONDS: limits.seconds}
+    limited = {BITS: limits.bits, MEMORY: limits.memory, SECONDS: limits.seconds}
     if limits.seconds is not None:
         if space.profile is None:
             raise InputError("a limit on time needs a latency profile")
@@ -112,7 +116,18 @@ def build_problem(sensitivities: Sensitivities, space: Space, limits: Limits) ->
     values = {name: float(limit) for name, limit in limited.items() if limit is not None}
     builder = _Builder(space, list(values))
     blocks = [block for units in _units_by_group(sensitivities, space) for block in builder.blocks(units)]
+    if space.cache is not None:
+        blocks += [_stream_block(space.cache, stream, builder.resources) for stream in space.cache.streams]
     return Problem(blocks, list(values), list(values.values()))
+
+
+def _stream_block(cache: CacheSpace, stream: SensitiveStream, resources: Sequence[str]) -> Block:
+    loss, bits = cache.options(stream)
+    costs = np.array([[float(amount) if name == MEMORY else 0.0 for name in resources] for amount in bits])
+    costs = costs.reshape(len(bits), len(resources))
+    kept = _undominated(np.column_stack([loss, costs]))
+    specs = tuple(cache.palette[i].name for i in kept)
+    return (Variant((Segment((stream.name,), specs, loss[kept], costs[kept]),)),)
 
 
 def constant_seconds(sensitivities: Sensitivities, space: Space) -> float:
@@ -232,8 +247,10 @@ class _Builder:
             if SECONDS in self.resources and candidate.spec not in seconds:
                 continue
             shapes = launch if segment is None else (segment,)
+            bits = times * sum(self.space.count_bits(candidate.rate, *shape) for shape in shapes)
             costs = {
-                BITS: times * sum(self.space.count_bits(candidate.rate, *shape) for shape in shapes),
+                BITS: bits,
+                MEMORY: bits,
                 SECONDS: times * share * seconds.get(candidate.spec, 0.0),
             }
             rows.append((candidate, [float(costs[name]) for name in self.resources]))

@@ -16,11 +16,12 @@ from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import SpecError
 from qpalette.core.records import SIGNS, LinearGroup, LinearShape, PackedBits
 from qpalette.formats.parts import packed_bits
+from qpalette.kvcache import CachePlan
 
 PLAN_VERSION = 2
 PLAN_FILE = "qpalette_plan.json"  # in a quantized model's directory
 _FIELDS = {"plan_version", "rotation", "seed", "linears"}
-_NOTES = {"prediction", "provenance", "launches"}
+_NOTES = {"prediction", "provenance", "launches", "cache"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Plan:
     prediction: Mapping[str, Any] = field(default_factory=dict)  # for readers; `predicted_loss` is computed
     provenance: Mapping[str, Any] = field(default_factory=dict)
     launches: tuple[tuple[str, ...], ...] = ()
+    cache: CachePlan | None = None  # how the model keeps keys and values, where nobody says otherwise
 
     def __post_init__(self) -> None:
         if not self.specs:
@@ -86,6 +88,8 @@ class Plan:
         head = {"plan_version": PLAN_VERSION, "rotation": self.rotation, "seed": self.seed}
         lines = [f"{_text(key)}: {_text(value)}" for key, value in head.items()]
         lines += [f"{_text(key)}: {_text(value, indent=1)}" for key, value in notes.items() if value]
+        if self.cache is not None:
+            lines.append(f'"cache": {_text(self.cache.content)}')
         if self.launches:
             lines.append(f'"launches": [\n  {_joined(map(_text, self.launches))}\n ]')
         linears = (f"{_text(name)}: {_text(self._entry(name))}" for name in self.specs)
@@ -116,6 +120,7 @@ class Plan:
             content.get("prediction", {}),
             content.get("provenance", {}),
             tuple(tuple(launch) for launch in content.get("launches", [])),
+            CachePlan.from_content(content["cache"]) if "cache" in content else None,
         )
         loss, written = plan.predicted_loss, plan.prediction.get("predicted_loss")
         stale = loss is not None and written is not None and not math.isclose(loss, written, rel_tol=1e-6)

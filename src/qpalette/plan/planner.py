@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -11,7 +11,17 @@ from typing import NamedTuple
 import numpy as np
 
 from qpalette.core.errors import BudgetError
-from qpalette.plan.build import BITS, SECONDS, Candidate, CountBits, Limits, Space, build_problem, constant_seconds
+from qpalette.plan.build import (
+    BITS,
+    MEMORY,
+    SECONDS,
+    Candidate,
+    CountBits,
+    Limits,
+    Space,
+    build_problem,
+    constant_seconds,
+)
 from qpalette.plan.exact import Solved, solve
 from qpalette.plan.lagrangian import pareto_front
 from qpalette.plan.problem import Problem, Selection
@@ -28,6 +38,9 @@ class Choice:
     loss: float  # predicted: sum of sensitivity * distortion
     bits: int  # stored, of all linears
     seconds: float | None  # per token, as predicted, constants included; None without a limit on time
+    cache: Mapping[str, str] = field(default_factory=dict)  # a code for each stream; its loss is in `loss`
+    cache_loss: float = 0.0
+    cache_bits: int = 0
 
     def weights_by_spec(self, sensitivities: Sensitivities) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -95,24 +108,27 @@ class Planner:
         if solved is None and uniform is None:
             raise self._together(problem, limits)
         choice, gap = self._better(problem, solved, uniform)
-        return Planned(choice, gap, uniform, self.bound(choice.bits), self.weights)
+        return Planned(choice, gap, uniform, self.bound(choice.bits + choice.cache_bits), self.weights)
 
     @cached_property
     def weights(self) -> int:
         return sum(linear.shape.weights for linear in self.sensitivities.linears)
 
     def bound(self, bits: int) -> float:
-        """Reverse water-filling over all linears: no code of whatever rate has less loss at so many bits."""
-        linears = self.sensitivities.linears
-        rates = reverse_water_filling(
-            [linear.sensitivity for linear in linears], [x.shape.weights for x in linears], bits
-        )
-        return rates.predicted_loss
+        """Reverse water-filling over linears and streams: no code of whatever rate has less loss at so many bits."""
+        sources = [(linear.sensitivity, linear.shape.weights) for linear in self.sensitivities.linears]
+        if self.space.cache is not None:
+            tokens = self.space.cache.context * self.space.cache.batch
+            sources += [(stream.sensitivity, tokens * stream.numbers) for stream in self.space.cache.streams]
+        sensitivities, numbers = zip(*sources, strict=True)
+        return reverse_water_filling(sensitivities, numbers, bits).predicted_loss
 
     def best_uniform(self, limits: Limits) -> Choice | None:
         """One spec for all linears, launched as fast as fusion allows."""
-        choices = (self.uniform(candidate, timed=limits.seconds is not None) for candidate in self.space.palette)
-        within = [choice for choice in choices if choice is not None and _within(choice, limits)]
+        timed = limits.seconds is not None
+        found = (self.uniform(candidate, timed) for candidate in self.space.palette)
+        choices = [one for choice in found if choice is not None for one in self._uniform_caches(choice)]
+        within = [choice for choice in choices if _within(choice, limits)]
         return min(within, key=lambda choice: (choice.loss, choice.bits), default=None)
 
     def uniform(self, candidate: Candidate, timed: bool) -> Choice | None:
@@ -122,7 +138,8 @@ class Planner:
         shapes = {(x.shape.out_features, x.shape.in_features) for x in self.sensitivities.linears}
         if not all(self._measured(candidate.spec, shape) for shape in shapes):
             return None
-        problem = build_problem(self.sensitivities, replace(self.space, palette=(candidate,)), Limits(seconds=np.inf))
+        alone = replace(self.space, palette=(candidate,), cache=None)
+        problem = build_problem(self.sensitivities, alone, Limits(seconds=np.inf))
         return self._described(problem, problem.relax(np.ones(1)).selection)
 
     def _measured(self, spec: str, shape: tuple[int, int]) -> bool:
@@ -131,9 +148,10 @@ class Planner:
 
     def front(self, points: int = 64) -> list[FrontPoint]:
         """Plans of least loss for their bits, by rising bits; launches take no part in it."""
-        problem = build_problem(self.sensitivities, self.space, Limits(bits=0))
+        alone = replace(self, space=replace(self.space, cache=None))
+        problem = build_problem(self.sensitivities, alone.space, Limits(bits=0))
         return [
-            FrontPoint(s.costs[0] / self.weights, s.loss, self.bound(int(s.costs[0])))
+            FrontPoint(s.costs[0] / self.weights, s.loss, alone.bound(int(s.costs[0])))
             for s in pareto_front(problem, points=points)
         ]
 
@@ -159,7 +177,7 @@ class Planner:
         if SECONDS in problem.resources:
             seconds = float(selection.costs[-1]) + self.constant_seconds
         order = {linear.name: specs[linear.name] for linear in self.sensitivities.linears}
-        return self._choice(order, timed, seconds)
+        return self._with_cache(self._choice(order, timed, seconds), specs)
 
     def _choice(
         self, specs: Mapping[str, str], timed: tuple[tuple[str, ...], ...] = (), seconds: float | None = None
@@ -171,6 +189,26 @@ class Planner:
             loss += linear.sensitivity * candidate.distortion
             bits += self._count_bits(candidate.rate, linear.shape.out_features, linear.shape.in_features)
         return Choice(specs, timed or self._launches(specs), loss, bits, seconds)
+
+    def _with_cache(self, choice: Choice, codes: Mapping[str, str]) -> Choice:
+        """With the codes of the streams, where there are any among `codes`."""
+        cache = self.space.cache
+        if cache is None or not any(stream.name in codes for stream in cache.streams):
+            return choice
+        chosen = {stream.name: codes[stream.name] for stream in cache.streams}
+        by_name = {code.name: code for code in cache.palette}
+        loss = sum(stream.sensitivity * by_name[chosen[stream.name]].distortion for stream in cache.streams)
+        bits = sum(cache.bits(stream, by_name[chosen[stream.name]]) for stream in cache.streams)
+        return replace(choice, loss=choice.loss + loss, cache=chosen, cache_loss=loss, cache_bits=bits)
+
+    def _uniform_caches(self, choice: Choice) -> list[Choice]:
+        """With each code, alike for all streams; the choice itself where there are none."""
+        cache = self.space.cache
+        if cache is None:
+            return [choice]
+        return [
+            self._with_cache(choice, {stream.name: code.name for stream in cache.streams}) for code in cache.palette
+        ]
 
     def _launches(self, specs: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
         """As the fusion allows, where no limit on time has chosen them; "free" leaves it to the run time."""
@@ -194,12 +232,18 @@ class Planner:
                 raise BudgetError(
                     f"{limits.bits} bits cannot hold these linears: the least is {int(least)}", least_bits=int(least)
                 )
+            if least > limit and resource == MEMORY:
+                raise BudgetError("linears and cache do not fit", least_memory=int(least))
             if least > limit:
                 seconds = self.margin * (float(least) + self.constant_seconds)
                 raise BudgetError(f"no plan is sure to take less than {seconds:.3g} s per token", least_seconds=seconds)
 
     def _together(self, problem: Problem, limits: Limits) -> BudgetError:
-        """Each limit can be met, but not both: the least bits within the time."""
+        """Each limit can be met, but not all: the least memory, or the least bits, within the others."""
+        if MEMORY in problem.resources:
+            least = solve(problem.minimising(problem.resources.index(MEMORY)))
+            memory = None if least is None else int(least.selection.loss)
+            return BudgetError("linears and cache do not fit within the other limits", least_memory=memory)
         cheapest = solve(problem.minimising(0))
         bits = None if cheapest is None else int(cheapest.selection.loss)
         assert limits.seconds is not None
@@ -218,4 +262,5 @@ class Planner:
 
 def _within(choice: Choice, limits: Limits) -> bool:
     in_bits = limits.bits is None or choice.bits <= limits.bits
+    in_bits &= limits.memory is None or choice.bits + choice.cache_bits <= limits.memory
     return in_bits and (limits.seconds is None or (choice.seconds or 0.0) <= limits.seconds)

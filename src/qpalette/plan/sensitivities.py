@@ -16,6 +16,7 @@ import numpy as np
 
 from qpalette.core.errors import InputError
 from qpalette.core.records import LinearGroup, LinearShape
+from qpalette.plan.streams import SensitiveStream, streams_of, streams_to_json
 
 SENSITIVITY_VERSION = 1
 CSV_COLUMNS = ("layer", "linear", "out_features", "in_features", "sensitivity")
@@ -41,6 +42,7 @@ class SensitiveLinear:
 class Sensitivities:
     """The sensitivity of each linear, in layer order, and where the figures come from (all values are strings).
 
+    streams: of a key-value cache, keys and values by layer, where they were measured.
     curve: by rising loss, pairs of (sum of sensitivity times distortion, what that costs when it is in all linears at
     once), where that was measured.
     """
@@ -48,6 +50,7 @@ class Sensitivities:
     linears: tuple[SensitiveLinear, ...]
     provenance: Mapping[str, str] = field(default_factory=dict)
     curve: tuple[tuple[float, float], ...] = ()
+    streams: tuple[SensitiveStream, ...] = ()
 
     @property
     def of_listed(self) -> Sensitivities:
@@ -95,10 +98,12 @@ class Sensitivities:
     def to_json(self) -> str:
         """One line per linear. `from_json` of it gives an equal record."""
         curve = f' "curve": {json.dumps(self.curve)},\n' if self.curve else ""
+        entries = ",\n  ".join(map(json.dumps, streams_to_json(self.streams)))
+        streams = f' "streams": [\n  {entries}\n ],\n' if entries else ""
         lines = ",\n".join(f"  {json.dumps(linear.name)}: {json.dumps(_entry(linear))}" for linear in self.linears)
         return (
             f'{{\n "sensitivity_version": {SENSITIVITY_VERSION},\n'
-            f' "provenance": {json.dumps(dict(self.provenance))},\n{curve} "linears": {{\n{lines}\n }}\n}}\n'
+            f' "provenance": {json.dumps(dict(self.provenance))},\n{curve}{streams} "linears": {{\n{lines}\n }}\n}}\n'
         )
 
     @classmethod
@@ -119,7 +124,8 @@ class Sensitivities:
         if not isinstance(provenance, dict) or not all(isinstance(value, str) for value in provenance.values()):
             raise InputError(f"{source}: provenance must be an object of strings")
         curve = _curve(source, content.get("curve", []))
-        return cls(tuple(_parsed(source, name, entry) for name, entry in linears.items()), provenance, curve)
+        streams = streams_of(content.get("streams", []), source)
+        return cls(tuple(_parsed(source, name, entry) for name, entry in linears.items()), provenance, curve, streams)
 
     @classmethod
     def from_csv(cls, text: str, source: str = "the sensitivities") -> Sensitivities:

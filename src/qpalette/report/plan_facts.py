@@ -26,6 +26,7 @@ def plan_json(found: BudgetPlan) -> dict[str, Any]:
         "bytes": choice.bits // 8 if found.disk_bytes is None else found.disk_bytes,
         "linear_bytes": choice.bits // 8,
         "memory_bytes": found.memory_bytes,
+        "cache": cache_of(found),
         "seconds_per_token": choice.seconds,
         "tokens_per_second": None if choice.seconds is None else 1 / choice.seconds,
         "least_tokens_per_second": None if choice.seconds is None else 1 / (found.planner.margin * choice.seconds),
@@ -34,6 +35,31 @@ def plan_json(found: BudgetPlan) -> dict[str, Any]:
         "launches": [list(launch) for launch in choice.launches],
         "assignments": dict(found.plan.specs),
     }
+
+
+def cache_of(found: BudgetPlan) -> dict[str, Any] | None:
+    """Of the streams of a cache that were planned, too."""
+    space, choice = found.planner.space.cache, found.planned.choice
+    if space is None:
+        return None
+    numbers = space.context * space.batch * sum(stream.numbers for stream in space.streams)
+    return {
+        "context": space.context,
+        "batch": space.batch,
+        "bytes": choice.cache_bits // 8,
+        "bits_per_number": choice.cache_bits / numbers,
+        "predicted_loss": choice.cache_loss,
+        "codes": dict(choice.cache),
+    }
+
+
+def _cache_fact(cache: dict[str, Any] | None, loss: float) -> str:
+    if cache is None:
+        return ""
+    return (
+        f"{size(cache['bytes'])} for {cache['batch']} x {cache['context']} tokens, {cache['bits_per_number']:.4f} bits "
+        f"per number, {100 * cache['predicted_loss'] / (loss or 1):.0f} % of the loss"
+    )
 
 
 def _only(specs: Any) -> str:
@@ -77,6 +103,7 @@ def facts_of(found: BudgetPlan, budget: str) -> dict[str, str]:
         "size": f"{size(choice.bits // 8)} of linears"
         + ("" if found.disk_bytes is None else f", {size(found.disk_bytes)} on disk with everything"),
         "memory": "" if found.memory_bytes is None else f"{size(found.memory_bytes)}, cache and activations included",
+        "cache": _cache_fact(cache_of(found), choice.loss),
         "speed": ""
         if choice.seconds is None
         else f"{1 / choice.seconds:.1f} tokens/s predicted in {len(choice.launches)} launches, "

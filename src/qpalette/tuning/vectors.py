@@ -15,8 +15,10 @@ from qpalette.core.records import FLOAT16, LinearRecord
 from qpalette.formats import Artifact, expected_tensors
 from qpalette.formats.packed import FIRST_WITH_GROUPS
 from qpalette.formats.parts import DIAGONAL, SCALES, is_part
-from qpalette.models.model_class import EXPERT, Modules, modules_of_class
-from qpalette.nn import PackedModule
+from qpalette.models.model_class import model_of
+from qpalette.models.names import Names
+from qpalette.models.resolver import places_of
+from qpalette.nn import PackedModule, packed_path
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -152,12 +154,11 @@ def _packed_vector(module: PackedModule, field: str, tensors: list[str]) -> Vect
 
 def _other_vectors(model: Any, artifact: Artifact) -> Iterator[Vector]:
     """Those that are parameters of the model as they are stored; what transformers makes anew of some is left alone."""
-    modules = _modules_of(artifact)
     parameters = dict(model.named_parameters())
     taken: set[int] = set()
-    for name in vector_tensors(artifact):
-        owner, _, leaf = name.rpartition(".")
-        parameter = parameters.get(f"{modules.find(owner)}.{leaf}")
+    units = Names(_plain_model(artifact)).units(vector_tensors(artifact))
+    for name, path in ((unit.all_tensors[0], unit.parameters[0]) for unit in units if unit.converter is None):
+        parameter = parameters.get(path)
         if parameter is None or id(parameter) in taken:
             continue
         stored = artifact.read(name)
@@ -170,23 +171,19 @@ def _other_vectors(model: Any, artifact: Artifact) -> Iterator[Vector]:
 
 def _packed_modules(model: Any, artifact: Artifact) -> dict[str, PackedModule]:
     """Linear's name in the artifact -> its module."""
-    modules = _modules_of(artifact)
+    places = places_of(_plain_model(artifact), artifact.records)
     found = {}
     for name in artifact.records:
-        expert, holder = EXPERT.fullmatch(name), modules.find_experts(name)
-        in_holder = "" if expert is None else f"{holder}.{expert['index']}.{expert['leaf']}"
-        place = modules.find(name) if holder is None else in_holder
-        module = model.get_submodule(place) if place else None
+        module = model.get_submodule(packed_path(name, places[name])) if name in places else None
         if not isinstance(module, PackedModule):
             raise ArtifactError(f"the model that transformers loads from {artifact.directory} has no packed '{name}'")
         found[name] = module
     return found
 
 
-def _modules_of(artifact: Artifact) -> Modules:
-    """Of the class before anything in it is packed: experts are found by what transformers makes of them."""
-    config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
-    modules = modules_of_class(config)
-    if modules is None:
+def _plain_model(artifact: Artifact) -> Any:
+    """Of the class before anything in it is packed."""
+    model = model_of(artifact.config)
+    if model is None:
         raise ArtifactError(f"transformers builds no model of {artifact.directory / 'config.json'}")
-    return modules
+    return model

@@ -1,0 +1,134 @@
+"""All keys, or all values, of one layer: pages of codes and scales, and the tokens that are kept exact.
+
+Plain torch on any device, and the definition of what is stored. docs/cache.md describes the bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qpalette.kvcache.transform import Transform
+from qpalette.kvcache.vectors import VectorFormat
+
+PAGE = 64  # tokens of one head; a divisor of every server's block
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Tokens that stay as they are: the first `sinks` of a sequence, and the newest `window`."""
+
+    sinks: int = 4
+    window: int = 0
+
+
+class Stream:
+    """Room for `length` tokens of `batch` sequences and `heads` heads, whose vectors are `format` after `transform`.
+
+    pages: uint8 [batch, heads, pages, 64 * (code bytes + 1)]: the codes of 64 tokens, then their scales. Page i has the
+    tokens 64 i and following. sinks: the model's type [batch, heads, sinks, dim]. ring: [batch, heads, window, dim],
+    and ring_tokens, int64 [window], which token each place has, -1: none. Every token is coded at once, those in
+    the ring too, so that a cache can be cut back.
+
+    All methods change memory in place, or read it; addresses stay. `tokens`, int64 [n] or [], are on the device.
+    """
+
+    def __init__(
+        self,
+        format: VectorFormat,
+        transform: Transform,
+        exact: Exact,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        batch, heads, self.length = shape
+        self.format, self.transform, self.exact = format, transform.to(device), exact
+        self.points = format.code.points(device)
+        # One place more than tokens, for what must go nowhere; sinks of a sequence that begins late may lie beyond.
+        pages = -(-(self.length + exact.sinks + 1) // PAGE)
+        self.pages = torch.zeros(batch, heads, pages, PAGE * (format.code_bytes + 1), dtype=torch.uint8, device=device)
+        self.sinks = torch.zeros(batch, heads, exact.sinks, format.dim, dtype=dtype, device=device)
+        self.ring = torch.zeros(batch, heads, exact.window, format.dim, dtype=dtype, device=device)
+        self.ring_tokens = torch.full((exact.window,), -1, dtype=torch.int64, device=device)
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """Everything that is stored."""
+        return self.pages, self.sinks, self.ring, self.ring_tokens
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8 [batch, heads, pages, 64, code bytes], the memory itself."""
+        return self.pages[..., : PAGE * self.format.code_bytes].unflatten(-1, (PAGE, self.format.code_bytes))
+
+    @property
+    def scales(self) -> Tensor:
+        """uint8 [batch, heads, pages, 64], the memory itself."""
+        return self.pages[..., PAGE * self.format.code_bytes :]
+
+    def write(self, vectors: Tensor, tokens: Tensor, starts: Tensor) -> None:
+        """Keep `vectors` [batch, heads, n, dim] of successive `tokens`; starts [batch] is each sequence's first."""
+        codes, scales = self.format.encode(self.transform.apply(vectors), self.points, self.transform.shaping)
+        page, place = tokens // PAGE, tokens % PAGE
+        self.codes[:, :, page, place] = codes
+        self.scales[:, :, page, place] = scales
+        if self.exact.sinks:
+            self._keep_sinks(vectors, tokens, starts)
+        if self.exact.window:
+            newest = vectors[:, :, -self.exact.window :]
+            places = tokens[-self.exact.window :]
+            self.ring.index_copy_(2, places % self.exact.window, newest.to(self.ring.dtype))
+            self.ring_tokens.index_copy_(0, places % self.exact.window, places)
+
+    def read(self, count: Tensor, starts: Tensor, pages: int | None = None) -> Tensor:
+        """All `length` tokens, float32 [batch, heads, length, dim], of which the first `count` mean something. Only the
+        first `pages` pages are decoded, where the host knows how many there are; what follows are zeros."""
+        coded = self.format.decode(self.codes[:, :, :pages], self.scales[:, :, :pages], self.points).flatten(2, 3)
+        dense = self.transform.undo(coded)
+        dense = torch.nn.functional.pad(dense, (0, 0, 0, self.pages.shape[2] * PAGE - dense.shape[2]))
+        if self.exact.sinks:
+            places = self._sink_tokens(starts)[:, None, :, None].expand_as(self.sinks)
+            dense = dense.scatter(2, places, self.sinks.float())
+        if self.exact.window:
+            kept = (self.ring_tokens >= count - self.exact.window) & (self.ring_tokens >= 0)
+            nowhere = dense.shape[2] - 1
+            dense = dense.index_copy(2, torch.where(kept, self.ring_tokens, nowhere), self.ring.float())
+        return dense[:, :, : self.length]
+
+    def _sink_tokens(self, starts: Tensor) -> Tensor:
+        """int64 [batch, sinks]."""
+        return starts[:, None] + torch.arange(self.exact.sinks, device=starts.device)
+
+    def _keep_sinks(self, vectors: Tensor, tokens: Tensor, starts: Tensor) -> None:
+        index = self._sink_tokens(starts) - tokens[0]
+        here = (index >= 0) & (index < vectors.shape[2])
+        index = index.clamp(0, vectors.shape[2] - 1)[:, None, :, None].expand_as(self.sinks)
+        found = vectors.to(self.sinks.dtype).gather(2, index)
+        self.sinks.copy_(torch.where(here[:, None, :, None], found, self.sinks))
+
+    def cut(self, count: Tensor | int) -> None:
+        """Only the first `count` tokens stay."""
+        self.ring_tokens.masked_fill_(self.ring_tokens >= count, -1)
+
+    def select(self, sequences: Tensor) -> None:
+        """Sequence i becomes a copy of what sequences[i] was, int64 [n]. Only with n = batch do addresses stay."""
+        for name in ("pages", "sinks", "ring"):
+            memory = getattr(self, name)
+            chosen = memory.index_select(0, sequences)
+            setattr(self, name, memory.copy_(chosen) if chosen.shape == memory.shape else chosen)
+
+    def copy(self, other: Stream, count: int) -> None:
+        """The first `count` tokens of another stream of this kind, of any length."""
+        pages = -(-count // PAGE)
+        self.pages[:, :, :pages].copy_(other.pages[:, :, :pages])
+        for mine, theirs in zip(self.memory[1:], other.memory[1:], strict=True):
+            mine.copy_(theirs)
+        self.cut(count)
+
+    def clear(self) -> None:
+        for memory in (self.pages, self.sinks, self.ring):
+            memory.zero_()
+        self.ring_tokens.fill_(-1)

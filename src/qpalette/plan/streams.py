@@ -1,0 +1,101 @@
+"""Streams of a key-value cache as items beside the linears: each gets a code, and its bytes count with theirs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from qpalette.core.errors import InputError
+from qpalette.kvcache import EXACT, PAGE, CacheCode, CachePlan, Exact, VectorFormat, cache_palette
+from qpalette.plan.problem import Floats
+
+KEYS, VALUES = KINDS = ("keys", "values")
+EXACT_BYTES = 2  # of a number of an exact token
+TRANSFORM_BYTES = 3 * 4  # of an entry of A, its inverse and the feedback of one head's keys, float32
+
+
+@dataclass(frozen=True)
+class SensitiveStream:
+    """All keys, or all values, of one layer; `sensitivity` is d(loss) / d(distortion)."""
+
+    layer: int
+    kind: str
+    heads: int
+    dim: int
+    sensitivity: float
+
+    @property
+    def name(self) -> str:
+        return f"cache.{self.layer}.{self.kind}"
+
+    @property
+    def numbers(self) -> int:
+        """That a token adds."""
+        return self.heads * self.dim
+
+
+@dataclass(frozen=True)
+class CacheSpace:
+    """`streams` of `batch` sequences of `context` tokens each, of which the first `exact.sinks` are exact, too."""
+
+    streams: tuple[SensitiveStream, ...]
+    context: int
+    batch: int
+    exact: Exact = EXACT
+
+    @cached_property
+    def palette(self) -> tuple[CacheCode, ...]:
+        """What every stream can be coded in."""
+        return tuple(code for code in cache_palette() if all(stream.dim % code.width == 0 for stream in self.streams))
+
+    def bits(self, stream: SensitiveStream, code: CacheCode) -> int:
+        """Codes, scales and padding, whole pages."""
+        tokens = -(-self.context // PAGE) * PAGE * self.batch
+        vector = 8 * (VectorFormat(code, stream.dim, unbiased=False).code_bytes + 1)
+        return tokens * stream.heads * vector
+
+    def options(self, stream: SensitiveStream) -> tuple[Floats, list[int]]:
+        """Loss and bits of each code of the palette."""
+        loss = np.array([stream.sensitivity * code.distortion for code in self.palette])
+        return loss, [self.bits(stream, code) for code in self.palette]
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What the cache takes besides: exact tokens, transforms of keys."""
+        exact = self.batch * (self.exact.sinks + self.exact.window) * EXACT_BYTES
+        total = sum(exact * stream.numbers for stream in self.streams)
+        return total + sum(TRANSFORM_BYTES * s.numbers * s.dim for s in self.streams if s.kind == KEYS)
+
+    def plan(self, codes: Mapping[str, str]) -> CachePlan:
+        """By the names of the streams."""
+        keys, values = (tuple(codes[stream.name] for stream in self.streams if stream.kind == kind) for kind in KINDS)
+        return CachePlan(keys, values, exact=self.exact)
+
+
+def streams_to_json(streams: Sequence[SensitiveStream]) -> list[dict[str, Any]]:
+    """For the file of sensitivities."""
+    return [dict(vars(stream)) for stream in streams]
+
+
+def streams_of(content: Any, source: str) -> tuple[SensitiveStream, ...]:
+    """From the file of sensitivities. Raises InputError naming `source`."""
+    fields = {"layer", "kind", "heads", "dim", "sensitivity"}
+    if not isinstance(content, list) or not all(
+        isinstance(entry, dict) and entry.keys() == fields for entry in content
+    ):
+        raise InputError(f"{source}: streams must be a list of objects of {', '.join(sorted(fields))}")
+    found = tuple(SensitiveStream(**entry) for entry in content)
+    for index, stream in enumerate(found):
+        whole = all(type(number) is int for number in (stream.layer, stream.heads, stream.dim))
+        named = (stream.layer, stream.kind) == (index // 2, KINDS[index % 2])
+        value = stream.sensitivity
+        if not (whole and named and stream.heads > 0 and stream.dim > 0 and type(value) in (int, float)):
+            raise InputError(f"{source}: stream {index} must be {KINDS[index % 2]} of layer {index // 2}, in numbers")
+        if not 0 <= value < math.inf:
+            raise InputError(f"{source}: the sensitivity of {stream.name} must be at least 0, got {value!r}")
+    return found

@@ -1,0 +1,180 @@
+"""The story from a budget to a model: text, calibration, sensitivities, plan, rounding, tuning.
+
+Each step goes on where it was stopped, when the same call is made again. What is measured on the model, which no budget
+changes, is kept in the cache: the next size costs only its rounding and tuning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qpalette.api import calibrate, calibrated_sensitivities
+from qpalette.calibration.hessians import HessianStore
+from qpalette.core.cache import limit_bytes, mark_used, private_folder
+from qpalette.core.errors import HessianError, SpecError
+from qpalette.core.files import locked
+from qpalette.evaluate.sampled_text import TOKEN_FILE
+from qpalette.evaluate.text_source import check_text
+from qpalette.models import check_complete, find_groups
+from qpalette.pipeline.output import Output
+from qpalette.pipeline.planning import BudgetPlan, even_sensitivities, make_plan
+from qpalette.plan import Budget, Sensitivities, Space, palette_of
+from qpalette.plan.preference import preferred, profile_of
+from qpalette.recipe.options import Recipe, recipe_of
+from qpalette.storage import Checkpoint, open_checkpoint
+from qpalette.tuning import Silent, TuneReport, Watcher, quantize_and_tune
+
+MOMENTS = "moments"  # a folder of the cache
+WRITTEN = f"text{TOKEN_FILE}"  # by `calibrate`, in its directory, where no text is given
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What came of it: the plan, with its predicted KL, and KL on held-out text before and after tuning."""
+
+    planned: BudgetPlan
+    tuned: TuneReport
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for, checked as far as headers tell."""
+
+    checkpoint: Checkpoint
+    budget: Budget
+    space: Space
+    options: dict[str, Any]  # of `make_plan`
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path,
+        out: str | Path,
+        budget: Budget,
+        *,
+        text: str | Path | None = None,
+        recipe: Recipe,
+        context: int = 4096,
+        batch: int = 1,
+        prefer: str = "balanced",
+        target: str | None = None,
+        rotation: str = "full",
+        seed: int = 0,
+        exclude: Sequence[str] = (),
+        device: str = "cpu",
+        overwrite: bool = False,
+    ) -> Wish:
+        """Raises as `compress`."""
+        if budget.tokens_per_second is not None:
+            raise SpecError("tokens per second need a profile: use qpalette plan")
+        Output(Path(out).expanduser().resolve(), overwrite).check()
+        check_text(text, model)
+        checkpoint = open_checkpoint(model)
+        palette = preferred(palette_of(recipe.effort), prefer, profile_of(target, device))
+        options = {"context": context, "rotation": rotation, "seed": seed, "exclude": exclude, "device": device}
+        wish = cls(checkpoint, budget, Space(palette, batch=batch), options)
+        wish.draft()
+        check_complete(checkpoint)
+        return wish
+
+    def draft(self) -> BudgetPlan:
+        """The plan if every weight mattered alike: known at once, and as large as the true one."""
+        groups = find_groups(self.checkpoint, exclude=self.options["exclude"]).groups
+        return make_plan(even_sensitivities(groups), self.budget, self.space, self.checkpoint, **self.options)
+
+    def plan(self, known: Sensitivities, store: HessianStore) -> BudgetPlan:
+        return make_plan(known, self.budget, self.space, self.checkpoint, hessians=store, **self.options)
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    budget: Budget,
+    *,
+    text: str | Path | None = None,
+    recipe: Recipe | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+    **options: Any,
+) -> Compressed:
+    """The best model within `budget` (bits per weight, bytes on disk, bytes of device memory for `batch` sequences of
+    `context` tokens) at `out`.
+
+    `model` is a directory, a .gguf file or a Hub id. `text`, a UTF-8 file, is what it is calibrated and tuned on; None:
+    the model writes it. `recipe` says how much each step may cost, by default what suits the device. `options` are
+    context, batch, prefer, target, rotation, seed and exclude, as in `quantize` and `make_plan`. `watcher` is told of
+    the stages "text", "calibrate", "sensitivities", "quantize", "original" and "tuning".
+
+    Raises BudgetError naming the least that is possible, SpecError, InputError, CheckpointError and ArtifactError as
+    the steps do; what can be known beforehand before the work.
+    """
+    recipe, watcher = recipe or recipe_of(False, device), watcher or Silent()
+    wish = Wish.of(model, out, budget, text=text, recipe=recipe, device=device, overwrite=overwrite, **options)
+    seed, rotation = wish.options["seed"], wish.options["rotation"]
+    moments = moments_of(wish.checkpoint, text, recipe, seed)
+    with locked(moments.with_name(f"{moments.name}.partial"), moments, wait=True):
+        if not _is_whole(moments, wish.checkpoint):
+            calibrate(
+                model,
+                moments,
+                text,
+                tokens=recipe.tokens,
+                window=recipe.window,
+                seed=seed,
+                device=device,
+                progress=_stage(watcher, "calibrate"),
+                writing=_stage(watcher, "text"),
+            )
+        known = calibrated_sensitivities(
+            model,
+            moments,
+            rotation=rotation,
+            seed=seed,
+            bands=recipe.bands,
+            device=device,
+            progress=_stage(watcher, "sensitivities"),
+        )
+    found = wish.plan(known, HessianStore.open(moments))
+    tuned = quantize_and_tune(
+        model,
+        out,
+        moments / WRITTEN if text is None else text,
+        plan=found.plan,
+        calibration=moments,
+        tuning=replace(recipe.tuning, seed=seed),
+        device=device,
+        overwrite=overwrite,
+        progress=lambda done, total, linear, distortion: watcher.progress("quantize", done, total),
+        watcher=watcher,
+    )
+    mark_used(moments, limit_bytes())
+    return Compressed(found, tuned)
+
+
+def moments_of(checkpoint: Checkpoint, text: str | Path | None, recipe: Recipe, seed: int) -> Path:
+    """Where the calibration of a model is kept: a name of all that it depends on."""
+    content = None
+    if text is not None:
+        with open(Path(text).expanduser(), "rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+    what = [checkpoint.fingerprint, content, recipe.tokens, recipe.window, seed]
+    return private_folder(MOMENTS) / hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _is_whole(moments: Path, checkpoint: Checkpoint) -> bool:
+    """Whether nothing of the calibration is missing, without loading the model."""
+    try:
+        return not HessianStore.open(moments).missing(find_groups(checkpoint).groups)
+    except HessianError:
+        return False
+
+
+def _stage(watcher: Watcher, name: str) -> Callable[[int, int], None]:
+    return partial(watcher.progress, name)

@@ -1,0 +1,143 @@
+"""One command from a budget to a model: what it makes is what the steps make, wherever it was stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+from test_cli import _plain_output, model, run, save_model, text  # noqa: F401
+
+import qpalette
+from qpalette import recipe
+from qpalette.calibration.hessians import HessianStore
+from qpalette.core.errors import BudgetError, SpecError
+from qpalette.plan import Budget
+from qpalette.recipe import Recipe, compress
+from qpalette.recipe import run as steps
+from qpalette.storage import open_checkpoint
+from qpalette.tuning import Tuning
+
+TUNING = Tuning(steps=2, batch=1, window=32, windows=4, held_out=2, every=1, keep_size=True)
+SHORT = Recipe(256, window=64, bands=1, effort="fast", tuning=TUNING)
+BUDGET = Budget(Fraction(7, 2))
+STAGES = ("text", "calibrate", "sensitivities", "quantize", "tuning")
+
+
+class Stopped(Exception):
+    pass
+
+
+class Stop:
+    """Stops in the middle of a stage."""
+
+    def __init__(self, at: str | None = None) -> None:
+        self.at, self.told = at, []
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        assert 0 <= done <= total
+        self.told += [stage] * (self.told[-1:] != [stage])
+        if stage == self.at:
+            raise Stopped
+
+    def held_out(self, step: int, kl: float) -> None:
+        assert kl >= 0
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch, tmp_path):
+    monkeypatch.setenv("QPALETTE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("qpalette.recipe.options.STANDARD", {"cpu": SHORT, "cuda": SHORT})
+
+
+def content(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir() if file.suffix == ".safetensors"}
+
+
+def test_it_is_what_the_steps_make(model, text, tmp_path):  # noqa: F811
+    watcher = Stop()
+    found = compress(model, tmp_path / "out", BUDGET, text=text, recipe=SHORT, watcher=watcher)
+    assert watcher.told == [stage for stage in STAGES if stage != "text"]
+    assert found.tuned.bits_after <= BUDGET.bits
+    moments = tmp_path / "moments"
+    qpalette.calibrate(model, moments, text, tokens=256, window=64)
+    plan = tmp_path / "plan.json"
+    plan.write_text(found.planned.plan.to_json())
+    qpalette.quantize(model, tmp_path / "rounded", plan=plan, calibration=moments)
+    qpalette.tune(tmp_path / "rounded", model, text, tmp_path / "tuned", tuning=replace(SHORT.tuning, seed=0))
+    assert content(tmp_path / "out") == content(tmp_path / "tuned")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(model, tmp_path, stage, monkeypatch):  # noqa: F811
+    with pytest.raises(Stopped):
+        compress(model, tmp_path / "out", BUDGET, recipe=SHORT, watcher=Stop(stage))
+    assert not (tmp_path / "out").exists()
+    compress(model, tmp_path / "out", BUDGET, recipe=SHORT)
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("out")] == ["out"]
+    monkeypatch.setenv("QPALETTE_CACHE", str(tmp_path / "another"))
+    compress(model, tmp_path / "whole", BUDGET, recipe=SHORT)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_the_next_budget_measures_nothing_anew(model, text, tmp_path):  # noqa: F811
+    compress(model, tmp_path / "first", BUDGET, text=text, recipe=SHORT)
+    watcher = Stop()
+    compress(model, tmp_path / "second", Budget(Fraction(3)), text=text, recipe=SHORT, watcher=watcher)
+    assert watcher.told == ["quantize", "tuning"]
+    text.write_text(text.read_text().replace("fox", "cat"))
+    watcher = Stop()
+    compress(model, tmp_path / "third", Budget(Fraction(3)), text=text, recipe=SHORT, watcher=watcher)
+    assert "calibrate" in watcher.told
+
+
+def test_a_memory_is_kept(model, text, tmp_path):  # noqa: F811
+    least = compress(model, tmp_path / "out", Budget(memory=1 << 19), text=text, recipe=SHORT, context=64)
+    assert least.planned.memory_bytes <= 1 << 19
+
+
+@pytest.mark.parametrize(
+    ("budget", "error"),
+    [
+        (Budget(Fraction(1, 2)), BudgetError),
+        (Budget(size=1000), BudgetError),
+        (Budget(memory=1000), BudgetError),
+        (Budget(tokens_per_second=5.0), SpecError),
+    ],
+)
+def test_what_cannot_be_is_told_before_the_work(model, text, tmp_path, budget, error, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(steps, "calibrate", lambda *a, **k: pytest.fail("work began"))
+    with pytest.raises(error):
+        compress(model, tmp_path / "out", budget, text=text, recipe=SHORT)
+
+
+def test_a_calibration_is_told_by_all_that_it_depends_on(model, text):  # noqa: F811
+    checkpoint = open_checkpoint(model)
+    places = {
+        steps.moments_of(checkpoint, text, SHORT, 0),
+        steps.moments_of(checkpoint, None, SHORT, 0),
+        steps.moments_of(checkpoint, text, SHORT, 1),
+        steps.moments_of(checkpoint, text, replace(SHORT, tokens=128), 0),
+        steps.moments_of(checkpoint, text, replace(SHORT, window=32), 0),
+    }
+    assert len(places) == 5
+    assert steps.moments_of(checkpoint, text, replace(SHORT, effort="best"), 0) in places
+
+
+def test_the_command(run, model, text, tmp_path):  # noqa: F811
+    command = ("quantize", model, tmp_path / "out", "--bits", "3.5", "--text", text)
+    shown = run(*command, "--dry-run")
+    assert shown.code == 0, shown.err
+    assert all(step in shown.out for step in ("calibrate", "sensitivities", "quantize", "tune", "time needed"))
+    planned = json.loads(run(*command, "--dry-run", "--json").out)
+    assert planned["seconds"] == pytest.approx(sum(step["seconds"] for step in planned["steps"]))
+    assert "written by the model" in run("quantize", model, tmp_path / "out", "--bits", "3.5", "--dry-run").out
+    assert not (tmp_path / "out").exists()
+    result = run(*command, "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert report["bits_per_weight"] <= 3.5
+    assert report["kl_after"] <= report["kl_before"]
+    assert HessianStore.open(next((tmp_path / "cache" / recipe.run.MOMENTS).iterdir())).two_sided
+    assert "held-out KL" in run(*command, "--overwrite").out
