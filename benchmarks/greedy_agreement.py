@@ -13,7 +13,8 @@ move together by the gap. After n roundings of unit u, errors grow as u sqrt(n) 
 2.4: failure below 2 exp(-LAMBDA^2 / 2) per product). The run rounds every operator's result to its type, and every
 product accumulates K terms in float32: e = LAMBDA max|logit| (u_type sqrt(operators) + u_float32 sqrt(sum of K)).
 On a GPU a product also rounds its rotated input and its codebook to float16, whatever the type: plus
-LAMBDA max|logit| u_float16 sqrt(2 linears).
+LAMBDA max|logit| u_float16 sqrt(2 linears). On a processor it may round both to bytes where the type has 16 bits: half
+a step of 127.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ LAMBDA = 5.0  # 2 exp(-12.5): seven in a million
 OPERATORS = 17  # of a decoder layer: 7 linears, 2 norms, rotary, 3 in attention, activation, product, 2 sums
 RUNS = ("cpu", "ref", "cuda", "vllm")
 HALF_PRODUCTS = ("cuda",)  # runs whose products are of float16 values, whatever the type of the tokens
+BYTE_PRODUCTS = ("cpu", "vllm")  # runs whose products may be of bytes, unless the tokens are float32
+UNIT_OF_BYTES = 0.5 / 127
 NAME = "greedy_agreement"
 
 
@@ -64,7 +67,7 @@ def main(
     rows: list[dict[str, Any]] = []
     verdicts: dict[str, dict[str, Any]] = {}
     for name, answers in written.items():
-        key = json.dumps([name in HALF_PRODUCTS, answers])
+        key = json.dumps([name in HALF_PRODUCTS, name in BYTE_PRODUCTS, answers])
         verdicts[key] = verdict = verdicts.get(key) or judge(artifact, prompts, answers, dtype, judge_device, name)
         same = sum(one == other for one, other in zip(first, answers, strict=True))
         rows.append({"run": name, "type": dtype, f"prompts equal to {run[0]}'s": f"{same} of {len(prompts)}"} | verdict)
@@ -173,6 +176,8 @@ def logit_error(model: Any, largest_logit: float, dtype: str, run: str = "cpu") 
     relative = unit(getattr(torch, dtype)) * math.sqrt(operators) + unit(torch.float32) * math.sqrt(sum(inputs))
     if run in HALF_PRODUCTS:
         relative += unit(torch.float16) * math.sqrt(2 * len(inputs))
+    if run in BYTE_PRODUCTS and dtype != "float32":
+        relative += UNIT_OF_BYTES * math.sqrt(2 * len(inputs))
     return LAMBDA * largest_logit * relative
 
 
