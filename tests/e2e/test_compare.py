@@ -13,6 +13,7 @@ from test_cli import model, packed, run, save_model, text  # noqa: F401 - fixtur
 from test_quantized_models import FP8, in_fp8
 from tiny_model import edit_config
 
+from qpalette.core.cache import private_folder
 from qpalette.evaluate import compare as comparing
 from qpalette.evaluate import evaluate
 from qpalette.evaluate.compare import Compared, compare
@@ -127,6 +128,7 @@ def test_one_model_at_a_time_and_the_original_once(model, packed, fp8, text, mon
     rows = compare(model, [packed, "missing", fp8], text, progress=lambda *given: seen.append(given))
     assert loaded == [model, packed, fp8]
     assert [row.failure is None for row in rows] == [True, True, False, True]
+    assert list(private_folder("compared").iterdir()) == [], "what the original made of the text"
     of_text = len(seen[: seen.index(seen[-1])]) // 3  # windows of each that ran; the missing one's come in one step
     assert {total for _, total in seen} == {4 * of_text}
     assert [done for done, _ in seen] == [n for n in range(1, 4 * of_text + 1) if not 2 * of_text < n < 3 * of_text]

@@ -114,12 +114,12 @@ def test_what_was_fetched_is_verified(run, hub):  # noqa: F811
 def test_chat_and_serve_open_it_too(run, hub, monkeypatch):  # noqa: F811
     import io
 
-    from qpalette.cli.serve import _directory
+    from qpalette.evaluate.loading import directory_for
 
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     assert run("chat", "owner/packed", "--max-new-tokens", "2").code == 0
-    assert is_artifact(_directory("owner/packed"))
-    assert (Path(_directory("owner/plain")) / "model.safetensors").exists()
+    assert is_artifact(directory_for("owner/packed"))
+    assert (directory_for("owner/plain") / "model.safetensors").exists()
 
 
 def test_eval_takes_a_device(run, models, tmp_path):  # noqa: F811

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qpalette.core.cache import private_folder
+from qpalette.core.cache import limit_bytes, mark_used, private_folder
 from qpalette.core.errors import InputError, QPaletteError
 from qpalette.evaluate.kept import KeptPredictions
 from qpalette.evaluate.loading import is_artifact, load_model, load_tokenizer, plan_of, predicted_kl
@@ -74,7 +74,8 @@ def compare(
     chosen = model_windows(text, model, tokenizer, WINDOW, windows)
     said = [] if tokenizer is None else [tokenizer.decode(window) for window in chosen]
     total = len(chosen) * (1 + len(models))
-    with TemporaryDirectory(dir=private_folder("compared")) as folder:
+    with TemporaryDirectory(prefix=".", dir=private_folder("compared")) as folder:
+        mark_used(Path(folder), limit_bytes())  # removes what killed runs have left
         kept = KeptPredictions(model, Path(folder))
         del model
         rows = [_row(original, weights, evaluate_models(kept, None, chosen, _part(progress, 0, total)))]
