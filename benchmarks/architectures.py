@@ -22,11 +22,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")  # the others refuse to be forked
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if __name__ == "__main__":  # before they are read, and of no process that takes a class from here
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+    os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")  # the others refuse to be forked
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
