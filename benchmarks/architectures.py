@@ -29,13 +29,13 @@ if __name__ == "__main__":  # before they are read, and of no process that takes
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-import typer  # noqa: E402
-from architecture_checks import check_class  # noqa: E402
-from report import RESULTS, processor  # noqa: E402
-from tiny_models import VARIANTS  # noqa: E402
-from transformers.models.auto import modeling_auto  # noqa: E402
+import torch
+import transformers
+import typer
+from architecture_checks import check_class
+from report import RESULTS, processor
+from tiny_models import VARIANTS
+from transformers.models.auto import modeling_auto
 
 TIMEOUT = 300
 ADDRESSES = 12 << 30
