@@ -138,7 +138,7 @@ def plan(
     tokens = _context(context, memory, max_loss)
     if fusion not in FUSIONS:
         raise typer.BadParameter(f"--fusion is one of {', '.join(FUSIONS)}")
-    budget = _budget(bits, disk, memory, tokens_per_second)
+    budget = budget_of(bits, disk, memory, tokens_per_second)
     measured = None if profile is None else LatencyProfile.read(profile)
     chosen = prefer or ("balanced" if tokens_per_second is None else "quality")
     palette = preferred(palette_of(effort, family or ()), chosen, measured or profile_of(target))
@@ -177,7 +177,8 @@ def plan(
         _say_next(model, out, calibration)
 
 
-def _budget(bits: str | None, disk: str | None, memory: str | None, tokens_per_second: float | None) -> Budget:
+def budget_of(bits: str | None, disk: str | None, memory: str | None, tokens_per_second: float | None = None) -> Budget:
+    """What was typed. Raises SpecError for what is no rate or size."""
     from qpalette.core.rate import parse_rate
     from qpalette.plan import Budget, parse_size
 

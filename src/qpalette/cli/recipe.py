@@ -30,9 +30,10 @@ def run_recipe(
 ) -> None:
     """Run it, or say what it would be. JSON keys that stay: output, bits_per_weight, predicted_kl, kl_before and
     kl_after."""
+    from qpalette.cli.plan import budget_of
     from qpalette.recipe import compress, recipe_of
 
-    recipe, budget = recipe_of(best, options["device"]), _budget(limits)
+    recipe, budget = recipe_of(best, options["device"]), budget_of(*limits)
     if effort is not None:
         recipe = replace(recipe, effort=effort)
     if dry_run:
@@ -44,18 +45,6 @@ def run_recipe(
     _show(found, budget, as_json)
     if not as_json:
         print_note(f"{out}: done in {time.perf_counter() - start:.0f} s")
-
-
-def _budget(limits: Limits) -> Budget:
-    from qpalette.core.rate import parse_rate
-    from qpalette.plan import Budget, parse_size
-
-    bits, disk, memory = limits
-    return Budget(
-        None if bits is None else parse_rate(bits),
-        None if disk is None else parse_size(disk),
-        None if memory is None else parse_size(memory),
-    )
 
 
 def _show_forecast(
