@@ -126,12 +126,14 @@ class _Bar:
 
     def __enter__(self) -> _Bar:
         self._bar: Any = None
+        self._done = 0  # what transformers gives where its bars are switched off counts nothing
         return self
 
     def __call__(self, done_weights: int, total_weights: int, linear: str, distortion: float) -> None:
         if self._bar is None:
             self._bar = logging.tqdm(total=total_weights, desc="Quantizing", unit=" weights", unit_scale=True)
-        self._bar.update(done_weights - self._bar.n)
+        self._bar.update(done_weights - self._done)
+        self._done = done_weights
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
