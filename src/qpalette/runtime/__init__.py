@@ -8,6 +8,7 @@ from qpalette.runtime.contract import (
     PackedLinear,
     Product,
     Verdict,
+    in_one_basis,
     in_runs,
 )
 from qpalette.runtime.dispatch import backends, register, select
@@ -28,6 +29,7 @@ __all__ = [
     "Verdict",
     "backend_for",
     "backends",
+    "in_one_basis",
     "in_runs",
     "packed_experts",
     "packed_linear",

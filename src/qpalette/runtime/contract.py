@@ -130,7 +130,11 @@ class Backend(ABC):
 
         @cache
         def product(expert: int, last: bool) -> Product:
-            return self.product([experts.last[expert]] if last else experts.first[expert])
+            members = [experts.last[expert]] if last else experts.first[expert]
+            if in_one_basis(members):
+                return self.product(members)
+            alone = [self.product([member]) for member in members]
+            return lambda x: [multiply(x)[0] for multiply in alone]
 
         def run(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             def of_expert(rows: torch.Tensor, expert: int) -> torch.Tensor:
@@ -163,6 +167,14 @@ class Backend(ABC):
         An embedding looks rows up: override it where undoing the whole layout is the only other way.
         """
         return self.from_layout(codes, stored_shape)[rows]
+
+
+def in_one_basis(members: Sequence[PackedLinear]) -> bool:
+    """Whether one rotation of their input serves them all."""
+    first = members[0]
+    return all(
+        member.rotation == first.rotation and torch.equal(member.diagonal, first.diagonal) for member in members[1:]
+    )
 
 
 @torch.compiler.disable(reason="these experts are called one by one, as many as the tokens are routed to")

@@ -13,7 +13,7 @@ from qpalette.backends.cpu import expert_kernels as kernels
 from qpalette.backends.cpu.operands import LAUNCH, MATRIX
 from qpalette.backends.cpu.product import describe, kernels_of, one_caller, present_threads
 from qpalette.backends.cpu.transform import factors_of
-from qpalette.runtime import Gate, PackedExperts, PackedLinear
+from qpalette.runtime import Gate, PackedExperts, PackedLinear, in_one_basis
 
 _FUNCTIONS = {
     "silu": kernels.SILU,
@@ -24,12 +24,12 @@ _FUNCTIONS = {
 
 
 def takes(experts: PackedExperts) -> bool:
-    """Whether the matrices of each projection have one rotation, and one that is compiled."""
-    first = [matrix for matrices in experts.first for matrix in matrices]
-    return all(
+    """Whether one rotation serves an expert's first matrices, and each projection has one, which is compiled."""
+    projections = [matrix for matrices in experts.first for matrix in matrices], experts.last
+    return all(map(in_one_basis, experts.first)) and all(
         len({matrix.rotation for matrix in matrices}) == 1
         and factors_of(matrices[0].rotation, matrices[0].in_features) is not None
-        for matrices in (first, experts.last)
+        for matrices in projections
     )
 
 
@@ -83,7 +83,7 @@ class _Projection:
         self._matrices = matrices.reshape(shape)
         linears = [kernels.address_of(kernels_of(member.spec).linear) for member in flat]
         self._linears = np.array(linears).reshape(shape)
-        self._shared = all(torch.equal(member.diagonal, first.diagonal) for member in flat)
+        self._shared = in_one_basis(flat)
         self._diagonals = np.array([parts[0].diagonal.data_ptr() for parts in members])
         self._has_signs = np.array([parts[0].diagonal.dtype == torch.uint8 for parts in members])
         self._signs = np.zeros(-(-self.inputs // 8), np.uint8)
