@@ -145,6 +145,14 @@ def _gate_of(original: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return recognise(own, original.has_gate, limit, 1.0 if alpha is None else alpha) or own
 
 
+class _Expert(nn.Module):
+    """Holds the linears of one expert; another module in the place of one of them counts as an exchange of tensors."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        PackedModule.exchanged += 1
+
+
 def check_fit(records: Mapping[str, LinearRecord], wanted: Mapping[str, tuple[int, int]], name: str) -> None:
     """Raises ArtifactError naming the first expert's linear that is not what it must be."""
     found = {key: (record.out_features, record.in_features) for key, record in records.items()}
@@ -161,7 +169,7 @@ def add_linears(
     for key, record in sorted(records.items(), key=lambda item: int(item[0].partition(".")[0])):
         index, _, leaf = key.partition(".")
         if index not in module._modules:
-            module.add_module(index, nn.Module())
+            module.add_module(index, _Expert())
         module.get_submodule(index).add_module(leaf, QuantLinear(record, dtype=dtype, device=device))
 
 
