@@ -12,11 +12,12 @@ from pathlib import Path
 import typer
 
 from qpalette.bench import Share, Speed
-from qpalette.report.bench_plot import check_plot, draw_speeds
+from qpalette.report.bench_plot import draw_speeds
+from qpalette.report.pictures import check_picture
 
 
 def main(kept: Path, picture: Path) -> None:
-    check_plot(picture)
+    check_picture(picture)
     report = json.loads(kept.read_text(encoding="utf-8"))
     names = {field.name for field in fields(Speed)}
     speeds = [Speed(**{name: value for name, value in row.items() if name in names}) for row in report["speeds"]]

@@ -52,13 +52,13 @@ def main(
 def switchable_kernels() -> dict[Any, Kernel]:
     """From now on the backend prepares products with these: by the compiled kernel that each stands in for."""
     product: Any = import_module("qpalette.backends.cpu.product")
-    original, found = product.kernels_of, {}
+    original, found = product.multiplier_of, {}
 
-    def kernels_of(spec: str) -> Any:
-        kernels = original(spec)
-        return kernels._replace(linear=found.setdefault(kernels.linear, Kernel(kernels.linear)))
+    def multiplier_of(spec: str, in_bytes: bool) -> Any:
+        multiplier = original(spec, in_bytes)
+        return multiplier._replace(linear=found.setdefault(multiplier.linear, Kernel(multiplier.linear)))
 
-    product.kernels_of = kernels_of
+    product.multiplier_of = multiplier_of
     return found
 
 

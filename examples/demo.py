@@ -36,7 +36,7 @@ def qpalette(*arguments: str, capture: bool = False) -> str:
 def main(model: Path, bits: float = 4, out: Annotated[Path | None, typer.Option()] = None, windows: int = 2) -> None:
     target = out or Path("out") / f"{model.stem}-{bits:g}bit"
     start = time.perf_counter()
-    qpalette("quantize", str(model), str(target), "--bits", f"{bits:g}", "--overwrite")
+    qpalette("quantize", str(model), str(target), "--bits", f"{bits:g}", "--fast", "--overwrite")
     quantized = time.perf_counter() - start
     console.print("\nHow far is it from the original? On text that the original writes itself:")
     measured = json.loads(

@@ -15,7 +15,10 @@ from qpalette.core.cache import CACHE, COMPILE_CACHE, compile_cache_directory
 
 os.environ[COMPILE_CACHE] = str(compile_cache_directory())
 
-settings.register_profile("ci", derandomize=True)
+# A machine that is busy with something else is no failure: nothing is timed.
+settings.register_profile("here", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("here")
 if os.environ.get("CI"):
     settings.load_profile("ci")
 

@@ -34,12 +34,13 @@ from qpalette.evaluate import loading
 from qpalette.evaluate.cache import directory_of, plan_for, stored_plan, stream_sensitivities, transforms_for
 from qpalette.evaluate.loading import load_model
 from qpalette.evaluate.sampled_text import TOKEN_FILE
-from qpalette.evaluate.text_source import check_text, context_of, model_windows, text_sha256
+from qpalette.evaluate.text_source import check_text, model_windows, text_sha256
 from qpalette.evaluate.windows import WINDOW
 from qpalette.generation import CacheMaker, CodedTokenCache, check_mode
 from qpalette.generation import fast as make_fast
 from qpalette.kvcache import CachePlan
 from qpalette.models import find_groups
+from qpalette.models.vocabulary import context_of
 from qpalette.nn.coded_cache import CodedCache
 from qpalette.pipeline.planning import SHAPED
 from qpalette.plan import SensitiveLinear, Sensitivities

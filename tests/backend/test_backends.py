@@ -6,8 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qpalette.backends.cpu import viterbi
-from qpalette.backends.cpu.product import kernels_of
+from qpalette.backends.cpu import simd, viterbi
+from qpalette.backends.cpu.decoders import decoder_of
+from qpalette.backends.cpu.matmul import make_kernels
+from qpalette.backends.cpu.product import multiplier_of
 from qpalette.codes import parse_spec
 from qpalette.core.errors import UnsupportedError
 from qpalette.rotate import Rotation, pack_signs, random_signs, rotation_for, unpack_signs
@@ -111,7 +113,7 @@ def test_every_dimension_and_rotation(name: str, dim: int, rotation: str) -> Non
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 16, 40])
 def test_half_types_keep_their_dtype(dtype: torch.dtype, batch: int) -> None:
-    packed = random_linear("tcq-4", 64, 96)
+    packed = random_linear("tcq-4.5", 64, 96)  # not multiplied in bytes on any processor
     x = torch.randn(batch, 96, generator=generator(5)).to(dtype)
     y = packed_linear(x, packed)
     assert y.dtype == dtype
@@ -135,8 +137,8 @@ def test_layouts_are_permutations(name: str, rows: int) -> None:
 
 
 def test_compiled_code_does_not_grow_with_the_rates() -> None:
-    """One product and one unpacking for each way of decoding; two searches, for one and two weights per step, each with
-    candidates that fit a byte or do not."""
+    """One product and one unpacking for each way of decoding, and one product in bytes where there is one; two
+    searches, for one and two weights per step, each with candidates that fit a byte or do not."""
     linears, searches = set(), set()
     for spec in (
         "tcq-1",
@@ -150,16 +152,18 @@ def test_compiled_code_does_not_grow_with_the_rates() -> None:
         "nuq-2",
         "nuq-8",
     ):
-        kernels = kernels_of(spec)
-        linears.add(kernels.linear)
         packed = laid_out("cpu", random_linear(spec, 20, 40))
-        backends()["cpu"].linear(torch.randn(2, 40), packed)
         backends()["cpu"].rotated_weight(packed)
-        assert len(kernels.linear.signatures) == len(kernels.dequantize.signatures) == 1
+        assert len(make_kernels(decoder_of(parse_spec(spec)).way)[1].signatures) == 1
+        for dtype in (torch.float32, torch.bfloat16):
+            backends()["cpu"].linear(torch.randn(2, 40, dtype=dtype), packed)
+            linear = multiplier_of(spec, dtype != torch.float32).linear
+            assert len(linear.signatures) == 1
+            linears.add(linear)
     for spec in ("tcq-1-L12", "tcq-2.375-L12", "tcq-6-L12", "tcq2-1.125-L12", "tcq2-3-L12", "tcq2-4-L12"):
         backends()["cpu"].encode(spec, torch.randn(1, 256))
         searches.add(viterbi._make_search(parse_spec(spec).values_per_step))
-    assert len(linears) == 4
+    assert len(linears) == (4 + 3 if simd.HAS_BYTES else 4)
     assert len(searches) == 2
     assert all(len(search.signatures) <= 2 for search in searches)
 

@@ -39,7 +39,8 @@ def layer(gate: Gate = GATES[0], experts: int = 5, biased: bool = False, one_bas
         for expert in range(experts)
     ]
     last = [matrix(HIDDEN, INNER, 10 * expert + 9) for expert in range(experts)]
-    biases = [torch.randn(experts, size) if biased else None for size in (sum(first_rows), HIDDEN)]
+    own = torch.Generator().manual_seed(2)
+    biases = [torch.randn(experts, size, generator=own) if biased else None for size in (sum(first_rows), HIDDEN)]
     return PackedExperts(first, last, gate, *biases)
 
 
@@ -170,15 +171,16 @@ def test_a_class_with_a_gate_of_its_own(name: str) -> None:
     check(name, experts, *routed(6))
 
 
-def test_half_types_are_rounded_once(name: str) -> None:
+def test_half_types(name: str) -> None:
     x, index, weights = routed(9)
     experts = layer()
     y = packed_experts(x.bfloat16(), index, weights, on(name, experts))
     wanted = definition(experts, x.bfloat16(), index, weights)
     assert y.dtype == torch.bfloat16
-    # "plain" rounds each product too; elsewhere the last rounding is all there is: at most half a unit of each value.
-    roundings = 4 if name == "plain" else 1
-    assert float((y.double() - wanted).norm()) <= roundings * 2**-8 * float(wanted.norm())
+    # The last rounding is all there is: at most half a unit of each value. "plain" rounds each product, and "cpu" may
+    # multiply in bytes, which adds at most 2 % of nuq-3's distortion, 0.0345, in each of three products.
+    bound = {"ref": 2**-8, "plain": 4 * 2**-8, "cpu": (3 * 0.02 * 0.0345) ** 0.5}[name]
+    assert float((y.double() - wanted).norm()) <= bound * float(wanted.norm())
 
 
 def test_compiled_whole(name: str) -> None:
@@ -214,7 +216,8 @@ def test_gradients_of_all_that_is_floating(name: str) -> None:
         for share, due in zip(found, wanted, strict=True):
             assert float((share - due).norm()) <= 1e-5 * float(due.norm())
     bias_alone = run(x, weights, leaves[2], leaves[3].detach())
-    assert torch.allclose(torch.autograd.grad(bias_alone.square().sum(), leaves[2])[0], wanted[2], rtol=1e-4)
+    (alone,) = torch.autograd.grad(bias_alone.square().sum(), leaves[2])
+    assert float((alone - wanted[2]).norm()) <= 1e-5 * float(wanted[2].norm())
 
 
 def test_operands_that_do_not_fit_are_named(name: str) -> None:

@@ -23,7 +23,7 @@ from qpalette.pipeline import quantize as quantize_a_model
 VOCABULARY = 128
 COMMANDS = (
     *("doctor", "inspect", "palette", "calibrate", "sensitivity", "plan", "quantize", "tune", "eval", "export"),
-    *("bench", "generate", "chat", "serve", "profile", "compile"),
+    *("bench", "generate", "chat", "serve", "profile", "compile", "compare", "push"),
 )
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}{% endfor %}"

@@ -13,6 +13,7 @@ from qpalette.cli import (
     bench,
     calibrate,
     chat,
+    compare,
     compile,
     doctor,
     evaluate,
@@ -22,6 +23,7 @@ from qpalette.cli import (
     palette,
     plan,
     profile,
+    push,
     quantize,
     sensitivity,
     serve,
@@ -98,7 +100,9 @@ app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
 app.command("tune")(tune.tune)
 app.command("eval")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("export")(export.export)
+app.command("push")(push.push)
 app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)

@@ -112,9 +112,9 @@ def bench(
         raise InputError("batch sizes, --context and --steps must be at least 1")
     _check_runner(runner, compile, steps, with_breakdown)
     if plot is not None:
-        from qpalette.report.bench_plot import check_plot
+        from qpalette.report.pictures import check_picture
 
-        check_plot(plot)
+        check_picture(plot)
     if out is not None:
         check_folder(out)
     quiet_transformers()

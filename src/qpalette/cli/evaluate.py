@@ -122,7 +122,6 @@ def _cache_facts(result: CacheEvaluation) -> dict[str, str]:
     return {
         "cache": f"{result.cache}, {result.cache_bits:.4f} bits per number; "
         f"{result.cache_bits_with_exact:.4f} with the exact tokens of a window",
-        "KL of a prediction": f"median {result.kl_median:.4f}, 99.9 % below {result.kl_999:.4f}",
     }
 
 
@@ -140,6 +139,9 @@ def _facts(result: Evaluation) -> dict[str, str]:
         "perplexity": f"{result.perplexity:.3f}",
         "reference perplexity": "" if result.reference_perplexity is None else f"{result.reference_perplexity:.3f}",
         "KL": "" if result.kl is None else f"{result.kl:.4f}{error} nats per token",
+        "KL of a prediction": ""
+        if result.kl_median is None or result.kl_999 is None
+        else f"median {result.kl_median:.4f}, 99.9 % below {result.kl_999:.4f}",
         "predicted KL": _predicted(result),
         "top-1 agreement": "" if result.top1 is None else f"{100 * result.top1:.1f} %",
         "bits per weight": ""

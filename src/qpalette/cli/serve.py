@@ -18,6 +18,10 @@ def serve(
     engine: Annotated[str, typer.Option("--engine", help="transformers or vllm.")] = "transformers",
     host: Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0 lets the network in.")] = LOCAL,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port to listen on.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", metavar="KEY", envvar="QPALETTE_API_KEY", help="Answer only who knows it."),
+    ] = None,
     cache: Annotated[str | None, typer.Option("--cache", metavar="SPEC", help=CACHE_HELP)] = None,
     compile: Annotated[
         str,
@@ -33,6 +37,7 @@ def serve(
     Example: [bold]qpalette serve OUT --port 8001 -- --device cuda[/]
     """
     from qpalette.core.errors import UnsupportedError
+    from qpalette.evaluate.loading import directory_for
     from qpalette.generation import check_mode
     from qpalette.integrations import serving
     from qpalette.kvcache import parse_cache
@@ -44,12 +49,14 @@ def serve(
             raise UnsupportedError("--cache is for transformers' generate: vLLM and continuous batching have their own")
     serving.check_engine(engine)
     serving.check_port(host, port)
-    directory = _directory(model)
+    directory = str(directory_for(model))
+    if serving.is_public(host):
+        print_note(_exposed(host, api_key))
     print_note(f"{directory} at http://{host}:{port}/v1, {engine}; Ctrl-C stops")
     if engine == "vllm":
-        serving.serve_vllm(directory, host, port, context.args)
+        serving.serve_vllm(directory, host, port, context.args, api_key)
     else:
-        serving.serve_transformers(directory, host, port, context.args, partial(_prepared, compile, cache))
+        serving.serve_transformers(directory, host, port, context.args, partial(_prepared, compile, cache), api_key)
 
 
 def _prepared(compile: str, cache: str | None, model: Any) -> Any:
@@ -60,11 +67,7 @@ def _prepared(compile: str, cache: str | None, model: Any) -> Any:
     return fast(model, compile, cache_maker(model, None, cache))
 
 
-def _directory(model: str) -> str:
-    """What the engines open: a quantized directory, checked; a checkpoint's directory; a GGUF file dequantized."""
-    from qpalette.evaluate.loading import is_artifact
-    from qpalette.formats import open_artifact
-    from qpalette.storage import local_path, open_checkpoint, plain_directory
-
-    place = local_path(model)
-    return str(open_artifact(place).directory if is_artifact(place) else plain_directory(open_checkpoint(place)))
+def _exposed(host: str, key: str | None) -> str:
+    if key is None:
+        return f"warning: whoever reaches {host} may use the model; --api-key KEY asks for a key"
+    return f"warning: what goes to and from {host}, the key too, can be read on its way: put TLS before it"

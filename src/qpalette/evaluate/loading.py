@@ -42,7 +42,7 @@ def load(
         os.environ[ENVIRONMENT] = backend
     place = local_path(path)
     quantized = is_artifact(place)
-    directory = open_artifact(place).directory if quantized else plain_directory(open_checkpoint(place))
+    directory = directory_for(place)
     options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
     kind = ArtifactError if quantized else CheckpointError
     given = {name: value for name, value in options.items() if value is not None}
@@ -54,6 +54,23 @@ def load(
         raise kind(f"transformers cannot load {path} ({type(error).__name__}: {reason})") from error
 
 
+def directory_for(path: str | Path) -> Path:
+    """What transformers and the engines open: a quantized directory, checked; a checkpoint's own; a plain copy of a
+    GGUF file and of what another tool has quantized. Raises ArtifactError or CheckpointError."""
+    place = local_path(path)
+    return open_artifact(place).directory if is_artifact(place) else plain_directory(open_checkpoint(place))
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """As `load`'s, without the model. Raises as that does."""
+    directory = directory_for(path)
+    try:
+        return _tokenizer(directory)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"transformers cannot load the tokenizer of {path} ({reason})") from error
+
+
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
@@ -62,13 +79,16 @@ def load_model(
 
 
 def _read(directory: Path, options: dict[str, Any], kind: type[QPaletteError]) -> tuple[Any, Any]:
+    return read_model(directory, options, kind), _tokenizer(directory)
+
+
+def _tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
-    model = read_model(directory, options, kind)
     if not has_tokenizer(directory):
         logger.warning("%s has no tokenizer: None stands for it", directory)
-        return model, None
-    return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        return None
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
 
 
 def read_model(directory: Path, options: dict[str, Any], kind: type[QPaletteError] = CheckpointError) -> Any:

@@ -13,7 +13,7 @@ import torch
 from qpalette.core.errors import InputError
 from qpalette.evaluate.sampled_text import Progress, is_token_file, read_token_file, sample_windows
 from qpalette.evaluate.windows import check_limit, read_text, token_windows
-from qpalette.models.vocabulary import check_tokenizer, check_tokens, has_tokenizer
+from qpalette.models.vocabulary import check_tokenizer, check_tokens, context_of, has_tokenizer
 from qpalette.storage import local_path
 
 
@@ -89,8 +89,3 @@ def text_sha256(text: str | Path | None, windows: Sequence[torch.Tensor]) -> str
     if text is None or is_token_file(text):
         return hashlib.sha256(torch.cat(list(windows)).numpy().data).hexdigest()
     return hashlib.sha256(read_text(text).encode()).hexdigest()
-
-
-def context_of(model: Any) -> int | None:
-    """The most tokens that a model was made for; None when its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

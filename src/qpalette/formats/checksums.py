@@ -26,25 +26,38 @@ def checksums_bytes(names: Iterable[str]) -> int:
     return sum(len(f"{'0' * 64}  {name}\n".encode()) for name in names)
 
 
+def checked_names(directory: Path) -> list[str]:
+    """The files that SHA256SUMS names. Raises ArtifactError for a list that is missing or not of its form."""
+    return [name for _, name in _read(directory)]
+
+
 def check_checksums(directory: Path) -> int:
     """Compare every file that SHA256SUMS names; how many there are.
 
     Raises ArtifactError naming the first file that is missing or differs, and when there is no such list.
     """
+    lines = _read(directory)
+    for digest, name in lines:
+        named = directory / name
+        if not named.is_file():
+            raise ArtifactError(f"{named} is missing; download it")
+        if _sha256(named) != digest:
+            raise ArtifactError(f"{named} is not what was written: its SHA-256 differs; download it again")
+    return len(lines)
+
+
+def _read(directory: Path) -> list[tuple[str, str]]:
+    """(SHA-256, file name) of each line."""
     file = directory / CHECKSUMS
     if not file.is_file():
         raise ArtifactError(f"{file} is missing: there is nothing to compare with")
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         match = _LINE.fullmatch(line)
         if match is None:
             raise ArtifactError(f"{file}: line {number} is no SHA-256 and a file name; download it again")
-        named = directory / match[2]
-        if not named.is_file():
-            raise ArtifactError(f"{named} is missing; download it")
-        if _sha256(named) != match[1]:
-            raise ArtifactError(f"{named} is not what was written: its SHA-256 differs; download it again")
-    return len(lines)
+        found.append((match[1], match[2]))
+    return found
 
 
 def _sha256(file: Path) -> str:

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +39,35 @@ def check_port(host: str, port: int) -> None:
         raise InputError(f"{host}: {reason}") from error
 
 
+def is_public(host: str) -> bool:
+    """Whether other machines may reach a server that listens there."""
+    try:
+        return not ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host != "localhost"
+
+
 def serve_transformers(
     model: str,
     host: str,
     port: int,
     options: Sequence[str] = (),
     prepare: Callable[[Any], Any] = lambda loaded: loaded,
+    key: str | None = None,
 ) -> None:
     """`transformers serve MODEL` with `options` of that command. Returns when the server is stopped.
 
     `prepare` gives the model to serve for the one that was loaded; continuous batching, which does not call
-    `model.generate`, takes that as it is.
+    `model.generate`, takes that as it is. `key` is what a client must know. What is wrong with a request is told by
+    `guard.py`, which stands before the server.
 
     Raises InputError for an option that it does not have.
     """
+    from transformers.cli.serving import server
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.transformers import app
+
+    from qpalette.integrations.guard import guarded
 
     if "@" in model:
         raise InputError(f"{model}: transformers serve takes what follows an @ for a revision; rename the directory")
@@ -63,6 +77,7 @@ def serve_transformers(
     if "--continuous-batching" not in options:
         load = ModelManager._load_model
         setattr(ModelManager, "_load_model", lambda *given, **named: prepare(load(*given, **named)))  # noqa: B010
+    setattr(server, "build_server", guarded(server.build_server, key))  # noqa: B010 - where the command looks it up
     try:
         app(["serve", model, "--host", host, "--port", str(port), *options], standalone_mode=False)
     except Exception as error:
@@ -74,14 +89,16 @@ def serve_transformers(
         raise
 
 
-def serve_vllm(model: str, host: str, port: int, options: Sequence[str] = ()) -> None:
-    """`vllm serve MODEL` with `options` of that command. Returns when the server is stopped.
+def serve_vllm(model: str, host: str, port: int, options: Sequence[str] = (), key: str | None = None) -> None:
+    """`vllm serve MODEL` with `options` of that command, and the `key` that a client must know. Returns when the server
+    is stopped.
 
     vLLM finds the method by its entry point, in this process and in its workers.
     """
     from vllm.entrypoints.cli.main import main
 
-    sys.argv = ["vllm", "serve", model, "--host", host, "--port", str(port), *options]
+    known = [] if key is None else ["--api-key", key]
+    sys.argv = ["vllm", "serve", model, "--host", host, "--port", str(port), *known, *options]
     main()
 
 

@@ -1,4 +1,4 @@
-"""The tokens that a model knows, and the tokenizer that it may lack."""
+"""The tokens that a model knows, how many at a time, and the tokenizer that it may lack."""
 
 from __future__ import annotations
 
@@ -40,3 +40,8 @@ def check_tokens(tokens: Iterable[int], model: Any, tokenizer: Any = None) -> No
                 f"the text has token {token}{spelled}, but the model knows {known}: take the tokenizer that the model "
                 "was made with, or resize its embeddings (resize_token_embeddings) and quantize it again"
             )
+
+
+def context_of(model: Any) -> int | None:
+    """The most tokens that a model was made for; None when its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

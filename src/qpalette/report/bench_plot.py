@@ -6,30 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpalette.core.errors import InputError, UnsupportedError
+from qpalette.report.pictures import new_figure
 
 if TYPE_CHECKING:
     from qpalette.bench import Share, Speed
 
 COLORS = ("#8a8a8a", "#0b62a4", "#c2410c", "#15803d")
 PART_COLORS = ("#0b62a4", "#c2410c", "#7aa6cf", "#15803d", "#eab308", "#8a8a8a", "#d4d4d4")
-FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_plot(file: Path) -> None:
-    """Raises InputError or UnsupportedError for a picture that could not be written, before minutes of timing."""
-    if file.suffix not in FORMATS:
-        raise InputError(f"{file} must end in {', '.join(FORMATS)}")
-    if not file.absolute().parent.is_dir():
-        raise InputError(f"{file.parent} is no directory: make it first")
-    _figure()
 
 
 def draw_speeds(speeds: Sequence[Speed], shares: Mapping[str, Sequence[Share]], file: Path, device: str) -> None:
     """Write the picture: tokens per second of the whole batch against the batch size, or a bar for each model where one
     was timed; beside it where a step's time goes, when `shares` (by model) say so."""
     several = len({speed.batch for speed in speeds}) > 1
-    figure = _figure()(figsize=(12.5 if shares else 7.5, 4.6), layout="constrained")
+    figure = new_figure(12.5 if shares else 7.5, 4.6)
     panels = figure.subplots(1, 2 if shares else 1, squeeze=False)[0]
     (_draw_lines if several else _draw_bars)(panels[0], speeds)
     if shares:
@@ -81,12 +71,3 @@ def _draw_shares(axes: Any, shares: Mapping[str, Sequence[Share]]) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="where a step's time goes, microseconds")
     axes.legend(frameon=False, fontsize=8, ncols=2)
-
-
-def _figure() -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: F401 - what savefig needs
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError(f'--plot needs matplotlib ({error}): pip install "qpalette[plot]"') from error
-    return Figure

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qpalette.core.errors import InputError
+from qpalette.report.pictures import check_picture, new_figure
 from qpalette.theory import distortion_bound, gap
 
 COLUMNS = ("family", "bits", "composition", "distortion")
 COLORS = ("#0b62a4", "#c2410c", "#15803d", "#7e22ce", "#b45309", "#0f766e")
 PUBLISHED_MARKERS = {"tcq": "o", "vq": "s", "nuq": "^"}
 GRAY, BOUND = "#8a8a8a", "#111111"
-FORMATS = (".png", ".svg", ".pdf")
 
 
 class Published(NamedTuple):
@@ -61,17 +61,8 @@ def draw_palette(rows: Sequence[dict[str, Any]], file: Path, published: Sequence
 
     Raises InputError when matplotlib is not installed or `file` cannot be written.
     """
-    if file.suffix not in FORMATS:
-        raise InputError(f"{file} must end in {', '.join(FORMATS)}")
-    if not file.absolute().parent.is_dir():
-        raise InputError(f"{file.absolute().parent} does not exist; make it, or choose another place for the picture")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError('--plot needs matplotlib: pip install "qpalette[plot]"') from error
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    check_picture(file)
+    figure = new_figure(10, 4.4)
     left, right = figure.subplots(1, 2)
     series = _series(rows)
     _draw_distortion(left, series, published)

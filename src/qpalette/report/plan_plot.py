@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpalette.core.errors import InputError
+from qpalette.report.pictures import check_picture, new_figure
 
 if TYPE_CHECKING:
     from qpalette.pipeline.planning import BudgetPlan
 
-FORMATS = (".png", ".svg", ".pdf")
 PLAN, FRONT, UNIFORM, BOUND = "#c2410c", "#0b62a4", "#8a8a8a", "#111111"
 _LAYER = re.compile(r"\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -24,11 +23,8 @@ def draw_plan(found: BudgetPlan, file: Path, points: int) -> None:
 
     Raises InputError when matplotlib is not installed or `file` cannot be written.
     """
-    if file.suffix not in FORMATS:
-        raise InputError(f"{file} must end in {', '.join(FORMATS)}")
-    if not file.absolute().parent.is_dir():
-        raise InputError(f"{file.absolute().parent} does not exist; make it, or choose another place for the picture")
-    figure = _figure(10, 8)
+    check_picture(file)
+    figure = new_figure(10, 8)
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.2))
     _draw_bits(above, found)
     _draw_front(below.subplots(), found, points)
@@ -37,27 +33,16 @@ def draw_plan(found: BudgetPlan, file: Path, points: int) -> None:
 
 def bits_png(found: BudgetPlan) -> bytes:
     """The heat map alone."""
-    figure = _figure(10, 3.6)
+    figure = new_figure(10, 3.6)
     _draw_bits(figure, found)
     return _png(figure)
 
 
 def front_png(found: BudgetPlan, points: int) -> bytes:
     """The Pareto front alone."""
-    figure = _figure(10, 4.6)
+    figure = new_figure(10, 4.6)
     _draw_front(figure.subplots(), found, points)
     return _png(figure)
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError('the pictures need matplotlib: pip install "qpalette[plot]"') from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _png(figure: Any) -> bytes:

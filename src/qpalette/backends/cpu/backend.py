@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numba
 import numpy as np
 import torch
 
 from qpalette.backends.cpu.experts import CpuExperts, takes
 from qpalette.backends.cpu.layout import from_lanes, tile_rows, to_lanes
-from qpalette.backends.cpu.product import CpuProduct, one_caller, present_threads, rotated_weight
+from qpalette.backends.cpu.product import CpuProduct, rotated_weight
+from qpalette.backends.cpu.threads import parallel_caller
 from qpalette.backends.cpu.viterbi import encode_states
 from qpalette.codes import parse_spec
 from qpalette.runtime import TILES, Backend, ExpertsProduct, PackedExperts, PackedLinear, Product, Verdict
@@ -35,8 +35,7 @@ class CpuBackend(Backend):
         search = quantizer.search
         if search is None:
             return quantizer.encode(tiles)  # a table search: torch is already fast
-        with one_caller:
-            numba.set_num_threads(present_threads())
+        with parallel_caller():
             values = search.values(tiles.device).numpy()
             states = encode_states(tiles.numpy(), np.array(search.shifts), values, search.memory)
         return search.pack(torch.from_numpy(states))

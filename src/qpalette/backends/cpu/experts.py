@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf
+from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 
 from qpalette.backends.cpu import expert_kernels as kernels
 from qpalette.backends.cpu.operands import LAUNCH, MATRIX
-from qpalette.backends.cpu.product import describe, kernels_of, one_caller, present_threads
+from qpalette.backends.cpu.product import Multiplier, describe, multiplier_of
+from qpalette.backends.cpu.threads import parallel_caller, present_threads
 from qpalette.backends.cpu.transform import factors_of
 from qpalette.runtime import Gate, PackedExperts, PackedLinear, in_one_basis
 
@@ -34,7 +35,8 @@ def takes(experts: PackedExperts) -> bool:
 
 
 class CpuExperts:
-    """x [N, K], index [N, k], weights [N, k] -> [N, K], an `ExpertsProduct`; all in float32, and rounded once.
+    """x [N, K], index [N, k], weights [N, k] -> [N, K], an `ExpertsProduct`; in float32, and rounded once, but for
+    products of an x of 16 bits, which are as `CpuProduct`'s.
 
     The matrices are laid out in lanes. What is written into their tensors is seen by the next call; which experts share
     a diagonal is not asked again.
@@ -48,13 +50,15 @@ class CpuExperts:
         experts, threads = self._experts, present_threads()
         routes, shares = index.long().contiguous().numpy().reshape(-1), weights.float().contiguous().numpy()
         result = torch.empty(x.shape, dtype=torch.float32)
-        with one_caller:
-            numba.set_num_threads(threads)
+        in_bytes = x.dtype in (torch.float16, torch.bfloat16)
+        with parallel_caller():
             slots, runs = kernels.plan(routes, len(experts.last))
             owners = routes[slots]
-            first = self._first(x.float().contiguous().numpy(), slots // index.shape[1], owners, runs, threads)
+            first = self._first(
+                x.float().contiguous().numpy(), slots // index.shape[1], owners, runs, threads, in_bytes
+            )
             inner = self._gated(_biased(first, experts.first_bias, owners), x.dtype, threads)
-            outputs = self._last(inner, np.arange(len(slots)), owners, runs, threads)
+            outputs = self._last(inner, np.arange(len(slots)), owners, runs, threads, in_bytes)
             kernels.combine(_biased(outputs, experts.last_bias, owners), slots, shares, result.numpy())
         return result.to(x.dtype)
 
@@ -69,6 +73,14 @@ class CpuExperts:
         return out
 
 
+class _Table(NamedTuple):
+    """By expert and part: MATRIX, and the address of the kernel that multiplies by it; what the former points to."""
+
+    matrices: np.ndarray
+    linears: np.ndarray
+    kept: list[Multiplier]
+
+
 class _Projection:
     """Matrices [experts][parts] of one number of inputs and one rotation."""
 
@@ -76,13 +88,8 @@ class _Projection:
         first, flat = members[0][0], [member for parts in members for member in parts]
         self.inputs, self._rows = first.in_features, sum(member.out_features for member in members[0])
         self._factors = factors_of(first.rotation, first.in_features)
-        matrices = np.zeros(len(flat), MATRIX)
-        for matrix, member in zip(matrices, flat, strict=True):
-            describe(matrix, member, kernels_of(member.spec).arrays)
-        shape = len(members), len(members[0])
-        self._matrices = matrices.reshape(shape)
-        linears = [kernels.address_of(kernels_of(member.spec).linear) for member in flat]
-        self._linears = np.array(linears).reshape(shape)
+        self._shape, self._flat = (len(members), len(members[0])), flat
+        self._tables: dict[bool, _Table] = {}
         self._shared = in_one_basis(flat)
         self._diagonals = np.array([parts[0].diagonal.data_ptr() for parts in members])
         self._has_signs = np.array([parts[0].diagonal.dtype == torch.uint8 for parts in members])
@@ -93,13 +100,25 @@ class _Projection:
         self._kept = [tensor.detach() for tensors in kept for tensor in tensors]
 
     def __call__(
-        self, x: np.ndarray, sources: np.ndarray, owners: np.ndarray, runs: np.ndarray, threads: int
+        self, x: np.ndarray, sources: np.ndarray, owners: np.ndarray, runs: np.ndarray, threads: int, in_bytes: bool
     ) -> np.ndarray:
-        """x float32 [., K]; for each place the row of x and its expert, int64 -> float32 [places, rows]."""
+        """x float32 [., K]; for each place the row of x and its expert, int64 -> float32 [places, rows]. `in_bytes`:
+        where codes allow it."""
         rotated = self._rotated(x, sources, owners, threads)
         out = np.empty((len(sources), self._rows), np.float32)
-        kernels.products(self._unrotated, self._matrices, self._linears, runs, rotated, out, threads)
+        matrices, linears, _ = self._table(in_bytes)
+        kernels.products(self._unrotated, matrices, linears, runs, rotated, out, threads)
         return out
+
+    def _table(self, in_bytes: bool) -> _Table:
+        if in_bytes not in self._tables:
+            multipliers = [multiplier_of(member.spec, in_bytes) for member in self._flat]
+            matrices = np.zeros(len(multipliers), MATRIX)
+            for matrix, member, multiplier in zip(matrices, self._flat, multipliers, strict=True):
+                describe(matrix, member, multiplier)
+            linears = np.array([kernels.address_of(multiplier.linear) for multiplier in multipliers])
+            self._tables[in_bytes] = _Table(matrices.reshape(self._shape), linears.reshape(self._shape), multipliers)
+        return self._tables[in_bytes]
 
     def _rotated(self, x: np.ndarray, sources: np.ndarray, owners: np.ndarray, threads: int) -> np.ndarray:
         """Once for each row of x where all experts read it in one basis."""

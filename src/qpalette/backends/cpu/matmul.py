@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import carray, prange
+from numba import carray, get_num_threads, prange, set_num_threads
 
 from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.decoders import HALVES, WAYS, half_lane
@@ -22,6 +22,7 @@ from qpalette.backends.cpu.transform import Factors, half_multiplier, sign_multi
 LANES = simd.LANES
 TILE = 16
 BLOCK = SIDE * TILE  # rows, and columns, of a block
+AHEAD = 1024  # words: 4 KB from what is read to what is asked for
 LEAST_PRODUCTS = 1 << 17  # per thread: some 12 microseconds of work, several times what waking a thread costs
 
 
@@ -42,9 +43,10 @@ def make_kernels(way: str) -> tuple[Any, Any]:
         return w0, w1, w2, w3, w4, w5, w6, w7
 
     @kernel
-    def multiply_block(codes, base, x, stride, column, sums, words, turns, ends, numbers, table):  # type: ignore[no-untyped-def]
+    def multiply_block(codes, base, size, x, stride, column, sums, words, turns, ends, numbers, table):  # type: ignore[no-untyped-def]
         batch = x.size // stride
         for row in range(8):
+            prefetch_codes(codes, base, size, row)
             for quad in range(4):
                 w = lane_weights(codes, base, row * 4 + quad, words, turns, ends, numbers, table)
                 for b in range(batch):
@@ -63,7 +65,7 @@ def make_kernels(way: str) -> tuple[Any, Any]:
         for item in range(start, stop):
             column = item % columns
             multiply_block(
-                flat_codes, item * size, flat_x, x.shape[1], column, sums, words, turns, ends, numbers, table
+                flat_codes, item * size, size, flat_x, x.shape[1], column, sums, words, turns, ends, numbers, table
             )
             if column == columns - 1 or item == stop - 1:
                 _flush(sums, partial, batch, item // columns, codes.shape[0] * BLOCK)
@@ -105,14 +107,17 @@ def make_kernels(way: str) -> tuple[Any, Any]:
             matrix = matrix_at(launch, member)
             size += batch * matrix.block_rows * BLOCK * pieces_of(launch, matrix, batch, threads)
             products += batch * launch.features * matrix.rows
-        lanes = _spread(_rotate(launch, x, type_, batch))
+        lanes = _spread(rotate_input(launch, x, type_, batch, BLOCK))
         partial = np.zeros(size, np.float32)
         workers = min(threads, products // LEAST_PRODUCTS)
         if workers > 1:
+            before = get_num_threads()
+            set_num_threads(workers)
             multiply_in_parallel(address, lanes, threads, workers, partial)
+            set_num_threads(before)
         else:
             multiply_pieces(address, lanes, threads, 0, 1, partial)
-        _finish(launch, type_, batch, threads, partial)
+        finish(launch, type_, batch, threads, partial)
 
     @entry(f"dequantize {way}", parallel=True)
     def dequantize(codes, scales, out, words, turns, ends, numbers, table):  # type: ignore[no-untyped-def]
@@ -139,6 +144,13 @@ def make_kernels(way: str) -> tuple[Any, Any]:
 
 
 @inlined
+def prefetch_codes(codes, start, size, eighth):  # type: ignore[no-untyped-def]
+    """Ask for an eighth of `size` words, AHEAD of those that start at codes[start]."""
+    for line in range(size // LANES * eighth // 8, size // LANES * (eighth + 1) // 8):
+        simd.prefetch(codes, start + AHEAD + line * LANES)
+
+
+@inlined
 def blocks_across(launch):  # type: ignore[no-untyped-def]
     return (launch.features + BLOCK - 1) // BLOCK
 
@@ -162,8 +174,8 @@ def arrays_of(matrix):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _rotate(launch, x, type_, batch):  # type: ignore[no-untyped-def]
-    """Q s x, float32 [batch, K up to whole blocks]."""
+def rotate_input(launch, x, type_, batch, width):  # type: ignore[no-untyped-def]
+    """Q s x, float32 [batch, K up to a multiple of `width`]."""
     size = launch.features
     values = np.empty((batch, size), np.float32)
     read_values(x, type_, values.reshape(-1))
@@ -178,13 +190,13 @@ def _rotate(launch, x, type_, batch):  # type: ignore[no-untyped-def]
         carray(pointer(launch.matrices), launch.matrices_size, np.float32),
         np.float32(launch.scale),
     )
-    rotated = np.zeros((batch, blocks_across(launch) * BLOCK), np.float32)
+    rotated = np.zeros((batch, (size + width - 1) // width * width), np.float32)
     transform_rows(values, multiplier, factors, rotated)
     return rotated
 
 
 @kernel
-def _finish(launch, type_, batch, threads, partial):  # type: ignore[no-untyped-def]
+def finish(launch, type_, batch, threads, partial):  # type: ignore[no-untyped-def]
     """Add the pieces of each matrix, apply the scales, and write the results."""
     place = 0
     for member in range(launch.members):
@@ -197,7 +209,7 @@ def _finish(launch, type_, batch, threads, partial):  # type: ignore[no-untyped-
                 total = np.float32(0)
                 for piece in range(pieces):
                     total += partial[place + (piece * batch + b) * height + m]
-                results[b, m] = total * simd.half_to_float(scales[m])
+                results[b, m] = total * np.float32(matrix.step) * simd.half_to_float(scales[m])
         write_values(results.reshape(-1), type_, matrix.y)
         place += pieces * batch * height
 

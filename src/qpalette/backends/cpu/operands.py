@@ -25,8 +25,9 @@ MATRIX = np.dtype(
         # int32 [block_rows, columns of blocks, words, LANES]; int16 [rows]
         *[("codes", _ADDRESS), ("block_rows", np.int64), ("tile_words", np.int64)],
         *[("scales", _ADDRESS), ("rows", np.int64)],
-        # `decoders.Arrays`
+        # `decoders.Arrays`, and what 1 stands for in the table
         *[("words", _ADDRESS), ("turns", _ADDRESS), ("ends", _ADDRESS), ("numbers", _ADDRESS), ("table", _ADDRESS)],
+        ("step", np.float64),
         # of the results, [tokens, rows]; what changes from call to call
         ("y", _ADDRESS),
     ]

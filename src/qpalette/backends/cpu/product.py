@@ -3,18 +3,19 @@ results."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 
+from qpalette.backends.cpu.byte_decoders import byte_decoder_of
+from qpalette.backends.cpu.byte_matmul import make_byte_kernel
 from qpalette.backends.cpu.decoders import Arrays, decoder_of
 from qpalette.backends.cpu.matmul import make_kernels
 from qpalette.backends.cpu.operands import LAUNCH, MATRIX, TYPES
+from qpalette.backends.cpu.threads import one_caller, parallel_caller, present_threads
 from qpalette.backends.cpu.transform import Factors, factors_of
 from qpalette.codes import parse_spec
 from qpalette.rotate import Rotation, diagonal_of
@@ -22,26 +23,31 @@ from qpalette.runtime import PackedLinear
 
 LARGEST_FUSED_BATCH = 16  # above, decoding the matrix once and the vendor's product win
 
-# numba's default thread pool may not be entered twice at the same time, and a launch's arguments are memory of its own.
-one_caller = threading.Lock()
 
+class Multiplier(NamedTuple):
+    """A compiled `linear`, and a code as it takes it: `step` is what 1 stands for in its table."""
 
-class Kernels(NamedTuple):
     linear: Any
-    dequantize: Any
     arrays: Arrays
+    step: float
 
 
-@lru_cache(maxsize=256)
-def kernels_of(spec: str) -> Kernels:
-    way, arrays = decoder_of(parse_spec(spec))
-    return Kernels(*make_kernels(way), arrays)
+@lru_cache(maxsize=512)
+def multiplier_of(spec: str, in_bytes: bool) -> Multiplier:
+    """The one of `spec`, in bytes where that is asked for and both the code and the processor can."""
+    quantizer = parse_spec(spec)
+    found = byte_decoder_of(quantizer) if in_bytes else None
+    if found is not None:
+        return Multiplier(make_byte_kernel(found.way), found.arrays, found.step)
+    way, arrays = decoder_of(quantizer)
+    return Multiplier(make_kernels(way)[0], arrays, 1.0)
 
 
 class CpuProduct:
     """x [..., K] -> W x of each of `members`, which share diagonal and rotation and are laid out in lanes.
 
-    What is changed in place, or put in the place of a tensor's data, is seen by the next call.
+    What is changed in place, or put in the place of a tensor's data, is seen by the next call. x of 16 bits is rounded
+    further, to bytes, where a code allows it (`byte_decoders`); float32 and float64 are multiplied in float32.
     """
 
     def __init__(self, members: Sequence[PackedLinear]) -> None:
@@ -51,7 +57,7 @@ class CpuProduct:
         self._factors = factors_of(first.rotation, first.in_features)
         self._tensors = [first.diagonal, *(tensor for member in members for tensor in (member.codes, member.scales))]
         self._addresses: list[int] = []
-        self._launches: list[_Launch] = []
+        self._launches: dict[bool, list[_Launch]] = {}
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """A contiguous [..., M] for each member, of x's dtype."""
@@ -67,20 +73,25 @@ class CpuProduct:
         if batch:
             threads = present_threads()
             with one_caller:
-                for launch in self._present_launches():
+                for launch in self._present_launches(in_bytes=x.dtype != torch.float32):
                     launch.start(x.data_ptr(), type_, batch, threads, outputs)
         return outputs
 
-    def _present_launches(self) -> list[_Launch]:
+    def _present_launches(self, in_bytes: bool) -> list[_Launch]:
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         if addresses != self._addresses:
-            assert self._factors is not None
-            by_kernel: dict[Any, list[int]] = {}
-            for index, member in enumerate(self.members):
-                by_kernel.setdefault(kernels_of(member.spec).linear, []).append(index)
-            self._launches = [_Launch(*each, self.members, self._factors) for each in by_kernel.items()]
-            self._addresses = addresses
-        return self._launches
+            self._launches, self._addresses = {}, addresses
+        if in_bytes not in self._launches:
+            self._launches[in_bytes] = self._prepared(in_bytes)
+        return self._launches[in_bytes]
+
+    def _prepared(self, in_bytes: bool) -> list[_Launch]:
+        assert self._factors is not None
+        multipliers = [multiplier_of(member.spec, in_bytes) for member in self.members]
+        by_kernel: dict[Any, list[int]] = {}
+        for index, multiplier in enumerate(multipliers):
+            by_kernel.setdefault(multiplier.linear, []).append(index)
+        return [_Launch(indices, self.members, multipliers, self._factors) for indices in by_kernel.values()]
 
     def _decoded(self, x: torch.Tensor) -> list[torch.Tensor]:
         """One rotation by torch, then each matrix decoded and multiplied by the vendor's library, in x's type."""
@@ -97,14 +108,15 @@ class CpuProduct:
 class _Launch:
     """What one kernel multiplies: the members at `indices`, decoded in its way."""
 
-    def __init__(self, kernel: Any, indices: list[int], members: Sequence[PackedLinear], factors: Factors) -> None:
-        self._kernel, self._indices = kernel, indices
-        chosen = [members[index] for index in indices]
-        all_arrays = [kernels_of(member.spec).arrays for member in chosen]
+    def __init__(
+        self, indices: list[int], members: Sequence[PackedLinear], multipliers: Sequence[Multiplier], factors: Factors
+    ) -> None:
+        self._kernel, self._indices = multipliers[indices[0]].linear, indices
+        chosen = [(members[index], multipliers[index]) for index in indices]
         self._matrices, self._launch = np.zeros(len(chosen), MATRIX), np.zeros(1, LAUNCH)
-        self._kept = factors, all_arrays  # for their addresses
-        for matrix, member, arrays in zip(self._matrices, chosen, all_arrays, strict=True):
-            describe(matrix, member, arrays)
+        self._kept = factors, multipliers  # for their addresses
+        for matrix, (member, multiplier) in zip(self._matrices, chosen, strict=True):
+            describe(matrix, member, multiplier)
         first = members[0]
         _fill(
             self._launch[0],
@@ -130,8 +142,8 @@ class _Launch:
         self._kernel(self._address, x, type_, batch, threads)
 
 
-def describe(matrix: Any, member: PackedLinear, arrays: Arrays) -> None:
-    """Fill the MATRIX `matrix`, but for its results, with the addresses of `member` and of its decoder's `arrays`."""
+def describe(matrix: Any, member: PackedLinear, multiplier: Multiplier) -> None:
+    """Fill the MATRIX `matrix`, but for its results, with the addresses of `member` and of its decoder's arrays."""
     block_rows, _, tile_words, _ = member.codes.shape
     _fill(
         matrix,
@@ -140,26 +152,19 @@ def describe(matrix: Any, member: PackedLinear, arrays: Arrays) -> None:
         tile_words=tile_words,
         scales=member.scales.data_ptr(),
         rows=member.out_features,
-        **{name: _address(array) for name, array in arrays._asdict().items()},
+        step=multiplier.step,
+        **{name: _address(array) for name, array in multiplier.arrays._asdict().items()},
     )
 
 
 def rotated_weight(packed: PackedLinear) -> torch.Tensor:
     """W', float32 [M, K], of a matrix laid out in lanes."""
     weight = torch.empty(packed.out_features, packed.in_features, dtype=torch.float32)
-    kernels = kernels_of(packed.spec)
-    with one_caller:
-        numba.set_num_threads(present_threads())
-        kernels.dequantize(packed.codes.numpy(), packed.scales.numpy(), weight.numpy(), *kernels.arrays)
+    way, arrays = decoder_of(parse_spec(packed.spec))
+    _, dequantize = make_kernels(way)
+    with parallel_caller():
+        dequantize(packed.codes.numpy(), packed.scales.numpy(), weight.numpy(), *arrays)
     return weight
-
-
-_POOL = numba.get_num_threads()  # all that numba started; it can use fewer, never more
-
-
-def present_threads() -> int:
-    """As many as torch uses."""
-    return min(torch.get_num_threads(), _POOL)
 
 
 def _address(array: np.ndarray) -> int:

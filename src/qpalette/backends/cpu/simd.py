@@ -1,11 +1,13 @@
-"""Sixteen SIMD lanes as first-class values inside numba functions.
+"""SIMD registers as first-class values inside numba functions.
 
 Numba leaves vectorisation to LLVM's loop vectoriser, which gives up on the loops of a trellis (possible aliasing,
 accumulators kept in memory). These few intrinsics write the vector instructions down instead, in LLVM's portable
 vector types: the same code becomes AVX-512, AVX2 or NEON on the machine at hand.
 
-`F` is a vector of 16 float32 lanes, `I` of 16 int32 lanes; one name, one instruction (`fmaf`: x * y + z, rounded
-once). Arrays are C-contiguous; an index counts elements.
+`F` is a vector of 16 float32 lanes, `I` of 16 int32 lanes; `H` of 32 int16 lanes and `B` of 64 bytes are the same 64
+bytes. One name, one instruction (`fmaf`: x * y + z, rounded once). Arrays are C-contiguous; an index counts elements.
+
+The instructions on bytes are AVX-512's (`HAS_BYTES`): no portable vector operation stands for them.
 """
 
 from __future__ import annotations
@@ -14,38 +16,47 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.ir as ir
-from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
-_HAS_AVX512 = bool(get_host_cpu_features().get("avx512f", False))
+BYTE_FEATURES = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512vbmi2", "avx512vnni"}
+
+
+def features() -> set[str]:
+    """What numba compiles for: of this processor, unless NUMBA_CPU_FEATURES says otherwise."""
+    listed = str(cpu_target.target_context.codegen().magic_tuple()[2]).split(",")
+    return {feature[1:] for feature in listed if feature.startswith("+")}
+
+
+def can_multiply_bytes(present: set[str]) -> bool:
+    return present >= BYTE_FEATURES
+
+
+_HAS_AVX512 = "avx512f" in features()
+HAS_BYTES = can_multiply_bytes(features())
 
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
+_SHORT = ir.IntType(16)
+_BYTE = ir.IntType(8)
 
 
 class _Lanes(types.Type):
-    def __init__(self, name: str, element: ir.Type) -> None:
+    def __init__(self, name: str, element: ir.Type, count: int) -> None:
         super().__init__(name=name)
-        self.vector = ir.VectorType(element, LANES)
+        self.vector = ir.VectorType(element, count)
 
 
-class _FloatLanes(_Lanes):
-    pass
+F = _Lanes("float32x16", _FLOAT, LANES)
+I = _Lanes("int32x16", _INT, LANES)  # noqa: E741 - the counterpart of F
+H = _Lanes("int16x32", _SHORT, 2 * LANES)
+B = _Lanes("int8x64", _BYTE, 4 * LANES)
 
 
-class _IntLanes(_Lanes):
-    pass
-
-
-F = _FloatLanes("float32x16", _FLOAT)
-I = _IntLanes("int32x16", _INT)  # noqa: E741 - the counterpart of F
-
-
-@register_model(_FloatLanes)
-@register_model(_IntLanes)
+@register_model(_Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: _Lanes) -> None:
         super().__init__(dmm, fe_type, fe_type.vector)
@@ -58,7 +69,7 @@ def _element_pointer(context: Any, builder: Any, array_type: Any, array: Any, in
 
 def _splat(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(_INT, 0))
-    mask = ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES)
+    mask = ir.Constant(ir.VectorType(_INT, vector.count), [0] * vector.count)
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), mask)
 
 
@@ -129,12 +140,55 @@ def _call(name: str, vector: ir.VectorType, builder: Any, *args: Any) -> Any:
     return builder.call(function, args)
 
 
+def _reduced(name: str, scalar: ir.Type, builder: Any, lanes: Any) -> Any:
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(scalar, [lanes.type]), f"llvm.vector.reduce.{name}"
+    )
+    return builder.call(function, [lanes])
+
+
+def _define_butterfly(distance: int) -> Any:
+    """a + b in the lane of a, a - b in that of b, for lanes `distance` apart, a power of two."""
+    partners = ir.Constant(ir.VectorType(_INT, LANES), [lane ^ distance for lane in range(LANES)])
+    signs = ir.Constant(F.vector, [-1.0 if lane & distance else 1.0 for lane in range(LANES)])
+
+    def emit(builder: Any, lanes: Any) -> Any:
+        partner = builder.shuffle_vector(lanes, ir.Constant(F.vector, ir.Undefined), partners)
+        return _call("fma.v16f32", F.vector, builder, lanes, signs, partner)
+
+    return _define((F, F), emit)
+
+
+def _define_load_quarter(lanes: _Lanes) -> Any:
+    @intrinsic
+    def load_quarter(typing_context, array, index):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            count = lanes.vector.count // 4
+            quarter = ir.VectorType(lanes.vector.element, count)
+            pointer = _element_pointer(context, builder, signature.args[0], *args)
+            loaded = builder.load(builder.bitcast(pointer, quarter.as_pointer()), align=1)
+            mask = ir.Constant(ir.VectorType(_INT, lanes.vector.count), [i % count for i in range(lanes.vector.count)])
+            return builder.shuffle_vector(loaded, ir.Constant(quarter, ir.Undefined), mask)
+
+        return lanes(array, types.intp), codegen
+
+    return load_quarter
+
+
+butterfly1, butterfly2, butterfly4, butterfly8 = (_define_butterfly(distance) for distance in (1, 2, 4, 8))
 loadf = _define_load(F)
 loadi = _define_load(I)
+loadb = _define_load(B, 1)
+load_quarterf = _define_load_quarter(F)  # the 16 bytes at array[index], four times
+load_quarteri = _define_load_quarter(I)
+load_quarterb = _define_load_quarter(B)
 load_splatf = _define_load_splat(F)
 load_splati = _define_load_splat(I)
+load_splath = _define_load_splat(H)
 splatf = _define_splat(F, types.float32)
 splati = _define_splat(I, types.int32)
+splath = _define_splat(H, types.int16)
+splatb = _define_splat(B, types.int8)
 
 
 @intrinsic
@@ -159,11 +213,12 @@ def float_to_half(typing_context, value):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
-    """Write sixteen lanes (float32 or int32) at array[index : index + 16]."""
+    """Write all lanes of a vector from array[index] on."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         pointer = _element_pointer(context, builder, signature.args[0], args[0], args[1])
-        builder.store(args[2], builder.bitcast(pointer, signature.args[2].vector.as_pointer()), align=4)
+        alignment = signature.args[0].dtype.bitwidth // 8
+        builder.store(args[2], builder.bitcast(pointer, signature.args[2].vector.as_pointer()), align=alignment)
         return context.get_dummy_value()
 
     return types.none(array, types.intp, value), codegen
@@ -181,6 +236,23 @@ def store_narrow(typing_context, array, index, value):  # type: ignore[no-untype
         return context.get_dummy_value()
 
     return types.none(array, types.intp, I), codegen
+
+
+@intrinsic
+def prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
+    """Ask for the cache line of array[index], which may lie outside."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        bytes_ = ir.IntType(8).as_pointer()
+        pointer = builder.bitcast(_element_pointer(context, builder, signature.args[0], *args), bytes_)
+        arguments = [bytes_, _INT, _INT, _INT]
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0i8"
+        )
+        builder.call(function, [pointer, _INT(0), _INT(3), _INT(1)])  # to read, into all levels, data
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), codegen
 
 
 @intrinsic
@@ -220,7 +292,76 @@ ori = _define((I, I, I), lambda b, x, y: b.or_(x, y))
 shli = _define((I, I, I), lambda b, x, y: b.shl(x, y))
 shri = _define((I, I, I), lambda b, x, y: b.lshr(x, y))
 mini = _define((I, I, I), lambda b, x, y: _call("smin.v16i32", I.vector, b, x, y))
+maxi = _define((I, I, I), lambda b, x, y: _call("smax.v16i32", I.vector, b, x, y))
+largest = _define((types.int32, I), lambda b, x: _reduced("smax.v16i32", _INT, b, x))
+total = _define((types.int32, I), lambda b, x: _reduced("add.v16i32", _INT, b, x))
 funnel_shift_right = _define((I, I, I, I), lambda b, hi, lo, n: _call("fshr.v16i32", I.vector, b, hi, lo, n))
 to_float = _define((F, I), lambda b, x: b.sitofp(x, F.vector))
+to_nearest = _define((I, F), lambda b, x: b.fptosi(_call("rint.v16f32", F.vector, b, x), I.vector))
+scalar_of_bits = _define((types.float32, types.int32), lambda b, x: b.bitcast(x, _FLOAT))
 bits_of_float = _define((I, F), lambda b, x: b.bitcast(x, I.vector))
 float_of_bits = _define((F, I), lambda b, x: b.bitcast(x, F.vector))
+
+
+def _splat_constant(value: int, lanes: _Lanes) -> ir.Constant:
+    return ir.Constant(lanes.vector, [value] * lanes.vector.count)
+
+
+def _select_bits(builder: Any, mask: ir.Constant, ones: Any, zeros: Any) -> Any:
+    return builder.or_(builder.and_(ones, mask), builder.and_(zeros, builder.not_(mask)))
+
+
+def _is_negative(builder: Any, lanes: Any) -> Any:
+    return builder.icmp_signed("<", lanes, ir.Constant(B.vector, [0] * B.vector.count))
+
+
+def _high_halves(builder: Any, even: Any, odd: Any) -> Any:
+    kept = builder.lshr(even, _splat_constant(16, I))
+    return builder.bitcast(_select_bits(builder, _splat_constant(-(1 << 16), I), odd, kept), H.vector)
+
+
+def _low_halves(builder: Any, even: Any, odd: Any) -> Any:
+    moved = builder.shl(odd, _splat_constant(16, I))
+    return builder.bitcast(_select_bits(builder, _splat_constant(-(1 << 16), I), moved, even), H.vector)
+
+
+def _low_bytes(builder: Any, even: Any, odd: Any) -> Any:
+    moved = builder.shl(odd, _splat_constant(8, H))
+    return builder.bitcast(_select_bits(builder, _splat_constant(0xFF, H), even, moved), B.vector)
+
+
+def _high_bytes(builder: Any, even: Any, odd: Any) -> Any:
+    kept = builder.lshr(even, _splat_constant(8, H))
+    return builder.bitcast(_select_bits(builder, _splat_constant(0xFF, H), kept, odd), B.vector)
+
+
+def _lookup64(builder: Any, table: Any, index: Any) -> Any:
+    return _call("x86.avx512.permvar.qi.512", B.vector, builder, table, index)
+
+
+def _lookup128(builder: Any, low: Any, high: Any, index: Any) -> Any:
+    return _call("x86.avx512.vpermi2var.qi.512", B.vector, builder, low, index, high)
+
+
+def _dot_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
+    words = [builder.bitcast(each, I.vector) for each in (unsigned, signed)]
+    return _call("x86.avx512.vpdpbusd.512", I.vector, builder, total, *words)
+
+
+# Halves and bytes of two vectors side by side: the first's at even places (low in a lane), the second's at odd ones.
+high_halves = _define((H, I, I), _high_halves)
+low_halves = _define((H, I, I), _low_halves)
+high_bytes = _define((B, H, H), _high_bytes)
+low_bytes = _define((B, H, H), _low_bytes)
+addh = _define((H, H, H), lambda b, x, y: b.add(x, y))
+mulh = _define((H, H, H), lambda b, x, y: b.mul(x, y))
+shlh = _define((H, H, H), lambda b, x, y: b.shl(x, y))
+shrh = _define((H, H, H), lambda b, x, y: b.lshr(x, y))
+shift_in_halves = _define((H, H, H, H), lambda b, hi, lo, n: _call("fshr.v32i16", H.vector, b, hi, lo, n))
+addb = _define((B, B, B), lambda b, x, y: b.add(x, y))
+bytes_of_halves = _define((B, H), lambda b, x: b.bitcast(x, B.vector))
+where_negative = _define((B, B, B, B), lambda b, sign, x, y: b.select(_is_negative(b, sign), x, y))
+negate_where_negative = _define((B, B, B), lambda b, sign, x: b.select(_is_negative(b, sign), b.neg(x), x))
+lookup64 = _define((B, B, B), _lookup64)  # (entries, index): index mod 64
+lookup128 = _define((B, B, B, B), _lookup128)  # (entries 0-63, entries 64-127, index): index mod 128
+dot_bytes = _define((I, I, B, B), _dot_bytes)  # (total, unsigned, signed): each lane's total plus its four products

@@ -53,6 +53,11 @@ def factors_of(name: str, dim: int) -> Factors | None:
 def _butterflies(row, size, order, inner):  # type: ignore[no-untyped-def]
     """Sylvester-Hadamard of `order` along elements `inner` apart, unnormalised, in place."""
     half = inner
+    if inner == 1 and order >= simd.LANES:
+        for start in range(0, size, simd.LANES):
+            lanes = simd.butterfly2(simd.butterfly1(simd.loadf(row, start)))
+            simd.store(row, start, simd.butterfly8(simd.butterfly4(lanes)))
+        half = simd.LANES
     while half < order * inner:
         for start in range(0, size, 2 * half):
             for i in range(start, start + half):

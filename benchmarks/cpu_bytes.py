@@ -1,0 +1,106 @@
+"""Products in bytes beside those in float32, on the processor, in one run: speed, and what the rounding costs.
+
+    python benchmarks/cpu_bytes.py [--spec tcq-3 ...] [--threads 1 --threads 2]
+    python benchmarks/cpu_bytes.py --model MODEL --artifact OUT [--artifact OUT ...] --text FILE
+
+Times are of prepared products, rotation and Python included; both kinds take turns, and the least of each counts. KL is
+to the original in float32, on the same tokens; every product of the model is of the one kind or of the other.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partialmethod
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+from unittest.mock import patch
+
+import torch
+import typer
+from report import processor, report
+
+from qpalette.codes import parse_spec
+from qpalette.evaluate import evaluate_models, load_model, token_windows
+from qpalette.rotate import pack_signs, random_signs, rotation_for
+from qpalette.runtime import PackedLinear, Product, backends
+
+CPU = backends()["cpu"]
+SPECS = ["tcq-4", "tcq-3", "tcq-2", "nuq-4", "nuq-3", "vq-4", "vq-3"]
+SHAPES = [(576, 576), (1536, 576), (2048, 8192), (8192, 2048)]
+BATCHES = [1, 8]
+TURNS = 30
+
+
+def random_product(spec: str, rows: int, columns: int) -> Product:
+    shape = (-(-rows // 16), -(-columns // 16), parse_spec(spec).words_per_tile)
+    packed = PackedLinear(
+        codes=CPU.to_layout(torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)),
+        scales=torch.ones(rows).half().view(torch.int16),
+        diagonal=pack_signs(random_signs(columns, 0, spec)),
+        spec=spec,
+        rotation=rotation_for(columns, "full").name,
+        out_features=rows,
+        in_features=columns,
+        layout=CPU.layout,
+    )
+    return CPU.product([packed])
+
+
+def seconds(product: Product, x: torch.Tensor) -> float:
+    start = time.perf_counter()
+    product(x)
+    return time.perf_counter() - start
+
+
+def timed(spec: str, rows: int, columns: int, batch: int, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    product, x = random_product(spec, rows, columns), torch.randn(batch, columns)
+    kinds = {"float32": x, "bytes": x.bfloat16()}
+    best = {kind: float("inf") for kind in kinds}
+    for _ in range(TURNS):
+        best = {kind: min(best[kind], seconds(product, x)) for kind, x in kinds.items()}
+    facts = {"spec": spec, "shape": f"{rows}x{columns}", "batch": batch, "threads": threads}
+    speeds = {f"{kind} Gw/s": rows * columns / least / 1e9 for kind, least in best.items()}
+    return facts | speeds | {"ratio": best["float32"] / best["bytes"]}
+
+
+def losses(model: str, artifacts: list[Path], text: Path, windows: int, length: int) -> list[dict[str, Any]]:
+    prepared: Any = import_module("qpalette.backends.cpu.product")
+    present = prepared.CpuProduct._present_launches
+    original, tokenizer = load_model(model)
+    chosen, rows = token_windows(text, tokenizer, length, windows), []
+    for artifact in artifacts:
+        packed, kl = load_model(artifact)[0], {}
+        for kind in ("float32", "bytes"):
+            of_kind = partialmethod(lambda self, kind, in_bytes: present(self, kind == "bytes"), kind)
+            with (
+                patch.object(prepared, "LARGEST_FUSED_BATCH", length),  # no product decodes its matrix first
+                patch.object(prepared.CpuProduct, "_present_launches", of_kind),
+            ):
+                kl[kind] = evaluate_models(packed, original, chosen).kl
+        rows.append({"artifact": artifact.name, **{f"KL {kind}": value for kind, value in kl.items()}})
+        rows[-1]["ratio"] = kl["bytes"] / kl["float32"]
+    return rows
+
+
+def main(
+    spec: Annotated[list[str] | None, typer.Option()] = None,
+    threads: Annotated[list[int] | None, typer.Option()] = None,
+    model: str | None = None,
+    artifact: Annotated[list[Path] | None, typer.Option()] = None,
+    text: Path | None = None,
+    windows: int = 4,
+    length: int = 512,
+) -> None:
+    if model is None or text is None:
+        cases = [(*shape, batch, n) for shape in SHAPES for batch in BATCHES for n in threads or [1, 2]]
+        rows = [timed(each, *case) for each in spec or SPECS for case in cases]
+        report("cpu_bytes", processor(), rows, turns=TURNS)
+    else:
+        rows = losses(model, artifact or [], text, windows, length)
+        report("cpu_bytes_kl", processor(), rows, text=text.name, windows=windows, length=length)
+
+
+if __name__ == "__main__":
+    typer.run(main)

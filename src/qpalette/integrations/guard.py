@@ -1,0 +1,265 @@
+"""What stands before transformers' server: bad requests are told in one line, and work stops with its client.
+
+Its handlers trust a request: a prompt beyond the context or a negative number of tokens is computed for minutes, what
+is no list of messages is an error 500, a client that has left is answered all the same, and anybody may have another
+model loaded. All of that ends here, with the errors that OpenAI's clients know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+from fastapi import FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers.generation.streamers import BaseStreamer
+
+from qpalette.models.vocabulary import context_of
+
+OPEN = "/health"  # without a key
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", OPEN)
+OF_EACH = ("max_new_tokens", "eos_token_id")  # what continuous batching takes from each request
+
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Asked(BaseModel):
+    """What all requests may say. Other fields are looked at by transformers, which refuses those it does not know."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] | None = None
+    frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None  # transformers multiplies by 1 + it
+    stop: str | Annotated[list[str], Field(min_length=1)] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d+$")], float] | None = None
+    generation_config: str | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: str
+    text: str = ""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: str
+    content: str | list[_Part] | None = None
+    tool_calls: list[dict[str, Any]] = []
+
+
+class _Chat(_Asked):
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+
+
+class _Completion(_Asked):
+    prompt: str
+    max_tokens: Count | None = None
+
+
+class _Response(_Asked):
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_output_tokens: Count | None = None
+
+
+class _Handler:
+    """A handler of transformers, asked only for what it can do."""
+
+    def __init__(self, handler: Any, kind: type[_Asked]) -> None:
+        self._handler, self._kind = handler, kind
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        try:
+            self._kind.model_validate(body)
+        except ValidationError as error:
+            raise HTTPException(400, _told(error.errors()[0])) from error
+        try:
+            return await self._handler.handle_request(body, request_id)
+        except (ValueError, TypeError, KeyError, TemplateError) as error:  # how transformers and templates refuse
+            reason = str(error).strip().partition("\n")[0]
+            raise HTTPException(400, f"the request cannot be answered ({type(error).__name__}: {reason})") from error
+
+
+class _Manager:
+    """A generation manager of transformers whose requests fit the model's context, and stop with their clients."""
+
+    def __init__(self, manager: Any, batches: bool) -> None:
+        self._manager, self._batches = manager, batches
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **more: Any) -> Any:
+        self._check(model, inputs, gen_config)
+        return self._manager.generate_streaming(model, processor, inputs, gen_config, **more)
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> Any:
+        self._check(model, inputs, gen_config)
+        stop = _Stop()
+        given = inputs if self._batches else {**inputs, "streamer": stop}
+        work = asyncio.ensure_future(
+            self._manager.generate_non_streaming(model, processor, given, gen_config, request_id=request_id)
+        )
+        try:
+            return await asyncio.shield(work)  # a thread sets its result, cancelled or not
+        except asyncio.CancelledError:
+            stop.gone.set()
+            work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else looks at it
+            if self._batches:
+                self._manager._cb.cancel_request(request_id)
+                work.cancel()
+            raise
+
+    def _check(self, model: Any, inputs: Any, gen_config: Any) -> None:
+        """Raises HTTPException for a prompt that does not fit, and for what a batch would not do without a word."""
+        _fit(model, inputs, gen_config)
+        if self._batches:
+            said = {name: value for name, value in gen_config.to_dict().items() if name not in OF_EACH}
+            first = vars(self._manager).setdefault("first_asked_for", said)
+            if differing := sorted(name for name in said | first if said.get(name) != first.get(name)):
+                raise HTTPException(
+                    400,
+                    f"continuous batching answers all requests as the first one: {differing[0]} is "
+                    f"{first.get(differing[0])}, not {said.get(differing[0])}",
+                )
+
+
+class _ClientGone(Exception):
+    """Ends a generation that nobody waits for."""
+
+
+class _Stop(BaseStreamer):
+    """Ends `generate` before its next step."""
+
+    def __init__(self) -> None:
+        self.gone = threading.Event()
+
+    def put(self, value: Any) -> None:
+        if self.gone.is_set():
+            raise _ClientGone
+
+    def end(self) -> None:
+        """All was written."""
+
+
+def _fit(model: Any, inputs: Any, gen_config: Any) -> None:
+    """No more new tokens than the context has room for. Raises HTTPException where there is none, or no prompt."""
+    ids = inputs["input_ids"]
+    length = len(ids) if isinstance(ids, list) else ids.shape[-1]
+    if length == 0:
+        raise HTTPException(400, "the prompt is empty")
+    context = context_of(model)
+    if context is None:
+        return
+    if length >= context:
+        raise HTTPException(400, f"the prompt has {length} tokens and the model's context is {context}: shorten it")
+    if gen_config.max_new_tokens is not None:
+        gen_config.max_new_tokens = min(gen_config.max_new_tokens, context - length)
+
+
+def guarded(build: Callable[..., FastAPI], key: str | None) -> Callable[..., Any]:
+    """transformers' `build_server`, whose arguments these are, with all of this before it. `key`: what a client has to
+    know, as OpenAI's clients send it."""
+
+    def build_guarded(
+        model_manager: Any, chat_handler: Any, completion_handler: Any, response_handler: Any, **more: Any
+    ) -> Any:
+        state = more["generation_state"]
+        manager_of = state.get_manager
+        state.get_manager = lambda model_id, use_cb=False: _Manager(manager_of(model_id, use_cb=use_cb), use_cb)
+        app = build(
+            model_manager,
+            _Handler(chat_handler, _Chat),
+            completion_handler=_Handler(completion_handler, _Completion),
+            response_handler=_Handler(response_handler, _Response),
+            **more,
+        )
+        app.exception_handler(HTTPException)(_one_line)
+        app.exception_handler(RequestValidationError)(_no_object)
+        return _Guard(app, key)
+
+    return build_guarded
+
+
+async def _one_line(request: Any, error: HTTPException) -> JSONResponse:
+    return _error(error.status_code, str(error.detail))
+
+
+async def _no_object(request: Any, error: RequestValidationError) -> JSONResponse:
+    return _error(400, "the request is no JSON object")
+
+
+class _Guard:
+    """The outermost ASGI application: paths, the key, and clients that leave."""
+
+    def __init__(self, app: FastAPI, key: str | None) -> None:
+        self._app, self._key = app, key
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        if scope["path"] not in PATHS:
+            return await _error(404, f"there is no {scope['path']} here: {', '.join(PATHS)}")(scope, receive, send)
+        if not self._knows_key(scope):
+            return await _error(401, "the server asks for its key: Authorization: Bearer KEY")(scope, receive, send)
+        await self._while_heard(scope, receive, send)
+
+    def _knows_key(self, scope: Any) -> bool:
+        if self._key is None or scope["path"] == OPEN or scope["method"] == "OPTIONS":  # a browser asks without it
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, f"Bearer {self._key}".encode())
+
+    async def _while_heard(self, scope: Any, receive: Receive, send: Send) -> None:
+        """The application, cancelled when its client leaves: a handler that waits for an answer does not look."""
+        heard: asyncio.Queue[Any] = asyncio.Queue()
+
+        async def listen() -> None:
+            message: Any = {}
+            while message.get("type") != "http.disconnect":
+                message = await receive()
+                heard.put_nowait(message)
+
+        work = asyncio.ensure_future(self._app(scope, heard.get, send))
+        client = asyncio.ensure_future(listen())
+        try:
+            await asyncio.wait({work, client}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            client.cancel()
+            if work.cancel():
+                await asyncio.wait({work})
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+
+
+def _told(error: Any) -> str:
+    """Such as "max_tokens: Input should be greater than or equal to 1, got -5"."""
+    place = ".".join(map(str, error["loc"]))
+    given = json.dumps(error["input"], default=str)
+    return f"{place}: {error['msg']}" + ("" if error["type"] == "missing" else f", got {given[:80]}")

@@ -1,0 +1,258 @@
+"""Products in bytes on the processor: exact but for two roundings, of which both are bounded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qpalette.backends.cpu import byte_decoders, simd
+from qpalette.backends.cpu.byte_decoders import ACTIVATION_ERROR, MOST_ADDED_ERROR, byte_decoder_of
+from qpalette.backends.cpu.byte_matmul import BLOCK, GROUP, PAIR, TILE, to_bytes
+from qpalette.backends.cpu.product import multiplier_of
+from qpalette.codes import full_palette, parse_spec
+from qpalette.codes.tiles import from_tiles
+from qpalette.rotate import Rotation, pack_signs, random_signs, rotation_for, unpack_signs
+from qpalette.runtime import PackedLinear, backends
+from tolerance import float32_error
+
+CPU, REF = backends()["cpu"], backends()["ref"]
+IN_BYTES = ["tcq-1", "tcq-2.375-L12", "tcq-3.25", "tcq-4", "nuq-2", "nuq-4", "vq-1.5", "vq-3", "vq-4"]
+needs_bytes = pytest.mark.skipif(not simd.HAS_BYTES, reason="this processor has no AVX-512 VBMI and VNNI")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_linear(spec: str, rows: int, inputs: int, rotation: str = "full") -> PackedLinear:
+    shape = (-(-rows // 16), -(-inputs // 16), parse_spec(spec).words_per_tile)
+    return PackedLinear(
+        codes=torch.randint(-(2**31), 2**31, shape, generator=generator(1), dtype=torch.int32),
+        scales=(torch.rand(rows, generator=generator(2)) + 0.5).half().view(torch.int16),
+        diagonal=pack_signs(random_signs(inputs, 7, "test")),
+        spec=spec,
+        rotation=rotation_for(inputs, rotation).name,
+        out_features=rows,
+        in_features=inputs,
+    )
+
+
+def rounded_weight(packed: PackedLinear) -> torch.Tensor:
+    """W' with its entries rounded to bytes, float64."""
+    decoder = byte_decoder_of(parse_spec(packed.spec))
+    assert decoder is not None
+    tiles = REF.decode(packed.spec, packed.codes.flatten(0, 1)).reshape(*packed.codes.shape[:2], -1)
+    entries = from_tiles(tiles, packed.out_features, packed.in_features)
+    scales = packed.scales.view(torch.float16).double()
+    return torch.round(entries / decoder.step).double() * decoder.step * scales[:, None]
+
+
+def groups_of(size: int) -> torch.Tensor:
+    """The group of each column: the same tile of the left and of the right block of a pair."""
+    column = torch.arange(size)
+    return column // PAIR * (PAIR // GROUP) + column % BLOCK // TILE
+
+
+def rounded_activations(rotated: torch.Tensor) -> torch.Tensor:
+    """float32 [N, K] -> the same, each group rounded to 255 steps, float64. In the arithmetic of the definition."""
+    group = groups_of(rotated.shape[1])
+    index = group.expand_as(rotated)
+    largest = torch.zeros(len(rotated), int(group.max()) + 1).scatter_reduce(1, index, rotated.abs(), "amax")
+    inverse = torch.where(largest > 0, torch.tensor(127.0) / largest, 0)  # 127 / largest is a product in torch
+    return torch.round(rotated * inverse[:, group]).double() * (largest / 127).double()[:, group]
+
+
+def rotated_input(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    rotation = Rotation.parse(packed.rotation, packed.in_features)
+    return rotation.apply(x.double() * unpack_signs(packed.diagonal, packed.in_features))
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@needs_bytes
+@pytest.mark.parametrize("middle", [0, 128])
+def test_activations_are_rounded_by_groups_of_columns(middle: int) -> None:
+    x = torch.randn(5, 3 * PAIR, generator=generator(3)) * torch.logspace(-30, 30, 5)[:, None]
+    x[1, groups_of(3 * PAIR) == 2] = 0
+    words, scales, offsets = to_bytes(x.numpy(), middle)
+    levels = torch.from_numpy(words.view(np.int8)).reshape(5, 3, 8, 4, 2, 2)  # pair, columns, tile, block, column
+    levels = levels.permute(0, 1, 4, 3, 2, 5).reshape(5, -1)
+    group = groups_of(3 * PAIR)
+    found = levels.double() * torch.from_numpy(scales).double().reshape(5, -1)[:, group]
+    assert torch.equal(found, rounded_activations(x))
+    sums = torch.zeros(5, 12, dtype=torch.int32).index_add(1, group, levels.int())
+    assert np.array_equal(offsets, -middle * sums.flatten().numpy())
+
+
+@needs_bytes
+@pytest.mark.parametrize("spec", IN_BYTES)
+@pytest.mark.parametrize("shape", [(64, 16), (16, 80), (70, 20), (257, 208), (5, 256), (130, 576)])
+def test_nothing_but_the_rounding_to_bytes(spec: str, shape: tuple[int, int]) -> None:
+    """Of small integers, with rotations whose factors are powers of two, so that the rotation is exact."""
+    packed = random_linear(spec, *shape, "block")
+    inputs = shape[1]
+    for batch in (1, 2, 16):
+        x = torch.randint(-9, 10, (batch, inputs), generator=generator(4)).half()
+        rotated = (
+            rotated_input(x, packed).mul(16).round() / 16
+        )  # what it is but for rounding: the scale is 1/16 or more
+        levels = rounded_activations(rotated.float())
+        wanted = levels @ rounded_weight(packed).T
+        # One rounding of each result to float16; in float32 sums over pairs of blocks and four lanes, three scales.
+        size, terms = wanted.square().mean().sqrt(), -(-inputs // PAIR) + 4 + 3
+        bound = torch.finfo(torch.float16).eps / 2 * wanted.abs() + 4 * float32_error(terms) * size
+        within = {
+            "found": CPU.linear(x, packed).double(),
+            "activations as they are": rotated @ rounded_weight(packed).T,
+            "weights as they are": levels @ REF.rotated_weight(packed).double().T,
+        }
+        passed = {name for name, result in within.items() if bool(((result - wanted).abs() <= bound).all())}
+        assert passed == {"found"} or (passed == {"found", "weights as they are"} and spec == "nuq-2")
+
+
+@needs_bytes
+@pytest.mark.parametrize("spec", IN_BYTES)
+def test_the_roundings_cost_what_is_said(spec: str) -> None:
+    """Gaussian activations: errors of inputs and of weights are independent of everything, so their squares add."""
+    quantizer = parse_spec(spec)
+    decoder = byte_decoder_of(quantizer)
+    packed, inputs = random_linear(spec, 400, 1024), 1024
+    x = torch.randn(16, inputs, generator=generator(5)).half()
+    exact = rotated_input(x, packed) @ REF.rotated_weight(packed).double().T
+    error = relative_error(CPU.linear(x, packed), exact) ** 2
+    entries = quantizer.entries().double()
+    of_weights = (
+        torch.round(entries / decoder.step) * decoder.step - entries
+    ).square().mean() / entries.square().mean()
+    type_ = torch.finfo(torch.float16).eps ** 2 / 12
+    assert error == pytest.approx(ACTIVATION_ERROR + float(of_weights) + type_, rel=0.15)  # of 500 groups
+    assert ACTIVATION_ERROR / quantizer.claimed_distortion < 0.01
+
+
+@needs_bytes
+def test_only_codes_that_lose_little_are_multiplied_in_bytes() -> None:
+    for quantizer in full_palette():
+        decoder = byte_decoder_of(quantizer)
+        if decoder is not None:
+            entries = quantizer.entries().double()
+            error = (torch.round(entries / decoder.step) * decoder.step - entries).square().mean()
+            assert error + ACTIVATION_ERROR < MOST_ADDED_ERROR * quantizer.claimed_distortion
+    assert {spec for spec in IN_BYTES if byte_decoder_of(parse_spec(spec)) is None} == set()
+    for spec in ("tcq-3-L18", "tcq-2-L20", "tcq-4.125", "tcq2-2", "vq-4.5", "nuq-8"):
+        assert byte_decoder_of(parse_spec(spec)) is None, spec
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(bad: float) -> None:
+    x = torch.ones(2, 96, dtype=torch.bfloat16)
+    x[1, 50] = bad
+    y = CPU.linear(x, random_linear("tcq-3", 40, 96))
+    assert y[0].isfinite().all()
+    assert not y[1].isfinite().any()
+
+
+def test_zeros_and_the_smallest_numbers() -> None:
+    x = torch.stack([torch.zeros(96), torch.full((96,), 1e-39)]).bfloat16()
+    assert torch.equal(CPU.linear(x, random_linear("vq-3", 40, 96)), torch.zeros(2, 40, dtype=torch.bfloat16))
+
+
+@needs_bytes
+@pytest.mark.parametrize("spec", ["tcq-2-L12", "nuq-4", "vq-3"])
+def test_the_same_bits_with_any_number_of_threads(spec: str) -> None:
+    packed = random_linear(spec, 1000, 576)
+    x = torch.randn(3, 576, generator=generator(6)).bfloat16()
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(CPU.linear(x, packed))
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@needs_bytes
+def test_a_token_has_the_same_bits_in_any_batch() -> None:
+    packed = random_linear("tcq-2-L12", 100, 208)
+    x = torch.randn(16, 208, generator=generator(7)).bfloat16()
+    together = CPU.linear(x, packed)
+    assert all(torch.equal(CPU.linear(x[i : i + 1], packed), together[i : i + 1]) for i in range(16))
+
+
+def test_float32_is_multiplied_in_float32() -> None:
+    packed = random_linear("tcq-2-L12", 40, 96)
+    x = torch.randn(2, 96, generator=generator(8))
+    exact = rotated_input(x, packed) @ REF.rotated_weight(packed).double().T
+    for dtype in (torch.float32, torch.float64):
+        assert relative_error(CPU.linear(x.to(dtype), packed), exact) < float32_error(96 * 3)
+
+
+@pytest.fixture
+def without_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    caches = byte_decoder_of, multiplier_of
+    monkeypatch.setattr(byte_decoders.simd, "HAS_BYTES", False)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("without_bytes")
+def test_without_the_instructions_products_are_in_float32() -> None:
+    packed = random_linear("tcq-2-L12", 40, 96)
+    x = torch.randn(2, 96, generator=generator(8)).half()
+    assert torch.equal(CPU.linear(x, packed), CPU.linear(x.float(), packed).half())
+
+
+IN_A_PROCESS = """
+import sys, torch
+sys.path += ["tests", "tests/backend"]
+torch.set_num_threads(1)
+from test_cpu_bytes import CPU, random_linear, simd
+packed, x = random_linear("tcq-2-L12", 600, 576), torch.ones(16, 576).half()
+"""
+
+
+def in_a_process(program: str, **variables: str) -> str:
+    environment = os.environ | variables
+    command = [sys.executable, "-c", IN_A_PROCESS + program]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.skipif(not simd.HAS_BYTES, reason="nothing to mask: it is what the other tests run on")
+def test_a_processor_without_the_instructions_takes_the_path_that_it_has() -> None:
+    """Compiled without them, as numba would be there: whatever asks for one does not compile."""
+    gone = {feature for feature in simd.features() if feature.startswith("avx512")}
+    program = "y = CPU.linear(x, packed); print(simd.HAS_BYTES, torch.equal(y, CPU.linear(x.float(), packed).half()))"
+    features = ",".join(f"-{each}" if each in gone else f"+{each}" for each in sorted(simd.features()))
+    assert in_a_process(program, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=features) == "False True\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_threads_asked_for_are_threads_used() -> None:
+    """One: torch still says so afterwards, and products start none."""
+    program = """
+import os
+threads = len(os.listdir("/proc/self/task"))
+CPU.linear(x, packed), CPU.linear(x[:1].float(), packed)
+print(torch.get_num_threads(), len(os.listdir("/proc/self/task")) - threads)
+"""
+    assert in_a_process(program) == "1 0\n"
+
+
+@needs_bytes
+@pytest.mark.parametrize("missing", sorted(simd.BYTE_FEATURES))
+def test_every_feature_is_asked_for(missing: str) -> None:
+    assert not simd.can_multiply_bytes(simd.features() - {missing})
