@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -45,6 +45,9 @@ class PackedModule(nn.Module):
 
     qp_codes: torch.Tensor
     type_of: torch.Tensor
+    exchanged: ClassVar[int] = (
+        0  # grows whenever an attribute of any such module is set: tensors, hooks, what is fitted
+    )
     transposed = False  # whether its weight is shown as in_features x out_features
 
     def __init__(
@@ -197,6 +200,10 @@ class PackedModule(nn.Module):
     def packed_repr(self) -> str:
         bits = float(counted_bits(self.record).rate)
         return f"spec={self.record.spec}, rotation={self.record.rotation}, bits={bits:.4g}, layout={self.layout}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        PackedModule.exchanged += 1
 
     def _check_buffers(self) -> None:
         for name, (dtype, shape) in expected_tensors(self.record).items():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -11,8 +11,10 @@ from torch import nn
 from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord
 from qpalette.models.resolver import Place
+from qpalette.nn.packed_module import PackedModule
 from qpalette.nn.packed_weight import PackedStack
 from qpalette.nn.quant_linear import QuantLinear
+from qpalette.runtime import Gate, PackedExperts, PreparedExperts, in_runs, packed_experts, recognise
 
 DOWN = "down_proj"  # the parameter of what comes last, in every class that holds experts
 
@@ -21,8 +23,12 @@ class QuantExperts(nn.Module):
     """Stands in for a module of transformers 5 whose parameters hold the weights of all experts, [experts, ., .].
 
     Children are numbered, and each has a `QuantLinear` per linear of its expert, named as in the checkpoint. Biases
-    stay where they were. The gate between the two products is the original class's own.
+    stay where they were. All experts are one call of one operator (`runtime/experts.py`), which takes the children's
+    tensors and does not call them; only where one of them is more than its packed matrix are they called one by one.
     """
+
+    _operator: PreparedExperts | None
+    _seen: int  # `PackedModule.exchanged` when it was made
 
     def __init__(
         self, original: Any, records: Mapping[str, LinearRecord], places: Mapping[str, Place], name: str = "experts"
@@ -35,6 +41,7 @@ class QuantExperts(nn.Module):
         shapes = _shapes(original, self.first, self.down)
         wanted = {f"{index}.{leaf}": shape for index in range(original.num_experts) for leaf, shape in shapes.items()}
         check_fit(records, wanted, name)
+        self._gate, self._operator, self._seen = _gate_of(original), None, -1
         weight = original.down_proj
         add_linears(self, records, weight.dtype, weight.device)
         for bias in ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias"):
@@ -43,21 +50,57 @@ class QuantExperts(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [tokens, K]; experts int64 [tokens, top k] and their weights -> [tokens, K]."""
-        result = torch.zeros_like(hidden_states)
-        for index in experts.unique().tolist():
-            if str(index) not in self._modules:
-                continue  # the index that stands for an expert of another device
-            token, rank = torch.where(experts == index)
-            out = self._run(index, hidden_states[token]) * weights[token, rank, None]
-            result.index_add_(0, token, out.to(result.dtype))
-        return result
+        if hidden_states.is_meta:
+            return torch.empty_like(hidden_states)
+        compiling = torch.compiler.is_compiling()
+        operator = None if compiling else self._present_operator()
+        if operator is not None:
+            return operator(hidden_states, experts, weights)
+        if compiling and not self._one_by_one():
+            return packed_experts(hidden_states, experts, weights, self._packed())
+        return in_runs(hidden_states, experts, weights, self._original[0].num_experts, self._run)
 
-    def _run(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        original, expert = self._original[0], self.get_submodule(str(index))
+    def _present_operator(self) -> PreparedExperts | None:
+        """None where the experts must be called one by one."""
+        if self._seen != PackedModule.exchanged:
+            self._operator = None if self._one_by_one() else PreparedExperts(self._packed())
+            self._seen = PackedModule.exchanged
+        return self._operator
+
+    def _one_by_one(self) -> bool:
+        """Whether a linear is more than its packed matrix: fitted, adapted, brought from elsewhere when it is called;
+        under torch.compile, whether the class has an activation of its own as well, which is no operator's."""
+        linears = [linear for expert in self.children() for linear in expert.children()]
+        plain = all(type(each) is QuantLinear and not each.fitted and "forward" not in vars(each) for each in linears)
+        if not plain or len({(each.layout, each.qp_codes.device) for each in linears}) != 1:
+            return True
+        own_gate = torch.compiler.is_compiling() and not isinstance(self._gate, Gate)
+        return own_gate or linears[0].qp_codes.device.type == "meta"
+
+    def _packed(self) -> PackedExperts:
+        experts = [[_linear(expert, leaf).stored for leaf in (*self.first, self.down)] for expert in self.children()]
+        first_bias = self._parameters.get("gate_up_proj_bias", self._parameters.get("up_proj_bias"))
+        return PackedExperts(
+            first=[linears[:-1] for linears in experts],
+            last=[linears[-1] for linears in experts],
+            gate=self._gate,
+            first_bias=first_bias,
+            last_bias=self._parameters.get("down_proj_bias"),
+        )
+
+    def _run(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        expert = self.get_submodule(str(index))
         first = torch.cat([_linear(expert, leaf)(x) for leaf in self.first], dim=-1)
         first = first + self._bias("gate_up_proj_bias", index) + self._bias("up_proj_bias", index)
-        inner = original._apply_gate(first) if original.has_gate else original.act_fn(first)
-        return _linear(expert, self.down)(inner) + self._bias("down_proj_bias", index)
+        return _linear(expert, self.down)(self._gate(first)) + self._bias("down_proj_bias", index)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._operator, self._seen = None, -1  # it holds the tensors that go
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is prepared has addresses in it, which a copy does not share."""
+        return self.__dict__ | {"_operator": None, "_seen": -1}
 
     @property
     def gate_up_proj(self) -> PackedStack:
@@ -92,6 +135,24 @@ class QuantExperts(nn.Module):
         return original
 
 
+def _gate_of(original: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the class has between its products, as data if it is known: numbers are called what classes call them."""
+    own = original._apply_gate if original.has_gate else original.act_fn
+    limit, alpha = (
+        next((float(getattr(original, name)) for name in names if getattr(original, name, None) is not None), None)
+        for names in (("limit", "swiglu_limit"), ("alpha", "swiglu_alpha"))
+    )
+    return recognise(own, original.has_gate, limit, 1.0 if alpha is None else alpha) or own
+
+
+class _Expert(nn.Module):
+    """Holds the linears of one expert; another module in the place of one of them counts as an exchange of tensors."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        PackedModule.exchanged += 1
+
+
 def check_fit(records: Mapping[str, LinearRecord], wanted: Mapping[str, tuple[int, int]], name: str) -> None:
     """Raises ArtifactError naming the first expert's linear that is not what it must be."""
     found = {key: (record.out_features, record.in_features) for key, record in records.items()}
@@ -108,7 +169,7 @@ def add_linears(
     for key, record in sorted(records.items(), key=lambda item: int(item[0].partition(".")[0])):
         index, _, leaf = key.partition(".")
         if index not in module._modules:
-            module.add_module(index, nn.Module())
+            module.add_module(index, _Expert())
         module.get_submodule(index).add_module(leaf, QuantLinear(record, dtype=dtype, device=device))
 
 

@@ -1,20 +1,40 @@
 """The contract between the product and its backends: who can do what, and the one torch operator."""
 
-from qpalette.runtime.contract import TILES, Backend, PackedLinear, Product, Verdict
+from qpalette.runtime.contract import (
+    TILES,
+    Backend,
+    ExpertsProduct,
+    PackedExperts,
+    PackedLinear,
+    Product,
+    Verdict,
+    in_one_basis,
+    in_runs,
+)
 from qpalette.runtime.dispatch import backends, register, select
+from qpalette.runtime.experts import PreparedExperts, packed_experts
+from qpalette.runtime.gate import Gate, recognise
 from qpalette.runtime.ops import PreparedLinears, backend_for, packed_linear, packed_linears
 
 __all__ = [
     "TILES",
     "Backend",
+    "ExpertsProduct",
+    "Gate",
+    "PackedExperts",
     "PackedLinear",
+    "PreparedExperts",
     "PreparedLinears",
     "Product",
     "Verdict",
     "backend_for",
     "backends",
+    "in_one_basis",
+    "in_runs",
+    "packed_experts",
     "packed_linear",
     "packed_linears",
+    "recognise",
     "register",
     "select",
 ]

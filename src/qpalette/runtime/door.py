@@ -53,6 +53,20 @@ def check_vectors(x: torch.Tensor, features: int, device: torch.device) -> None:
         raise InputError(f"a packed matrix takes float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
+def check_routes(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+    """Raises InputError unless index is int32 or int64 and weights floating, both [tokens, k] on the device of x
+    [tokens, features]. The values are not read: an index that is no expert's stands for none."""
+    if x.dim() != 2 or index.dim() != 2 or index.shape != weights.shape or len(index) != len(x):
+        shapes = ", ".join(str(list(each.shape)) for each in (x, index, weights))
+        raise InputError(f"experts take x [tokens, features], index and weights [tokens, k]; got {shapes}")
+    if index.dtype not in (torch.int32, torch.int64) or weights.dtype not in FLOATS:
+        raise InputError(f"experts take an integer index and floating weights, got {index.dtype} and {weights.dtype}")
+    if not x.device == index.device == weights.device:
+        raise InputError(
+            f"x is on {x.device}, index on {index.device}, weights on {weights.device}: move them together"
+        )
+
+
 def check_ids(ids: torch.Tensor, rows: int) -> None:
     """Ids of rows are integers from 0 to rows - 1. Raises InputError for another type, and IndexError as torch does for
     a value out of range on the CPU; elsewhere the device asserts it, so that nobody waits and graphs can hold it.

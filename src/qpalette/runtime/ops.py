@@ -17,17 +17,17 @@ from qpalette.runtime.door import check_packed, check_vectors
 
 Tensors = list[torch.Tensor]
 
-_LIBRARY = torch.library.Library("qpalette", "DEF")
+LIBRARY = torch.library.Library("qpalette", "DEF")
 # `group` says which products of one graph may run as one launch; it does not change the result.
-_LIBRARY.define(
+LIBRARY.define(
     "linear(Tensor x, Tensor codes, Tensor scales, Tensor diagonal, str spec, str rotation, str layout,"
     " int out_features, int in_features, str group) -> Tensor"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "linears(Tensor x, Tensor[] codes, Tensor[] scales, Tensor diagonal, str[] specs, str rotation, str layout,"
     " int[] out_features, int in_features) -> Tensor"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "linear_transposed(Tensor y, Tensor codes, Tensor scales, Tensor diagonal, str spec, str rotation, str layout,"
     " int out_features, int in_features) -> Tensor"
 )
@@ -58,7 +58,7 @@ def packed_linear(x: torch.Tensor, packed: PackedLinear, group: str = "") -> tor
     """
     if packed.scales.is_floating_point() or packed.diagonal.is_floating_point():
         return _tuned(x, packed)
-    if _goes_straight(x):
+    if goes_straight(x):
         return _run(x, [packed])
     operands = (packed.codes, packed.scales, packed.diagonal, packed.spec, packed.rotation, packed.layout)
     return torch.ops.qpalette.linear(x, *operands, packed.out_features, packed.in_features, group)
@@ -69,7 +69,7 @@ def packed_linears(x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Te
 
     A backend may serve them with one rotation and one launch. Raises as `packed_linear`.
     """
-    if _goes_straight(x):
+    if goes_straight(x):
         return _run(x, members)
     first = members[0]
     return torch.ops.qpalette.linears(
@@ -103,13 +103,13 @@ class PreparedLinears:
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [..., K] -> [..., M] for each matrix, of x's dtype. Raises InputError for an x that does not fit."""
-        if _goes_straight(x):
+        if goes_straight(x):
             check_vectors(x, self._inputs, self._device)
             return self._product(x)
         return [packed_linear(x, member, self.group) for member in self.members]
 
 
-def _goes_straight(x: torch.Tensor) -> bool:
+def goes_straight(x: torch.Tensor) -> bool:
     # A tensor with the negative bit (an imaginary part of a conjugate) has other values than its memory.
     plain = type(x) is torch.Tensor and not x.is_meta and not torch.compiler.is_compiling() and not x.is_neg()
     return plain and not (x.requires_grad and torch.is_grad_enabled())
@@ -147,7 +147,7 @@ def _tuned(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
     return (product * scales if scales.is_floating_point() else product).to(x.dtype)
 
 
-@torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "linear", "CompositeExplicitAutograd")
 def _linear(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, diagonal: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
@@ -155,7 +155,7 @@ def _linear(
     return _run(x, [PackedLinear(codes, scales, diagonal, spec, rotation, rows, columns, layout)])
 
 
-@torch.library.impl(_LIBRARY, "linears", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "linears", "CompositeExplicitAutograd")
 def _linears(x: torch.Tensor, codes: Tensors, scales: Tensors, diagonal: torch.Tensor, *rest: Any) -> torch.Tensor:
     return _run(x, _members(codes, scales, diagonal, *rest))
 
@@ -176,7 +176,7 @@ def _members(
     ]
 
 
-@torch.library.impl(_LIBRARY, "linear_transposed", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "linear_transposed", "CompositeExplicitAutograd")
 def _linear_transposed(
     y: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, diagonal: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
@@ -191,17 +191,17 @@ def _linear_transposed(
     return result.to(y.dtype).reshape(*y.shape[:-1], columns)
 
 
-@torch.library.register_fake("qpalette::linear", lib=_LIBRARY)
+@torch.library.register_fake("qpalette::linear", lib=LIBRARY)
 def _linear_shape(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], rest[-3])
 
 
-@torch.library.register_fake("qpalette::linears", lib=_LIBRARY)
+@torch.library.register_fake("qpalette::linears", lib=LIBRARY)
 def _linears_shape(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], sum(rest[-2]))
 
 
-@torch.library.register_fake("qpalette::linear_transposed", lib=_LIBRARY)
+@torch.library.register_fake("qpalette::linear_transposed", lib=LIBRARY)
 def _linear_transposed_shape(y: torch.Tensor, *rest: Any) -> torch.Tensor:
     return y.new_empty(*y.shape[:-1], rest[-1])
 
@@ -234,4 +234,4 @@ for _name, _backward in (
     ("linears", _linears_backward),
     ("linear_transposed", _linear_transposed_backward),
 ):
-    torch.library.register_autograd(f"qpalette::{_name}", _backward, setup_context=_keep_operands, lib=_LIBRARY)
+    torch.library.register_autograd(f"qpalette::{_name}", _backward, setup_context=_keep_operands, lib=LIBRARY)

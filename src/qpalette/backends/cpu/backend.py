@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from qpalette.backends.cpu.experts import CpuExperts, takes
 from qpalette.backends.cpu.layout import from_lanes, tile_rows, to_lanes
 from qpalette.backends.cpu.product import CpuProduct, rotated_weight
 from qpalette.backends.cpu.threads import parallel_caller
 from qpalette.backends.cpu.viterbi import encode_states
 from qpalette.codes import parse_spec
-from qpalette.runtime import TILES, Backend, PackedLinear, Product, Verdict
+from qpalette.runtime import TILES, Backend, ExpertsProduct, PackedExperts, PackedLinear, Product, Verdict
 
 
 class CpuBackend(Backend):
@@ -60,6 +62,14 @@ class CpuBackend(Backend):
         if any(member.layout == TILES for member in members):
             return lambda x: CpuProduct([_laid_out(member) for member in members])(x)
         return CpuProduct(members)
+
+    def experts(self, experts: PackedExperts) -> ExpertsProduct:
+        first, last = (
+            [[_laid_out(each) for each in matrices] for matrices in experts.first],
+            map(_laid_out, experts.last),
+        )
+        prepared = replace(experts, first=first, last=list(last))
+        return CpuExperts(prepared) if takes(prepared) else super().experts(prepared)
 
     def rotated_weight(self, packed: PackedLinear) -> torch.Tensor:
         return rotated_weight(_laid_out(packed))

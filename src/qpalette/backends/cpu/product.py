@@ -116,17 +116,7 @@ class _Launch:
         self._matrices, self._launch = np.zeros(len(chosen), MATRIX), np.zeros(1, LAUNCH)
         self._kept = factors, multipliers  # for their addresses
         for matrix, (member, multiplier) in zip(self._matrices, chosen, strict=True):
-            block_rows, _, tile_words, _ = member.codes.shape
-            _fill(
-                matrix,
-                codes=member.codes.data_ptr(),
-                block_rows=block_rows,
-                tile_words=tile_words,
-                scales=member.scales.data_ptr(),
-                rows=member.out_features,
-                step=multiplier.step,
-                **{name: _address(array) for name, array in multiplier.arrays._asdict().items()},
-            )
+            describe(matrix, member, multiplier)
         first = members[0]
         _fill(
             self._launch[0],
@@ -150,6 +140,21 @@ class _Launch:
         for place, index in enumerate(self._indices):
             self._y[place] = outputs[index].data_ptr()
         self._kernel(self._address, x, type_, batch, threads)
+
+
+def describe(matrix: Any, member: PackedLinear, multiplier: Multiplier) -> None:
+    """Fill the MATRIX `matrix`, but for its results, with the addresses of `member` and of its decoder's arrays."""
+    block_rows, _, tile_words, _ = member.codes.shape
+    _fill(
+        matrix,
+        codes=member.codes.data_ptr(),
+        block_rows=block_rows,
+        tile_words=tile_words,
+        scales=member.scales.data_ptr(),
+        rows=member.out_features,
+        step=multiplier.step,
+        **{name: _address(array) for name, array in multiplier.arrays._asdict().items()},
+    )
 
 
 def rotated_weight(packed: PackedLinear) -> torch.Tensor:

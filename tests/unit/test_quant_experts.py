@@ -1,0 +1,91 @@
+"""The module of a layer's experts: one operator, of the tensors that its children have now."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+
+from qpalette.nn import QuantExperts
+from qpalette.nn.quant_experts import _gate_of
+from qpalette.runtime import Gate, in_runs
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from experts import random_layer
+
+X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+INDEX = torch.tensor([[0, 2], [3, 4], [1, 1], [-1, 2], [0, 3]])  # 4 and -1 are no experts
+WEIGHTS = torch.rand(5, 2, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def layer() -> QuantExperts:
+    return random_layer(4, 64, 48, "nuq-4").requires_grad_(False)
+
+
+def one_by_one(layer: QuantExperts) -> torch.Tensor:
+    return in_runs(X, INDEX, WEIGHTS, 4, layer._run)
+
+
+def test_children_are_not_called(layer: QuantExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = one_by_one(layer)
+    monkeypatch.setattr("qpalette.nn.QuantLinear.forward", lambda *_: pytest.fail("called"))
+    assert torch.allclose(layer(X, INDEX, WEIGHTS), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_exchanged_is_seen(layer: QuantExperts) -> None:
+    """Tensors put in the place of others, written to, moved, fitted, wrapped; in a copy, too."""
+    down = layer.get_submodule("2.down_proj")
+    before = layer(X, INDEX, WEIGHTS)
+
+    def changes() -> None:
+        nonlocal before
+        now = layer(X, INDEX, WEIGHTS)
+        assert torch.allclose(now, one_by_one(layer), rtol=1e-5, atol=1e-7)
+        assert not torch.equal(now, before)
+        before = now
+
+    down.qp_scales.copy_((2 * down.qp_scales.view(torch.float16)).view(torch.int16))
+    changes()
+    down.qp_scales = (2 * down.qp_scales.view(torch.float16)).view(torch.int16)
+    changes()
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    state["0.up_proj.qp_codes"] = ~state["0.up_proj.qp_codes"]
+    layer.load_state_dict(state)
+    changes()
+    (scales,) = down.fit("scales")
+    scales.data *= 2
+    changes()
+    layer(X, INDEX, WEIGHTS).square().sum().backward()
+    assert float(scales.grad.abs().max()) > 0
+    down.settle()
+    assert torch.allclose(layer(X, INDEX, WEIGHTS), before, rtol=1e-2, atol=1e-4)
+    twin = copy.deepcopy(layer)
+    twin.get_submodule("0.down_proj").qp_scales.zero_()
+    assert not torch.equal(twin(X, INDEX, WEIGHTS), layer(X, INDEX, WEIGHTS))
+    layer.get_submodule("1").down_proj = torch.nn.Sequential(layer.get_submodule("1.down_proj"), torch.nn.Tanh())
+    before = layer(X, INDEX, WEIGHTS)
+    assert torch.allclose(before, one_by_one(layer), rtol=1e-5, atol=1e-7)
+
+
+def test_compiled_whole(layer: QuantExperts) -> None:
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(X, INDEX, WEIGHTS), layer(X, INDEX, WEIGHTS))
+    x = X.clone().requires_grad_()
+    (found,) = torch.autograd.grad(compiled(x, INDEX, WEIGHTS).square().sum(), x)
+    (wanted,) = torch.autograd.grad(one_by_one_of(layer, x).square().sum(), x)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def one_by_one_of(layer: QuantExperts, x: torch.Tensor) -> torch.Tensor:
+    return in_runs(x, INDEX, WEIGHTS, 4, layer._run)
+
+
+def test_gates_of_classes_are_recognised(layer: QuantExperts) -> None:
+    assert layer._gate == Gate("silu")
+    experts = GptOssExperts(GptOssConfig(num_local_experts=2, hidden_size=16, intermediate_size=16))
+    assert _gate_of(experts) == Gate("silu", True, True, 7.0, 1.702, 1.0)
+    experts.act_fn, experts._apply_gate = None, lambda first: first[..., ::2].tanh() * first[..., 1::2]
+    assert not isinstance(_gate_of(experts), Gate)
