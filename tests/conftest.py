@@ -2,6 +2,9 @@
 
 Compiled code is found by content: all tests, workers and subprocesses share what lies in the user's own cache, whatever
 QPALETTE_CACHE a test sets.
+
+Products on the processor are in float32, so that they can be held to its rounding; `tests/backend/test_cpu_bytes.py` has
+those that a user gets.
 """
 
 import os
@@ -11,9 +14,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+from qpalette.backends.cpu.product import BYTES
 from qpalette.core.cache import CACHE, COMPILE_CACHE, compile_cache_directory
 
 os.environ[COMPILE_CACHE] = str(compile_cache_directory())
+os.environ[BYTES] = "0"
 
 # A machine that is busy with something else is no failure: nothing is timed.
 settings.register_profile("here", deadline=None)

@@ -15,9 +15,10 @@ import torch
 from qpalette.backends.cpu import byte_decoders, simd
 from qpalette.backends.cpu.byte_decoders import ACTIVATION_ERROR, MOST_ADDED_ERROR, byte_decoder_of
 from qpalette.backends.cpu.byte_matmul import BLOCK, GROUP, PAIR, TILE, to_bytes
-from qpalette.backends.cpu.product import multiplier_of
+from qpalette.backends.cpu.product import BYTES, multiplier_of, wants_bytes
 from qpalette.codes import full_palette, parse_spec
 from qpalette.codes.tiles import from_tiles
+from qpalette.core.errors import InputError
 from qpalette.rotate import Rotation, pack_signs, random_signs, rotation_for, unpack_signs
 from qpalette.runtime import PackedLinear, backends
 from tolerance import float32_error
@@ -25,6 +26,11 @@ from tolerance import float32_error
 CPU, REF = backends()["cpu"], backends()["ref"]
 IN_BYTES = ["tcq-1", "tcq-2.375-L12", "tcq-3.25", "tcq-4", "nuq-2", "nuq-4", "vq-1.5", "vq-3", "vq-4"]
 needs_bytes = pytest.mark.skipif(not simd.HAS_BYTES, reason="this processor has no AVX-512 VBMI and VNNI")
+
+
+@pytest.fixture(autouse=True)
+def as_a_user_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(BYTES)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -186,12 +192,38 @@ def test_a_token_has_the_same_bits_in_any_batch() -> None:
     assert all(torch.equal(CPU.linear(x[i : i + 1], packed), together[i : i + 1]) for i in range(16))
 
 
-def test_float32_is_multiplied_in_float32() -> None:
+@needs_bytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_type_is_multiplied_in_bytes_unless_it_is_forbidden(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed = random_linear("tcq-2-L12", 40, 96)
-    x = torch.randn(2, 96, generator=generator(8))
+    x = torch.randn(2, 96, generator=generator(8)).to(dtype)
     exact = rotated_input(x, packed) @ REF.rotated_weight(packed).double().T
-    for dtype in (torch.float32, torch.float64):
-        assert relative_error(CPU.linear(x.to(dtype), packed), exact) < float32_error(96 * 3)
+    rounding = float32_error(96 * 3) + (0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
+    assert relative_error(CPU.linear(x, packed), exact) > ACTIVATION_ERROR**0.5 / 2
+    monkeypatch.setenv(BYTES, "0")
+    assert relative_error(CPU.linear(x, packed), exact) < rounding
+
+
+@needs_bytes
+def test_types_differ_in_their_rounding_alone() -> None:
+    packed = random_linear("tcq-2-L12", 40, 96)
+    x = torch.randn(2, 96, generator=generator(8)).half()
+    assert torch.equal(CPU.linear(x, packed), CPU.linear(x.float(), packed).half())
+
+
+def test_float64_is_multiplied_in_float32() -> None:
+    packed = random_linear("tcq-2-L12", 40, 96)
+    x = torch.randn(2, 96, generator=generator(8), dtype=torch.float64)
+    exact = rotated_input(x, packed) @ REF.rotated_weight(packed).double().T
+    assert relative_error(CPU.linear(x, packed), exact) < float32_error(96 * 3)
+
+
+def test_what_the_variable_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BYTES, "no")
+    with pytest.raises(InputError, match=f"{BYTES} is 'no'"):
+        wants_bytes(torch.float32)
 
 
 @pytest.fixture
@@ -209,8 +241,9 @@ def without_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("without_bytes")
 def test_without_the_instructions_products_are_in_float32() -> None:
     packed = random_linear("tcq-2-L12", 40, 96)
-    x = torch.randn(2, 96, generator=generator(8)).half()
-    assert torch.equal(CPU.linear(x, packed), CPU.linear(x.float(), packed).half())
+    x = torch.randn(2, 96, generator=generator(8))
+    exact = rotated_input(x, packed) @ REF.rotated_weight(packed).double().T
+    assert relative_error(CPU.linear(x, packed), exact) < float32_error(96 * 3)
 
 
 IN_A_PROCESS = """
@@ -235,7 +268,11 @@ def in_a_process(program: str, **variables: str) -> str:
 def test_a_processor_without_the_instructions_takes_the_path_that_it_has() -> None:
     """Compiled without them, as numba would be there: whatever asks for one does not compile."""
     gone = {feature for feature in simd.features() if feature.startswith("avx512")}
-    program = "y = CPU.linear(x, packed); print(simd.HAS_BYTES, torch.equal(y, CPU.linear(x.float(), packed).half()))"
+    program = """
+from test_cpu_bytes import REF, relative_error
+y, exact = CPU.linear(x.float(), packed), REF.linear(x.double(), packed)
+print(simd.HAS_BYTES, relative_error(y, exact) < 1e-5)
+"""
     features = ",".join(f"-{each}" if each in gone else f"+{each}" for each in sorted(simd.features()))
     assert in_a_process(program, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=features) == "False True\n"
 

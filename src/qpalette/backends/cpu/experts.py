@@ -11,7 +11,7 @@ import torch
 
 from qpalette.backends.cpu import expert_kernels as kernels
 from qpalette.backends.cpu.operands import LAUNCH, MATRIX
-from qpalette.backends.cpu.product import Multiplier, describe, multiplier_of
+from qpalette.backends.cpu.product import Multiplier, describe, multiplier_of, wants_bytes
 from qpalette.backends.cpu.threads import parallel_caller, present_threads
 from qpalette.backends.cpu.transform import factors_of
 from qpalette.runtime import Gate, PackedExperts, PackedLinear, in_one_basis
@@ -36,7 +36,7 @@ def takes(experts: PackedExperts) -> bool:
 
 class CpuExperts:
     """x [N, K], index [N, k], weights [N, k] -> [N, K], an `ExpertsProduct`; in float32, and rounded once, but for
-    products of an x of 16 bits, which are as `CpuProduct`'s.
+    products in bytes, where `CpuProduct` would make them so.
 
     The matrices are laid out in lanes. What is written into their tensors is seen by the next call; which experts share
     a diagonal is not asked again.
@@ -50,7 +50,7 @@ class CpuExperts:
         experts, threads = self._experts, present_threads()
         routes, shares = index.long().contiguous().numpy().reshape(-1), weights.float().contiguous().numpy()
         result = torch.empty(x.shape, dtype=torch.float32)
-        in_bytes = x.dtype in (torch.float16, torch.bfloat16)
+        in_bytes = wants_bytes(x.dtype)
         with parallel_caller():
             slots, runs = kernels.plan(routes, len(experts.last))
             owners = routes[slots]

@@ -3,6 +3,7 @@ results."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,10 +19,22 @@ from qpalette.backends.cpu.operands import LAUNCH, MATRIX, TYPES
 from qpalette.backends.cpu.threads import one_caller, parallel_caller, present_threads
 from qpalette.backends.cpu.transform import Factors, factors_of
 from qpalette.codes import parse_spec
+from qpalette.core.errors import InputError
 from qpalette.rotate import Rotation, diagonal_of
 from qpalette.runtime import PackedLinear
 
-LARGEST_FUSED_BATCH = 16  # above, decoding the matrix once and the vendor's product win
+LARGEST_FUSED_BATCH = 16  # in float32: above, decoding the matrix once and the vendor's product win
+BYTES = "QPALETTE_CPU_BYTES"
+
+
+def wants_bytes(dtype: torch.dtype) -> bool:
+    """Whether products with vectors of `dtype` are made in bytes where a code loses little by it (`byte_decoders`): of
+    every type but float64, which asks for exactness, unless $QPALETTE_CPU_BYTES is 0. Raises InputError when that is
+    neither 0 nor 1."""
+    asked = os.environ.get(BYTES) or "1"
+    if asked not in ("0", "1"):
+        raise InputError(f"{BYTES} is '{asked}': give 1 for products in bytes where a code allows it, or 0 for float32")
+    return asked == "1" and dtype in TYPES
 
 
 class Multiplier(NamedTuple):
@@ -46,8 +59,8 @@ def multiplier_of(spec: str, in_bytes: bool) -> Multiplier:
 class CpuProduct:
     """x [..., K] -> W x of each of `members`, which share diagonal and rotation and are laid out in lanes.
 
-    What is changed in place, or put in the place of a tensor's data, is seen by the next call. x of 16 bits is rounded
-    further, to bytes, where a code allows it (`byte_decoders`); float32 and float64 are multiplied in float32.
+    What is changed in place, or put in the place of a tensor's data, is seen by the next call. x is rounded further, to
+    bytes, where that is wanted and a code allows it; else it is multiplied in float32.
     """
 
     def __init__(self, members: Sequence[PackedLinear]) -> None:
@@ -61,20 +74,21 @@ class CpuProduct:
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """A contiguous [..., M] for each member, of x's dtype."""
-        batch, type_ = x.numel() // self.inputs, TYPES.get(x.dtype)
+        batch = x.numel() // self.inputs
         if batch > LARGEST_FUSED_BATCH or self._factors is None:
             return self._decoded(x)
-        if type_ is None:
-            return [y.to(x.dtype) for y in self(x.float())]
-        if not x.is_contiguous():
-            x = x.contiguous()
+        if x.dtype in TYPES:
+            return self._multiplied(x.contiguous(), batch, wants_bytes(x.dtype))
+        return [y.to(x.dtype) for y in self._multiplied(x.float().contiguous(), batch, in_bytes=False)]
+
+    def _multiplied(self, x: torch.Tensor, batch: int, in_bytes: bool) -> list[torch.Tensor]:
         *shape, _ = x.shape
         outputs = [x.new_empty((*shape, rows)) for rows in self.rows]
         if batch:
             threads = present_threads()
             with one_caller:
-                for launch in self._present_launches(in_bytes=x.dtype != torch.float32):
-                    launch.start(x.data_ptr(), type_, batch, threads, outputs)
+                for launch in self._present_launches(in_bytes):
+                    launch.start(x.data_ptr(), TYPES[x.dtype], batch, threads, outputs)
         return outputs
 
     def _present_launches(self, in_bytes: bool) -> list[_Launch]:
