@@ -3,7 +3,7 @@
 Compiled code is found by content: all tests, workers and subprocesses share what lies in the user's own cache, whatever
 QPALETTE_CACHE a test sets.
 
-Products on the processor are in float32, so that they can be held to its rounding; `tests/backend/test_cpu_bytes.py` has
+Products on the processor are in float32, so that they can be held to its rounding; `backend/test_cpu_bytes.py` has
 those that a user gets.
 """
 

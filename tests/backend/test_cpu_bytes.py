@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from qpalette.backends.cpu import byte_decoders, simd
+from qpalette.backends.cpu.byte_activations import BLOCK, GROUP, PAIR, TILE, empty_bytes, put_bytes
 from qpalette.backends.cpu.byte_decoders import ACTIVATION_ERROR, MOST_ADDED_ERROR, byte_decoder_of
-from qpalette.backends.cpu.byte_matmul import BLOCK, GROUP, PAIR, TILE, to_bytes
+from qpalette.backends.cpu.byte_matmul import LONGEST_PASS
 from qpalette.backends.cpu.product import BYTES, multiplier_of, wants_bytes
 from qpalette.codes import full_palette, parse_spec
 from qpalette.codes.tiles import from_tiles
@@ -89,14 +90,20 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_activations_are_rounded_by_groups_of_columns(middle: int) -> None:
     x = torch.randn(5, 3 * PAIR, generator=generator(3)) * torch.logspace(-30, 30, 5)[:, None]
     x[1, groups_of(3 * PAIR) == 2] = 0
-    words, scales, offsets = to_bytes(x.numpy(), middle)
-    levels = torch.from_numpy(words.view(np.int8)).reshape(5, 3, 8, 4, 2, 2)  # pair, columns, tile, block, column
-    levels = levels.permute(0, 1, 4, 3, 2, 5).reshape(5, -1)
-    group = groups_of(3 * PAIR)
-    found = levels.double() * torch.from_numpy(scales).double().reshape(5, -1)[:, group]
-    assert torch.equal(found, rounded_activations(x))
-    sums = torch.zeros(5, 12, dtype=torch.int32).index_add(1, group, levels.int())
-    assert np.array_equal(offsets, -middle * sums.flatten().numpy())
+    vectors = empty_bytes(8, 3)
+    put_bytes(x[:2].numpy(), middle, 1, 8, vectors)
+    put_bytes(x[2:].numpy(), middle, 3, 8, vectors)
+    words, scales, offsets = vectors
+    levels = torch.from_numpy(words.view(np.int8)).reshape(
+        3, 8, 8, 4, 2, 2
+    )  # pair, token, columns, tile, block, column
+    levels = levels.permute(1, 0, 4, 3, 2, 5).reshape(8, -1)
+    group, of_token = groups_of(3 * PAIR), torch.from_numpy(scales).double().reshape(3, 8, 4).transpose(0, 1)
+    found = levels.double() * of_token.reshape(8, -1)[:, group]
+    assert torch.equal(found[1:6], rounded_activations(x))
+    assert not found[[0, 6, 7]].any()
+    sums = torch.zeros(8, 12, dtype=torch.int32).index_add(1, group, levels.int())
+    assert np.array_equal(offsets.reshape(3, 8, 4).swapaxes(0, 1).reshape(8, -1), -middle * sums.numpy())
 
 
 @needs_bytes
@@ -106,7 +113,7 @@ def test_nothing_but_the_rounding_to_bytes(spec: str, shape: tuple[int, int]) ->
     """Of small integers, with rotations whose factors are powers of two, so that the rotation is exact."""
     packed = random_linear(spec, *shape, "block")
     inputs = shape[1]
-    for batch in (1, 2, 16):
+    for batch in (1, 2, 17):
         x = torch.randint(-9, 10, (batch, inputs), generator=generator(4)).half()
         rotated = (
             rotated_input(x, packed).mul(16).round() / 16
@@ -172,10 +179,11 @@ def test_zeros_and_the_smallest_numbers() -> None:
 
 
 @needs_bytes
+@pytest.mark.parametrize("batch", [1, 3, 100])
 @pytest.mark.parametrize("spec", ["tcq-2-L12", "nuq-4", "vq-3"])
-def test_the_same_bits_with_any_number_of_threads(spec: str) -> None:
+def test_the_same_bits_with_any_number_of_threads(spec: str, batch: int) -> None:
     packed = random_linear(spec, 1000, 576)
-    x = torch.randn(3, 576, generator=generator(6)).bfloat16()
+    x = torch.randn(batch, 576, generator=generator(6)).bfloat16()
     before, found = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -185,11 +193,22 @@ def test_the_same_bits_with_any_number_of_threads(spec: str) -> None:
 
 
 @needs_bytes
-def test_a_token_has_the_same_bits_in_any_batch() -> None:
-    packed = random_linear("tcq-2-L12", 100, 208)
-    x = torch.randn(16, 208, generator=generator(7)).bfloat16()
+@pytest.mark.parametrize("spec", ["tcq-2-L12", "nuq-4", "vq-3"])
+def test_a_token_has_the_same_bits_in_any_batch(spec: str) -> None:
+    """Also of more columns than are decoded at once, and of more tokens than one pass takes."""
+    packed = random_linear(spec, 100, 1300)
+    x = torch.randn(LONGEST_PASS + 3, 1300, generator=generator(7)).bfloat16()
     together = CPU.linear(x, packed)
-    assert all(torch.equal(CPU.linear(x[i : i + 1], packed), together[i : i + 1]) for i in range(16))
+    for some in ([0], [1], [LONGEST_PASS - 1], [LONGEST_PASS + 2], range(5), range(3, 20), range(LONGEST_PASS)):
+        assert torch.equal(CPU.linear(x[list(some)], packed), together[list(some)])
+
+
+@needs_bytes
+def test_a_group_of_both_kinds_has_the_bits_of_each() -> None:
+    """The one that is no code of bytes is decoded first, above sixteen tokens."""
+    members = [random_linear(spec, rows, 208) for spec, rows in (("nuq-4", 100), ("nuq-8", 40), ("nuq-3", 64))]
+    x = torch.randn(20, 208, generator=generator(7))
+    assert torch.equal(CPU.linears(x, members), torch.cat([CPU.linear(x, member) for member in members], dim=1))
 
 
 @needs_bytes

@@ -66,6 +66,12 @@ def matrix_at(launch, index):  # type: ignore[no-untyped-def]
     return carray(pointer(launch.multiplied), launch.members, MATRIX)[index]
 
 
+@inlined
+def address_after(address, count, type_):  # type: ignore[no-untyped-def]
+    """Of what follows `count` values of `type_`."""
+    return address + count * (4 if type_ == _FLOAT32 else 2)
+
+
 @kernel
 def read_values(address, type_, out):  # type: ignore[no-untyped-def]
     """Fill float32 `out` with as many values of `type_`."""

@@ -38,11 +38,13 @@ def wants_bytes(dtype: torch.dtype) -> bool:
 
 
 class Multiplier(NamedTuple):
-    """A compiled `linear`, and a code as it takes it: `step` is what 1 stands for in its table."""
+    """A compiled `linear`, and a code as it takes it: `step` is what 1 stands for in its table. `largest_batch`: None
+    where it is the way for any number of tokens."""
 
     linear: Any
     arrays: Arrays
     step: float
+    largest_batch: int | None
 
 
 @lru_cache(maxsize=512)
@@ -51,9 +53,9 @@ def multiplier_of(spec: str, in_bytes: bool) -> Multiplier:
     quantizer = parse_spec(spec)
     found = byte_decoder_of(quantizer) if in_bytes else None
     if found is not None:
-        return Multiplier(make_byte_kernel(found.way), found.arrays, found.step)
+        return Multiplier(make_byte_kernel(found.way), found.arrays, found.step, None)
     way, arrays = decoder_of(quantizer)
-    return Multiplier(make_kernels(way)[0], arrays, 1.0)
+    return Multiplier(make_kernels(way)[0], arrays, 1.0, LARGEST_FUSED_BATCH)
 
 
 class CpuProduct:
@@ -74,21 +76,24 @@ class CpuProduct:
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """A contiguous [..., M] for each member, of x's dtype."""
-        batch = x.numel() // self.inputs
-        if batch > LARGEST_FUSED_BATCH or self._factors is None:
-            return self._decoded(x)
         if x.dtype in TYPES:
-            return self._multiplied(x.contiguous(), batch, wants_bytes(x.dtype))
-        return [y.to(x.dtype) for y in self._multiplied(x.float().contiguous(), batch, in_bytes=False)]
+            return self._multiplied(x.contiguous(), wants_bytes(x.dtype))
+        return [y.to(x.dtype) for y in self._multiplied(x.float().contiguous(), in_bytes=False)]
 
-    def _multiplied(self, x: torch.Tensor, batch: int, in_bytes: bool) -> list[torch.Tensor]:
-        *shape, _ = x.shape
-        outputs = [x.new_empty((*shape, rows)) for rows in self.rows]
-        if batch:
-            threads = present_threads()
-            with one_caller:
-                for launch in self._present_launches(in_bytes):
-                    launch.start(x.data_ptr(), TYPES[x.dtype], batch, threads, outputs)
+    def _multiplied(self, x: torch.Tensor, in_bytes: bool) -> list[torch.Tensor]:
+        batch = x.numel() // self.inputs
+        outputs = [x.new_empty((*x.shape[:-1], rows)) for rows in self.rows]
+        if batch == 0:
+            return outputs
+        launches = [] if self._factors is None else self._present_launches(in_bytes)
+        fused = [launch for launch in launches if launch.takes(batch)]
+        others = set(range(len(self.members))).difference(*(launch.indices for launch in fused))
+        threads = present_threads()
+        with one_caller:
+            for launch in fused:
+                launch.start(x.data_ptr(), TYPES[x.dtype], batch, threads, outputs)
+        if others:
+            self._multiply_decoded(x, sorted(others), outputs)
         return outputs
 
     def _present_launches(self, in_bytes: bool) -> list[_Launch]:
@@ -107,16 +112,15 @@ class CpuProduct:
             by_kernel.setdefault(multiplier.linear, []).append(index)
         return [_Launch(indices, self.members, multipliers, self._factors) for indices in by_kernel.values()]
 
-    def _decoded(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def _multiply_decoded(self, x: torch.Tensor, indices: Sequence[int], outputs: Sequence[torch.Tensor]) -> None:
         """One rotation by torch, then each matrix decoded and multiplied by the vendor's library, in x's type."""
         first = self.members[0]
         rotation = Rotation.parse(first.rotation, self.inputs)
         work = x.reshape(-1, self.inputs).float() * diagonal_of(first.diagonal, self.inputs)
         rotated = rotation.apply(work).to(x.dtype)
-        return [
-            (rotated @ rotated_weight(member).to(x.dtype).T).reshape(*x.shape[:-1], member.out_features)
-            for member in self.members
-        ]
+        for index in indices:
+            weight = rotated_weight(self.members[index]).to(x.dtype)
+            torch.mm(rotated, weight.T, out=outputs[index].view(len(rotated), -1))
 
 
 class _Launch:
@@ -125,7 +129,8 @@ class _Launch:
     def __init__(
         self, indices: list[int], members: Sequence[PackedLinear], multipliers: Sequence[Multiplier], factors: Factors
     ) -> None:
-        self._kernel, self._indices = multipliers[indices[0]].linear, indices
+        first_kind = multipliers[indices[0]]
+        self._kernel, self._largest_batch, self.indices = first_kind.linear, first_kind.largest_batch, indices
         chosen = [(members[index], multipliers[index]) for index in indices]
         self._matrices, self._launch = np.zeros(len(chosen), MATRIX), np.zeros(1, LAUNCH)
         self._kept = factors, multipliers  # for their addresses
@@ -149,9 +154,12 @@ class _Launch:
         )
         self._y, self._address = self._matrices["y"], _address(self._launch)
 
+    def takes(self, batch: int) -> bool:
+        return self._largest_batch is None or batch <= self._largest_batch
+
     def start(self, x: int, type_: int, batch: int, threads: int, outputs: Sequence[torch.Tensor]) -> None:
         """x, an address, is [batch, K] of `type_`; `outputs` are [batch, M] of it, of all members."""
-        for place, index in enumerate(self._indices):
+        for place, index in enumerate(self.indices):
             self._y[place] = outputs[index].data_ptr()
         self._kernel(self._address, x, type_, batch, threads)
 

@@ -130,7 +130,9 @@ def _define(signature: tuple[types.Type, ...], emit: Callable[..., Any]) -> Any:
         return intrinsic(lambda typing_context, a: (result(*arguments), codegen))
     if count == 2:
         return intrinsic(lambda typing_context, a, b: (result(*arguments), codegen))
-    return intrinsic(lambda typing_context, a, b, c: (result(*arguments), codegen))
+    if count == 3:
+        return intrinsic(lambda typing_context, a, b, c: (result(*arguments), codegen))
+    return intrinsic(lambda typing_context, a, b, c, d: (result(*arguments), codegen))
 
 
 def _call(name: str, vector: ir.VectorType, builder: Any, *args: Any) -> Any:
@@ -348,6 +350,18 @@ def _dot_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     return _call("x86.avx512.vpdpbusd.512", I.vector, builder, total, *words)
 
 
+def _quad_sums(builder: Any, *rows: Any) -> Any:
+    def pairs(first: Any, second: Any, places: list[int]) -> Any:
+        mask = ir.Constant(ir.VectorType(_INT, LANES), [4 * (i // 4) + places[i % 4] for i in range(LANES)])
+        return builder.shuffle_vector(first, second, mask)
+
+    def halves_added(first: Any, second: Any, even: list[int], odd: list[int]) -> Any:
+        return builder.fadd(pairs(first, second, even), pairs(first, second, odd))
+
+    low, high = (halves_added(*rows[i : i + 2], [0, LANES, 2, LANES + 2], [1, LANES + 1, 3, LANES + 3]) for i in (0, 2))
+    return halves_added(low, high, [0, 1, LANES, LANES + 1], [2, 3, LANES + 2, LANES + 3])
+
+
 # Halves and bytes of two vectors side by side: the first's at even places (low in a lane), the second's at odd ones.
 high_halves = _define((H, I, I), _high_halves)
 low_halves = _define((H, I, I), _low_halves)
@@ -365,3 +379,25 @@ negate_where_negative = _define((B, B, B), lambda b, sign, x: b.select(_is_negat
 lookup64 = _define((B, B, B), _lookup64)  # (entries, index): index mod 64
 lookup128 = _define((B, B, B, B), _lookup128)  # (entries 0-63, entries 64-127, index): index mod 128
 dot_bytes = _define((I, I, B, B), _dot_bytes)  # (total, unsigned, signed): each lane's total plus its four products
+andb = _define((B, B, B), lambda b, x, y: b.and_(x, y))
+xorb = _define((B, B, B), lambda b, x, y: b.xor(x, y))
+ones_where_negative = _define((B, B), lambda b, x: b.sext(_is_negative(b, x), B.vector))  # all bits of a byte
+# (a[0] + a[1]) + (a[2] + a[3]) of the four vectors, then that of their next four lanes, and so on.
+quad_sums = _define((F, F, F, F, F), _quad_sums)
+
+
+@intrinsic
+def store_quarters(typing_context, array, index, stride, value):  # type: ignore[no-untyped-def]
+    """Write the four quarters of a vector, `stride` elements apart, from array[index] on."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer, (_, _, stride, value) = _element_pointer(context, builder, signature.args[0], *args[:2]), args
+        count = value.type.count // 4
+        for quarter in range(4):
+            mask = ir.Constant(ir.VectorType(_INT, count), list(range(quarter * count, (quarter + 1) * count)))
+            part = builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
+            builder.store(part, builder.bitcast(pointer, part.type.as_pointer()), align=1)
+            pointer = builder.gep(pointer, [stride])
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, types.intp, value), codegen
