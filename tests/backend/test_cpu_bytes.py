@@ -51,14 +51,24 @@ def random_linear(spec: str, rows: int, inputs: int, rotation: str = "full") -> 
     )
 
 
+def rounded_entries(spec: str) -> torch.Tensor:
+    """Of a code, each as it is multiplied in bytes, float64. Neighbouring magnitudes of a hash may share their mean."""
+    quantizer = parse_spec(spec)
+    decoder, entries = byte_decoder_of(quantizer), quantizer.entries()
+    assert decoder is not None
+    if quantizer.decoder.hashed:
+        shared = max(1, len(entries) // 2 >> int(decoder.way[-1]))
+        entries = entries.view(-1, shared).mean(1).repeat_interleave(shared)[:, None]
+    return torch.round(entries / decoder.step).double() * decoder.step
+
+
 def rounded_weight(packed: PackedLinear) -> torch.Tensor:
     """W' with its entries rounded to bytes, float64."""
-    decoder = byte_decoder_of(parse_spec(packed.spec))
-    assert decoder is not None
     tiles = REF.decode(packed.spec, packed.codes.flatten(0, 1)).reshape(*packed.codes.shape[:2], -1)
-    entries = from_tiles(tiles, packed.out_features, packed.in_features)
-    scales = packed.scales.view(torch.float16).double()
-    return torch.round(entries / decoder.step).double() * decoder.step * scales[:, None]
+    weights = from_tiles(tiles, packed.out_features, packed.in_features)
+    entries, order = parse_spec(packed.spec).entries().flatten().sort()
+    rounded = rounded_entries(packed.spec).flatten()[order][torch.searchsorted(entries, weights)]
+    return rounded * packed.scales.view(torch.float16).double()[:, None]
 
 
 def groups_of(size: int) -> torch.Tensor:
@@ -137,15 +147,12 @@ def test_nothing_but_the_rounding_to_bytes(spec: str, shape: tuple[int, int]) ->
 def test_the_roundings_cost_what_is_said(spec: str) -> None:
     """Gaussian activations: errors of inputs and of weights are independent of everything, so their squares add."""
     quantizer = parse_spec(spec)
-    decoder = byte_decoder_of(quantizer)
     packed, inputs = random_linear(spec, 400, 1024), 1024
     x = torch.randn(16, inputs, generator=generator(5)).half()
     exact = rotated_input(x, packed) @ REF.rotated_weight(packed).double().T
     error = relative_error(CPU.linear(x, packed), exact) ** 2
     entries = quantizer.entries().double()
-    of_weights = (
-        torch.round(entries / decoder.step) * decoder.step - entries
-    ).square().mean() / entries.square().mean()
+    of_weights = (rounded_entries(spec) - entries).square().mean() / entries.square().mean()
     type_ = torch.finfo(torch.float16).eps ** 2 / 12
     assert error == pytest.approx(ACTIVATION_ERROR + float(of_weights) + type_, rel=0.15)  # of 500 groups
     assert ACTIVATION_ERROR / quantizer.claimed_distortion < 0.01
@@ -157,11 +164,17 @@ def test_only_codes_that_lose_little_are_multiplied_in_bytes() -> None:
         decoder = byte_decoder_of(quantizer)
         if decoder is not None:
             entries = quantizer.entries().double()
-            error = (torch.round(entries / decoder.step) * decoder.step - entries).square().mean()
+            error = (rounded_entries(quantizer.name) - entries).square().mean()
             assert error + ACTIVATION_ERROR < MOST_ADDED_ERROR * quantizer.claimed_distortion
     assert {spec for spec in IN_BYTES if byte_decoder_of(parse_spec(spec)) is None} == set()
     for spec in ("tcq-3-L18", "tcq-2-L20", "tcq-4.125", "tcq2-2", "vq-4.5", "nuq-8"):
         assert byte_decoder_of(parse_spec(spec)) is None, spec
+
+
+@needs_bytes
+def test_the_fewest_magnitudes_that_lose_little_are_looked_up() -> None:
+    ways = {spec: byte_decoder_of(parse_spec(spec)).way for spec in ("tcq-2", "tcq-2.5", "tcq-3", "tcq-3.25", "tcq-4")}
+    assert list(ways.values()) == ["hashed 7", "hashed 7", "hashed 8", "hashed 8", "hashed 9"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -32,10 +32,12 @@ def make_fast(model: Any, compile: str, cache: CachePlan | None = None) -> None:
     model.generation_config.eos_token_id = None
 
 
-def measure_generate(candidate: Any, model: Any, batch: int, context: int, steps: int) -> Speed:
+def measure_generate(
+    candidate: Any, model: Any, batch: int, context: int, steps: int, requests: int = REQUESTS
+) -> Speed:
     """Of requests for `steps` new tokens after random prompts of `context` tokens, by the times at which a streamer
-    gets them on the host. `model` is one of `make_fast`. Raises InputError as `check_steps`, and
-    for more tokens than the model's context has.
+    gets them on the host: medians of `requests`, after a first one. `model` is one of `make_fast`. Raises InputError as
+    `check_steps`, and for more tokens than the model's context has.
     """
     check_steps(steps)
     check_positions(model, context + steps)
@@ -46,7 +48,7 @@ def measure_generate(candidate: Any, model: Any, batch: int, context: int, steps
     start = time.perf_counter()
     first = _token_times(model, batch, context, steps)
     warm = _warm_up(model, batch, context)
-    later = [_token_times(model, batch, context, steps) for _ in range(REQUESTS)]
+    later = [_token_times(model, batch, context, steps) for _ in range(requests)]
     return Speed(
         model=candidate.name,
         random_weights=candidate.random_weights,

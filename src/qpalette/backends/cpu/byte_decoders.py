@@ -8,7 +8,7 @@ of bytes sums just these four. Codebooks stay in eight registers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.decoders import HALVES, Arrays
 from qpalette.backends.cpu.jit import inlined
 from qpalette.codes import Quantizer
-from qpalette.codes.description import LANE_WEIGHTS
+from qpalette.codes.description import LANE_WEIGHTS, Decoder
 
 ACTIVATION_ERROR = 2.9e-5  # squared, of a Gaussian value rounded to one of 255 steps of the largest of 32: measured
 MOST_ADDED_ERROR = 0.02  # what both roundings may add to a code's own distortion
@@ -48,30 +48,49 @@ def byte_decoder_of(quantizer: Quantizer) -> ByteDecoder | None:
     entries and the activations would cost more than MOST_ADDED_ERROR."""
     decoder = quantizer.decoder
     assert decoder is not None, "supports() said no"
-    top, index = decoder.memory, decoder.index_bits
-    way = {(True, 1): "hashed", (False, 1): "plain", (False, 2): "plain pair"}.get((decoder.hashed, decoder.width))
-    if not simd.HAS_BYTES or way is None or index > _MOST_INDEX_BITS[way] or top > _WINDOW:
+    if not simd.HAS_BYTES or decoder.memory > _WINDOW:
         return None
     if max(np.cumsum(half)[-1] for half in _halves(decoder.shifts)) > _WINDOW:
         return None
+    numbers = (1 + _WINDOW - decoder.memory, 1 << (_WINDOW - decoder.memory)) if decoder.hashed else (0, 0)
     entries = quantizer.entries()
-    if way == "hashed":  # magnitudes; the top bit of the index is the sign
-        entries = entries[: len(entries) // 2]
-    step = float(entries.abs().max()) / (255 if way == "hashed" else 127)
-    rounded = torch.round(entries / step)
-    added = float((rounded * step - entries).double().square().mean()) + ACTIVATION_ERROR
-    if added > MOST_ADDED_ERROR * quantizer.claimed_distortion:
-        return None
-    table = rounded if way == "hashed" else rounded + _MIDDLE
-    copies = _ENTRIES // table.numel()  # the bits above an index are not masked
-    laid = table.repeat_interleave(copies, 0) if way == "hashed" else table.T.repeat(1, copies)
-    numbers = (1 + _WINDOW - top, 1 << (_WINDOW - top)) if decoder.hashed else (0, 0)
-    arrays = Arrays(
-        *_windows(decoder.shifts),
-        np.array(numbers, np.int16),
-        laid.flatten().to(torch.uint8).numpy().view(np.int8),
-    )
-    return ByteDecoder(way, arrays, step)
+    for way, levels, step, table in _magnitudes(decoder, entries) if decoder.hashed else _levels(decoder, entries):
+        added = float((levels * step - entries[: len(levels)]).double().square().mean()) + ACTIVATION_ERROR
+        if added < MOST_ADDED_ERROR * quantizer.claimed_distortion:
+            held = torch.zeros(_ENTRIES, dtype=torch.uint8)
+            held[: table.numel()] = table.flatten()
+            arrays = Arrays(*_windows(decoder.shifts), np.array(numbers, np.int16), held.numpy().view(np.int8))
+            return ByteDecoder(way, arrays, step)
+    return None
+
+
+_Codebook = tuple[str, torch.Tensor, float, torch.Tensor]  # way, entries in steps, step, bytes in registers
+
+
+def _magnitudes(decoder: Decoder, entries: torch.Tensor) -> Iterator[_Codebook]:
+    """Of a hash, whose top bit is the sign. Neighbours become their mean, and the fewer there are the faster they are
+    looked up: smallest first."""
+    magnitudes = entries[: len(entries) // 2]
+    if decoder.width > 1 or len(magnitudes) > _ENTRIES:
+        return
+    for way, bits in _MAGNITUDE_BITS.items():
+        size = 1 << bits
+        merged = max(1, len(magnitudes) // size)
+        means = magnitudes.view(-1, merged).mean(1)
+        step = float(means.abs().max()) / 255
+        levels = torch.round(means / step)
+        table = levels.repeat_interleave(size // len(levels))  # the bits below an index are not cut off
+        yield way, levels.repeat_interleave(merged)[:, None], step, table
+
+
+def _levels(decoder: Decoder, entries: torch.Tensor) -> Iterator[_Codebook]:
+    way, most_bits = {1: ("plain", 6), 2: ("plain pair", 8)}[decoder.width]
+    if decoder.index_bits > most_bits:
+        return
+    step = float(entries.abs().max()) / 127
+    levels = torch.round(entries / step)
+    copies = _ENTRIES // levels.numel()  # the bits above an index are not masked
+    yield way, levels, step, (levels + _MIDDLE).T.repeat(1, copies)
 
 
 def _halves(shifts: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -123,32 +142,51 @@ def registers(ends, table):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _lookup512(table, index, ninth):  # type: ignore[no-untyped-def]
-    """`index` says which of 256 entries, and the sign of `ninth` in which half of the table."""
-    low = simd.where_negative(
-        index, simd.lookup128(table[2], table[3], index), simd.lookup128(table[0], table[1], index)
-    )
-    high = simd.where_negative(
-        index, simd.lookup128(table[6], table[7], index), simd.lookup128(table[4], table[5], index)
-    )
-    return simd.where_negative(ninth, high, low)
+def _lookup256(table, index):  # type: ignore[no-untyped-def]
+    low, high = simd.lookup128(table[0], table[1], index), simd.lookup128(table[2], table[3], index)
+    return simd.where_negative(index, high, low)
 
 
 @inlined
-def _hash_at_top(state, shift, one):  # type: ignore[no-untyped-def]
+def _hash_at_top(state, numbers):  # type: ignore[no-untyped-def]
     """s (2 s + 1) << (16 - L): the L bits of the hash come to the top, what is older than L falls off."""
-    return simd.mulh(state, simd.addh(simd.shlh(state, shift), one))
+    return simd.mulh(state, simd.addh(simd.shlh(state, simd.splath(numbers[0])), simd.splath(numbers[1])))
 
 
 @inlined
-def _hashed(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
-    """The ten top bits of a hash are a sign and an index."""
-    shift, one, six = simd.splath(numbers[0]), simd.splath(numbers[1]), simd.splath(np.int16(6))
-    h0 = _hash_at_top(simd.shift_in_halves(before, after, first), shift, one)
-    h1 = _hash_at_top(simd.shift_in_halves(before, after, second), shift, one)
-    signs = simd.high_bytes(h0, h1)
-    index = simd.low_bytes(simd.shrh(h0, six), simd.shrh(h1, six))
-    return _lookup512(table, index, simd.addb(signs, signs)), signs
+def _hashes(before, after, first, second, numbers):  # type: ignore[no-untyped-def]
+    return (
+        _hash_at_top(simd.shift_in_halves(before, after, first), numbers),
+        _hash_at_top(simd.shift_in_halves(before, after, second), numbers),
+    )
+
+
+@inlined
+def _below_the_sign(hashes, past):  # type: ignore[no-untyped-def]
+    """The byte of each hash that has its lowest bit at `past`."""
+    past = simd.splath(past)
+    return simd.low_bytes(simd.shrh(hashes[0], past), simd.shrh(hashes[1], past))
+
+
+@inlined
+def _hashed7(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
+    hashes = _hashes(before, after, first, second, numbers)
+    signs = simd.high_bytes(hashes[0], hashes[1])
+    return simd.lookup128(table[0], table[1], signs), signs
+
+
+@inlined
+def _hashed8(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
+    hashes = _hashes(before, after, first, second, numbers)
+    return _lookup256(table, _below_the_sign(hashes, np.int16(7))), simd.high_bytes(hashes[0], hashes[1])
+
+
+@inlined
+def _hashed9(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
+    hashes = _hashes(before, after, first, second, numbers)
+    signs, index = simd.high_bytes(hashes[0], hashes[1]), _below_the_sign(hashes, np.int16(6))
+    ninth = simd.addb(signs, signs)
+    return simd.where_negative(ninth, _lookup256(table[4:], index), _lookup256(table[:4], index)), signs
 
 
 @inlined
@@ -161,8 +199,9 @@ def _plain(before, after, first, second, numbers, table):  # type: ignore[no-unt
 def _plain_pair(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
     """`table` has first weights, then second ones."""
     window = simd.shift_in_halves(before, after, first)
+    index = simd.low_bytes(window, window)
     odd = simd.bytes_of_halves(simd.splath(np.int16(-(1 << 8))))
-    return _lookup512(table, simd.low_bytes(window, window), odd), simd.splatb(np.int8(0))
+    return simd.where_negative(odd, _lookup256(table[4:], index), _lookup256(table[:4], index)), simd.splatb(np.int8(0))
 
 
 class ByteWay(NamedTuple):
@@ -174,8 +213,10 @@ class ByteWay(NamedTuple):
 
 
 WAYS = {
-    "hashed": ByteWay(_hashed, 0),
+    "hashed 7": ByteWay(_hashed7, 0),
+    "hashed 8": ByteWay(_hashed8, 0),
+    "hashed 9": ByteWay(_hashed9, 0),
     "plain": ByteWay(_plain, _MIDDLE),
     "plain pair": ByteWay(_plain_pair, _MIDDLE),
 }
-_MOST_INDEX_BITS = {"hashed": 10, "plain": 6, "plain pair": 8}
+_MAGNITUDE_BITS = {"hashed 7": 7, "hashed 8": 8, "hashed 9": 9}

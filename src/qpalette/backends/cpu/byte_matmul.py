@@ -39,7 +39,7 @@ _LINE = 4 * LANES  # bytes of a vector
 _SUMS = TILE * LANES  # of a token
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def make_byte_kernel(way: str) -> Any:
     """linear, for a way of decoding."""
     decode, middle = WAYS[way]

@@ -1,0 +1,235 @@
+"""Tokens/s on the processor beside llama.cpp's, in one run; and with a text, KL to the same original.
+
+    python benchmarks/cpu_peers.py [--llama DIR] [--threads 2] [--rounds 5] [--spec tcq-4 ...]
+    python benchmarks/cpu_peers.py --model FILE.gguf --text FILE [--windows 4] [--work DIR]
+
+Without a model: random weights of a Llama of 503 million (`SYNTHETIC`). With one, a GGUF file of 16-bit floats: peers'
+files are made of it by their own llama-quantize, and ours by `qpalette.quantize`. All take turns, round by round, and
+the median counts. Ours are what `generate` gives a user, theirs what llama-bench prints (tg, pp). The tools are looked
+for in --llama and on the PATH. Building them:
+
+    pip download --no-binary :all: --no-deps llama-cpp-python
+    cmake in its vendor/llama.cpp, CMAKE_BUILD_TYPE=Release, targets llama-bench and llama-quantize
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from gguf import GGUFWriter
+from report import processor, report
+from transformers import AutoConfig
+
+import qpalette
+from qpalette.bench.generate import make_fast, measure_generate
+from qpalette.bench.models import Candidate, from_config, from_directory, groups_of
+from qpalette.evaluate import evaluate_models, load_model, token_windows
+from qpalette.plan.plan import uniform_plan
+
+SYNTHETIC: dict[str, Any] = {
+    "vocab_size": 8192,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+}
+SPECS = ["tcq-4", "tcq-3", "tcq-2", "nuq-4", "vq-3"]
+PEERS = ["Q4_0", "Q2_K"]
+YARDSTICK = "llama.cpp Q4_0"
+CONTEXT, PROMPT = 16, 512  # tokens before what is decoded; tokens of a prefill
+SHORTEST = 11  # new tokens that the harness takes
+REPEATED = 16  # rows of a random matrix that are its first ones again: quantizing takes the same time otherwise
+
+
+@dataclass
+class Contestant:
+    """measure: decode and prefill, tokens/s."""
+
+    name: str
+    measure: Callable[[], tuple[float, float]]
+    megabytes: float | None = None
+    kl: float | None = None
+    speeds: list[tuple[float, float]] = field(default_factory=list)
+
+
+def find(tool: str, llama: Path | None) -> str | None:
+    places = [str(place) for place in (llama, llama and llama / "bin", llama and llama / "build" / "bin") if place]
+    return shutil.which(tool, path=os.pathsep.join(places)) or shutil.which(tool)
+
+
+def peer(tool: str, file: Path, name: str, threads: int, steps: int) -> Contestant:
+    command = [tool, "-m", str(file), "-t", str(threads), "-r", "1", "-o", "json"]
+
+    def measure() -> tuple[float, float]:
+        printed = subprocess.run([*command, "-n", str(steps), "-p", str(PROMPT)], capture_output=True, check=True)
+        speeds = {bool(row["n_gen"]): row["avg_ts"] for row in json.loads(printed.stdout)}
+        return speeds[True], speeds[False]
+
+    return Contestant(name, measure, file.stat().st_size / 1e6)
+
+
+def ours(name: str, candidate: Candidate, steps: int, megabytes: float | None = None) -> Contestant:
+    model = candidate.build()
+    make_fast(model, "never")
+
+    def measure() -> tuple[float, float]:
+        decode = measure_generate(candidate, model, 1, CONTEXT, steps, requests=1)
+        prefill = measure_generate(candidate, model, 1, PROMPT, SHORTEST, requests=1)
+        return decode.tokens_per_second, prefill.prefill_tokens_per_second
+
+    return Contestant(name, measure, megabytes)
+
+
+def write_synthetic(file: Path) -> None:
+    """As float16, N(0, 0.02)."""
+    sizes, random = SYNTHETIC, np.random.default_rng(0)
+    hidden, inner, heads = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_attention_heads"]
+    narrow = hidden // heads * sizes["num_key_value_heads"]
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        few = random.standard_normal((rows // REPEATED, columns), dtype=np.float32)
+        return np.tile((0.02 * few).astype(np.float16), (REPEATED, 1))
+
+    writer = GGUFWriter(file, "llama")
+    writer.add_vocab_size(sizes["vocab_size"])
+    writer.add_context_length(sizes["max_position_embeddings"])
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_block_count(sizes["num_hidden_layers"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(sizes["num_key_value_heads"])
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_file_type(1)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_tensor("token_embd.weight", matrix(sizes["vocab_size"], hidden))
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    shapes = {"attn_q": (hidden, hidden), "attn_k": (narrow, hidden), "attn_v": (narrow, hidden)}
+    shapes |= {"attn_output": (hidden, hidden), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden)}
+    shapes |= {"ffn_down": (hidden, inner)}
+    for layer in range(sizes["num_hidden_layers"]):
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(hidden, np.float32))
+        for name, shape in shapes.items():
+            writer.add_tensor(f"blk.{layer}.{name}.weight", matrix(*shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def peers_of(source: Path, types: list[str], llama: Path | None, threads: int, steps: int, work: Path) -> list[Any]:
+    """A Contestant for each type, and its file; the synthetic model's head in 8 bits, as llama.cpp keeps heads."""
+    bench, quantize = find("llama-bench", llama), find("llama-quantize", llama)
+    if bench is None or quantize is None:
+        print("no llama-bench and llama-quantize: ours alone")
+        return []
+    made = []
+    for kind in types:
+        file = work / f"{source.stem}-{kind}.gguf"
+        if not file.exists():
+            head = ["--token-embedding-type", "q8_0"] if source.stem == "synthetic" else []
+            subprocess.run([quantize, *head, str(source), str(file), kind], capture_output=True, check=True)
+        made.append((peer(bench, file, f"llama.cpp {kind}", threads, steps), file))
+    return made
+
+
+def of_synthetic(specs: list[str], dtype: torch.dtype, steps: int) -> list[Contestant]:
+    config = AutoConfig.for_model("llama", **SYNTHETIC)
+    plans = {spec: uniform_plan(groups_of(config).groups, spec) for spec in specs}
+    where = torch.device("cpu")
+    return [ours(spec, from_config(spec, config, plan, dtype, where, None), steps) for spec, plan in plans.items()]
+
+
+def of_model(source: Path, specs: list[str], dtype: torch.dtype, steps: int, work: Path) -> list[Any]:
+    made = []
+    for spec in specs:
+        out = work / f"{source.stem}-{spec}"
+        if not out.exists():
+            qpalette.quantize(source, out, spec=spec)
+        candidate = from_directory(spec, str(out), dtype, torch.device("cpu"), None)
+        megabytes = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
+        made.append((ours(spec, candidate, steps, megabytes), out))
+    return made
+
+
+def measure_losses(contestants: list[Any], source: Path, text: Path, windows: int, length: int) -> None:
+    original, tokenizer = load_model(source)
+    chosen = token_windows(text, tokenizer, length, windows)
+    for contestant, place in contestants:
+        contestant.kl = evaluate_models(load_model(place)[0], original, chosen).kl
+
+
+def rows_of(contestants: list[Contestant], model: str) -> list[dict[str, Any]]:
+    def medians(each: Contestant) -> list[float]:
+        return [statistics.median(speeds) for speeds in zip(*each.speeds, strict=True)]
+
+    base = next((medians(each) for each in contestants if each.name == YARDSTICK), None)
+    rows = []
+    for each in contestants:
+        decode, prefill = medians(each)
+        row: dict[str, Any] = {"model": model, "weights": each.name, "MB": each.megabytes, "KL": each.kl}
+        row |= {"decode tokens/s": decode, "over Q4_0": base and decode / base[0]}
+        row |= {"prefill tokens/s": prefill, "prefill over Q4_0": base and prefill / base[1]}
+        rows.append(row | {"least": min(speeds[0] for speeds in each.speeds)})
+    return rows
+
+
+def main(
+    llama: Annotated[Path | None, typer.Option(help="Where llama.cpp was built.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A GGUF file of 16-bit floats.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Measures KL, too.")] = None,
+    windows: int = 4,
+    length: int = 512,
+    threads: int = 2,
+    rounds: int = 5,
+    steps: int = 64,
+    spec: Annotated[list[str] | None, typer.Option()] = None,
+    peers: Annotated[
+        list[str] | None, typer.Option("--peer", help="Types of llama-quantize; Q4_0 is compared to.")
+    ] = None,
+    dtype: str = "float32",
+    work: Annotated[Path, typer.Option(help="Where files go; kept, so that a rerun is quick.")] = Path("out"),
+    name: str = "cpu_peers",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, too.")] = False,
+) -> None:
+    torch.set_num_threads(threads)
+    work.mkdir(parents=True, exist_ok=True)
+    specs, types, kind = spec or SPECS, peers or PEERS, getattr(torch, dtype)
+    source = model or work / "synthetic.gguf"
+    if not source.exists():
+        write_synthetic(source)
+    others = peers_of(source, types, llama, threads, steps, work)
+    if model is None:
+        contestants = [each for each, _ in others] + of_synthetic(specs, kind, steps)
+    else:
+        placed = others + of_model(model, specs, kind, steps, work)
+        contestants = [each for each, _ in placed]
+        if text is not None:
+            measure_losses(placed, model, text, windows, length)
+    for _ in range(rounds):
+        for each in contestants:
+            each.speeds.append(each.measure())
+    rows = rows_of(contestants, source.stem)
+    facts = {"load": os.getloadavg()[0], "text": text and text.name, "windows": windows, "length": length}
+    report(name, processor(), rows, rounds=rounds, steps=steps, dtype=dtype, **facts)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)
