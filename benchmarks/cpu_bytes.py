@@ -3,23 +3,22 @@
     python benchmarks/cpu_bytes.py [--spec tcq-3 ...] [--threads 1 --threads 2]
     python benchmarks/cpu_bytes.py --model MODEL --artifact OUT [--artifact OUT ...] --text FILE
 
-Times are of prepared products, rotation and Python included; both kinds take turns, and the least of each counts. KL is
-to the original in float32, on the same tokens; every product of the model is of the one kind or of the other.
+Activations are float32. Times are of prepared products, rotation and Python included; both kinds take turns, and the
+least of each counts. KL is to the original in float32, on the same tokens.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from functools import partialmethod
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
-from unittest.mock import patch
 
 import torch
 import typer
 from report import processor, report
 
+from qpalette.backends.cpu.product import BYTES
 from qpalette.codes import parse_spec
 from qpalette.evaluate import evaluate_models, load_model, token_windows
 from qpalette.rotate import pack_signs, random_signs, rotation_for
@@ -28,7 +27,8 @@ from qpalette.runtime import PackedLinear, Product, backends
 CPU = backends()["cpu"]
 SPECS = ["tcq-4", "tcq-3", "tcq-2", "nuq-4", "nuq-3", "vq-4", "vq-3"]
 SHAPES = [(576, 576), (1536, 576), (2048, 8192), (8192, 2048)]
-BATCHES = [1, 8]
+BATCHES = [1, 8, 512]
+KINDS = {"float32": "0", "bytes": "1"}
 TURNS = 30
 
 
@@ -47,7 +47,8 @@ def random_product(spec: str, rows: int, columns: int) -> Product:
     return CPU.product([packed])
 
 
-def seconds(product: Product, x: torch.Tensor) -> float:
+def seconds(product: Product, x: torch.Tensor, kind: str) -> float:
+    os.environ[BYTES] = KINDS[kind]
     start = time.perf_counter()
     product(x)
     return time.perf_counter() - start
@@ -56,29 +57,22 @@ def seconds(product: Product, x: torch.Tensor) -> float:
 def timed(spec: str, rows: int, columns: int, batch: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     product, x = random_product(spec, rows, columns), torch.randn(batch, columns)
-    kinds = {"float32": x, "bytes": x.bfloat16()}
-    best = {kind: float("inf") for kind in kinds}
+    best = dict.fromkeys(KINDS, float("inf"))
     for _ in range(TURNS):
-        best = {kind: min(best[kind], seconds(product, x)) for kind, x in kinds.items()}
+        best = {kind: min(best[kind], seconds(product, x, kind)) for kind in KINDS}
     facts = {"spec": spec, "shape": f"{rows}x{columns}", "batch": batch, "threads": threads}
     speeds = {f"{kind} Gw/s": rows * columns / least / 1e9 for kind, least in best.items()}
     return facts | speeds | {"ratio": best["float32"] / best["bytes"]}
 
 
 def losses(model: str, artifacts: list[Path], text: Path, windows: int, length: int) -> list[dict[str, Any]]:
-    prepared: Any = import_module("qpalette.backends.cpu.product")
-    present = prepared.CpuProduct._present_launches
     original, tokenizer = load_model(model)
     chosen, rows = token_windows(text, tokenizer, length, windows), []
     for artifact in artifacts:
         packed, kl = load_model(artifact)[0], {}
-        for kind in ("float32", "bytes"):
-            of_kind = partialmethod(lambda self, kind, in_bytes: present(self, kind == "bytes"), kind)
-            with (
-                patch.object(prepared, "LARGEST_FUSED_BATCH", length),  # no product decodes its matrix first
-                patch.object(prepared.CpuProduct, "_present_launches", of_kind),
-            ):
-                kl[kind] = evaluate_models(packed, original, chosen).kl
+        for kind, value in KINDS.items():
+            os.environ[BYTES] = value
+            kl[kind] = evaluate_models(packed, original, chosen).kl
         rows.append({"artifact": artifact.name, **{f"KL {kind}": value for kind, value in kl.items()}})
         rows[-1]["ratio"] = kl["bytes"] / kl["float32"]
     return rows

@@ -221,12 +221,12 @@ def main(
         contestants = [each for each, _ in placed]
         if text is not None:
             measure_losses(placed, model, text, windows, length)
-    for _ in range(rounds):
+    facts = {"text": text and text.name, "windows": windows, "length": length, "steps": steps, "dtype": dtype}
+    for done in range(1, rounds + 1):  # what a run that is cut off has measured is kept
         for each in contestants:
             each.speeds.append(each.measure())
-    rows = rows_of(contestants, source.stem)
-    facts = {"load": os.getloadavg()[0], "text": text and text.name, "windows": windows, "length": length}
-    report(name, processor(), rows, rounds=rounds, steps=steps, dtype=dtype, **facts)
+        rows = rows_of(contestants, source.stem)
+        report(name, processor(), rows, rounds=done, load=os.getloadavg()[0], **facts)
     if as_json:
         print(json.dumps(rows, indent=1))
 

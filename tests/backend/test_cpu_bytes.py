@@ -19,6 +19,7 @@ from qpalette.backends.cpu.byte_matmul import LONGEST_PASS
 from qpalette.backends.cpu.product import BYTES, multiplier_of, wants_bytes
 from qpalette.codes import full_palette, parse_spec
 from qpalette.codes.tiles import from_tiles
+from qpalette.core.cache import COMPILE_CACHE
 from qpalette.core.errors import InputError
 from qpalette.rotate import Rotation, pack_signs, random_signs, rotation_for, unpack_signs
 from qpalette.runtime import PackedLinear, backends
@@ -296,17 +297,28 @@ def in_a_process(program: str, **variables: str) -> str:
     return run.stdout
 
 
+MASKED = {"AVX2": "avx512", "AVX-512 of before the bytes": "avx512vbmi"}
+
+
 @pytest.mark.skipif(not simd.HAS_BYTES, reason="nothing to mask: it is what the other tests run on")
-def test_a_processor_without_the_instructions_takes_the_path_that_it_has() -> None:
-    """Compiled without them, as numba would be there: whatever asks for one does not compile."""
-    gone = {feature for feature in simd.features() if feature.startswith("avx512")}
+@pytest.mark.parametrize("name", MASKED)
+def test_a_processor_without_the_instructions_takes_the_path_that_it_has(name: str, tmp_path: Path) -> None:
+    """Compiled without them, as numba would be there: whatever asks for one does not compile. A token alone, sixteen,
+    and more than are multiplied while they are decoded."""
     program = """
-from test_cpu_bytes import REF, relative_error
-y, exact = CPU.linear(x.float(), packed), REF.linear(x.double(), packed)
-print(simd.HAS_BYTES, relative_error(y, exact) < 1e-5)
+from test_cpu_bytes import REF, multiplier_of, relative_error
+for spec in ("tcq-2-L12", "nuq-4"):
+    packed = random_linear(spec, 300, 200)
+    for batch in (1, 16, 20):
+        x = torch.randn(batch, 200)
+        assert relative_error(CPU.linear(x, packed), REF.linear(x.double(), packed)) < 1e-5
+    assembly = "".join(multiplier_of(spec, True).linear.inspect_asm().values())
+    print(simd.HAS_BYTES, "ymm" in assembly, "zmm" in assembly)
 """
-    features = ",".join(f"-{each}" if each in gone else f"+{each}" for each in sorted(simd.features()))
-    assert in_a_process(program, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=features) == "False True\n"
+    features = ",".join(f"-{each}" if each.startswith(MASKED[name]) else f"+{each}" for each in sorted(simd.features()))
+    masked = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features, COMPILE_CACHE: str(tmp_path)}
+    wide = name != "AVX2"
+    assert in_a_process(program, **masked) == f"False True {wide}\n" * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")

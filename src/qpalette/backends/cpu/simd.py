@@ -350,16 +350,18 @@ def _dot_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     return _call("x86.avx512.vpdpbusd.512", I.vector, builder, total, *words)
 
 
-def _quad_sums(builder: Any, *rows: Any) -> Any:
-    def pairs(first: Any, second: Any, places: list[int]) -> Any:
+def _quad_sums(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    def picked(first: Any, second: Any, places: list[int]) -> Any:
         mask = ir.Constant(ir.VectorType(_INT, LANES), [4 * (i // 4) + places[i % 4] for i in range(LANES)])
         return builder.shuffle_vector(first, second, mask)
 
-    def halves_added(first: Any, second: Any, even: list[int], odd: list[int]) -> Any:
-        return builder.fadd(pairs(first, second, even), pairs(first, second, odd))
+    def neighbours_added(first: Any, second: Any) -> Any:
+        even, odd = [0, LANES, 2, LANES + 2], [1, LANES + 1, 3, LANES + 3]
+        return builder.fadd(picked(first, second, even), picked(first, second, odd))
 
-    low, high = (halves_added(*rows[i : i + 2], [0, LANES, 2, LANES + 2], [1, LANES + 1, 3, LANES + 3]) for i in (0, 2))
-    return halves_added(low, high, [0, 1, LANES, LANES + 1], [2, 3, LANES + 2, LANES + 3])
+    low, high = neighbours_added(a, b), neighbours_added(c, d)
+    lefts, rights = [0, 1, LANES, LANES + 1], [2, 3, LANES + 2, LANES + 3]
+    return builder.fadd(picked(low, high, lefts), picked(low, high, rights))
 
 
 # Halves and bytes of two vectors side by side: the first's at even places (low in a lane), the second's at odd ones.
