@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -13,20 +12,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qpalette.runtime import device as runtime
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def processor() -> str:
     """The processor's model name and the threads in use."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    return runtime.device_name(torch.device("cpu"))
 
 
 def device_name(device: str) -> str:
     """The processor, or the GPU that `device` ("cuda") stands for."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
+    return runtime.device_name(torch.device(device))
 
 
 def report(name: str, device: str, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:

@@ -17,6 +17,7 @@ from qpalette.codes import parse_spec
 from qpalette.core.errors import InputError
 from qpalette.pipeline.planning import even_sensitivities
 from qpalette.plan import LatencyProfile, Plan, Planner, Space, candidate_of, palette_of
+from qpalette.plan.build import Limits
 from qpalette.plan.profile import SHIPPED, SPREAD, shipped_profiles
 from qpalette.runtime import device as devices
 
@@ -168,6 +169,26 @@ def test_a_profile_of_a_model_predicts_the_steps_it_was_measured_on(tmp_path, st
             assert choice.seconds == pytest.approx(step / slower + (SLOWER - 1) / 2 * first)
             assert step <= (1 + profile.spread) * choice.seconds * 1.000001
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "gpu.json"]
+
+
+def test_a_profile_of_a_processor_plans_for_a_speed(tmp_path, model):
+    """By the real stopwatch: a plan that may take as long as the profile says one of its specs takes is found."""
+    out = tmp_path / "cpu.json"
+    assert run(out, "--model", model, "--device", "cpu", "--batch", "1", "--spec", "nuq-3", "--spec", "nuq-4") == 0
+    profile = LatencyProfile.read(out)
+    assert profile.device == devices.device_name(torch.device("cpu"))
+    assert profile.constant(1) > profile.head.seconds[1] > 0
+    known = even_sensitivities(groups_of(config_of(model)).groups)
+    palette = tuple(candidate_of(parse_spec(spec)) for spec in ("nuq-3", "nuq-4"))
+    planner = Planner(known, Space(palette, profile))
+    allowed = 1.01 * max(planner.uniform(candidate, timed=True).seconds for candidate in palette)
+    planned = planner.plan(Limits(seconds=planner.margin * allowed))
+    assert profile.constant(1) < planned.choice.seconds <= allowed
+
+
+def test_a_device_that_has_no_stopwatch(tmp_path, capsys):
+    assert run(tmp_path / "x.json", *COMMAND, "--device", "meta") != 0
+    assert "cuda or cpu, and meta is neither" in capsys.readouterr().err
 
 
 def test_a_constant_that_is_given_is_not_measured_and_a_quantized_head_is(tmp_path, steps, stopwatch, model):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qpalette.bench.models import config_of, from_config, groups_of, with_head
+from qpalette.bench.probes import launch_seconds, plain_seconds
 from qpalette.bench.run import measure
 from qpalette.core.errors import InputError
 from qpalette.core.records import LinearGroup, LinearShape
@@ -19,7 +20,7 @@ from qpalette.plan import Head, LatencyProfile, Plan, is_expert
 from qpalette.plan.profile import SPREAD
 
 PROBES = ("tcq2-3.25", "tcq-4")  # how far their constants differ shows how well launches add up to a step
-CONTEXT, STEPS, RUNNER = 1024, 64, "compile-graph"
+CONTEXT, STEPS = 1024, 64
 
 Shape = tuple[int, int]  # out_features, in_features
 StepTimer = Callable[[Plan, Sequence[int]], Mapping[int, float]]  # plan, batch sizes -> seconds of a step by batch
@@ -33,11 +34,21 @@ class Constant(NamedTuple):
     spread: float
 
 
+class Steps(NamedTuple):
+    """How a step runs on a kind of device, and the type of what its plan leaves alone there."""
+
+    runner: str
+    dtype: torch.dtype
+
+
+STEPS_ON = {"cuda": Steps("compile-graph", torch.float16), "cpu": Steps("eager", torch.float32)}
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model that a profile is made for: a preset, or any checkpoint, of which only the config is read.
 
-    `head` is the quantizer of its output head; None leaves it in float16.
+    `head` is the quantizer of its output head; None leaves it alone.
     """
 
     model: str
@@ -78,14 +89,15 @@ class Subject:
         return plans
 
     def step_seconds(self, device: torch.device, attention: str | None, partial: PartialFigures) -> StepTimer:
-        """Steps as `qpalette bench` times them: random weights, compiled, after CONTEXT tokens, in float16 where the
-        plan leaves them alone. They are kept in `partial`, and what is there is not timed again."""
+        """Steps as `qpalette bench` times them: random weights, as STEPS_ON says, after CONTEXT tokens. They are
+        kept in `partial`, and what is there is not timed again."""
+        runner, dtype = STEPS_ON[device.type]
 
         def seconds(plan: Plan, batches: Sequence[int]) -> Mapping[int, float]:
             key = f"steps of {self.model}, plan {plan.digest}, attention {attention}, batches {list(batches)}"
             if key not in partial.figures:
-                candidate = from_config("probe", self.config, plan, torch.float16, device, attention)
-                speeds = measure([candidate], batches, CONTEXT, STEPS, RUNNER)
+                candidate = from_config("probe", self.config, plan, dtype, device, attention)
+                speeds = measure([candidate], batches, CONTEXT, STEPS, runner)
                 partial.figures[key] = [speed.decode_seconds for speed, _ in speeds]
                 partial.save()
             return dict(zip(batches, partial.figures[key], strict=True))
@@ -94,11 +106,9 @@ class Subject:
 
     def head_seconds(self, batch: int, device: torch.device) -> float:
         """Of the head alone, as it is left: cold weights, with the rotation of its input if it is quantized."""
-        from qpalette.backends.cuda.probe import launch_seconds, plain_seconds
-
         if self.head is None:
             return plain_seconds(*self.head_shape, batch, device)
-        return launch_seconds(((self.head, *self.head_shape),), batch, device, with_rotation=True)
+        return launch_seconds(((self.head, *self.head_shape),), batch, device)
 
     def complete(
         self, measured: LatencyProfile, plans: Mapping[str, Plan], steps: StepTimer, head_seconds: Mapping[int, float]

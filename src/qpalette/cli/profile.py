@@ -1,4 +1,4 @@
-"""qpalette profile: what each product costs on this GPU, for plans that must be fast enough."""
+"""qpalette profile: what each product costs on this machine, for plans that must be fast enough."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def profile(
     spec: Annotated[list[str] | None, typer.Option(help="Only these quantizers.")] = None,
     head: Annotated[
         str | None,
-        typer.Option("--head", metavar="S", help="With --model: its output head is quantized so.  [default: float16]"),
+        typer.Option(
+            "--head", metavar="S", help="With --model: its output head is quantized so.  [default: left alone]"
+        ),
     ] = None,
     constant: Annotated[
         str | None,
@@ -54,29 +56,27 @@ def profile(
     attention: Annotated[
         str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation, or grouped.")
     ] = None,
-    device: Annotated[str, typer.Option(help="CUDA device.")] = "cuda",
+    device: Annotated[str, typer.Option(help="Such as cuda or cpu.")] = "cuda",
 ) -> None:
-    """Measure the fused products of a model on a GPU: every shape alone, each group as one launch, the output head.
+    """Measure the fused products of a model on a device: every shape alone, each group as one launch, the output head.
 
-    Weights are random, and cold; launches are replayed in a CUDA graph, each with the rotation of its input. What a
-    step costs besides them is measured on whole steps of the model, compiled, after 1024 tokens.
+    Weights are random, and cold; launches have the rotation of their input with them, and on a GPU are replayed in a
+    CUDA graph. What a step costs besides is measured on whole steps of the model after 1024 tokens, on a GPU compiled.
     An interrupted measurement goes on from OUT.partial.
 
     Example: [bold]qpalette profile h100.json --model meta-llama/Llama-3.1-8B --batch 1,8[/]
     """
-    import torch
-
-    from qpalette.bench.steps import Subject
+    from qpalette.bench.steps import STEPS_ON, Subject
     from qpalette.cli.output import check_folder, write_text
     from qpalette.codes import parse_spec
     from qpalette.core.errors import InputError
     from qpalette.core.resume import PartialFigures
     from qpalette.plan.profile import LatencyProfile
-    from qpalette.runtime.device import parse_device
+    from qpalette.runtime.device import device_name, parse_device
 
     where = parse_device(device)
-    if where.type != "cuda":
-        raise InputError(f"a profile is measured on a CUDA device, and {device} is none")
+    if where.type not in STEPS_ON:
+        raise InputError(f"a profile is measured on {' or '.join(STEPS_ON)}, and {device} is neither")
     if (model is None) == (not group):
         raise InputError("give either --model, or --group such as --group 4096x4096+1024x4096+1024x4096")
     if model is None and (constant is None or head is not None):
@@ -89,7 +89,7 @@ def profile(
     groups = subject.launches if subject is not None else [_parse_group(text) for text in group or ()]
     problems = [(_segments(parts, name), size) for parts in _launches(groups) for name in specs for size in batches]
     check_folder(out)
-    name = torch.cuda.get_device_name(where)
+    name = device_name(where)
     partial = PartialFigures(out.with_name(out.name + ".partial"), {"device": name})
     result = LatencyProfile(name, given or 0.0, _measure_all(problems, where, partial))
     if subject is not None and plans:
@@ -114,7 +114,7 @@ def _completed(
 
 def _measure_all(problems: Sequence[Problem], device: torch.device, partial: PartialFigures) -> tuple[Launch, ...]:
     """Seconds are kept in `partial` from time to time; what is there is not measured again."""
-    from qpalette.backends.cuda.probe import launch_seconds
+    from qpalette.bench.probes import launch_seconds
     from qpalette.cli.output import step_bar
     from qpalette.plan.profile import Launch
 
@@ -124,7 +124,7 @@ def _measure_all(problems: Sequence[Problem], device: torch.device, partial: Par
             bar.show(done, len(problems))
             key = f"{batch} x {segments}"
             if key not in partial.figures:
-                partial.figures[key] = launch_seconds(segments, batch, device, with_rotation=True)
+                partial.figures[key] = launch_seconds(segments, batch, device)
                 if len(partial.figures) % SAVED_EVERY == 0:
                     partial.save()
             launches.append(Launch(segments, batch, partial.figures[key]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 
 from qpalette.core.errors import InputError
@@ -18,3 +21,13 @@ def parse_device(name: str | torch.device) -> torch.device:
             f"there is no device {name}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA device(s)"
         )
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Of a GPU, or of the processor with the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
