@@ -56,6 +56,7 @@ def make_byte_kernel(way: str) -> Any:
         words, turns, ends, numbers, entries = arrays
         activations, scales, offsets = vectors
         splat, table = registers(ends, entries)
+        quads = len(ends) // 2  # no constant: unrolled, all loads of a row come first, and registers do not suffice
         sums[:] = np.float32(0)
         for pair in range((columns + 1) // 2):
             left, right = _blocks(block_row, columns, pair, size)
@@ -63,7 +64,7 @@ def make_byte_kernel(way: str) -> Any:
                 prefetch_codes(codes, left, 2 * size, row)
                 upper = simd.load_quarteri(offsets, pair * SIDE)
                 lower = upper
-                for quad in range(COLUMNS // 2):
+                for quad in range(quads):
                     half, at = 8 * row + 2 * quad, (pair * COLUMNS + quad) * SIDE
                     before, after = byte_half_lane(codes, left, right, half, words, turns)
                     x_bytes = simd.load_quarterb(activations, at)
@@ -95,12 +96,13 @@ def make_byte_kernel(way: str) -> Any:
         """Rows of tiles `row`, `row` + 8 and the next of each, of `pairs` pairs of blocks from `first` on."""
         words, turns, ends, numbers, entries = arrays
         splat, table = registers(ends, entries)
+        quads = len(ends) // 2
         for pair in range(pairs):
             left, right = _blocks(block_row, columns, first + pair, size)
             for below in range(2):
                 prefetch_codes(codes, left, 2 * size, row + below)
                 upper, lower = simd.splati(np.int32(0)), simd.splati(np.int32(0))
-                for quad in range(COLUMNS // 2):
+                for quad in range(quads):
                     half = 8 * (row + below) + 2 * quad
                     at = ((pair * COLUMNS + quad) * _ROWS + 2 * below) * _LINE
                     before, after = byte_half_lane(codes, left, right, half, words, turns)
