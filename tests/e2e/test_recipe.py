@@ -134,8 +134,12 @@ def test_the_command(run, model, text, tmp_path):  # noqa: F811
     assert planned["seconds"] == pytest.approx(sum(step["seconds"] for step in planned["steps"]))
     assert "written by the model" in run("quantize", model, tmp_path / "out", "--bits", "3.5", "--dry-run").out
     assert not (tmp_path / "out").exists()
-    result = run(*command, "--json")
+    page = tmp_path / "plan.html"
+    assert run(*command, "--report", tmp_path / "no" / "plan.html").code == 1
+    assert run(*command, "--fast", "--report", page).code == 2
+    result = run(*command, "--json", "--report", page)
     assert result.code == 0, result.err
+    assert "3.5 bits per weight" in page.read_text(encoding="utf-8")
     report = json.loads(result.out)
     assert report["bits_per_weight"] <= 3.5
     assert report["kl_after"] <= report["kl_before"]

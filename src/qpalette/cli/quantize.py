@@ -116,6 +116,10 @@ def quantize(
         Path | None,
         typer.Option("--text", metavar="FILE", help="With --tune: the text for it.  [default: the model writes it]"),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write one HTML page: the plan, and those of other budgets."),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to encode, such as cuda.")] = "cpu",
     workers: Annotated[int, typer.Option("--workers", help="Processes; with --device cuda they share the GPUs.")] = 1,
     ray: Annotated[
@@ -150,7 +154,7 @@ def quantize(
         from qpalette.cli.recipe import run_recipe
 
         run_recipe(
-            model, out, budget, text, best, effort, dry_run, as_json, context=context, batch=batch, prefer=prefer,
+            model, out, budget, text, best, effort, dry_run, page, as_json, context=context, batch=batch, prefer=prefer,
             target=target, rotation=rotation, seed=seed, exclude=exclude or (), device=device, overwrite=overwrite,
         )  # fmt: skip
         return
@@ -159,6 +163,8 @@ def quantize(
             "--best and --memory are of all steps together: leave out --fast, --spec, --plan, --sensitivity and "
             "--calibration"
         )
+    if page is not None:
+        raise typer.BadParameter("--report is of the plan that all steps together make; qpalette plan has one, too")
     if text is not None and not tune:
         raise typer.BadParameter("--text is what is calibrated or tuned on: leave out --fast, or add --tune")
     if sensitivity is not None and bits is None and disk is None:
