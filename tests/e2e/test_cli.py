@@ -52,7 +52,7 @@ def run(capsys):
     return call
 
 
-def save_model(directory, template: str | None = CHAT_TEMPLATE, hidden_size: int = 64) -> None:
+def save_model(directory, template: str | None = CHAT_TEMPLATE, hidden_size: int = 64, tied: bool = False) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -65,6 +65,7 @@ def save_model(directory, template: str | None = CHAT_TEMPLATE, hidden_size: int
         initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=0,
+        tie_word_embeddings=tied,
     )
     LlamaForCausalLM(config).half().save_pretrained(directory)
     letters = {"<s>": 0, "<unk>": 1} | {chr(code): code for code in range(33, 127)} | {"\u0120": 127}

@@ -13,6 +13,7 @@ import qpalette
 from qpalette import recipe
 from qpalette.calibration.hessians import HessianStore
 from qpalette.core.errors import BudgetError, SpecError
+from qpalette.formats import open_artifact
 from qpalette.plan import Budget
 from qpalette.recipe import Recipe, compress
 from qpalette.recipe import run as steps
@@ -145,3 +146,46 @@ def test_the_command(run, model, text, tmp_path):  # noqa: F811
     assert report["kl_after"] <= report["kl_before"]
     assert HessianStore.open(next((tmp_path / "cache" / recipe.run.MOMENTS).iterdir())).two_sided
     assert "held-out KL" in run(*command, "--overwrite").out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_head_are_part_of_the_plan(text, tmp_path, tied):  # noqa: F811
+    source = tmp_path / "source"
+    save_model(source, tied=tied)
+    tables = {"model.embed_tokens"} | (set() if tied else {"lm_head"})
+    found = compress(source, tmp_path / "out", BUDGET, text=text, recipe=SHORT)
+    planned = found.planned.planner.sensitivities.values
+    assert tables <= planned.keys()
+    assert all(planned[name] > 0 for name in tables)
+    records = open_artifact(tmp_path / "out").records
+    assert tables <= records.keys()
+    assert found.tuned.bits_after <= BUDGET.bits
+    assert found.tuned.tuned.kl_after <= found.tuned.tuned.kl_before < 1
+    before = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) < before / 3
+
+
+@pytest.mark.parametrize(
+    ("tied", "pattern", "left"),
+    [
+        (True, "embed_tokens", set()),
+        (True, "lm_head", set()),
+        (False, "model.embed_tokens", {"lm_head"}),
+        (False, "lm_head", {"model.embed_tokens"}),
+    ],
+)
+def test_excluded_an_embedding_stays(text, tmp_path, tied, pattern, left):  # noqa: F811
+    save_model(tmp_path / "source", tied=tied)
+    wish = steps.Wish.of(tmp_path / "source", tmp_path / "out", BUDGET, text=text, recipe=SHORT, exclude=[pattern])
+    assert {"model.embed_tokens", "lm_head"} & wish.draft().plan.specs.keys() == left
+
+
+def test_a_calibration_of_before_gets_what_it_lacks(model, text, tmp_path, monkeypatch):  # noqa: F811
+    """Without measuring the rest again."""
+    qpalette.calibrate(model, tmp_path / "moments", text, tokens=256, window=64)
+    whole = qpalette.api.calibrated_sensitivities(model, tmp_path / "moments", bands=1)
+    kept = tmp_path / "moments" / qpalette.api.SENSITIVITIES
+    kept.write_text(replace(whole, linears=tuple(x for x in whole.linears if x.listed)).to_json())
+    monkeypatch.setattr("qpalette.api.curvatures", lambda *a, **k: pytest.fail("measured again"))
+    assert qpalette.api.calibrated_sensitivities(model, tmp_path / "moments", bands=1) == whole
+    assert {x.name for x in whole.linears if not x.listed} == {"model.embed_tokens", "lm_head"}

@@ -21,7 +21,7 @@ from qpalette.core.errors import HessianError, SpecError
 from qpalette.core.files import locked
 from qpalette.evaluate.sampled_text import TOKEN_FILE
 from qpalette.evaluate.text_source import check_text
-from qpalette.models import check_complete, find_groups
+from qpalette.models import check_complete, find_groups, token_tables
 from qpalette.pipeline.output import Output
 from qpalette.pipeline.planning import BudgetPlan, even_sensitivities, make_plan
 from qpalette.plan import Budget, Sensitivities, Space, palette_of
@@ -78,6 +78,7 @@ class Wish:
         checkpoint = open_checkpoint(model)
         palette = preferred(palette_of(recipe.effort), prefer, profile_of(target, device))
         options = {"context": context, "rotation": rotation, "seed": seed, "exclude": exclude, "device": device}
+        options["also"] = token_tables(checkpoint)
         wish = cls(checkpoint, budget, Space(palette, batch=batch), options)
         wish.draft()
         check_complete(checkpoint)
@@ -85,7 +86,8 @@ class Wish:
 
     def draft(self) -> BudgetPlan:
         """The plan if every weight mattered alike: known at once, and as large as the true one."""
-        groups = find_groups(self.checkpoint, exclude=self.options["exclude"]).groups
+        wanted = {name: self.options[name] for name in ("also", "exclude")}
+        groups = find_groups(self.checkpoint, **wanted).groups
         return make_plan(even_sensitivities(groups), self.budget, self.space, self.checkpoint, **self.options)
 
     def plan(self, known: Sensitivities, store: HessianStore) -> BudgetPlan:
@@ -109,7 +111,8 @@ def compress(
 
     `model` is a directory, a .gguf file or a Hub id. `text`, a UTF-8 file, is what it is calibrated and tuned on; None:
     the model writes it. `recipe` says how much each step may cost, by default what suits the device. `options` are
-    context, batch, prefer, target, rotation, seed and exclude, as in `quantize` and `make_plan`. `watcher` is told of
+    context, batch, prefer, target, rotation, seed and exclude, as in `quantize` and `make_plan`; embeddings and output
+    head are planned with the linears unless `exclude` names them. `watcher` is told of
     the stages "text", "calibrate", "sensitivities", "quantize", "original" and "tuning".
 
     Raises BudgetError naming the least that is possible, SpecError, InputError, CheckpointError and ArtifactError as
