@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from fractions import Fraction
+from importlib import import_module
 
 import pytest
 from test_cli import _plain_output, model, run, save_model, text  # noqa: F401
@@ -12,7 +13,7 @@ from test_cli import _plain_output, model, run, save_model, text  # noqa: F401
 import qpalette
 from qpalette import recipe
 from qpalette.calibration.hessians import HessianStore
-from qpalette.core.errors import BudgetError, SpecError
+from qpalette.core.errors import BudgetError, CheckpointError, SpecError
 from qpalette.formats import open_artifact
 from qpalette.plan import Budget
 from qpalette.recipe import Recipe, compress
@@ -111,6 +112,16 @@ def test_what_cannot_be_is_told_before_the_work(model, text, tmp_path, budget, e
     monkeypatch.setattr(steps, "calibrate", lambda *a, **k: pytest.fail("work began"))
     with pytest.raises(error):
         compress(model, tmp_path / "out", budget, text=text, recipe=SHORT)
+
+
+def test_a_result_that_could_not_run_is_told_before_the_work(model, text, tmp_path, monkeypatch):  # noqa: F811
+    def refused(*arguments):
+        raise CheckpointError("could not run the result")
+
+    monkeypatch.setattr(import_module("qpalette.pipeline.quantize"), "rehearse", refused)
+    monkeypatch.setattr(steps, "calibrate", lambda *a, **k: pytest.fail("work began"))
+    with pytest.raises(CheckpointError, match="could not run"):
+        compress(model, tmp_path / "out", BUDGET, text=text, recipe=SHORT)
 
 
 def test_a_calibration_is_told_by_all_that_it_depends_on(model, text):  # noqa: F811

@@ -24,6 +24,7 @@ from qpalette.evaluate.text_source import check_text
 from qpalette.models import check_complete, find_groups, token_tables
 from qpalette.pipeline.output import Output
 from qpalette.pipeline.planning import BudgetPlan, even_sensitivities, make_plan
+from qpalette.pipeline.quantize import rehearsed_jobs
 from qpalette.plan import Budget, Sensitivities, Space, palette_of
 from qpalette.plan.preference import preferred, profile_of
 from qpalette.recipe.options import Recipe, recipe_of
@@ -80,7 +81,7 @@ class Wish:
         options = {"context": context, "rotation": rotation, "seed": seed, "exclude": exclude, "device": device}
         options["also"] = token_tables(checkpoint)
         wish = cls(checkpoint, budget, Space(palette, batch=batch), options)
-        wish.draft()
+        rehearsed_jobs(checkpoint, wish.draft().plan)
         check_complete(checkpoint)
         return wish
 
