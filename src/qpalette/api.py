@@ -365,7 +365,7 @@ def measure_sensitivities(
     streams = stream_sensitivities(loaded, tokenizer, windows, seed=seed, progress=progress) if cache else ()
     found = Sensitivities(measured, provenance, streams=streams)
     temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(found.to_json(), encoding="utf-8")
+    temporary.write_text(found.to_json(), encoding="utf-8", newline="\n")
     os.replace(temporary, target)
     partial.remove()
     return found
