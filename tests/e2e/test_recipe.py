@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from fractions import Fraction
 from importlib import import_module
 
 import pytest
 from test_cli import _plain_output, model, run, save_model, text  # noqa: F401
+from transformers import AutoModelForCausalLM, NanoChatConfig
 
 import qpalette
 from qpalette import recipe
@@ -174,6 +176,20 @@ def test_embeddings_and_head_are_part_of_the_plan(text, tmp_path, tied):  # noqa
     assert found.tuned.tuned.kl_after <= found.tuned.tuned.kl_before < 1
     before = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     assert sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) < before / 3
+
+
+def test_embeddings_that_a_class_could_not_run_packed_stay(model, text, tmp_path, caplog):  # noqa: F811
+    """Of this one no parameter would be left, by which transformers tells a model's type."""
+    config = NanoChatConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )
+    source = tmp_path / "source"
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, source)
+    wish = steps.Wish.of(source, tmp_path / "out", BUDGET, text=text, recipe=SHORT)
+    assert not {"model.embed_tokens", "lm_head"} & wish.draft().plan.specs.keys()
+    assert "model.embed_tokens stay as they are" in caplog.text
 
 
 @pytest.mark.parametrize(

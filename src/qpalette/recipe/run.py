@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any
 from qpalette.api import calibrate, calibrated_sensitivities
 from qpalette.calibration.hessians import HessianStore
 from qpalette.core.cache import limit_bytes, mark_used, private_folder
-from qpalette.core.errors import HessianError, SpecError
+from qpalette.core.errors import CheckpointError, HessianError, SpecError
 from qpalette.core.files import locked
 from qpalette.evaluate.sampled_text import TOKEN_FILE
 from qpalette.evaluate.text_source import check_text
@@ -30,6 +31,8 @@ from qpalette.plan.preference import preferred, profile_of
 from qpalette.recipe.options import Recipe, recipe_of
 from qpalette.storage import Checkpoint, open_checkpoint
 from qpalette.tuning import Silent, TuneReport, Watcher, quantize_and_tune
+
+logger = logging.getLogger(__name__)
 
 MOMENTS = "moments"  # a folder of the cache
 WRITTEN = f"text{TOKEN_FILE}"  # by `calibrate`, in its directory, where no text is given
@@ -79,10 +82,20 @@ class Wish:
         checkpoint = open_checkpoint(model)
         palette = preferred(palette_of(recipe.effort), prefer, profile_of(target, device))
         options = {"context": context, "rotation": rotation, "seed": seed, "exclude": exclude, "device": device}
-        options["also"] = token_tables(checkpoint)
-        wish = cls(checkpoint, budget, Space(palette, batch=batch), options)
-        rehearsed_jobs(checkpoint, wish.draft().plan)
+        wish = cls(checkpoint, budget, Space(palette, batch=batch), options).rehearsed()
         check_complete(checkpoint)
+        return wish
+
+    def rehearsed(self) -> Wish:
+        """With embeddings and output head in the plan, or without where this class could not run that."""
+        tables = token_tables(self.checkpoint)
+        wish = replace(self, options=self.options | {"also": tables})
+        try:
+            rehearsed_jobs(self.checkpoint, wish.draft().plan)
+        except CheckpointError as error:
+            wish = replace(self, options=self.options | {"also": ()})
+            rehearsed_jobs(self.checkpoint, wish.draft().plan)
+            logger.warning("%s stay as they are: %s", ", ".join(tables), error)
         return wish
 
     def draft(self) -> BudgetPlan:
