@@ -42,7 +42,7 @@ def test_every_step_works_and_leaves_what_it_promises(demo, model, text, tmp_pat
         {"model": "x/ours", "format": "qpalette", "file_bytes": 50_000_000, "kl": 0.1234},
     ]
     (tmp_path / "compare_small.json").write_text(json.dumps({"text": "a/wiki.txt", "models": rows}))
-    demo.main(model, bits=4, fast=fast, out=tmp_path / "out", text=text, windows=1)
+    demo.main(model, bits=4, fast=fast, tokens=128, effort="fast", out=tmp_path / "out", text=text, windows=1)
     quantized = ["quantize"] if fast else ["quantize", "quantize"]
     assert [name for name, _ in demo.commands] == [*quantized, "compare", "generate", "generate"]
     shown = "".join(out for _, out in demo.commands) + capsys.readouterr().out

@@ -151,6 +151,9 @@ def test_the_command(run, model, text, tmp_path):  # noqa: F811
     page = tmp_path / "plan.html"
     assert run(*command, "--report", tmp_path / "no" / "plan.html").code == 1
     assert run(*command, "--fast", "--report", page).code == 2
+    assert run(*command, "--fast", "--tokens", "64").code == 2
+    assert "128 tokens" in run(*command, "--tokens", "128", "--dry-run").out
+    assert run(*command, "--tokens", "1", "--dry-run").code == 2
     result = run(*command, "--json", "--report", page)
     assert result.code == 0, result.err
     assert "3.5 bits per weight" in page.read_text(encoding="utf-8")

@@ -33,6 +33,7 @@ def run_recipe(
     out: Path,
     limits: Limits,
     text: Path | None,
+    tokens: int | None,
     best: bool,
     effort: str | None,
     dry_run: bool,
@@ -46,8 +47,8 @@ def run_recipe(
     from qpalette.recipe import compress, recipe_of
 
     recipe, budget = recipe_of(best, options["device"]), budget_of(*limits)
-    if effort is not None:
-        recipe = replace(recipe, effort=effort)
+    changed: dict[str, Any] = {"effort": effort, "tokens": tokens}
+    recipe = replace(recipe, **{name: value for name, value in changed.items() if value is not None})
     if dry_run:
         return _show_forecast(model, out, budget, text, recipe, as_json, options)
     if page is not None:

@@ -59,7 +59,7 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
             f"{bands} measurements",
             held_out * forward * (1 + BACKWARD + 2 * moments) + bands * measured * forward,
         ),
-        Step("quantize", f"{len(linears)} linears", TWO_SIDED * forecast_seconds(checkpoint, plan, place)),
+        Step("quantize", f"{len(plan.specs)} linears", TWO_SIDED * forecast_seconds(checkpoint, plan, place)),
         Step("tune", f"at most {tuning.steps} steps", share * forward * (tuning.steps * (3 + BACKWARD) + looks * 2)),
     ]
     if text is None:
