@@ -291,7 +291,9 @@ def step(*results: Result) -> Table:
 
 @section("Where a step's time goes", STEP, command=f"{GRAPH} --breakdown")
 def step_shares(result: Result) -> Table:
-    """Microseconds of the step above, batch 1; "other" is the rotary embedding, the cache and the activation."""
+    """Microseconds of the step above, batch 1; "other" is the rotary embedding, the cache and the activation.
+
+    ![Tokens per second, and where a step's time goes](speed.png)"""
     models: Mapping[str, Sequence[Row]] = result["breakdown"]
     parts = [share["part"] for share in next(iter(models.values()))]
     rows = [[model, *(f"{1e6 * share['seconds']:.0f}" for share in shares)] for model, shares in models.items()]
@@ -325,6 +327,20 @@ def products(result: Result) -> Table:
         faster = " / ".join(f"{plain[batch] / time:.2f}" for batch, time in times.items())
         rows.append((PEERS.get(kernel, kernel), *(f"{time:.1f}" for time in times.values()), faster))
     return Table(("", *(f"batch {batch}" for batch in plain), "faster than cuBLAS"), rows)
+
+
+@section(
+    "The same tokens everywhere",
+    *("greedy_agreement", "greedy_agreement_cuda"),
+    command="python benchmarks/greedy_agreement.py ARTIFACT --run cpu --run vllm --vllm-python .venv-vllm/bin/python",
+)
+def greedy(*results: Result) -> Table:
+    """SmolLM2-135M at tcq-3.25-L12, 64 greedy tokens after each of 8 prompts: transformers on a processor and on an
+    H100, vLLM on a processor; and whether each token is the most likely one to the reference decoder."""
+    rows = [row for result in results for row in result["rows"] if row is not results[1]["rows"][0]]
+    return Table.of(
+        rows, {"run": "{run}", "as on the cpu": "{prompts equal to cpu's}", "as ref": "{prompts as ref would}"}
+    )
 
 
 @section("A conversation", "conversation", command="python benchmarks/conversation.py")

@@ -2,8 +2,8 @@
 
     python examples/demo.py MODEL [--bits 3] [--tokens 4096] [--effort fast] [--fast]
 
-Every step is the command that it prints; nothing else happens here. `--fast` leaves out all but the one code. `--tokens`
-and `--effort` are those of `qpalette quantize`: less than its own take minutes off, for a larger KL.
+Every step is the command that it prints; nothing else happens here. `--fast` leaves out all but the one code.
+`--tokens` and `--effort` are those of `qpalette quantize`: with less than its own it is quicker, and KL larger.
 """
 
 from __future__ import annotations

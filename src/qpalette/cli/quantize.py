@@ -161,7 +161,8 @@ def quantize(
 
         run_recipe(
             model, out, budget, text, tokens, best, effort, dry_run, page, as_json, context=context, batch=batch,
-            prefer=prefer, target=target, rotation=rotation, seed=seed, exclude=exclude or (), device=device, overwrite=overwrite,
+            prefer=prefer, target=target, rotation=rotation, seed=seed, exclude=exclude or (), device=device,
+            overwrite=overwrite,
         )  # fmt: skip
         return
     if best or memory is not None:
