@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -52,6 +53,21 @@ def planned(experts=0, **space):
     return make_plan(sensitivities(experts), Budget(Fraction(3)), Space(palette_of("fast"), **space))
 
 
+def test_plans_of_other_sizes_are_told_by_the_curve():
+    """As if each had been made by itself."""
+    known = replace(sensitivities(), curve=((0.1, 0.12), (1.0, 1.5), (10.0, 30.0)))
+    budgets = [Budget(Fraction(rate)) for rate in (2, 3, 4)]
+    made = [make_plan(known, budget, Space(palette_of("fast"))) for budget in budgets]
+    data = data_of(plan_page(made[1], "3 bits", "qpalette plan", "model"))
+    here = data["plans"][data["here"]]
+    assert here["loss"] == pytest.approx(made[1].planned.choice.loss)
+    assert here["scale"] == pytest.approx(1)
+    for found in made:
+        own, loss = found.planned.choice.loss, found.planned.choice.loss / found.factor * made[1].factor
+        assert made[1].scale(loss) * loss == pytest.approx(own)
+        assert made[1].scale(loss) != pytest.approx(1) or found is made[1]
+
+
 def data_of(page):
     return json.loads(DATA.search(page)[1])
 
@@ -69,7 +85,7 @@ def test_each_plan_of_the_page_is_what_the_planner_counts(experts):
             for unit, code in zip(data["units"], codes, strict=True)
         ]
         assert sum(bits for bits, _ in paid) == plan["bits"]
-        assert sum(loss for _, loss in paid) == pytest.approx(plan["loss"])
+        assert plan["scale"] * sum(loss for _, loss in paid) == pytest.approx(plan["loss"])
         assert plan["bits"] == found.planned.choice.bits or plan["bound"] == front[plan["bits"]].bound
     assert [plan["loss"] for plan in data["plans"]] == sorted((plan["loss"] for plan in data["plans"]), reverse=True)
     assert data["plans"][data["here"]]["bits"] == found.planned.choice.bits

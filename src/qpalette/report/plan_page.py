@@ -72,7 +72,8 @@ def _size(found: BudgetPlan, checkpoint: Checkpoint | None) -> dict[str, Any]:
 def _plans(found: BudgetPlan) -> dict[str, Any]:
     """The plans of least loss along the front and this one, by rising bits; what a unit costs with each spec.
 
-    A unit is a linear, or the experts of a layer where they share a spec.
+    A unit is a linear, or the experts of a layer where they share a spec. Its sensitivity is that of this plan; another
+    plan's losses are `scale` times as large, by the curve that was measured.
     """
     planner, choice = found.planner, found.planned.choice
     units = _units(found)
@@ -104,12 +105,22 @@ def _plans(found: BudgetPlan) -> dict[str, Any]:
             for name, linears in units.items()
         ],
         "plans": [
-            {"bits": bits, "loss": loss, "bound": bound, "codes": "".join(letters[spec] for spec in specs)}
+            {
+                "bits": bits,
+                "loss": found.scale(loss) * loss,
+                "bound": found.scale(loss) * bound,
+                "scale": found.scale(loss),
+                "codes": "".join(letters[spec] for spec in specs),
+            }
             for (bits, loss, bound, _), specs in zip(plans, named, strict=True)
         ],
         "here": plans.index(here),
         "uniform": [
-            {"bits": choice.bits, "loss": choice.loss, "spec": next(iter(choice.specs.values()))}
+            {
+                "bits": choice.bits,
+                "loss": found.scale(choice.loss) * choice.loss,
+                "spec": next(iter(choice.specs.values())),
+            }
             for choice in uniform_front(found)
         ],
     }

@@ -71,9 +71,19 @@ def _draw_front(axes: Any, found: BudgetPlan, points: int) -> None:
     planner, planned = found.planner, found.planned
     front = planner.front(points)
     xs = [point.bits_per_weight for point in front]
-    axes.semilogy(xs, [point.bound for point in front], color=BOUND, lw=1.2, label="bound: reverse water-filling")
-    axes.semilogy(xs, [point.loss for point in front], "-", color=FRONT, lw=1.6, label="best plans")
-    uniform = [(choice.bits / planner.weights, choice.loss) for choice in uniform_front(found)]
+    axes.semilogy(
+        xs,
+        [found.scale(point.loss) * point.bound for point in front],
+        color=BOUND,
+        lw=1.2,
+        label="bound: reverse water-filling",
+    )
+    axes.semilogy(
+        xs, [found.scale(point.loss) * point.loss for point in front], "-", color=FRONT, lw=1.6, label="best plans"
+    )
+    uniform = [
+        (choice.bits / planner.weights, found.scale(choice.loss) * choice.loss) for choice in uniform_front(found)
+    ]
     axes.semilogy(*zip(*uniform, strict=True), "--", color=UNIFORM, lw=1.2, label="uniform plans")
     here = float(planned.average_bits)
     axes.semilogy([here], [planned.choice.loss], "o", ms=8, color=PLAN, label="this plan", zorder=5)
