@@ -54,7 +54,7 @@ class BudgetPlan:
     factor: float = 1.0  # of the measured ones, by their curve at this plan's loss: the planner's
 
     def scale(self, loss: float) -> float:
-        """What the planner's predictions for another plan, of this predicted `loss`, are multiplied by: the curve at that
+        """What the planner's figures for another plan, of this predicted `loss`, are multiplied by: the curve at that
         plan's loss in place of this one's."""
         return self.measured.factor(loss / self.factor) / self.factor
 
