@@ -39,10 +39,18 @@ struct Piece {
     bool fill;         // the table is another one
 };
 
-// Of the block: what it works on, where its part goes on, and what its table has.
-__shared__ Piece piece;
-__shared__ struct { long long begin; int run, part, tile; } at;  // begin: the cost of what is before this matrix
-__shared__ const u32 *table_there;
+// Of the block: what it works on, where its part goes on, and what its table has. In the shared memory that it is given, behind
+// the table, ahead of the sums: all of it may be asked for, so that there is none for variables.
+struct State {
+    Piece piece;
+    long long begin;  // the cost of what is before this matrix
+    int run, part, tile;
+    const u32 *table_there;
+};
+constexpr int STATE_BYTES = 4 * SUMS;  // as the sums of a row tile
+static_assert(sizeof(State) <= STATE_BYTES, "room for one row tile's sums is enough");
+
+__device__ __forceinline__ State &state() { return *(State *)(shared + TABLE_BYTES); }
 
 __device__ __forceinline__ long long share(const Projection &projection, int block) {
     return projection.plan->cost[projection.index] * block / gridDim.x;
@@ -57,13 +65,16 @@ __device__ void find_first_run(const Projection &projection) {
         if (projection.runs[middle].begin[projection.index] <= begin) low = middle;
         else high = middle;
     }
-    at.run = low, at.part = at.tile = 0, table_there = nullptr;
+    State &at = state();
+    at.run = low, at.part = at.tile = 0, at.table_there = nullptr;
     at.begin = high ? projection.runs[low].begin[projection.index] : 0;
 }
 
 // A row tile is the block's in whose part it begins.
 __device__ void find_next_piece(const Projection &projection) {
     const long long begin = share(projection, blockIdx.x), end = share(projection, blockIdx.x + 1);
+    State &at = state();
+    Piece &piece = at.piece;
     for (piece.rows = 0; at.run < projection.plan->runs && at.begin < end; at.begin += piece.matrix.row_tiles * (long long)piece.matrix.cost) {
         const Run &run = projection.runs[at.run];
         const Matrix matrix = projection.matrices[run.expert * projection.parts + at.part];
@@ -73,7 +84,7 @@ __device__ void find_next_piece(const Projection &projection) {
         if (tile < tiles) {
             piece.row = tile, piece.rows = min(projection.most_rows, tiles - tile);
             piece.first = run.first, piece.count = run.count;
-            piece.fill = table_there != matrix.entries, table_there = matrix.entries;
+            piece.fill = at.table_there != matrix.entries, at.table_there = matrix.entries;
             at.tile = tile + piece.rows;
             return;
         }
@@ -85,11 +96,12 @@ __device__ void find_next_piece(const Projection &projection) {
 // Not inlined: of a loop around it the compiler would keep more than there are registers for (128 bytes spilled).
 template <class D>
 __device__ __noinline__ void multiply_piece(const Projection &projection) {
+    const Piece &piece = state().piece;
     const u32 lane = threadIdx.x % 32;
     const u32 warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // tells the compiler that it is uniform
     const int rows = piece.rows;
     Walk<D> item(piece.matrix.codes, projection.chunks, warp, piece.row, rows);
-    int *sums = (int *)(shared + TABLE_BYTES);
+    int *sums = (int *)(shared + TABLE_BYTES + STATE_BYTES);
     u32 words[D::WORDS];
     if (item.left) D::load(words, item.codes, lane);
     if (piece.fill) D::fill(shared, piece.matrix.entries);
@@ -132,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) multiply_experts(const 
         __syncthreads();  // what was read of the piece before is read
         if (threadIdx.x == 0) find_next_piece(projection);
         __syncthreads();
-        if (piece.rows == 0) return;
-        dispatch<MultiplyPiece, 0, COUNT_OF<DECODERS>>(piece.matrix.decoder, projection);
+        if (state().piece.rows == 0) return;
+        dispatch<MultiplyPiece, 0, COUNT_OF<DECODERS>>(state().piece.matrix.decoder, projection);
     }
 }

@@ -16,7 +16,7 @@ import torch
 from qpalette.backends.cuda.compiler import KernelLaunch, load_kernel
 from qpalette.backends.cuda.decoder import COMMON_SOURCE, DecoderSpec, decoder_spec, entries
 from qpalette.backends.cuda.layout import check_layout
-from qpalette.backends.cuda.multiply import TILES_SOURCE, fixed_point, kernel_macros, most_rows
+from qpalette.backends.cuda.multiply import TILES_SOURCE, fixed_point, kernel_macros, most_rows, sum_bytes
 from qpalette.backends.cuda.rotate import (
     ALIGNMENT,
     MOST_OF_A_FEW_TOKENS,
@@ -188,7 +188,7 @@ class _Products:
         self._table = torch.from_numpy(table.view(np.uint8)).to(device)
         # What the addresses are of, also where a tensor's data is exchanged.
         self._kept = [tensor.detach() for matrix in flat for tensor in (matrix.codes, matrix.scales, matrix.diagonal)]
-        rows = most_rows(limits, RUN)
+        rows = most_rows(limits, RUN) - 1  # in whose place is the block's state
         self._problem = Projection(
             matrices=self._table.data_ptr(),
             parts=len(members[0]),
@@ -198,7 +198,7 @@ class _Products:
             most_rows=min(rows, max(len(matrix.codes) for matrix in flat)),
             fixed_point=fixed_point(self.inputs),
         )
-        room = limits.table_bytes + self._problem.most_rows * 64 * RUN
+        room = limits.table_bytes + (1 + self._problem.most_rows) * sum_bytes(RUN)
         self._launch = KernelLaunch(kernel, limits.multiprocessors, THREADS, room, [self._problem], limits.overlap)
 
     def start(self, room: _Room, x: str, rows: str | None, y: str, stream: int) -> None:
