@@ -49,8 +49,8 @@ def sensitivities(experts=0):
     )
 
 
-def planned(experts=0, **space):
-    return make_plan(sensitivities(experts), Budget(Fraction(3)), Space(palette_of("fast"), **space))
+def planned(count=0, **space):
+    return make_plan(sensitivities(count), Budget(Fraction(3)), Space(palette_of("fast"), **space))
 
 
 def test_plans_of_other_sizes_are_told_by_the_curve():
@@ -72,9 +72,15 @@ def data_of(page):
     return json.loads(DATA.search(page)[1])
 
 
+def test_experts_with_codes_of_their_own_are_units_of_their_own():
+    data = data_of(plan_page(planned(4, experts="free"), "3 bits", "qpalette plan", "model"))
+    assert len(data["units"]) > 7
+    assert sum(unit["times"] for unit in data["units"]) == 10
+
+
 @pytest.mark.parametrize("experts", [0, 4])
 def test_each_plan_of_the_page_is_what_the_planner_counts(experts):
-    found = planned(experts)
+    found = planned(experts, experts="shared")
     data = data_of(plan_page(found, "3 bits", "qpalette plan", "model"))
     front = {point.bits: point for point in found.planner.front(64)}
     assert len(data["plans"]) > 10

@@ -72,21 +72,21 @@ def _size(found: BudgetPlan, checkpoint: Checkpoint | None) -> dict[str, Any]:
 def _plans(found: BudgetPlan) -> dict[str, Any]:
     """The plans of least loss along the front and this one, by rising bits; what a unit costs with each spec.
 
-    A unit is a linear, or the experts of a layer where they share a spec. Its sensitivity is that of this plan; another
-    plan's losses are `scale` times as large, by the curve that was measured.
+    A unit is a linear, or the experts of a layer that all plans give the same. Its sensitivity is that of this plan;
+    another plan's losses are `scale` times as large, by the curve that was measured.
     """
     planner, choice = found.planner, found.planned.choice
-    units = _units(found)
     here = (choice.bits, choice.loss - choice.cache_loss, planner.bound(choice.bits), choice.specs)
     front = [(point.bits, point.loss, point.bound, point.specs) for point in planner.front(POINTS)]
     plans = sorted([*(point for point in front if point[0] != choice.bits), here], key=lambda plan: plan[0])
-    named = [[specs[linears[0].name] for linears in units.values()] for *_, specs in plans]
+    units = _units(found, [specs for *_, specs in plans])
+    named = [[specs[linears[0].name] for linears in units] for *_, specs in plans]
     palette = {candidate.spec: candidate for candidate in planner.space.palette}
     used = sorted({spec for specs in named for spec in specs}, key=lambda spec: (palette[spec].rate, spec))
     letters = {spec: chr(FIRST + index) for index, spec in enumerate(used)}
-    shapes = sorted({_shape(linears[0]) for linears in units.values()})
-    places = {name: place_of(name) for name in units}
-    kinds = list(dict.fromkeys(kind for kind, layer in places.values() if layer is not None))
+    shapes = sorted({_shape(linears[0]) for linears in units})
+    places = [place_of(linears[0].name) for linears in units]
+    kinds = list(dict.fromkeys(kind for kind, layer in places if layer is not None))
     return {
         "first": FIRST,
         "weights": planner.weights,
@@ -95,14 +95,14 @@ def _plans(found: BudgetPlan) -> dict[str, Any]:
         "kinds": kinds,
         "units": [
             {
-                "name": name,
-                "kind": kinds.index(places[name][0]) if places[name][1] is not None else None,
-                "layer": places[name][1],
+                "name": linears[0].name if len(linears) == 1 else of_all_experts(linears[0].name),
+                "kind": None if layer is None else kinds.index(kind),
+                "layer": layer,
                 "shape": shapes.index(_shape(linears[0])),
                 "times": len(linears),
                 "sensitivity": sum(linear.sensitivity for linear in linears),
             }
-            for name, linears in units.items()
+            for (kind, layer), linears in zip(places, units, strict=True)
         ],
         "plans": [
             {
@@ -126,12 +126,13 @@ def _plans(found: BudgetPlan) -> dict[str, Any]:
     }
 
 
-def _units(found: BudgetPlan) -> dict[str, list[SensitiveLinear]]:
-    units: dict[str, list[SensitiveLinear]] = {}
+def _units(found: BudgetPlan, plans: Sequence[Mapping[str, str]]) -> list[list[SensitiveLinear]]:
+    """The linears; as one those experts of a layer that all `plans` give the same."""
+    units: dict[Any, list[SensitiveLinear]] = {}
     for linear in found.planner.sensitivities.linears:
-        name = of_all_experts(linear.name) if found.planner.space.group_experts else linear.name
-        units.setdefault(name, []).append(linear)
-    return units
+        alike = (of_all_experts(linear.name), _shape(linear), *(specs[linear.name] for specs in plans))
+        units.setdefault(alike, []).append(linear)
+    return list(units.values())
 
 
 def _shape(linear: SensitiveLinear) -> tuple[int, int]:
