@@ -110,9 +110,10 @@ def plan(
         list[str] | None,
         typer.Option("--also", metavar="NAME", help="Plan this too: lm_head or embed_tokens. May be repeated."),
     ] = None,
-    free_experts: Annotated[
-        bool, typer.Option("--free-experts", help="Each expert its own specs; else those of a layer share them.")
-    ] = False,
+    experts: Annotated[
+        str,
+        typer.Option("--experts", help="Specs of a layer's experts: shared, tiers (by sensitivity) or free (own)."),
+    ] = "tiers",
     rotation: Annotated[str, typer.Option("--rotation", help="full, block or block-N.")] = "full",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the rotation's signs.")] = 0,
     solver: Annotated[str, typer.Option("--solver", help="exact or lagrangian.")] = "exact",
@@ -123,7 +124,12 @@ def plan(
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw bits per linear and the Pareto front (.png).")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Write one self-contained HTML page.")
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write one HTML page: this plan, and those of other budgets."),
+    ] = None,
+    peers: Annotated[
+        Path | None,
+        typer.Option("--peers", metavar="FILE", help="In --report: models that qpalette compare --json has measured."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
@@ -133,16 +139,19 @@ def plan(
     """
     if calibration is not None and (sensitivity is not None or model is None):
         raise typer.BadParameter("--calibration needs a MODEL and no --sensitivity: it has its own")
-    from qpalette.plan import FUSIONS, LatencyProfile, Space, palette_of, preferred, profile_of
+    from qpalette.plan import EXPERTS, FUSIONS, LatencyProfile, Space, palette_of, preferred, profile_of
 
     tokens = _context(context, memory, max_loss)
+    measured_peers = [] if peers is None else _peers(peers, report)
     if fusion not in FUSIONS:
         raise typer.BadParameter(f"--fusion is one of {', '.join(FUSIONS)}")
+    if experts not in EXPERTS:
+        raise typer.BadParameter(f"--experts is one of {', '.join(EXPERTS)}")
     budget = budget_of(bits, disk, memory, tokens_per_second)
     measured = None if profile is None else LatencyProfile.read(profile)
     chosen = prefer or ("balanced" if tokens_per_second is None else "quality")
     palette = preferred(palette_of(effort, family or ()), chosen, measured or profile_of(target))
-    space = Space(palette, measured, batch, fusion, not free_experts)
+    space = Space(palette, measured, batch, fusion, experts)
     checkpoint = _checkpoint(model)
     store = None
     if calibration is None or model is None:
@@ -166,8 +175,9 @@ def plan(
     if report is not None:
         from qpalette.report.plan_page import plan_page
 
-        command = shlex.join(["qpalette", *sys.argv[1:]])
-        write_text(report, plan_page(found, str(budget), command, model or str(sensitivity), FRONT_POINTS))
+        name = model or str(sensitivity)
+        command = f"{shlex.join(['qpalette', *sys.argv[1:]])}\nqpalette quantize MODEL OUT --plan {out or 'PLAN.json'}"
+        write_text(report, plan_page(found, str(budget), command, name, checkpoint, measured_peers))
     if as_json:
         from qpalette.report.plan_facts import plan_json
 
@@ -196,6 +206,14 @@ def _checkpoint(model: str | None) -> Checkpoint | None:
     from qpalette.storage import open_checkpoint
 
     return open_checkpoint(model)
+
+
+def _peers(file: Path, report: Path | None) -> list[dict[str, Any]]:
+    from qpalette.report.plan_page import read_peers
+
+    if report is None:
+        raise typer.BadParameter("--peers are points in the picture of --report: give it, too")
+    return read_peers(file)
 
 
 def _sensitivities(model: str | None, file: Path | None, checkpoint: Checkpoint | None) -> Sensitivities:
