@@ -68,7 +68,7 @@ def rounded_weight(packed: PackedLinear) -> torch.Tensor:
     tiles = REF.decode(packed.spec, packed.codes.flatten(0, 1)).reshape(*packed.codes.shape[:2], -1)
     weights = from_tiles(tiles, packed.out_features, packed.in_features)
     entries, order = parse_spec(packed.spec).entries().flatten().sort()
-    rounded = rounded_entries(packed.spec).flatten()[order][torch.searchsorted(entries, weights)]
+    rounded = rounded_entries(packed.spec).flatten()[order][torch.searchsorted(entries, weights.contiguous())]
     return rounded * packed.scales.view(torch.float16).double()[:, None]
 
 

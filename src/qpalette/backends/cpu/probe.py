@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -30,14 +31,14 @@ def launch_seconds(parts: Sequence[Part], batch: int) -> float:
     for _ in range(copies - 1):
         products.append(CpuProduct([member.with_(codes=member.codes.clone()) for member in members]))
     x = torch.randn(batch, parts[0][2])
-    return _median_seconds([lambda product=product: product(x) for product in products])
+    return _median_seconds([partial(product, x) for product in products])
 
 
 def plain_seconds(rows: int, columns: int, batch: int) -> float:
     """Seconds of torch's product of `batch` tokens with a float32 matrix, cold weights."""
     x = torch.randn(batch, columns)
     weights = [torch.randn(rows, columns) for _ in range(_copies(4 * rows * columns))]
-    return _median_seconds([lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in weights])
+    return _median_seconds([partial(torch.nn.functional.linear, x, weight) for weight in weights])
 
 
 def _random_member(spec: str, rows: int, columns: int) -> PackedLinear:
