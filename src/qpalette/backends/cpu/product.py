@@ -77,6 +77,12 @@ class CpuProduct:
                     launch.start(x.data_ptr(), type_, batch, threads, outputs)
         return outputs
 
+    def calls(self, x: int, type_: int, batch: int, outputs: Sequence[int]) -> list[tuple[Any, tuple[int, ...]]]:
+        """What a call with x at an address would start, for results at addresses: kernels, and their arguments but for
+        the threads. They hold for these addresses until the next call of this product."""
+        launches = self._present_launches(in_bytes=type_ != TYPES[torch.float32])
+        return [launch.addressed(x, type_, batch, outputs) for launch in launches]
+
     def _present_launches(self, in_bytes: bool) -> list[_Launch]:
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         if addresses != self._addresses:
@@ -137,9 +143,14 @@ class _Launch:
 
     def start(self, x: int, type_: int, batch: int, threads: int, outputs: Sequence[torch.Tensor]) -> None:
         """x, an address, is [batch, K] of `type_`; `outputs` are [batch, M] of it, of all members."""
+        kernel, arguments = self.addressed(x, type_, batch, [output.data_ptr() for output in outputs])
+        kernel(*arguments, threads)
+
+    def addressed(self, x: int, type_: int, batch: int, outputs: Sequence[int]) -> tuple[Any, tuple[int, ...]]:
+        """The kernel, and its arguments but for the threads."""
         for place, index in enumerate(self._indices):
-            self._y[place] = outputs[index].data_ptr()
-        self._kernel(self._address, x, type_, batch, threads)
+            self._y[place] = outputs[index]
+        return self._kernel, (self._address, x, type_, batch)
 
 
 def describe(matrix: Any, member: PackedLinear, multiplier: Multiplier) -> None:
