@@ -35,6 +35,9 @@ from qpalette.core.errors import InputError
 from qpalette.generation import Generate, attach, cache, compilation, fast, loop
 from qpalette.generation.cache import bucket
 from qpalette.generation.choice import most_likely
+from qpalette.backends.cpu.step import Program
+from qpalette.generation.native import ProgramCapture
+from qpalette.generation.step import Capture
 from qpalette.generation.fast import can_serve
 from qpalette.generation.session import CHOICES, SESSIONS, Session
 
@@ -88,10 +91,22 @@ class Replay:
         self.work()()
 
 
-@pytest.fixture(params=[None, Replay], ids=["eager", "captured"])
-def capture(request) -> type[Replay] | None:
+class Programs(ProgramCapture):
+    """Steps as programs of compiled kernels; waits for these, so that every test has them."""
+
+    def __call__(self, work: Callable[[], None]) -> Program | None:
+        program = super().__call__(work)
+        if program is None:
+            self.wait()
+            program = super().__call__(work)
+        Replay.made += 1
+        return program
+
+
+@pytest.fixture(params=[None, Replay, Programs], ids=["eager", "captured", "program"])
+def capture(request) -> Capture | None:
     Replay.made = 0
-    return request.param
+    return Programs() if request.param is Programs else request.param
 
 
 @pytest.fixture(autouse=True, scope="module")

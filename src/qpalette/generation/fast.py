@@ -19,6 +19,7 @@ from qpalette.core.errors import UnsupportedError
 from qpalette.generation.cache import CacheMaker, TokenCache, holds
 from qpalette.generation.compilation import Compiler, check_mode
 from qpalette.generation.loop import Loop
+from qpalette.generation.native import ProgramCapture
 from qpalette.generation.request import NotOurs, request_of
 from qpalette.generation.step import Capture, capture_graph
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
@@ -32,9 +33,9 @@ def fast(model: Any, compile: str = "never", cache: CacheMaker | None = None) ->
 
     The call and its results stay: transformers prepares the request, and what this loop does not do (beams, a cache
     that is given, scores that are asked for, ...) runs as before. compile: "never"; "background", beside the
-    generation, which takes the compiled step up when it is ready; "now", before the first token. On a CPU, and spread
-    over several devices, the model stays as it is, unless it is given a `cache`: every request is served with
-    that, on a CPU by the same loop without captures.
+    generation, which takes the compiled step up when it is ready; "now", before the first token. On a CPU a step is
+    captured as a program of compiled kernels, whatever `compile` says. On another device, and spread over several,
+    the model stays as it is, unless it is given a `cache`: every request is served with that, without captures.
 
     Raises InputError for another `compile`; UnsupportedError for a `cache` where the loop cannot serve the model.
     """
@@ -44,7 +45,11 @@ def fast(model: Any, compile: str = "never", cache: CacheMaker | None = None) ->
         if cache is not None:
             raise UnsupportedError(f"no cache of codes for {type(model).__name__} on {len(devices)} device(s) here")
         return model
-    if next(iter(devices)).type != "cuda":
+    kind = next(iter(devices)).type
+    if kind == "cpu":
+        attach(model, "never", ProgramCapture(), cache)
+        return model
+    if kind != "cuda":
         if cache is not None:
             attach(model, "never", None, cache)
         return model
@@ -119,6 +124,8 @@ class Generate:
 
     def wait(self) -> None:
         """Until nothing is being compiled; the next request takes it up."""
+        if isinstance(self.capture, ProgramCapture):
+            self.capture.wait()
         if self.loop is not None:
             self.loop.compiler.wait()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qpalette.core.errors import UnsupportedError
 from qpalette.generation.cache import CacheMaker, bucket
 from qpalette.generation.compilation import Compiler
 from qpalette.generation.reader import Reader
@@ -76,13 +77,15 @@ class Loop:
         try:
             with _no_compilation(step):
                 step.graph = self.capture(step.run)
-            self.warm_since = time.perf_counter()
+            if step.graph is not None:
+                self.warm_since = time.perf_counter()
         except Exception as error:
             if step.is_compiled:
                 self._without_compilation(step, error)
                 return
             reason = str(error).strip().partition("\n")[0]
-            logger.warning("a step of this model cannot be captured, so it runs eagerly: %s", reason)
+            level = logging.DEBUG if isinstance(error, UnsupportedError) else logging.WARNING
+            logger.log(level, "a step of this model cannot be captured, so it runs eagerly: %s", reason)
             self.capture = None
 
     def _without_compilation(self, step: Step, error: Exception) -> None:

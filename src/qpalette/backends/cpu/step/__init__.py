@@ -1,1 +1,5 @@
 """A piece of work that is done again and again on the same memory (a token step) as a program of compiled calls."""
+
+from qpalette.backends.cpu.step.program import Program, compile_kernels, instructions_of, is_compiled, kernels_of
+
+__all__ = ["Program", "compile_kernels", "instructions_of", "is_compiled", "kernels_of"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -192,21 +193,17 @@ def _placed(instructions: Sequence[Instruction]) -> tuple[dict[Memory, int], int
     return places, size
 
 
-_addresses: dict[Any, int] = {}
-
-
 def is_compiled(kernel: Any) -> bool:
-    return kernel in _addresses
+    return bool(kernel.overloads)
 
 
+@lru_cache(maxsize=1024)
 def address_of(kernel: Any) -> int:
     """Of its machine code, which is compiled where it is not."""
-    if kernel not in _addresses:
-        signature = (types.int64,) * 5
-        kernel.compile(signature)
-        compiled = kernel.overloads[signature]
-        _addresses[kernel] = int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
-    return _addresses[kernel]
+    signature = (types.int64,) * 5
+    kernel.compile(signature)
+    compiled = kernel.overloads[signature]
+    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
 
 
 def compile_kernels(wanted: set[Any]) -> None:
