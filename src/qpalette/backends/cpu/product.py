@@ -119,26 +119,11 @@ class _Launch:
     ) -> None:
         self._kernel, self._indices = multipliers[indices[0]].linear, indices
         chosen = [(members[index], multipliers[index]) for index in indices]
-        self._matrices, self._launch = np.zeros(len(chosen), MATRIX), np.zeros(1, LAUNCH)
+        self._matrices = np.zeros(len(chosen), MATRIX)
         self._kept = factors, multipliers  # for their addresses
         for matrix, (member, multiplier) in zip(self._matrices, chosen, strict=True):
             describe(matrix, member, multiplier)
-        first = members[0]
-        _fill(
-            self._launch[0],
-            features=first.in_features,
-            diagonal=first.diagonal.data_ptr(),
-            has_signs=first.diagonal.dtype == torch.uint8,
-            orders=_address(factors.orders),
-            inners=_address(factors.inners),
-            offsets=_address(factors.offsets),
-            factors=len(factors.orders),
-            matrices=_address(factors.matrices),
-            matrices_size=len(factors.matrices),
-            scale=factors.scale,
-            multiplied=_address(self._matrices),
-            members=len(chosen),
-        )
+        self._launch = launch_of(members[0], factors, self._matrices)
         self._y, self._address = self._matrices["y"], _address(self._launch)
 
     def start(self, x: int, type_: int, batch: int, threads: int, outputs: Sequence[torch.Tensor]) -> None:
@@ -151,6 +136,27 @@ class _Launch:
         for place, index in enumerate(self._indices):
             self._y[place] = outputs[index]
         return self._kernel, (self._address, x, type_, batch)
+
+
+def launch_of(first: PackedLinear, factors: Factors, matrices: np.ndarray) -> np.ndarray:
+    """The LAUNCH of `matrices`, MATRIX, with the diagonal of `first`."""
+    launch = np.zeros(1, LAUNCH)
+    _fill(
+        launch[0],
+        features=first.in_features,
+        diagonal=first.diagonal.data_ptr(),
+        has_signs=first.diagonal.dtype == torch.uint8,
+        orders=_address(factors.orders),
+        inners=_address(factors.inners),
+        offsets=_address(factors.offsets),
+        factors=len(factors.orders),
+        matrices=_address(factors.matrices),
+        matrices_size=len(factors.matrices),
+        scale=factors.scale,
+        multiplied=_address(matrices),
+        members=len(matrices),
+    )
+    return launch
 
 
 def describe(matrix: Any, member: PackedLinear, multiplier: Multiplier) -> None:

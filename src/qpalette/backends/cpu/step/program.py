@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qpalette.backends.cpu.operands import TYPES
 from qpalette.backends.cpu.step import kernels
-from qpalette.backends.cpu.step.lower import FAULT, Address, Native, elementwise_call, lowered
-from qpalette.backends.cpu.step.packed import Packed, in_one_piece, packed_of
+from qpalette.backends.cpu.step.lower import FAULT, Address, Native, lowered
+from qpalette.backends.cpu.step.packed import Packed, Rows, packed_of
 from qpalette.backends.cpu.step.passes import simplified
 from qpalette.backends.cpu.step.record import Memory, Operand, Operation, is_operand, record, tensor_of
 from qpalette.backends.cpu.threads import one_caller, present_threads
@@ -32,7 +32,7 @@ class Called(NamedTuple):
         return [*self.operation.reads, *self.operation.writes]
 
 
-Instruction = Native | Packed | Called
+Instruction = Native | Packed | Rows | Called
 
 
 def instructions_of(work: Callable[[], None]) -> list[Instruction]:
@@ -46,8 +46,10 @@ def _translated(operations: Sequence[Operation]) -> list[Instruction]:
     groups: dict[Hashable, Packed] = {}  # what else is multiplied by one x may join
     written: dict[Memory, int] = {}
     for operation in operations:
-        packed = _packed(operation, instructions)
-        if packed is not None:
+        packed = packed_of(operation)
+        if isinstance(packed, Rows):
+            instructions.append(packed)
+        elif packed is not None:
             version, group = written.get(packed.x.memory, 0), operation.arguments[9]
             key = (group, version, packed.x) if group else object()
             if key in groups:
@@ -64,17 +66,10 @@ def _translated(operations: Sequence[Operation]) -> list[Instruction]:
     return instructions
 
 
-def _packed(operation: Operation, instructions: list[Instruction]) -> Packed | None:
-    """An x that is not in one piece is copied first."""
-    if operation.function is not torch.ops.qpalette.linear.default:
-        return None
-    return packed_of(operation)
-
-
 def kernels_of(instructions: Sequence[Instruction]) -> set[Any]:
     """Those that a program of these calls, but for packed products', which have run before."""
-    native = (kernel for each in instructions if isinstance(each, Native) for kernel in each.kernels)
-    return {kernels.run, *native}
+    native = {kernel for each in instructions if isinstance(each, Native) for kernel in each.kernels}
+    return {kernels.run, *native, *(each.kernel for each in instructions if isinstance(each, Rows))}
 
 
 class Program:
@@ -119,11 +114,16 @@ class Program:
 
         self.parts.append(start)
 
-    def _rows_of(self, instruction: Native | Packed) -> list[tuple[int, ...]]:
+    def _rows_of(self, instruction: Native | Packed | Rows) -> list[tuple[int, ...]]:
         if isinstance(instruction, Native):
             words = np.array([self._word(word) for word in instruction.words], np.int64)
             self._kept.append(words)
             return [(address_of(instruction.kernel), words.ctypes.data, self._scratch.ctypes.data, 0, 0)]
+        if isinstance(instruction, Rows):
+            launch, kept = instruction.prepared(self._address(instruction.result))
+            self._kept += [launch, kept]
+            ids, fault = instruction.ids, self._fault.ctypes.data
+            return [(address_of(instruction.kernel), launch.ctypes.data, self._address(ids), ids.numel, fault)]
         product, x = instruction.prepared(), instruction.x
         self._kept.append(product)
         outputs = [self._address(result) for result in instruction.results]
