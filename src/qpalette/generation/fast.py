@@ -20,7 +20,7 @@ from qpalette.generation.cache import CacheMaker, TokenCache, holds
 from qpalette.generation.compilation import Compiler, check_mode
 from qpalette.generation.loop import Loop
 from qpalette.generation.native import ProgramCapture
-from qpalette.generation.request import NotOurs, request_of
+from qpalette.generation.request import NotOurs, NotRead, request_of
 from qpalette.generation.step import Capture, capture_graph
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
 
@@ -97,6 +97,7 @@ class Generate:
         self.lock, self.running = threading.RLock(), False
         self.loop: Loop | None = None  # made for what the stamp says of the model
         self.stamp: Hashable = None
+        self.unread: Hashable = None  # the stamp of a model whose class cannot do with our caches
         functools.update_wrapper(self, self.plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,8 +112,12 @@ class Generate:
                     return self.plain(**given, custom_generate=partial(_decode, loop, streamer))
                 finally:
                     self.running = False
-        except NotOurs:
-            return self.plain(*args, **kwargs) if self.cache is None else self._plain_with_cache(args, kwargs)
+        except NotOurs as error:
+            reason = error
+        result = self.plain(*args, **kwargs) if self.cache is None else self._plain_with_cache(args, kwargs)
+        if isinstance(reason, NotRead):  # though there is nothing wrong with the request
+            self.unread = self.stamp
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
         return Generate(copy.deepcopy(self.model, memo), self.compile, self.capture, self.cache)
@@ -177,7 +182,9 @@ class Generate:
             raise NotOurs
         if model.config.get_text_config()._attn_implementation not in ATTENTION:
             raise NotOurs
-        if (stamp := _stamp(model)) != self.stamp or self.loop is None:
+        if (stamp := _stamp(model)) == self.unread:
+            raise NotOurs
+        if stamp != self.stamp or self.loop is None:
             if not can_serve(model):
                 raise NotOurs
             self.stamp = stamp
@@ -202,8 +209,6 @@ def _decode(
     with torch.inference_mode(False), torch.no_grad(), _on(device):
         prepared = (input_ids, logits_processor, stopping_criteria, generation_config)
         request = request_of(*prepared, streamer, device, inputs)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
         return loop.run(request).to(input_ids.device, copy=True)
 
 

@@ -13,7 +13,7 @@ from qpalette.core.errors import UnsupportedError
 from qpalette.generation.cache import CacheMaker, bucket
 from qpalette.generation.compilation import Compiler
 from qpalette.generation.reader import Reader
-from qpalette.generation.request import Request
+from qpalette.generation.request import NotRead, Request
 from qpalette.generation.session import Session, Sessions
 from qpalette.generation.step import CAPTURE_WARMUP, Capture, Step
 
@@ -117,7 +117,10 @@ class _Running:
 
     def run(self) -> None:
         """A step that is replayed is launched before the token ahead of it is read: the device never waits."""
-        self._choose(self._read_prompt())
+        logits = self._read_prompt()
+        if self.request.streamer is not None:
+            self.request.streamer.put(self.request.ids.cpu())
+        self._choose(logits)
         while True:
             more = self.length + 1 < self.request.limit
             ahead = more and self.step.choice.inside and self.step.replays and not self.session.is_full
@@ -142,7 +145,12 @@ class _Running:
             kept = held if 2 * held >= self.length else 0
             if source is not None and source is not self.session and kept:
                 self.session.move(source, kept)
-        logits = self._take_prompt(kept)
+        try:
+            logits = self._take_prompt(kept)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a class that cannot do with a static cache, or the user's
+            raise NotRead from error
         self._compile_now()
         return logits
 

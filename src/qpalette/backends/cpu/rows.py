@@ -1,5 +1,5 @@
-"""Rows of a packed matrix in the basis of the checkpoint, as an embedding reads them: only the lanes that hold a row are
-decoded, then it is rotated back."""
+"""Rows of a packed matrix in the basis of the checkpoint, as an embedding reads them: only the lanes that hold a row
+are decoded, then it is rotated back."""
 
 from __future__ import annotations
 

@@ -32,10 +32,10 @@ _LOADS = (simd.loadf, simd.load_bfloat, simd.load_half)  # in the order of TYPES
 _WIDENERS = (_float, _widened, simd.half_to_float)
 _ARRAYS = (np.float32, np.int16, np.int16)
 
-# The words of a product: addresses of x [batch, K], W [N, K], the bias [N] or 0, the result [batch, N]; batch, K, N; how
-# far rows of W are apart; the number of the type of all.
-P_X, P_W, P_BIAS, P_RESULT, P_BATCH, P_INPUTS, P_ROWS, P_APART, P_TYPE = range(9)
-P_WORDS = 9
+# The words of products x [B, M, K] W [B, K, N]: B, M, K, N; address and strides of x, but for the last, 1; of W, of
+# which one of the last two is 1; the address of the bias [N] or 0; address and strides of the result, but for the last.
+P_PRODUCTS, P_VECTORS, P_INPUTS, P_COLUMNS, P_X, P_W, P_BIAS, P_RESULT = 0, 1, 2, 3, 4, 7, 11, 12
+P_WORDS = 15
 
 # The words of attention. Shapes: batch, heads, queries, keys, width, width of values. Then of query, key, value, mask
 # and result the address and four strides; the number of the mask's type; the scale, float64.
@@ -68,42 +68,6 @@ def make_dense(type_: int) -> tuple[Any, Any]:
             total += x[k] * widen(row[at + k])
         return total
 
-    @kernel
-    def multiply_rows(w, x, worker, workers, results):  # type: ignore[no-untyped-def]
-        inputs, rows, apart = w[P_INPUTS], w[P_ROWS], w[P_APART]
-        weight = carray(pointer(w[P_W]), (rows - 1) * apart + inputs, element)
-        for row in range(rows * worker // workers, rows * (worker + 1) // workers):
-            for token in range(len(x)):
-                results[token, row] = dot(x[token], weight, row * apart, inputs)
-
-    @parallel_kernel
-    def multiply_in_parallel(w, x, workers, results):  # type: ignore[no-untyped-def]
-        for worker in prange(workers):
-            multiply_rows(w, x, worker, workers, results)
-
-    @entry(f"step product {type_}")
-    def product(address, scratch, unused_a, unused_b, threads):  # type: ignore[no-untyped-def]
-        """result = x W^T + bias, summed in float32 and rounded once."""
-        w = words_at(address, P_WORDS)
-        x = np.empty((w[P_BATCH], w[P_INPUTS]), np.float32)
-        read_values(w[P_X], type_, x.reshape(-1))
-        results = np.empty((w[P_BATCH], w[P_ROWS]), np.float32)
-        workers = min(threads, results.size * w[P_INPUTS] // LEAST_PRODUCTS)
-        if workers > 1:
-            before = get_num_threads()
-            set_num_threads(workers)
-            multiply_in_parallel(w, x, workers, results)
-            set_num_threads(before)
-        else:
-            multiply_rows(w, x, 0, 1, results)
-        if w[P_BIAS]:
-            bias = np.empty(w[P_ROWS], np.float32)
-            read_values(w[P_BIAS], type_, bias)
-            for token in range(len(results)):
-                for row in range(w[P_ROWS]):
-                    results[token, row] += bias[row]
-        write_values(results.reshape(-1), type_, w[P_RESULT])
-
     @inlined
     def add_scaled(row, at, size, share, out):  # type: ignore[no-untyped-def]
         whole, factor = size // LANES * LANES, simd.splatf(share)
@@ -111,6 +75,62 @@ def make_dense(type_: int) -> tuple[Any, Any]:
             simd.store(out, k, simd.fmaf(factor, load(row, at + k), simd.loadf(out, k)))
         for k in range(whole, size):
             out[k] += share * widen(row[at + k])
+
+    @kernel
+    def multiply_some(w, worker, workers, results):  # type: ignore[no-untyped-def]
+        """Neighbouring columns of the results, over all products."""
+        vectors, inputs, columns = w[P_VECTORS], w[P_INPUTS], w[P_COLUMNS]
+        total, down, across = w[P_PRODUCTS] * columns, w[P_W + 2], w[P_W + 3]
+        start, stop = total * worker // workers, total * (worker + 1) // workers
+        x = np.empty((vectors, inputs), np.float32)
+        for item in range(w[P_PRODUCTS]):
+            first, end = max(0, start - item * columns), min(columns, stop - item * columns)
+            if first >= end:
+                continue
+            for vector in range(vectors):
+                place = w[P_X] + (item * w[P_X + 1] + vector * w[P_X + 2]) * itemsize
+                read_values(place, type_, x[vector])
+            place = w[P_W] + item * w[P_W + 1] * itemsize
+            weight = carray(pointer(place), (inputs - 1) * down + (columns - 1) * across + 1, element)
+            if down == 1:
+                for column in range(first, end):
+                    for vector in range(vectors):
+                        results[item, vector, column] = dot(x[vector], weight, column * across, inputs)
+            else:
+                for k in range(inputs):
+                    for vector in range(vectors):
+                        sums = results[item, vector, first:end]
+                        add_scaled(weight, k * down + first, end - first, x[vector, k], sums)
+
+    @parallel_kernel
+    def multiply_in_parallel(w, workers, results):  # type: ignore[no-untyped-def]
+        for worker in prange(workers):
+            multiply_some(w, worker, workers, results)
+
+    @entry(f"step product {type_}")
+    def product(address, scratch, unused_a, unused_b, threads):  # type: ignore[no-untyped-def]
+        """result = x W + bias, summed in float32 and rounded once."""
+        w = words_at(address, P_WORDS)
+        columns = w[P_COLUMNS]
+        results = np.zeros((w[P_PRODUCTS], w[P_VECTORS], columns), np.float32)
+        workers = min(threads, results.size * w[P_INPUTS] // LEAST_PRODUCTS)
+        if workers > 1:
+            before = get_num_threads()
+            set_num_threads(workers)
+            multiply_in_parallel(w, workers, results)
+            set_num_threads(before)
+        else:
+            multiply_some(w, 0, 1, results)
+        bias = np.zeros(columns, np.float32)
+        if w[P_BIAS]:
+            read_values(w[P_BIAS], type_, bias)
+        for item in range(w[P_PRODUCTS]):
+            for vector in range(w[P_VECTORS]):
+                row = results[item, vector]
+                for column in range(columns):
+                    row[column] += bias[column]
+                place = w[P_RESULT] + (item * w[P_RESULT + 1] + vector * w[P_RESULT + 2]) * itemsize
+                write_values(row, type_, place)
 
     @kernel
     def attend_head(w, batch, head):  # type: ignore[no-untyped-def]
@@ -163,7 +183,7 @@ def make_dense(type_: int) -> tuple[Any, Any]:
         heads = w[A_SHAPES + 1]
         items = w[A_SHAPES] * heads
         workers = min(threads, items)
-        if workers > 1 and items * w[A_SHAPES + 2] * w[A_SHAPES + 3] * w[A_SHAPES + 4] > workers * LEAST_PRODUCTS * 8:
+        if workers > 1 and items * w[A_SHAPES + 2] * w[A_SHAPES + 3] * w[A_SHAPES + 4] > workers * LEAST_PRODUCTS * 4:
             before = get_num_threads()
             set_num_threads(workers)
             attend_in_parallel(w, workers)

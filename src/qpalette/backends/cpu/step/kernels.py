@@ -313,7 +313,7 @@ def reduce(address, scratch, unused_a, unused_b, threads):  # type: ignore[no-un
                     store_floats(row, w[R_RESULT + 1], w[R_RESULT + 5], into)
                     continue
                 result = np.float32(0)
-                if which == SUM or which == MEAN:
+                if which <= MEAN:
                     result = total_of(row)
                     if which == MEAN:
                         result = result / np.float32(size)
@@ -343,3 +343,41 @@ def softmax_in_place(row):  # type: ignore[no-untyped-def]
     inverse = np.float32(1) / total_of(row)
     for i in range(row.size):
         row[i] = row[i] * inverse
+
+
+# The words of a layer norm: sizes of two dimensions and of a row; address, type and two strides of source and result;
+# address (0: none) and type of weight and bias; the epsilon, float64.
+N_SIZES, N_SOURCE, N_RESULT, N_WEIGHT, N_BIAS, N_EPSILON = 0, 3, 7, 11, 13, 15
+N_WORDS = 16
+
+
+@entry("step layer norm")
+def layer_norm(address, scratch, unused_a, unused_b, threads):  # type: ignore[no-untyped-def]
+    w = words_at(address, N_WORDS)
+    size = w[N_SIZES + 2]
+    epsilon = np.float32(carray(pointer(address + 8 * N_EPSILON), 1, np.float64)[0])
+    row, weight, bias = np.empty(size, np.float32), np.ones(size, np.float32), np.zeros(size, np.float32)
+    if w[N_WEIGHT]:
+        load_floats(w[N_WEIGHT], w[N_WEIGHT + 1], 1, weight)
+    if w[N_BIAS]:
+        load_floats(w[N_BIAS], w[N_BIAS + 1], 1, bias)
+    for a in range(w[N_SIZES]):
+        for b in range(w[N_SIZES + 1]):
+            place = w[N_SOURCE] + (a * w[N_SOURCE + 2] + b * w[N_SOURCE + 3]) * _itemsize(w[N_SOURCE + 1])
+            load_floats(place, w[N_SOURCE + 1], 1, row)
+            mean = total_of(row) / np.float32(size)
+            for i in range(size):
+                row[i] -= mean
+            squares = simd.splatf(np.float32(0))
+            whole = size // 16 * 16
+            for i in range(0, whole, 16):
+                lanes = simd.loadf(row, i)
+                squares = simd.fmaf(lanes, lanes, squares)
+            variance = simd.totalf(squares)
+            for i in range(whole, size):
+                variance += row[i] * row[i]
+            inverse = np.float32(1) / np.sqrt(variance / np.float32(size) + epsilon)
+            for i in range(size):
+                row[i] = row[i] * inverse * weight[i] + bias[i]
+            place = w[N_RESULT] + (a * w[N_RESULT + 2] + b * w[N_RESULT + 3]) * _itemsize(w[N_RESULT + 1])
+            store_floats(row, w[N_RESULT + 1], 1, place)

@@ -155,18 +155,29 @@ def _cat(operation: Operation, given: dict[str, Any], read: set[Memory]) -> list
     return calls
 
 
+def _stack(operation: Operation, given: dict[str, Any], read: set[Memory]) -> list[Native]:
+    target = operation.results[0]
+    dim, calls = given["dim"] % len(target.shape), []
+    for place, part in enumerate(given["tensors"]):
+        strides = [stride for axis, stride in enumerate(target.strides) if axis != dim]
+        into = target._replace(
+            shape=part.shape, strides=tuple(strides), offset=target.offset + place * target.strides[dim]
+        )
+        if part.numel:
+            calls.append(elementwise_call(None, not part.dtype.is_floating_point, into, [part]))
+    return calls
+
+
 def _reduction(which: int) -> Callable[..., list[Native]]:
     def lower(operation: Operation, given: dict[str, Any], read: set[Memory]) -> list[Native]:
         source, results = given["self"], operation.results
-        dims = given.get("dim")
-        _need(source.dtype.is_floating_point and bool(source.numel) and dims not in (None, []))
-        reduced = {dim % len(source.shape) for dim in (dims if isinstance(dims, list | tuple) else [dims])}
-        result, at = results[0], None
+        dims = [given["dim"]] if isinstance(given.get("dim"), int) else given.get("dim") or []
+        _need(source.dtype.is_floating_point and bool(source.numel) and bool(dims))
+        reduced = {dim % len(source.shape) for dim in dims}
         if which == kernels.LARGEST_AT:
-            result, at = None, results[0]
-        elif len(results) == 2:
-            at = results[1] if results[1].memory in read else None
-        return [reduce_call(kernels.LARGEST if result is None else which, source, result, at, reduced)]
+            return [reduce_call(kernels.LARGEST, source, None, results[0], reduced)]
+        at = results[1] if len(results) == 2 and results[1].memory in read else None
+        return [reduce_call(which, source, results[0], at, reduced)]
 
     return lower
 
@@ -182,9 +193,7 @@ def reduce_call(which: int, source: Operand, result: Operand | None, at: Operand
     """Over the dimensions `reduced`, which lie behind each other."""
     outer = [dim for dim in range(len(source.shape)) if dim not in reduced]
     inner = sorted(reduced)
-    sizes, (source_steps,) = merged(
-        [source.shape[dim] for dim in inner], [[source.strides[dim] for dim in inner]], 1
-    )
+    sizes, (source_steps,) = merged([source.shape[dim] for dim in inner], [[source.strides[dim] for dim in inner]], 1)
     targets = [each for each in (result, at) if each is not None]
     keeps = all(len(each.shape) == len(source.shape) for each in targets)
     strides = [[source.strides[dim] for dim in outer]]
@@ -195,26 +204,26 @@ def reduce_call(which: int, source: Operand, result: Operand | None, at: Operand
     words: list[Any] = [which, *walk, sizes[0]]
     words += [source, kernels.NUMBERS[source.dtype], *steps[0], source_steps[0]]
     rest = iter(steps[1:])
-    for each in (result, at):
-        if each is None:
+    for target in (result, at):
+        if target is None:
             words += [0] * kernels.R_OPERAND
         else:
-            inner_step = each.strides[inner[-1]] if which == kernels.SOFTMAX else 0
-            words += [each, kernels.NUMBERS[each.dtype], *next(rest), inner_step]
+            inner_step = target.strides[inner[-1]] if which == kernels.SOFTMAX else 0
+            words += [target, kernels.NUMBERS[target.dtype], *next(rest), inner_step]
     return Native(kernels.reduce, words)
 
 
-class _Indexed(NamedTuple):
-    """A walk of `shape`: strides of source, result and index; what the index counts, in which of the two."""
+class _Walk(NamedTuple):
+    """Of `shape`, with the strides of what is read, what is written, and the index."""
 
     shape: Sequence[int]
     source: Sequence[int]
     result: Sequence[int]
-    index: Sequence[int]
+    places: Sequence[int]
 
 
 def _by_index(
-    walk: _Indexed, source: Operand, result: Operand, index: Operand, steps: tuple[int, int], limit: int
+    walk: _Walk, source: Operand, result: Operand, index: Operand, steps: tuple[int, int], limit: int
 ) -> list[Native]:
     _need(index.dtype == torch.int64 and source.dtype == result.dtype and source.memory is not result.memory)
     if not math.prod(walk.shape):
@@ -236,9 +245,7 @@ def _along(index: Operand, dim: int, dimensions: int) -> list[int]:
 
 def _embedding(operation: Operation, given: dict[str, Any], read: set[Memory]) -> list[Native]:
     weight, index, result = given["weight"], given["indices"], operation.results[0]
-    walk = _Indexed(
-        result.shape, [*(0 for _ in index.shape), weight.strides[1]], result.strides, [*index.strides, 0]
-    )
+    walk = _Walk(result.shape, [*(0 for _ in index.shape), weight.strides[1]], result.strides, [*index.strides, 0])
     return _by_index(walk, weight, result, index, (weight.strides[0], 0), weight.shape[0])
 
 
@@ -246,7 +253,7 @@ def _index_select(operation: Operation, given: dict[str, Any], read: set[Memory]
     source, index, result = given["self"], given["index"], operation.results[0]
     _need(bool(source.shape))
     dim = given["dim"] % len(source.shape)
-    walk = _Indexed(result.shape, _without(source.strides, dim), result.strides, _along(index, dim, len(source.shape)))
+    walk = _Walk(result.shape, _without(source.strides, dim), result.strides, _along(index, dim, len(source.shape)))
     return _by_index(walk, source, result, index, (source.strides[dim], 0), source.shape[dim])
 
 
@@ -254,7 +261,7 @@ def _gather(operation: Operation, given: dict[str, Any], read: set[Memory]) -> l
     source, index, result = given["self"], given["index"], operation.results[0]
     _need(bool(source.shape))
     dim = given["dim"] % len(source.shape)
-    walk = _Indexed(index.shape, _without(source.strides, dim), result.strides, index.strides)
+    walk = _Walk(index.shape, _without(source.strides, dim), result.strides, index.strides)
     return _by_index(walk, source, result, index, (source.strides[dim], 0), source.shape[dim])
 
 
@@ -262,25 +269,48 @@ def _index_copy(operation: Operation, given: dict[str, Any], read: set[Memory]) 
     source, index, result = given["source"], given["index"], operation.changes[0]
     _need(bool(source.shape) and len(source.shape) == len(result.shape))
     dim = given["dim"] % len(source.shape)
-    walk = _Indexed(source.shape, source.strides, _without(result.strides, dim), _along(index, dim, len(source.shape)))
+    walk = _Walk(source.shape, source.strides, _without(result.strides, dim), _along(index, dim, len(source.shape)))
     return _by_index(walk, source, result, index, (0, result.strides[dim]), result.shape[dim])
 
 
 def _product(operation: Operation, given: dict[str, Any], read: set[Memory]) -> list[Native]:
-    """x W^T, of a W whose rows are in one piece, and a bias."""
-    x, weight = (given["mat1"], given["mat2"]) if "mat1" in given else (given["self"], given["mat2"])
-    bias = given["self"] if "mat1" in given else None
+    """x W, and a bias; several at once for `bmm`."""
+    biased = "mat1" in given
+    x, weight, bias = given["mat1" if biased else "self"], given["mat2"], given["self"] if biased else None
     result = operation.results[0]
-    (batch, inputs), rows = x.shape, weight.shape[1]
+    if len(x.shape) == 2:
+        x, weight, result = (_several(each) for each in (x, weight, result))
+    (products, vectors, inputs), columns = x.shape, weight.shape[2]
     operands = [each for each in (x, weight, bias, result) if each is not None]
-    _need(batch <= MOST_VECTORS and inputs > 0 and rows > 0 and weight.strides[0] == 1)
-    _need(x.strides[1] == 1 and (batch == 1 or x.strides[0] == inputs) and result.strides[-1] == 1)
-    _need(batch == 1 or result.strides[0] == rows)
+    _need(vectors <= MOST_VECTORS and min(products, vectors, inputs, columns) > 0)
+    _need(weight.strides[1] == 1 or weight.strides[2] == 1)
+    _need(all(each.strides[2] == 1 or each.shape[2] == 1 for each in (x, result)))
     _need({each.dtype for each in operands} <= {x.dtype} and x.dtype in TYPES)
     if bias is not None:
-        _need(bias.shape == (rows,) and bias.strides == (1,) and given["beta"] == 1 and given["alpha"] == 1)
-    words = [x, weight, bias or 0, result, batch, inputs, rows, weight.strides[1], TYPES[x.dtype]]
-    return [Native(dense.make_dense(TYPES[x.dtype])[0], words)]
+        _need(bias.shape == (columns,) and bias.strides == (1,) and given["beta"] == 1 and given["alpha"] == 1)
+    words = [products, vectors, inputs, columns, x, *x.strides[:2], weight, *weight.strides, bias or 0]
+    return [Native(dense.make_dense(TYPES[x.dtype])[0], [*words, result, *result.strides[:2]])]
+
+
+def _several(operand: Operand) -> Operand:
+    """A matrix as one of several."""
+    return operand._replace(shape=(1, *operand.shape), strides=(0, *operand.strides))
+
+
+def _layer_norm(operation: Operation, given: dict[str, Any], read: set[Memory]) -> list[Native]:
+    source, (result, *rest), weight, bias = given["input"], operation.results, given["weight"], given["bias"]
+    _need(source.dtype.is_floating_point and len(given["normalized_shape"]) == 1 and bool(source.numel))
+    _need(not any(each.memory in read for each in rest))
+    present = [each for each in (source, result) if each is not None]
+    _need(all(each.strides[-1] == 1 for each in present))
+    _need(all(each is None or each.strides == (1,) for each in (weight, bias)))
+    sizes, strides = merged(source.shape[:-1], [source.strides[:-1], result.strides[:-1]], 2)
+    words: list[Any] = [*sizes, source.shape[-1]]
+    for each, own in zip((source, result), strides, strict=True):
+        words += [each, kernels.NUMBERS[each.dtype], *own]
+    for each in (weight, bias):
+        words += [0, 0] if each is None else [each, kernels.NUMBERS[each.dtype]]
+    return [Native(kernels.layer_norm, [*words, bits_of(given["eps"])])]
 
 
 def _attention(operation: Operation, given: dict[str, Any], read: set[Memory]) -> list[Native]:
@@ -320,7 +350,10 @@ _LOWERINGS: dict[str, Callable[[Operation, dict[str, Any], set[Memory]], list[Na
     "index_select": _index_select,
     "gather": _gather,
     "index_copy_": _index_copy,
+    "stack": _stack,
+    "native_layer_norm": _layer_norm,
     "mm": _product,
+    "bmm": _product,
     "addmm": _product,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
 }

@@ -18,6 +18,8 @@ from qpalette.backends.cpu.transform import factors_of
 from qpalette.codes import parse_spec
 from qpalette.runtime import PackedLinear
 
+_LINEAR, _EMBEDDING = "qpalette::linear", "qpalette::embedding"
+
 
 class Packed(NamedTuple):
     """x [batch, K], in one piece, by each of `members`, into `results`."""
@@ -65,17 +67,18 @@ class Rows(NamedTuple):
 
 def packed_of(operation: Operation) -> Packed | Rows | None:
     """Of a call of `qpalette::linear` or `qpalette::embedding`; None where the compiled kernels do not take it."""
-    product = operation.function is torch.ops.qpalette.linear.default
-    if not product and operation.function is not torch.ops.qpalette.embedding.default:
+    name = operation.function.name()
+    if name not in (_LINEAR, _EMBEDDING):
         return None
     x, *tensors = operation.arguments[:4]
     spec, rotation, layout, rows, columns = operation.arguments[4:9]
     if layout != LAYOUT or not in_one_piece(x) or not x.numel or any(tensor.memory.kept is None for tensor in tensors):
         return None
-    matrix = PackedLinear(*map(tensor_of, tensors), spec, rotation, rows, columns, layout)
+    codes, scales, diagonal = map(tensor_of, tensors)
+    matrix = PackedLinear(codes, scales, diagonal, spec, rotation, rows, columns, layout)
     if factors_of(rotation, columns) is None:
         return None
-    if not product:
+    if name == _EMBEDDING:
         return Rows(matrix, x, operation.results[0]) if x.dtype == torch.int64 else None
     found = Packed([matrix], x, [operation.results[0]])
     return found if x.dtype in TYPES and found.batch <= LARGEST_FUSED_BATCH else None

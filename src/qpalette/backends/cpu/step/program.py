@@ -1,4 +1,5 @@
-"""A record as a program: compiled calls on fixed addresses, one loop over them; torch is called for what has no kernel."""
+"""A record as a program: compiled calls on fixed addresses, and one loop over them; torch is called for what has no
+kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from qpalette.backends.cpu.step import kernels
 from qpalette.backends.cpu.step.lower import FAULT, Address, Native, lowered
 from qpalette.backends.cpu.step.packed import Packed, Rows, packed_of
 from qpalette.backends.cpu.step.passes import simplified
-from qpalette.backends.cpu.step.record import Memory, Operand, Operation, is_operand, record, tensor_of
+from qpalette.backends.cpu.step.record import Memory, Operand, Operation, is_operand, operands_of, record, tensor_of
 from qpalette.backends.cpu.threads import one_caller, present_threads
 
 _LINE = 64  # bytes, at which memory begins
@@ -29,7 +30,9 @@ class Called(NamedTuple):
 
     @property
     def memories(self) -> list[Memory]:
-        return [*self.operation.reads, *self.operation.writes]
+        operation = self.operation
+        named = (operation.arguments, operation.keywords, operation.results)
+        return [operand.memory for operand in operands_of(named)]
 
 
 Instruction = Native | Packed | Rows | Called

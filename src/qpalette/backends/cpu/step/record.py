@@ -16,13 +16,14 @@ from qpalette.core.errors import UnsupportedError
 # What makes numbers of Python of values, past the operators: a program could not know how they go on.
 _READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr}
 _RESHAPES = {"resize_", "set_"}
+_OF_ITS_SHAPE = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}
 _UNFILLED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
 @dataclass(eq=False)
 class Memory:
-    """Of one storage. `kept` is a tensor of it that has to stay where it is: memory that was there before, and what does
-    not change from one time to the next. `made` is the tensor that the record had there."""
+    """Of one storage. `kept` is a tensor of it that has to stay where it is: memory that was there before, and what
+    does not change from one time to the next. `made` is the tensor that the record had there."""
 
     bytes: int
     kept: torch.Tensor | None = None
@@ -56,6 +57,8 @@ class Operation:
 
     @property
     def reads(self) -> Iterator[Memory]:
+        if self.function.overloadpacket.__name__ in _OF_ITS_SHAPE:  # not the values of what it is given
+            return iter(())
         return (leaf.memory for leaf in operands_of((self.arguments, self.keywords)))
 
     @property
@@ -140,7 +143,7 @@ class _Recorder(TorchDispatchMode):
         memory = self._memories.get(_key(tensor))
         if memory is None:
             memory = self._memories[_key(tensor)] = Memory(tensor.untyped_storage().nbytes(), tensor.detach())
-        return Operand(memory, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return Operand(memory, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
 class _NoReads(TorchFunctionMode):

@@ -14,7 +14,9 @@ def broadcast(operand: Operand, shape: Sequence[int]) -> list[int]:
     return [0] * missing + [0 if size == 1 else stride for size, stride in own]
 
 
-def merged(sizes: Sequence[int], strides: Sequence[Sequence[int]], dimensions: int) -> tuple[list[int], list[list[int]]]:
+def merged(
+    sizes: Sequence[int], strides: Sequence[Sequence[int]], dimensions: int
+) -> tuple[list[int], list[list[int]]]:
     """Sizes and, for each tensor, strides of the same walk, `dimensions` of each: what lies behind each other in every
     tensor is one dimension. Raises ValueError where more are left."""
     kept: list[tuple[int, list[int]]] = []
