@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from qpalette.backends.cpu.operands import TYPES
 from qpalette.backends.cpu.step import dense, kernels
 from qpalette.backends.cpu.step.record import Memory, Operand, Operation, operands_of
-from qpalette.backends.cpu.step.scalars import ELEMENTWISE, Elementwise, compute_kernel
+from qpalette.backends.cpu.step.scalars import COMPARISONS, ELEMENTWISE, Elementwise, compute_kernel
 from qpalette.backends.cpu.step.walk import broadcast, merged
 
 Word = int | Operand  # an operand stands for its address
@@ -88,7 +89,9 @@ def _elementwise(
     whole = all(_is_whole(value) for value in (*values, *numbers, target))
     integers = whole and elementwise.integers is not None
     _need(integers or elementwise.floats is not None)
-    inputs = [value if isinstance(value, Operand) else _constant(value, integers) for value in values]
+    of_numbers = _compared(values) if name in COMPARISONS else torch.float32
+    dtype = torch.int64 if integers else of_numbers
+    inputs = [value if isinstance(value, Operand) else _constant(value, dtype) for value in values]
     kernel = compute_kernel(name, place, integers)
     return [elementwise_call(kernel, integers, target, inputs, numbers)] if target.numel else []
 
@@ -125,15 +128,34 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int)
 
 
-def _constant(value: Any, integers: bool) -> Operand:
+def _compared(values: Sequence[Any]) -> torch.dtype:
+    """The type to which torch rounds numbers that it compares with these."""
+    dtypes = {value.dtype for value in values if isinstance(value, Operand) and value.shape}
+    alone = {value.dtype for value in values if isinstance(value, Operand) and not value.shape}
+    _need(len(dtypes) != 1 or alone <= dtypes)  # a single value of a wider type would have to be rounded, too
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= TYPES.keys() else torch.float32
+
+
+def _constant(value: Any, dtype: torch.dtype) -> Operand:
     _need(isinstance(value, int | float))
-    tensor = torch.tensor(value, dtype=torch.int64 if integers else torch.float32)
+    tensor = torch.tensor(value, dtype=dtype)
     return Operand(Memory(tensor.nbytes, tensor), tensor.dtype, (), (), 0)
 
 
 def _zero(operation: Operation, given: dict[str, Any], read: set[Memory]) -> list[Native]:
-    target = operation.changes[0]
-    return [elementwise_call(None, True, target, [_constant(0, True)])]
+    return _filled(0)(replace(operation, results=operation.changes), given, read)
+
+
+def _filled(value: float | None) -> Callable[..., list[Native]]:
+    """New memory, of `value` or the argument's."""
+
+    def lower(operation: Operation, given: dict[str, Any], read: set[Memory]) -> list[Native]:
+        target, number = operation.results[0], given["fill_value"] if value is None else value
+        dtype = torch.int64 if _is_whole(number) and _is_whole(target) else torch.float32
+        constant = _constant(number, dtype)
+        return [elementwise_call(None, dtype == torch.int64, target, [constant])] if target.numel else []
+
+    return lower
 
 
 def narrowed(operand: Operand, dim: int, start: int, size: int) -> Operand:
@@ -337,6 +359,9 @@ def _attention(operation: Operation, given: dict[str, Any], read: set[Memory]) -
 
 _LOWERINGS: dict[str, Callable[[Operation, dict[str, Any], set[Memory]], list[Native]]] = {
     "zero_": _zero,
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _filled(0)),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(1)),
+    **dict.fromkeys(("full", "full_like", "new_full"), _filled(None)),
     "cat": _cat,
     "sum": _reduction(kernels.SUM),
     "mean": _reduction(kernels.MEAN),

@@ -95,6 +95,11 @@ class Program:
         self._close(rows)
         self._places.clear()
 
+    @property
+    def bytes(self) -> int:
+        """Of its own memory."""
+        return self._arena.nbytes
+
     @torch.no_grad()
     def replay(self) -> None:
         """Raises IndexError where an index is out of range."""

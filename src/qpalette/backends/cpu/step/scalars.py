@@ -95,7 +95,7 @@ def _both(*expression: Any) -> tuple[Any, Any]:
     return expression[0], expression[0]
 
 
-COPIES = {"_to_copy", "clone", "copy_", "fill_", "zero_", "lift_fresh_copy"}
+COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 
 # By the operator's name, without the underscore of those that work in place.
 ELEMENTWISE: dict[str, list[Elementwise]] = {
