@@ -243,9 +243,7 @@ def test_products(sizes, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(
-    ("heads", "queries", "width", "masked"), [(3, 3, 64, True), (2, 1, 8, False), (1, 5, 40, True)]
-)
+@pytest.mark.parametrize("sizes", [(3, 3, 64, True), (2, 1, 8, False), (1, 5, 40, True)])
 def test_attention(sizes, dtype):
     """Inner values are float32; half a unit of the type for the result, and u sqrt(n) for the two sums."""
     heads, queries, width, masked = sizes
