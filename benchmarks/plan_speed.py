@@ -15,7 +15,17 @@ import numpy as np
 from report import processor, report
 
 from qpalette.core.records import LinearShape
-from qpalette.plan import LatencyProfile, Launch, Limits, Planner, SensitiveLinear, Sensitivities, Space, palette_of
+from qpalette.plan import (
+    EXPERTS,
+    LatencyProfile,
+    Launch,
+    Limits,
+    Planner,
+    SensitiveLinear,
+    Sensitivities,
+    Space,
+    palette_of,
+)
 
 SHAPES = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
 SHAPES |= {"gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}
@@ -35,9 +45,9 @@ def main() -> None:
     weights = sum(linear.shape.weights for linear in dense.linears)
     rows.append(row("32 layers, free, 140 tokens/s and 3.2 bits", dense, both, Limits(int(3.2 * weights), 1 / 140)))
     weights = sum(linear.shape.weights for linear in moe.linears)
-    for grouped in (True, False):
-        space = Space(palette_of(), group_experts=grouped)
-        name = f"80 layers of 128 experts, {'grouped' if grouped else 'each its own'}, 3 bits"
+    for experts in EXPERTS:
+        space = Space(palette_of(), experts=experts)
+        name = f"80 layers of 128 experts, {experts}, 3 bits"
         rows.append(row(name, moe, space, Limits(bits=3 * weights)))
     report("plan_speed", processor(), rows)
 

@@ -12,38 +12,15 @@ from qpalette.backends.cpu.matmul import make_kernels
 from qpalette.backends.cpu.product import multiplier_of
 from qpalette.codes import parse_spec
 from qpalette.core.errors import UnsupportedError
-from qpalette.rotate import Rotation, pack_signs, random_signs, rotation_for, unpack_signs
+from qpalette.rotate import Rotation, unpack_signs
 from qpalette.runtime import PackedLinear, backends, packed_linear, select
+from random_packed import REF, generator, laid_out, random_linear
 from tolerance import check_float32, float32_error
 
 CPU = torch.device("cpu")
-REF = backends()["ref"]
 SPECS = ["tcq-1-L12", "tcq-2", "tcq-2.875-L18", "tcq-3.25", "tcq-5.5-L20", "tcq-8"]
 SPECS += ["tcq2-1.125-L12", "tcq2-2", "tcq2-3.375", "tcq2-5-L20", "vq-1.5", "vq-4.5", "vq-6", "nuq-2", "nuq-5", "nuq-8"]
 OTHERS = ["cpu"]  # the backends that run on this machine's processor; tests/device has those of a GPU
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def random_linear(spec: str, out_features: int, in_features: int, rotation: str = "full") -> PackedLinear:
-    """Any words are valid codes."""
-    shape = (-(-out_features // 16), -(-in_features // 16), parse_spec(spec).words_per_tile)
-    scales = torch.rand(out_features, generator=generator(1)) + 0.5
-    return PackedLinear(
-        codes=torch.randint(-(2**31), 2**31 - 1, shape, generator=generator(2), dtype=torch.int32),
-        scales=scales.half().view(torch.int16),
-        diagonal=pack_signs(random_signs(in_features, 7, "test")),
-        spec=spec,
-        rotation=rotation_for(in_features, rotation).name,
-        out_features=out_features,
-        in_features=in_features,
-    )
-
-
-def laid_out(name: str, packed: PackedLinear) -> PackedLinear:
-    return dataclasses.replace(packed, codes=backends()[name].to_layout(packed.codes), layout=backends()[name].layout)
 
 
 def operands(x: torch.Tensor, packed: PackedLinear) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,8 @@ from qpalette.backends.cuda.attend import SOURCE as ATTEND_SOURCE
 from qpalette.backends.cuda.attend import warps_of
 from qpalette.backends.cuda.compiler import compile_cubin, resources
 from qpalette.backends.cuda.decoder import decoder_spec
+from qpalette.backends.cuda.experts import FUNCTIONS, GATE_THREADS, MOST_EXPERTS, ROUTES_SOURCE, RUN
+from qpalette.backends.cuda.experts import SOURCE as EXPERTS_SOURCE
 from qpalette.backends.cuda.multiply import kernel_macros, most_rows, source_for
 from qpalette.backends.cuda.rotate import MOST_THREADS, cut_of, rotation_macros
 from qpalette.backends.cuda.rotate import SOURCE as ROTATE_SOURCE
@@ -124,6 +126,20 @@ def test_attention_compiles_without_spills(dim: int, group: int, arch: str) -> N
     for blocks in (64, 512):
         macros = {"DIM": dim, "GROUP": group, "TYPE": 1, "WARPS": warps_of(dim, blocks, 132)}
         assert resources(ATTEND_SOURCE, arch, tuple(sorted(macros.items()))).spilled_bytes == 0
+
+
+@pytest.mark.parametrize("specs", [["tcq2-3.25"], ["tcq-3.25"], ["nuq-3"], ["vq-3"]], ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_products_of_experts_compile_without_spills(specs: list[str], arch: str) -> None:
+    decoders = [decoder for decoder in map(decoder_spec, specs) if decoder]
+    assert resources(with_segments(EXPERTS_SOURCE, decoders), arch, product_macros(arch, RUN)).spilled_bytes == 0
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_is_around_the_products_of_experts_compiles(function: str) -> None:
+    gate = {"THREADS": GATE_THREADS, "FUNCTION": FUNCTIONS[function], "GATED": 1, "INTERLEAVED": 0}
+    for macros in ({"THREADS": MOST_EXPERTS}, {"THREADS": GATE_THREADS}, gate):
+        assert compile_cubin(ROUTES_SOURCE, "sm_80", tuple(sorted(macros.items()))).startswith(b"\x7fELF")
 
 
 def test_rescaling_compiles() -> None:

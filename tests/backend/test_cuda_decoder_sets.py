@@ -27,7 +27,7 @@ LIMITS = DeviceLimits(132, 227 << 10, (9, 0))
 
 
 def kernel_of(launch: tuple[DecoderSpec, ...], batch: int) -> tuple[Any, tuple[int, ...]]:
-    return segments._kernel_of(SOURCE, "multiply", tuple(kernel_macros(LIMITS, batch).items()), launch, 0)
+    return segments.kernel_of(SOURCE, "multiply", tuple(kernel_macros(LIMITS, batch).items()), launch, 0)
 
 
 def decoder_of(spec: str) -> DecoderSpec:
@@ -42,10 +42,10 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     loaded: list[str] = []
     monkeypatch.setattr(segments, "device_limits", lambda device: LIMITS)
     monkeypatch.setattr(segments, "load_kernel", lambda source, *_: loaded.append(source) or source)
-    for cached in (segments._kernel_of, segments._sets):
+    for cached in (segments.kernel_of, segments._sets):
         cached.cache_clear()
     yield loaded
-    for cached in (segments._kernel_of, segments._sets):
+    for cached in (segments.kernel_of, segments._sets):
         cached.cache_clear()
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from test_cli import run, save_model  # noqa: F401 - a fixture
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from qpalette.bench import (
     Candidate,
@@ -20,7 +21,7 @@ from qpalette.bench import (
     read_config,
 )
 from qpalette.bench.breakdown import PARTS, Kernel, part_of, shares_of
-from qpalette.bench.models import PRESETS, groups_of, records_of, with_head
+from qpalette.bench.models import PRESETS, first_layers, groups_of, records_of, with_head
 from qpalette.cli import main
 from qpalette.codes import parse_spec
 from qpalette.core.errors import InputError, SpecError, UnsupportedError
@@ -142,12 +143,34 @@ def test_presets_have_the_published_sizes(name):
         "mistral-7b": 7_248_023_552,
         "qwen2.5-7b": 7_615_616_512,
         "qwen3-8b": 8_190_735_360,
+        "qwen3-30b-a3b": 30_532_122_624,
+        "gpt-oss-20b": 20_914_757_184,
+        "glm-4.5-air": 106_852_245_504,
+        "deepseek-v3": 671_026_404_352,  # without the correction biases of its 58 routers, which are buffers
     }
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(read_config(name))
     assert sum(parameter.numel() for parameter in model.parameters()) == published[name]
+
+
+def mixture() -> Any:
+    return Qwen3MoeConfig(
+        **{"vocab_size": 64, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 16},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
+    )
+
+
+def test_experts_are_packed_too_and_a_model_may_end_early():
+    config = first_layers(mixture(), 2)
+    model = from_config("x", config, uniform_plan(groups_of(config).groups, "nuq-4"), torch.float32, CPU, None).build()
+    assert len(model.model.layers) == 2
+    assert isinstance(model.model.layers[1].mlp.experts.get_submodule("3.down_proj"), PackedModule)
+    assert Decoder(model, batch=2, context=4, steps=1).prefill() > 0
+    for layers in (0, 4):
+        with pytest.raises(InputError, match=f"has 3 layers, and --layers is {layers}"):
+            first_layers(mixture(), layers)
 
 
 def test_one_model_is_gone_before_the_next_is_built(monkeypatch):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qpalette.codes import parse_spec
@@ -13,6 +15,7 @@ from qpalette.core.errors import BudgetError, InputError, SpecError
 from qpalette.core.records import LinearGroup, LinearShape
 from qpalette.formats import packed_bits
 from qpalette.plan import (
+    EXPERTS,
     Budget,
     Candidate,
     LatencyProfile,
@@ -28,6 +31,7 @@ from qpalette.plan import (
     parse_size,
     readable,
 )
+from qpalette.plan.tiers import tiers_of
 
 DATA = Path(__file__).parents[2] / "../shared/data"
 PALETTE = tuple(Candidate(f"c{bits}", Fraction(bits), 1.2 * 4.0**-bits) for bits in (1, 2, 3, 4))
@@ -145,24 +149,45 @@ def test_bits_and_time_hold_together():
     )
 
 
-def test_experts_of_a_layer_share_a_spec_unless_told_otherwise():
-    linears = tuple(
-        SensitiveLinear(
-            LinearShape(f"m.layers.{layer}.mlp.experts.{e}.{kind}", 32, 32),
-            f"m.layers.{layer}.mlp.experts.{e}.{kind}",
-            1.0 + e,
-        )
-        for layer in range(2)
-        for e in range(5)
+def experts_of(layers: int, sensitivities: Sequence[float]) -> Sensitivities:
+    names = (
+        (f"m.layers.{layer}.mlp.experts.{expert}.{kind}", sensitivity)
+        for layer in range(layers)
+        for expert, sensitivity in enumerate(sensitivities)
         for kind in ("up_proj", "down_proj")
     )
-    limits = Limits(bits=int(2.7 * sum(linear.shape.weights for linear in linears)))
-    together = Planner(Sensitivities(linears), Space(PALETTE)).plan(limits)
+    return Sensitivities(tuple(SensitiveLinear(LinearShape(name, 32, 32), name, each) for name, each in names))
+
+
+def test_experts_share_specs_as_they_are_told():
+    known = experts_of(2, [1.0, 900.0, 30.0, 1.1, 1000.0, 28.0])
+    limits = Limits(bits=int(2.7 * sum(linear.shape.weights for linear in known.linears)))
+    found = {experts: Planner(known, Space(PALETTE, experts=experts)).plan(limits).choice for experts in EXPERTS}
     for layer, kind in itertools.product(range(2), ("up_proj", "down_proj")):
-        specs = {s for n, s in together.choice.specs.items() if f"layers.{layer}." in n and n.endswith(kind)}
-        assert len(specs) == 1
-    alone = Planner(Sensitivities(linears), Space(PALETTE, group_experts=False)).plan(limits)
-    assert alone.choice.loss < together.choice.loss
+        shared, tiers = (
+            [found[way].specs[f"m.layers.{layer}.mlp.experts.{expert}.{kind}"] for expert in range(6)]
+            for way in ("shared", "tiers")
+        )
+        assert len(set(shared)) == 1
+        assert [tiers[0], tiers[1], tiers[2]] == [tiers[3], tiers[4], tiers[5]]
+    assert found["free"].loss <= found["tiers"].loss < found["shared"].loss
+    with pytest.raises(SpecError, match="no way with experts"):
+        Space(PALETTE, experts="alone")
+
+
+def test_tiers_are_the_best_of_all_cuts():
+    random = np.random.default_rng(0)
+    for count in (1, 2, 3, 7, 10):
+        values = np.exp(2 * random.standard_normal(count))
+
+        def loss(tiers: Sequence[int], values: np.ndarray = values) -> float:
+            members = [values[np.array(tiers) == tier] for tier in set(tiers)]
+            return sum(len(each) * float(np.log(each.mean())) for each in members)
+
+        every = itertools.product(range(3), repeat=count) if count < 10 else [tiers_of(values.tolist())]
+        assert loss(tiers_of(values.tolist())) <= min(map(loss, every)) + 1e-9
+    assert tiers_of([0.0, 0.0, 0.0, 5.0]) == [*[tiers_of([0.0, 0.0, 0.0, 5.0])[0]] * 3, 2]
+    assert tiers_of([]) == []
 
 
 def test_the_least_is_named_and_can_be_asked_for():

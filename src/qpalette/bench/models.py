@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qpalette.bench.presets import PRESETS
 from qpalette.core.errors import CheckpointError, InputError, SpecError
 from qpalette.core.records import LinearRecord
 from qpalette.formats.packed import QuantizationFormat
@@ -18,65 +19,11 @@ from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "g
 from qpalette.kvcache import CachePlan
 from qpalette.models import Grouping, find_groups
 from qpalette.models.model_class import class_of
+from qpalette.nn import QuantExperts
 from qpalette.plan import Plan
 from qpalette.rotate import rotation_for
 from qpalette.storage import Checkpoint, TensorInfo, local_path, open_checkpoint
 from qpalette.storage.base import layout_of
-
-_LLAMA_3 = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
-# The shapes of public checkpoints' config.json; what does not touch the speed is left at transformers' defaults.
-PRESETS: dict[str, dict[str, Any]] = {
-    "llama-3.2-1b": _LLAMA_3
-    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
-    | {"head_dim": 64, "tie_word_embeddings": True},
-    "llama-3.2-3b": _LLAMA_3
-    | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
-    | {"tie_word_embeddings": True},
-    "llama-3.1-8b": _LLAMA_3
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "llama-3.1-70b": _LLAMA_3
-    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "mistral-7b": {
-        "model_type": "mistral",
-        "vocab_size": 32768,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 32768,
-        "sliding_window": None,
-    },
-    "qwen2.5-7b": {
-        "model_type": "qwen2",
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-    },
-    "qwen3-8b": {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -137,6 +84,19 @@ def read_config(name: str) -> Any:
     return config
 
 
+def first_layers(config: Any, layers: int) -> Any:
+    """The config of a model that ends after so many layers. Raises InputError for a number that it does not have."""
+    present = config.num_hidden_layers
+    if not 1 <= layers <= present:
+        raise InputError(f"the model has {present} layers, and --layers is {layers}")
+    config = copy.deepcopy(config)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == present and name.endswith("layer_types"):
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers
+    return config
+
+
 def config_of(model: str) -> Any:
     """The transformers config of a preset, as `read_config`, or of any checkpoint: directory, .gguf, Hub id.
 
@@ -165,15 +125,17 @@ def with_head(plan: Plan, config: Any, spec: str) -> Plan:
 def records_of(config: Any, plan: Plan) -> dict[str, LinearRecord]:
     """Every linear of the plan; it may name the head, too. Raises SpecError on a name that is no matrix."""
     skeleton = _skeleton(config).state_dict()
-    groups = {linear.name: group.name for group in groups_of(config).groups for linear in group.linears}
+    found = {linear.name: (group.name, linear) for group in groups_of(config).groups for linear in group.linears}
     records = {}
     for name, spec in plan.specs.items():
-        weight = skeleton.get(f"{name}.weight")
-        if weight is None or weight.ndim != 2:
+        weight = skeleton.get(f"{name}.weight")  # experts are parts of a tensor, and the head is in no group
+        if name in found:
+            group, shape = found[name][0], (found[name][1].out_features, found[name][1].in_features)
+        elif weight is not None and weight.ndim == 2:
+            group, shape = name, (weight.shape[0], weight.shape[1])
+        else:
             raise SpecError(f"the plan names '{name}', which is no linear of this config")
-        out_features, in_features = weight.shape
-        rotation = rotation_for(in_features, plan.rotation).name
-        records[name] = LinearRecord(spec, out_features, in_features, rotation, plan.seed, groups.get(name, name))
+        records[name] = LinearRecord(spec, *shape, rotation_for(shape[1], plan.rotation).name, plan.seed, group)
     return records
 
 
@@ -242,9 +204,14 @@ def _packed(
     for name, record in records.items():
         tensors |= {f"{name}.{part.suffix}": part.random(record, device) for part in parts_of(record)}
     place = {"": device.index or 0} if device.type == "cuda" else {"": str(device)}
-    return type(_skeleton(config)).from_pretrained(
+    model = type(_skeleton(config)).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, device_map=place, **_attention(attention)
     )
+    for module in model.modules():
+        if isinstance(module, QuantExperts):  # of these transformers does not know how biases begin
+            for bias in module.parameters(recurse=False):
+                torch.nn.init.zeros_(bias)
+    return model
 
 
 def _attention(name: str | None) -> dict[str, Any]:

@@ -45,6 +45,10 @@ def bench(
         str | None, typer.Option("--head", metavar="S", help="With --config: quantize the output head, too.")
     ] = None,
     rotation: Annotated[str, typer.Option("--rotation", help="With --spec: full, block or block-64.")] = "full",
+    layers: Annotated[
+        int | None,
+        typer.Option("--layers", metavar="N", help="With --config: the first N layers alone, of a model too large."),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option("--reference", metavar="MODEL", help="The original.  [default: random weights of its config]"),
@@ -122,10 +126,12 @@ def bench(
     kind = dtype or ("float16" if where.type == "cuda" else "bfloat16")
     common = (parse_dtype(kind), where, attention)
     coded = _cache(cache, model)
-    candidates = _quantized(model, config, spec or [], plan, head, rotation, common)
+    if layers is not None and (config is None or reference is not None):
+        raise InputError("--layers goes with --config and random weights")
+    candidates = _quantized(model, config, spec or [], plan, head, rotation, layers, common)
     candidates = [replace(candidate, cache=coded) for candidate in candidates]
     if not alone:
-        candidates.insert(0, _original(model, config, reference, kind, common))
+        candidates.insert(0, _original(model, config, reference, kind, layers, common))
     if not candidates:
         raise InputError("--alone with a bare --config leaves nothing to time: add --spec or --plan")
     chosen = runner or default_runner(where)
@@ -187,10 +193,11 @@ def _quantized(
     plan: Path | None,
     head: str | None,
     rotation: str,
+    layers: int | None,
     common: tuple[Any, ...],
 ) -> list[Candidate]:
     """None when a config comes without quantizers: the original is timed by itself then."""
-    from qpalette.bench import from_config, from_directory, read_config
+    from qpalette.bench import from_config, from_directory
     from qpalette.core.errors import InputError
 
     if (model is None) == (config is None):
@@ -201,10 +208,21 @@ def _quantized(
         return [from_directory(model, model, *common)]
     if specs and plan is not None:
         raise InputError("give either --spec, such as tcq-3.25, or --plan")
-    shape = read_config(str(config))
+    shape, title = _shape(str(config), layers)
     plans = {str(plan): _plan(shape, None, plan, head, rotation)} if plan is not None else {}
     plans |= {spec: _plan(shape, spec, None, head, rotation) for spec in specs}
-    return [from_config(f"{config} {name}", shape, chosen, *common) for name, chosen in plans.items()]
+    return [from_config(f"{title} {name}", shape, chosen, *common) for name, chosen in plans.items()]
+
+
+def _shape(config: str, layers: int | None) -> tuple[Any, str]:
+    """A model of random weights, and what it is called."""
+    from qpalette.bench import read_config
+    from qpalette.bench.models import first_layers
+
+    found = read_config(config)
+    if layers is None:
+        return found, config
+    return first_layers(found, layers), f"{config}, {layers} of {found.num_hidden_layers} layers,"
 
 
 def _plan(shape: Any, spec: str | None, plan: Path | None, head: str | None, rotation: str) -> Plan:
@@ -220,7 +238,12 @@ def _plan(shape: Any, spec: str | None, plan: Path | None, head: str | None, rot
 
 
 def _original(
-    model: str | None, config: str | None, reference: str | None, dtype: str, common: tuple[Any, ...]
+    model: str | None,
+    config: str | None,
+    reference: str | None,
+    dtype: str,
+    layers: int | None,
+    common: tuple[Any, ...],
 ) -> Candidate:
     """The speed of the original does not depend on its weights: without a reference, they are random."""
     from qpalette.bench import from_config, from_directory, read_config
@@ -235,7 +258,8 @@ def _original(
         if not is_artifact(place):
             return from_directory(f"{model} {dtype}", str(plain_directory(open_checkpoint(place))), *common)
         return from_config(f"{model} {dtype}", read_config(str(place)), None, *common)
-    return from_config(f"{config} {dtype}", read_config(str(config)), None, *common)
+    shape, title = _shape(str(config), layers)
+    return from_config(f"{title} {dtype}", shape, None, *common)
 
 
 def _report(speeds: list[Speed], shares: dict[str, list[Share]], device: Any) -> dict[str, Any]:

@@ -110,9 +110,10 @@ def plan(
         list[str] | None,
         typer.Option("--also", metavar="NAME", help="Plan this too: lm_head or embed_tokens. May be repeated."),
     ] = None,
-    free_experts: Annotated[
-        bool, typer.Option("--free-experts", help="Each expert its own specs; else those of a layer share them.")
-    ] = False,
+    experts: Annotated[
+        str,
+        typer.Option("--experts", help="Specs of a layer's experts: shared, tiers (by sensitivity) or free (own)."),
+    ] = "tiers",
     rotation: Annotated[str, typer.Option("--rotation", help="full, block or block-N.")] = "full",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the rotation's signs.")] = 0,
     solver: Annotated[str, typer.Option("--solver", help="exact or lagrangian.")] = "exact",
@@ -133,16 +134,18 @@ def plan(
     """
     if calibration is not None and (sensitivity is not None or model is None):
         raise typer.BadParameter("--calibration needs a MODEL and no --sensitivity: it has its own")
-    from qpalette.plan import FUSIONS, LatencyProfile, Space, palette_of, preferred, profile_of
+    from qpalette.plan import EXPERTS, FUSIONS, LatencyProfile, Space, palette_of, preferred, profile_of
 
     tokens = _context(context, memory, max_loss)
     if fusion not in FUSIONS:
         raise typer.BadParameter(f"--fusion is one of {', '.join(FUSIONS)}")
+    if experts not in EXPERTS:
+        raise typer.BadParameter(f"--experts is one of {', '.join(EXPERTS)}")
     budget = budget_of(bits, disk, memory, tokens_per_second)
     measured = None if profile is None else LatencyProfile.read(profile)
     chosen = prefer or ("balanced" if tokens_per_second is None else "quality")
     palette = preferred(palette_of(effort, family or ()), chosen, measured or profile_of(target))
-    space = Space(palette, measured, batch, fusion, not free_experts)
+    space = Space(palette, measured, batch, fusion, experts)
     checkpoint = _checkpoint(model)
     store = None
     if calibration is None or model is None:

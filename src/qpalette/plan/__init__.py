@@ -1,7 +1,17 @@
 """Which quantizer for which linear, and what that costs, counted exactly."""
 
 from qpalette.plan.budget import Budget, Overhead, parse_size, readable, spec_for_bits
-from qpalette.plan.build import FUSIONS, Candidate, Limits, Space, candidate_of, is_expert, palette_of, stored_bits
+from qpalette.plan.build import (
+    EXPERTS,
+    FUSIONS,
+    Candidate,
+    Limits,
+    Space,
+    candidate_of,
+    is_expert,
+    palette_of,
+    stored_bits,
+)
 from qpalette.plan.memory import device_bytes
 from qpalette.plan.plan import PLAN_FILE, Plan, PlanSummary, counted_rate, select_linears, summarize, uniform_plan
 from qpalette.plan.planner import Choice, FrontPoint, Planned, Planner
@@ -12,6 +22,7 @@ from qpalette.plan.streams import CacheSpace, SensitiveStream
 
 __all__ = [
     "ALLOWED",
+    "EXPERTS",
     "FUSIONS",
     "PLAN_FILE",
     "TARGETS",

@@ -20,11 +20,13 @@ from qpalette.plan.problem import Block, Problem, Segment, Variant
 from qpalette.plan.profile import LatencyProfile, fastest_kernel
 from qpalette.plan.sensitivities import SensitiveLinear, Sensitivities
 from qpalette.plan.streams import CacheSpace, SensitiveStream
+from qpalette.plan.tiers import tiers_of
 
 FUSIONS = ("none", "same", "free")
+EXPERTS = ("shared", "tiers", "free")
 MOST_FUSED = 4  # linears of one group; partitions grow fast, and no known layer has more
 BITS, MEMORY, SECONDS = "bits", "memory", "seconds"
-_EXPERT = re.compile(r"\bexperts\.\d+\b")
+_EXPERT = re.compile(r"\bexperts\.(\d+)\b")
 
 CountBits = Callable[[Fraction, int, int], int]
 
@@ -65,20 +67,25 @@ class Space:
     for each segment, the time measured for the launch when all of it has that segment's spec, times the segment's share
     of the weights: exact where the specs agree, linear between. All segments of a launch use one kind of kernel.
 
-    Raises SpecError for another fusion or an empty palette.
+    `experts`: those of a layer share their specs, linear by linear ("shared"), share them with experts that are about
+    as sensitive ("tiers", see tiers.py), or have their own ("free").
+
+    Raises SpecError for another fusion, another way with experts, or an empty palette.
     """
 
     palette: tuple[Candidate, ...]
     profile: LatencyProfile | None = None
     batch: int = 1
     fusion: str = "free"
-    group_experts: bool = True  # the experts of a layer share a spec, linear by linear
+    experts: str = "tiers"
     count_bits: CountBits = stored_bits
     cache: CacheSpace | None = None  # streams that are chosen for, too
 
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:
             raise SpecError(f"'{self.fusion}' is no fusion: choose {', '.join(FUSIONS)}")
+        if self.experts not in EXPERTS:
+            raise SpecError(f"'{self.experts}' is no way with experts: choose {', '.join(EXPERTS)}")
         if not self.palette:
             raise SpecError("the palette is empty: name at least one quantizer")
         if self.profile is not None and self.batch not in self.profile.batches:
@@ -139,7 +146,7 @@ def constant_seconds(sensitivities: Sensitivities, space: Space) -> float:
 
 
 class _Unit(NamedTuple):
-    """Linears of one shape that share a spec: one, or the same linear of all experts of a layer."""
+    """Linears of one shape that share a spec: one, or the same linear of several experts of a layer."""
 
     linears: tuple[SensitiveLinear, ...]
 
@@ -162,13 +169,38 @@ class _Unit(NamedTuple):
 
 def _units_by_group(sensitivities: Sensitivities, space: Space) -> list[list[_Unit]]:
     groups: dict[str, dict[tuple[str, tuple[int, int]], list[SensitiveLinear]]] = {}
+    labels = _labels(sensitivities, space.experts)
     for linear in sensitivities.linears:
-        group, name = linear.group, linear.name
-        if space.group_experts:
-            group, name = _EXPERT.sub("experts.*", group), _EXPERT.sub("experts.*", name)
         shape = (linear.shape.out_features, linear.shape.in_features)
+        group, name = (_labelled(each, labels) for each in (linear.group, linear.name))
         groups.setdefault(group, {}).setdefault((name, shape), []).append(linear)
     return [[_Unit(tuple(linears)) for linears in units.values()] for units in groups.values()]
+
+
+def _labels(sensitivities: Sensitivities, experts: str) -> dict[str, str]:
+    """Expert ("model.layers.0.mlp.experts.3") -> what stands for its number in names of those who share its specs;
+    nothing where none are shared."""
+    total: dict[str, float] = {}
+    for linear in sensitivities.linears if experts != "free" else ():
+        if found := _EXPERT.search(linear.name):
+            expert = linear.name[: found.end()]
+            total[expert] = total.get(expert, 0.0) + linear.sensitivity
+    if experts == "shared":
+        return dict.fromkeys(total, "*")
+    layers: dict[str, list[str]] = {}
+    for expert in total:
+        layers.setdefault(expert.rpartition(".")[0], []).append(expert)
+    return {
+        expert: f"*{tier}"
+        for members in layers.values()
+        for expert, tier in zip(members, tiers_of([total[expert] for expert in members]), strict=True)
+    }
+
+
+def _labelled(name: str, labels: dict[str, str]) -> str:
+    found = _EXPERT.search(name)
+    label = None if found is None else labels.get(name[: found.end()])
+    return name if found is None or label is None else f"{name[: found.start(1)]}{label}{name[found.end() :]}"
 
 
 class _Options(NamedTuple):

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qpalette.backends.cuda import decoder_sets
 from qpalette.backends.cuda.compiler import INSTALL, compiler_is_installed
 from qpalette.backends.cuda.decoder import decoder_spec
+from qpalette.backends.cuda.experts import CudaExperts, takes
 from qpalette.backends.cuda.layout import LAYOUT, from_chunks, laid_out, to_chunks
 from qpalette.backends.cuda.product import CudaProduct
 from qpalette.backends.cuda.rotate import ALIGNMENT, aligned
@@ -18,7 +20,7 @@ from qpalette.backends.cuda.trellis_encoder import encode_states
 from qpalette.codes import parse_spec
 from qpalette.codes.tiles import from_tiles
 from qpalette.core.records import TILE, tiles_of
-from qpalette.runtime import TILES, Backend, PackedLinear, Product, Verdict
+from qpalette.runtime import TILES, Backend, ExpertsProduct, PackedExperts, PackedLinear, Product, Verdict
 
 logger = logging.getLogger(__name__)
 LEAST_CAPABILITY = (8, 0)  # bfloat16, and the matrix instructions of the products
@@ -62,6 +64,17 @@ class CudaBackend(Backend):
             return CudaProduct(members)
         return lambda x: self._prepared(members)(x)  # what is laid out anew is not kept: it would not see changes
 
+    def experts(self, experts: PackedExperts) -> ExpertsProduct:
+        """Kept for as long as the codes live: under torch.compile it is asked for at each call."""
+        if not all(member.layout == LAYOUT for member in experts.members):
+            return super().experts(experts)
+        key, what = experts.last[0].codes, _identity(experts)
+        found = _experts.get(key)
+        if found is None or found[0] != what:
+            found = what, CudaExperts(experts) if takes(experts) else super().experts(experts)
+            _experts[key] = found
+        return found[1]
+
     def _prepared(self, members: Sequence[PackedLinear]) -> CudaProduct:
         if _is_ready(members):
             return CudaProduct(members)
@@ -91,6 +104,15 @@ class CudaBackend(Backend):
 
     def from_layout(self, codes: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
         return from_chunks(codes, stored_shape)
+
+
+_experts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _identity(experts: PackedExperts) -> tuple[object, ...]:
+    biases = (bias if bias is None else bias.data_ptr() for bias in (experts.first_bias, experts.last_bias))
+    tensors = (tensor for member in experts.members for tensor in (member.codes, member.scales, member.diagonal))
+    return experts.gate, *biases, *(tensor.data_ptr() for tensor in tensors)
 
 
 def _is_ready(members: Sequence[PackedLinear]) -> bool:

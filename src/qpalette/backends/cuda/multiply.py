@@ -22,7 +22,8 @@ from qpalette.backends.cuda.segments import (
 )
 from qpalette.runtime import PackedLinear
 
-SOURCE = Path(__file__).with_name("multiply.cu").read_text()
+TILES_SOURCE = Path(__file__).with_name("multiply.cuh").read_text()
+SOURCE = TILES_SOURCE + Path(__file__).with_name("multiply.cu").read_text()
 MOST_BATCH = 16
 MOST_VALUE = 8  # above every table entry (tests/backend/test_cuda_products_plan.py)
 MOST_NORM = 128  # of a token of x': rotate.cu
@@ -35,10 +36,10 @@ def batch_columns(tokens: int) -> int:
 
 def most_rows(limits: DeviceLimits, batch: int) -> int:
     """Row tiles whose sums fit in a block's shared memory, beside the table."""
-    return (limits.shared_bytes - limits.table_bytes) // _sum_bytes(batch)
+    return (limits.shared_bytes - limits.table_bytes) // sum_bytes(batch)
 
 
-def _sum_bytes(batch: int) -> int:
+def sum_bytes(batch: int) -> int:
     """Of a row tile."""
     return 64 * batch
 
@@ -79,7 +80,7 @@ class ProductLaunch:
         self._problem = problem = segments.problem
         problem.batch, problem.out_type, problem.y_stride = tokens, TYPES[dtype], width
         problem.fixed_point = fixed_point(members[0].in_features)
-        room = limits.table_bytes + max(segments.grid.rows_per_block) * _sum_bytes(batch)
+        room = limits.table_bytes + max(segments.grid.rows_per_block) * sum_bytes(batch)
         self._launch = KernelLaunch(segments.kernel, segments.blocks, THREADS, room, [problem], limits.overlap)
 
     def start(self, x: int, x_scales: int, y: int, stream: int) -> None:

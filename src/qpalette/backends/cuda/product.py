@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -11,6 +10,7 @@ import torch
 from qpalette.backends.cuda.layout import check_layout
 from qpalette.backends.cuda.multiply import MOST_BATCH, ProductLaunch, batch_columns
 from qpalette.backends.cuda.rotate import ALIGNMENT, TYPES, RotationLaunch, aligned, padded_columns, type_of_values
+from qpalette.backends.cuda.scratch import ONE_AT_A_TIME, scratch
 from qpalette.backends.cuda.segments import MOST_SEGMENTS
 from qpalette.backends.cuda.unpack import SLAB_BYTES, RescaleLaunch, UnpackLaunch, cut_into_slabs
 from qpalette.core.records import TILE
@@ -21,12 +21,6 @@ from qpalette.runtime import PackedLinear
 # 256 (benchmarks/results/gemv.json).
 MOST_FUSED_TOKENS = 48
 MANY = 1 << 16  # tokens: a rotation is cut alike for any number above MOST_BATCH
-
-
-LEAST_SCRATCH_BYTES = 1 << 20
-# A launch's arguments are one block of memory, and so is x' between a rotation and its products.
-_ONE_AT_A_TIME = threading.Lock()
-_scratches: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 class CudaProduct:
@@ -83,13 +77,13 @@ class CudaProduct:
         stream = torch._C._cuda_getCurrentRawStream(self.index)  # no object of it, as torch.compile's code
         if tokens > MOST_FUSED_TOKENS:
             library_product = self._library_product(x.dtype)
-            with _ONE_AT_A_TIME:
+            with ONE_AT_A_TIME:
                 return library_product(x, tokens, y, stream)
         assert y is not None
         for start in range(0, tokens, MOST_BATCH):
             product = self._fused_product(min(MOST_BATCH, tokens - start), x.dtype)
             size = start * x.itemsize
-            with _ONE_AT_A_TIME:
+            with ONE_AT_A_TIME:
                 product(x.data_ptr() + size * self.inputs, y.data_ptr() + size * self.width, stream)
         return []
 
@@ -126,24 +120,11 @@ class _FusedProduct:
         ]
 
     def __call__(self, x: int, y: int, stream: int) -> None:
-        scratch = _scratch(self.device, stream, self.scratch_bytes)
-        values = scratch.data_ptr()
+        values = scratch(self.device, stream, self.scratch_bytes).data_ptr()
         scales = values + self.value_bytes
         self.rotation.start(self.tokens, x, values, scales, stream)
         for product in self.products:
             product.start(values, scales, y, stream)
-
-
-def _scratch(device: torch.device, stream: int, size: int) -> torch.Tensor:
-    """`size` bytes or more that are the caller's until it has started its kernels: work on one stream is in order. What
-    a graph is captured with has memory of its own."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.empty(size, dtype=torch.uint8, device=device)
-    found = _scratches.get((device, stream))
-    if found is None or len(found) < size:
-        room = max(size, LEAST_SCRATCH_BYTES)
-        found = _scratches[device, stream] = torch.empty(room, dtype=torch.uint8, device=device)
-    return found
 
 
 class _LibraryProduct:
@@ -169,12 +150,12 @@ class _LibraryProduct:
     def __call__(self, x: torch.Tensor, tokens: int, joined: torch.Tensor | None, stream: int) -> list[torch.Tensor]:
         """x of `tokens` rows -> [tokens, M] of each member, in `joined` [..., sum of M], or where torch puts them."""
         values = torch.empty(tokens, self.columns, dtype=self.dtype, device=self.device)
-        scratch = _scratch(self.device, stream, self.slab_bytes + 4 * tokens)
-        slabs, scales = self._weights(scratch), scratch.data_ptr() + self.slab_bytes
+        room = scratch(self.device, stream, self.slab_bytes + 4 * tokens)
+        slabs, scales = self._weights(room), room.data_ptr() + self.slab_bytes
         self.rotation.start(tokens, x.data_ptr(), values.data_ptr(), scales, stream)
         outputs = self._outputs(tokens, x.dtype, joined)
         for (unpack, parts), weights in zip(self.slabs, slabs, strict=True):
-            unpack.start(scratch.data_ptr(), stream)
+            unpack.start(room.data_ptr(), stream)
             for part, weight in zip(parts, weights, strict=True):
                 y = outputs[part.index]
                 if y is None:
@@ -183,7 +164,7 @@ class _LibraryProduct:
                     first = part.source.first_row
                     self._multiply(values, weight, y[:, first : first + part.source.rows])
         products = [y for y in outputs if y is not None]
-        self._rescale(scratch[self.slab_bytes : self.slab_bytes + 4 * tokens].view(torch.float32), products, stream)
+        self._rescale(room[self.slab_bytes : self.slab_bytes + 4 * tokens].view(torch.float32), products, stream)
         return products
 
     def _outputs(self, tokens: int, dtype: torch.dtype, joined: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -195,13 +176,13 @@ class _LibraryProduct:
             for index, rows in enumerate(self.rows)
         ]
 
-    def _weights(self, scratch: torch.Tensor) -> list[list[torch.Tensor]]:
-        """Of each part of each slab, transposed, where `scratch` is; kept, as making them takes the host as long as
+    def _weights(self, room: torch.Tensor) -> list[list[torch.Tensor]]:
+        """Of each part of each slab, transposed, where `room` is; kept, as making them takes the host as long as
         starting a kernel does."""
-        address = scratch.data_ptr()
+        address = room.data_ptr()
         if self._views[0] == address:
             return self._views[1]
-        weight = scratch[: self.slab_bytes].view(self.dtype).view(-1, self.columns)
+        weight = room[: self.slab_bytes].view(self.dtype).view(-1, self.columns)
         places = [[(part.place, part.place + part.source.rows) for part in parts] for _, parts in self.slabs]
         views = [[weight[first:end].T for first, end in slab] for slab in places]
         if not torch.cuda.is_current_stream_capturing():  # a graph's memory is its own

@@ -13,7 +13,7 @@
 // NORM the input goes through RMSNorm first (x / rms(x) * weight).
 //
 // Compile-time constants: DENSE, LOG_H, LOG_VALUES, LINES, EACH (1, or a divisor of DENSE), IN_TYPE, NORM, SIGNS (d: 1 packed
-// signs, 0 float16 values), BATCH (0: tokens one by one).
+// signs, 0 float16 values), BATCH (0 and 1: tokens one by one), TABLED (a token's diagonal is that of its owner).
 
 constexpr int H = 1 << LOG_H, VALUES = 1 << LOG_VALUES, ROW_THREADS = H / VALUES, BLOCK = DENSE * H, GROUP = LINES * EACH;
 constexpr int THREADS = (ROW_THREADS * LINES + 31) / 32 * 32;
@@ -96,17 +96,19 @@ __device__ __forceinline__ size_t place(int k, int column, int padded) {
     constexpr int columns = ALL_COLUMNS > 8 ? 8 : ALL_COLUMNS;
     const int lane = k % 8 / 2, element = k % 32 / 16 * 4 + k % 16 / 8 * 2 + k % 2;
     const size_t first = (size_t)(k / 32) * 32 * ALL_COLUMNS + lane * 8 + element;
-    return first + (BATCH ? column / 8 * 32 * columns + column % 8 * 32 : (size_t)column * padded);
+    return first + (BATCH > 1 ? column / 8 * 32 * columns + column % 8 * 32 : (size_t)column * padded);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-rotate(const void *x, long long x_stride, const void *diagonal, const float *dense, const void *weight, float epsilon, int inputs,
-       int padded, u16 *out, float *scales) {
+rotate(const void *x, long long x_stride, const void *diagonals, const float *dense, const void *weight, float epsilon, int inputs,
+       int padded, u16 *out, float *scales, const int *owners) {
     extern __shared__ __align__(16) float room[];  // [GROUP * H]
     __shared__ float squares[THREADS / 32], weighted_squares[THREADS / 32];
     __shared__ __align__(16) float factors[DENSE][LINES][EACH_ROOM];
     let_next_kernel_start();  // a product, which waits
     const int token = blockIdx.x, thread = threadIdx.x;
+    if (TABLED) wait_for_previous_kernel();
+    const void *diagonal = TABLED ? ((const void *const *)diagonals)[owners[token]] : diagonals;
     const size_t start = token * x_stride;
     const int own = thread / ROW_THREADS, row = blockIdx.y * GROUP + own * EACH;  // of all blocks' dense rows
     const int base = row / DENSE * BLOCK, column = thread % ROW_THREADS * VALUES;

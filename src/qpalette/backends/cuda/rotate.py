@@ -131,7 +131,14 @@ def _cuts(order: int, log_h: int, inputs: int, log_values: int, most_each: int, 
 
 
 def rotation_macros(
-    order: int, log_h: int, cut: Cut, in_type: int, norm: bool, batch: int | None, signs: bool = True
+    order: int,
+    log_h: int,
+    cut: Cut,
+    in_type: int,
+    norm: bool,
+    batch: int | None,
+    signs: bool = True,
+    tabled: bool = False,
 ) -> dict[str, int]:
     """The compile-time constants of rotate.cu."""
     return {
@@ -144,6 +151,7 @@ def rotation_macros(
         "NORM": int(norm),
         "SIGNS": int(signs),
         "BATCH": batch or 0,
+        "TABLED": int(tabled),
     }
 
 
@@ -154,7 +162,9 @@ def type_of_values(dtype: torch.dtype, batch: int | None) -> torch.dtype:
 
 
 class RotationLaunch:
-    """`rotate` for one diagonal and rotation, and for one number of tokens (any above 16, where `batch` is None)."""
+    """`rotate` for one diagonal and rotation, and for one number of tokens (any above 16, where `batch` is None; any,
+    each in an order of its own, where it is 1). `table`: addresses of diagonals like `diagonal`, int64, of which a
+    token has its owner's."""
 
     def __init__(
         self,
@@ -166,21 +176,24 @@ class RotationLaunch:
         dtype: torch.dtype,
         norm: tuple[torch.Tensor, float] | None = None,
         overlap: bool = True,
+        table: torch.Tensor | None = None,
     ) -> None:
         device = diagonal.device.index or 0
         split = split_rotation(rotation, inputs, diagonal.device)
         cut = cut_of(split.order, split.log_h, inputs, tokens)
         signs = diagonal.dtype == torch.uint8
-        macros = rotation_macros(split.order, split.log_h, cut, TYPES[dtype], norm is not None, batch, signs)
+        kind = (TYPES[dtype], norm is not None, batch, signs, table is not None)
+        macros = rotation_macros(split.order, split.log_h, cut, *kind)
         shared_bytes = 4 * cut.lines * cut.each << split.log_h
         kernel = load_kernel(SOURCE, "rotate", macros, device, shared_bytes)
         weight, epsilon = norm or (diagonal, 0.0)
-        self._kept = (split.dense, diagonal, weight)
-        self._x, self._out, self._scales = (ctypes.c_void_p() for _ in range(3))
+        diagonals = diagonal if table is None else table
+        self._kept = (split.dense, diagonals, weight)
+        self._x, self._out, self._scales, self._owners = (ctypes.c_void_p() for _ in range(4))
         arguments = [
             self._x,
             ctypes.c_longlong(inputs),
-            ctypes.c_void_p(diagonal.data_ptr()),
+            ctypes.c_void_p(diagonals.data_ptr()),
             ctypes.c_void_p(split.dense.data_ptr()),
             ctypes.c_void_p(weight.data_ptr()),
             ctypes.c_float(epsilon),
@@ -188,14 +201,16 @@ class RotationLaunch:
             ctypes.c_int(padded_columns(inputs)),
             self._out,
             self._scales,
+            self._owners,
         ]
         overlap = overlap and torch.cuda.get_device_capability(device) >= (9, 0)
         self._blocks = cut.blocks
         self._launch = KernelLaunch(kernel, (tokens, cut.blocks), cut.threads, shared_bytes, arguments, overlap)
 
-    def start(self, tokens: int, x: int, out: int, scales: int, stream: int) -> None:
-        """`tokens` rows at address x, contiguous and aligned; results and divisors go to `out` and `scales`."""
-        self._x.value, self._out.value, self._scales.value = x, out, scales
+    def start(self, tokens: int, x: int, out: int, scales: int, stream: int, owners: int = 0) -> None:
+        """`tokens` rows at address x, contiguous and aligned; results and divisors go to `out` and `scales`; `owners`:
+        int32, a token's place in the table."""
+        self._x.value, self._out.value, self._scales.value, self._owners.value = x, out, scales, owners
         self._launch.grid = (tokens, self._blocks, 1)
         self._launch.start(stream)
 

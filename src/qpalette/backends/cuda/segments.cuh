@@ -32,15 +32,15 @@ struct At { typedef typename At<INDEX - 1, Rest...>::Type Type; };
 template <class First, class... Rest>
 struct At<0, First, Rest...> { typedef First Type; };
 
-// The decoders of indices FROM to TO, one of which is the segment's. Nothing comes after a segment: where other segments'
-// code could follow, the compiler keeps values for it, and spills (8 decoders, batch 1: 848 bytes, this way none).
-template <class Work, int FROM, int TO>
-__device__ __forceinline__ void dispatch(const Problem &problem, const Segment &segment) {
-    if constexpr (TO - FROM == 1) Work::template run<typename At<FROM, DECODERS>::Type>(problem, segment);
+// The work of one of the decoders of indices FROM to TO. Where other decoders' code could follow, the compiler keeps values
+// for it, and spills (8 decoders, batch 1: 848 bytes, this way none): what lives on is in shared memory.
+template <class Work, int FROM, int TO, class... Arguments>
+__device__ __forceinline__ void dispatch(int decoder, const Arguments &...arguments) {
+    if constexpr (TO - FROM == 1) Work::template run<typename At<FROM, DECODERS>::Type>(arguments...);
     else {
         constexpr int middle = (FROM + TO) / 2;
-        if (segment.decoder < middle) return dispatch<Work, FROM, middle>(problem, segment);
-        return dispatch<Work, middle, TO>(problem, segment);
+        if (decoder < middle) return dispatch<Work, FROM, middle>(decoder, arguments...);
+        return dispatch<Work, middle, TO>(decoder, arguments...);
     }
 }
 
@@ -48,5 +48,6 @@ template <class Work>
 __device__ __forceinline__ void run_segment(const Problem &problem) {
     int index = 0;
     while (index + 1 < problem.segment_count && (int)blockIdx.x >= problem.segments[index + 1].first_block) index++;
-    dispatch<Work, 0, COUNT_OF<DECODERS>>(problem, problem.segments[index]);
+    const Segment &segment = problem.segments[index];
+    dispatch<Work, 0, COUNT_OF<DECODERS>>(segment.decoder, problem, segment);
 }

@@ -176,7 +176,7 @@ def prepare_segments(
     device = rows[0].packed.codes.device
     limits = device_limits(device.index or 0)
     specs = tuple(part.spec for part in rows)
-    kernel, indices = _kernel_of(source, name, macros, specs, device.index or 0)
+    kernel, indices = kernel_of(source, name, macros, specs, device.index or 0)
     costs = tuple(map(decode_cost, specs))
     grid = plan_grid(tuple(part.tiles for part in rows), costs, limits.multiprocessors, most_rows)
     problem = Problem(segment_count=len(rows), chunks=rows[0].packed.codes.shape[1])
@@ -200,7 +200,7 @@ def prepare_segments(
 
 
 @cache
-def _kernel_of(
+def kernel_of(
     source: str, name: str, macros: tuple[tuple[str, int], ...], specs: tuple[DecoderSpec, ...], device: int
 ) -> tuple[Any, tuple[int, ...]]:
     """The kernel of a launch over such segments, and the index of each one's decoder in it: the same ever after."""
