@@ -2,10 +2,10 @@
 
     python benchmarks/cpu_step.py MODEL [MODEL ...] [--dtype float32 --dtype bfloat16]
 
-Requests of the three take turns in one process; seconds between tokens are those of a streamer, their lower quartile
-counts, so that what else the machine does counts little. "replay" is a program alone, "products" its packed products
-alone, on the same memory: "all else" is the difference: norms, rope, attention, activations, the choice of the token.
-"Python" is what a token takes beside its replay.
+Requests of the three take turns in one process, on one thread; what counts is the lower quartile of its processor time
+between tokens, as a streamer sees it, so that what else the machine does counts little. "replay" is a program alone,
+"products" its packed products alone, on the same memory: "all else" is the difference: norms, rope, attention,
+activations, the choice of the token. "Python" is what a token takes beside its replay.
 """
 
 from __future__ import annotations
@@ -36,14 +36,12 @@ Runner = Callable[..., Any]
 def main(
     models: list[str],
     dtype: Annotated[list[str] | None, typer.Option()] = None,
-    threads: int = 0,
     context: int = 32,
     steps: int = 64,
     rounds: int = 6,
     name: str = "cpu_step",
 ) -> None:
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     rows = []
     for model in models:
         for each in dtype or ["float32", "bfloat16"]:
@@ -83,7 +81,7 @@ def measured(path: str, dtype: str, context: int, steps: int, rounds: int) -> di
 
 
 def times(run: Runner, prompt: torch.Tensor, steps: int) -> list[float]:
-    """Seconds between tokens, once the steps are warm."""
+    """Processor time between tokens, once the steps are warm."""
     streamer = _Times()
     run(
         prompt,
@@ -111,9 +109,9 @@ def alone(generate: Generate, rounds: int) -> tuple[float, float]:
     for _ in range(rounds):
         for program, each in zip(programs, found, strict=True):
             session.inputs.cache.set_length(session.used - 1)
-            start = time.perf_counter()
+            start = time.thread_time()
             program.replay()
-            each.append(time.perf_counter() - start)
+            each.append(time.thread_time() - start)
     return quartile(found[0]), quartile(found[1]) if packed else 0.0
 
 
@@ -126,7 +124,7 @@ class _Times(BaseStreamer):
         self.moments: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.moments.append(time.perf_counter())
+        self.moments.append(time.thread_time())
 
     def end(self) -> None:
         """The last token has come."""
