@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray
 
 from qpalette.backends.cpu import simd
+from qpalette.backends.cpu.calls import call
 from qpalette.backends.cpu.jit import entry, inlined, kernel
 from qpalette.backends.cpu.operands import TYPES, pointer, read_values, write_values
 
@@ -30,19 +29,6 @@ E_KERNEL, E_INTEGERS, E_INPUTS, E_SIZES, E_OPERANDS = 0, 1, 2, 3, 3 + DIMENSIONS
 E_OPERAND = 2 + DIMENSIONS  # address, number of the type, strides
 E_SCALARS = E_OPERANDS + OPERANDS * E_OPERAND
 E_WORDS = E_SCALARS + 2
-
-
-@intrinsic
-def call(typing_context: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
-    """The kernel at `address`, with five words."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        kind = context.call_conv.get_function_type(types.none, signature.args[1:])
-        places = [cgutils.alloca_once(builder, each.pointee) for each in kind.args[:2]]  # result and exception: none
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [*places, *args[1:]])
-        return context.get_dummy_value()
-
-    return types.none(*[types.int64] * 6), codegen
 
 
 @entry("step run")

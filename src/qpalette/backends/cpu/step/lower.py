@@ -16,7 +16,6 @@ from qpalette.backends.cpu.step.record import Memory, Operand, Operation, operan
 from qpalette.backends.cpu.step.scalars import COMPARISONS, ELEMENTWISE, Elementwise, compute_kernel
 from qpalette.backends.cpu.step.walk import broadcast, merged
 
-Word = int | Operand  # an operand stands for its address
 MOST_VECTORS = 16  # of a product here
 
 
@@ -30,7 +29,7 @@ FAULT = object()  # the word that is the address of where a kernel says that it 
 
 
 class Native(NamedTuple):
-    """A call of `kernel` with these words."""
+    """A call of `kernel` with these words: numbers, operands that stand for their addresses, Addresses, FAULT."""
 
     kernel: Any
     words: list[Any]

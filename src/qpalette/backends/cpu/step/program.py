@@ -4,7 +4,6 @@ kernel."""
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from numba import types
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from qpalette.backends.cpu.calls import address_of
 from qpalette.backends.cpu.operands import TYPES
 from qpalette.backends.cpu.step import kernels
 from qpalette.backends.cpu.step.lower import FAULT, Address, Native, lowered
@@ -203,15 +203,6 @@ def _placed(instructions: Sequence[Instruction]) -> tuple[dict[Memory, int], int
 
 def is_compiled(kernel: Any) -> bool:
     return bool(kernel.overloads)
-
-
-@lru_cache(maxsize=1024)
-def address_of(kernel: Any) -> int:
-    """Of its machine code, which is compiled where it is not."""
-    signature = (types.int64,) * 5
-    kernel.compile(signature)
-    compiled = kernel.overloads[signature]
-    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
 
 
 def compile_kernels(wanted: set[Any]) -> None:
