@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import qpalette
 from qpalette.evaluate.loading import read_model
 from qpalette.formats import Artifact, DequantizedCheckpoint, open_artifact
-from qpalette.models import find_groups, tensors_of
+from qpalette.models import find_groups, tensors_of, token_tables
 from qpalette.storage import Checkpoint, export_checkpoint, open_checkpoint
 
 SPEC = "tcq-4-L12"
@@ -51,18 +51,20 @@ Inputs = dict[str, Any]
 NO_MATRIX = re.compile(r"bias|A_log")  # of two dimensions or more, but added or exponentiated
 
 
-def check_class(kind: str, model_type: str, folder: Path) -> dict[str, Any]:
-    """One row of the table: shares, checks, and of every stage that failed its error."""
+def check_class(kind: str, model_type: str, folder: Path, tables: bool = False) -> dict[str, Any]:
+    """One row of the table: shares, checks, and of every stage that failed its error. With `tables` embeddings and
+    output head are packed, too."""
     row: dict[str, Any] = {"kind": kind, "type": model_type, "checks": {}, "failures": {}}
     start = time.perf_counter()
-    _Class(getattr(transformers, AUTO[kind]), model_type, folder, row).run()
+    _Class(getattr(transformers, AUTO[kind]), model_type, folder, row, tables).run()
     row["seconds"] = round(time.perf_counter() - start, 1)
     return row
 
 
 class _Class:
-    def __init__(self, auto: Any, model_type: str, folder: Path, row: dict[str, Any]) -> None:
+    def __init__(self, auto: Any, model_type: str, folder: Path, row: dict[str, Any], tables: bool) -> None:
         self.auto, self.model_type, self.row, self.checks = auto, model_type, row, row["checks"]
+        self.tables = tables
         self.source, self.out, self.plain, self.again = (folder / name for name in ("source", "out", "plain", "again"))
         self.inputs: Inputs | None = None
         self.original: Any = None
@@ -85,7 +87,9 @@ class _Class:
         if self.failed("build"):
             return
         with self.stage("quantize"):
-            self.row["bits"] = round(float(qpalette.quantize(self.source, self.out, spec=SPEC).rate), 3)  # type: ignore[union-attr]
+            also = token_tables(open_checkpoint(self.source)) if self.tables else ()
+            report = qpalette.quantize(self.source, self.out, spec=SPEC, also=also)
+            self.row["bits"] = round(float(report.rate), 3)  # type: ignore[union-attr]
         if self.failed("quantize"):
             return
         artifact, checkpoint = open_artifact(self.out), open_checkpoint(self.source)

@@ -1,8 +1,9 @@
-"""The demo: a real Llama model, quantized to the size you ask for, measured against the original, and asked a question.
+"""The demo: a real Llama model in as few bits as you ask for, beside the original and beside one code for all weights.
 
-    python examples/demo.py MODEL [--bits 4]
+    python examples/demo.py MODEL [--bits 3] [--tokens 4096] [--effort fast] [--fast]
 
-Every step is the command that it prints; nothing else happens here.
+Every step is the command that it prints; nothing else happens here. `--fast` leaves out all but the one code.
+`--tokens` and `--effort` are those of `qpalette quantize`: with less than its own it is quicker, and KL larger.
 """
 
 from __future__ import annotations
@@ -13,44 +14,72 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = ROOT / "docs" / "any-model.md"  # English that no model has seen
+RESULTS = ROOT / "benchmarks" / "results"
 PROMPT = "What is the capital of France? Answer in one sentence."
 console = Console()
 
 
-def qpalette(*arguments: str, capture: bool = False) -> str:
+def qpalette(*arguments: object) -> None:
     """Run the command line, showing it first."""
-    console.print(f"\n[bold cyan]$ qpalette {shlex.join(arguments)}[/]", soft_wrap=True)
-    command = [sys.executable, "-m", "qpalette.cli", *arguments]
-    result = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True)
-    if result.returncode:
-        sys.exit(result.returncode)
-    return result.stdout if capture else ""
+    words = [str(argument) for argument in arguments]
+    console.print(f"\n[bold cyan]$ qpalette {shlex.join(words)}[/]", soft_wrap=True)
+    code = subprocess.run([sys.executable, "-m", "qpalette.cli", *words]).returncode
+    if code:
+        sys.exit(code)
 
 
-def main(model: Path, bits: float = 4, out: Annotated[Path | None, typer.Option()] = None, windows: int = 2) -> None:
-    target = out or Path("out") / f"{model.stem}-{bits:g}bit"
+def main(
+    model: Path,
+    bits: float = 3,
+    fast: Annotated[bool, typer.Option(help="Minutes: without calibration, plan and tuning.")] = False,
+    tokens: int | None = None,
+    effort: str | None = None,
+    out: Path = Path("out"),
+    text: Annotated[Path, typer.Option(help="What all are compared on.")] = TEXT,
+    windows: int = 2,
+) -> None:
     start = time.perf_counter()
-    qpalette("quantize", str(model), str(target), "--bits", f"{bits:g}", "--fast", "--overwrite")
-    quantized = time.perf_counter() - start
-    console.print("\nHow far is it from the original? On text that the original writes itself:")
-    measured = json.loads(
-        qpalette("eval", str(target), "--reference", str(model), "--windows", str(windows), "--json", capture=True)
-    )
-    table = Table("", "original", "quantized", title=target.name)
-    table.add_row("bits per weight, decoder linears", "16", f"{measured['bits_per_weight']:.3f}")
-    table.add_row("perplexity", f"{measured['reference_perplexity']:.2f}", f"{measured['perplexity']:.2f}")
-    table.add_row("KL from the original, nats per token", "0", f"{measured['kl']:.4f}")
-    table.add_row("same most likely next token", "100 %", f"{100 * measured['top1']:.1f} %")
-    table.add_row("weights on disk, MB", "", f"{sum(f.stat().st_size for f in target.glob('*.safetensors')) / 1e6:.1f}")
-    table.add_row("time to quantize, s", "", f"{quantized:.0f}")
-    console.print(table)
-    qpalette("generate", str(target), PROMPT, "--max-new-tokens", "40")
+    out.mkdir(parents=True, exist_ok=True)
+    planned, one_code = (out / f"{model.stem}-{bits:g}bit{kind}" for kind in ("", "-one-code"))
+    page, picture = (out / f"{planned.name}{suffix}" for suffix in (".html", ".png"))
+    if not fast:
+        cost = {"--tokens": tokens, "--effort": effort}
+        given = (word for option, value in cost.items() if value is not None for word in (option, value))
+        qpalette("quantize", model, planned, "--bits", f"{bits:g}", *given, "--report", page, "--overwrite")
+    once = ("--fast", "--effort", "fast", "--also", "*", "--overwrite")
+    qpalette("quantize", model, one_code, "--bits", f"{bits:g}", *once)
+    made = [one_code] if fast else [planned, one_code]
+    console.print("\nHow far from the original, for how many bytes?")
+    qpalette("compare", model, *made, "--text", text, "--windows", windows, "--plot", picture)
+    show_others()
+    console.print("\nThe original, and what was made of it:")
+    for answering in (model, made[0]):
+        qpalette("generate", answering, PROMPT, "--max-new-tokens", 40)
+    drawn = [picture] if fast else [picture, page]
+    console.print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes. Look at {' and '.join(map(str, drawn))}")
+
+
+def show_others() -> None:
+    """What `qpalette compare` measured before of models that others have made, in files of this repository."""
+    for file in sorted(RESULTS.glob("compare_*.json")):
+        compared = json.loads(file.read_text(encoding="utf-8"))
+        others = [row for row in compared["models"] if row["kl"] is not None and row["format"] != "qpalette"]
+        table = Table("model", "MB", "KL", title=f"Measured before, on {Path(compared['text']).name}: {file.name}")
+        for row in sorted(others, key=_size):
+            table.add_row(Path(row["model"]).name, f"{_size(row) / 1e6:.1f}", f"{row['kl']:.4f}")
+        console.print(table)
+
+
+def _size(row: dict[str, Any]) -> int:
+    return row["file_bytes"]
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from qpalette.evaluate.windows import WINDOW
 from qpalette.generation import CacheMaker, CodedTokenCache, check_mode
 from qpalette.generation import fast as make_fast
 from qpalette.kvcache import CachePlan
-from qpalette.models import find_groups
+from qpalette.models import find_groups, token_tables
 from qpalette.models.vocabulary import context_of
 from qpalette.nn.coded_cache import CodedCache
 from qpalette.pipeline.planning import SHAPED
@@ -234,14 +234,15 @@ def calibrated_sensitivities(
     memory_budget_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Sensitivities:
-    """How much KL the error that calibrated rounding leaves in each linear of `model` costs (`calibration/shaped.py`).
+    """How much KL the error that calibrated rounding leaves in each linear of `model` costs (`calibration/shaped.py`);
+    and what noise in embeddings and output head costs, which are rounded without a calibration.
 
     `directory` was filled by `calibrate` for this model; figures are measured on the windows that it has set aside, KL
     on the first `windows` of them, for linears of a kind in `bands` runs of layers. They are kept in the directory, so
     that the same call returns at once; interrupted, it goes on where it stopped. `windows` None: what was measured
     before, however many there were, and else all of them on a GPU, 1 on a CPU. The factors of `memory_budget_bytes` of
     linears are on the device at a time, and the noise of all of them in the host's memory. `progress` is called with
-    (steps done, steps in all), twice from the beginning.
+    (steps done, steps in all), from the beginning for each of three parts.
 
     Raises HessianError when the directory cannot be used, CheckpointError for a model that cannot be read.
     """
@@ -251,7 +252,8 @@ def calibrated_sensitivities(
         raise InputError(f"the number of bands must be at least 1, got {bands}")
     where, store, checkpoint = parse_device(device), HessianStore.open(directory), open_checkpoint(model)
     store.check_source(checkpoint.fingerprint)
-    groups, held_out = find_groups(checkpoint).groups, store.held_out
+    grouping, held_out = find_groups(checkpoint), store.held_out
+    groups, tables = grouping.groups, token_tables(checkpoint)
     if missing := store.missing(groups):
         raise HessianError(f"{directory} has no Hessian of {missing[0].name}; run `qpalette calibrate` again")
     few = held_out[: windows or (len(held_out) if where.type == "cuda" else 1)]
@@ -265,17 +267,24 @@ def calibrated_sensitivities(
     }
     kept = store.directory / SENSITIVITIES
     known = _measured_before(kept, provenance, besides=HOW_WELL if windows is None else ())
-    if known is not None:
+    if known is not None and known.values.keys() >= set(tables):
         return known
     loaded, _ = load_model(checkpoint.location, str(where), dtype)
-    budget = _memory_budget(loaded.device) if memory_budget_bytes is None else memory_budget_bytes
-    noise = ShapedNoise(loaded, groups, store, rounding, rotation, seed)
     partial = PartialFigures(kept.with_name(kept.name + ".partial"), provenance)
     options: dict[str, Any] = {"partial": partial, "progress": progress}
-    prior = curvatures(loaded, held_out, noise, memory_budget_bytes=budget, seed=seed, **options)
-    values, curve = measured_sensitivities(Divergence(loaded, few), noise, prior, bands=bands, **options)
-    linears = (SensitiveLinear(shape, group.name, values[shape.name]) for group in groups for shape in group.linears)
-    found = Sensitivities(tuple(linears), provenance, tuple(curve))
+    if known is None:
+        budget = _memory_budget(loaded.device) if memory_budget_bytes is None else memory_budget_bytes
+        noise = ShapedNoise(loaded, groups, store, rounding, rotation, seed)
+        prior = curvatures(loaded, held_out, noise, memory_budget_bytes=budget, seed=seed, **options)
+        values, curve = measured_sensitivities(Divergence(loaded, few), noise, prior, bands=bands, **options)
+        linears = (
+            SensitiveLinear(shape, group.name, values[shape.name]) for group in groups for shape in group.linears
+        )
+        known = Sensitivities(tuple(linears), provenance, tuple(curve))
+    white = perturbation_sensitivities(loaded, few, tables, seed=seed, **options)
+    shapes = {group.name: group.linears[0] for group in grouping.optional}
+    beside = (SensitiveLinear(shapes[name], name, white[name], listed=False) for name in tables)
+    found = replace(known, linears=(*known.linears, *beside))
     write_whole(kept, found.to_json())
     partial.remove()
     return found
@@ -356,7 +365,7 @@ def measure_sensitivities(
     streams = stream_sensitivities(loaded, tokenizer, windows, seed=seed, progress=progress) if cache else ()
     found = Sensitivities(measured, provenance, streams=streams)
     temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(found.to_json(), encoding="utf-8")
+    temporary.write_text(found.to_json(), encoding="utf-8", newline="\n")
     os.replace(temporary, target)
     partial.remove()
     return found

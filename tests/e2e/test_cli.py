@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -52,7 +53,7 @@ def run(capsys):
     return call
 
 
-def save_model(directory, template: str | None = CHAT_TEMPLATE, hidden_size: int = 64) -> None:
+def save_model(directory, template: str | None = CHAT_TEMPLATE, hidden_size: int = 64, tied: bool = False) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -65,6 +66,7 @@ def save_model(directory, template: str | None = CHAT_TEMPLATE, hidden_size: int
         initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=0,
+        tie_word_embeddings=tied,
     )
     LlamaForCausalLM(config).half().save_pretrained(directory)
     letters = {"<s>": 0, "<unk>": 1} | {chr(code): code for code in range(33, 127)} | {"\u0120": 127}
@@ -502,3 +504,14 @@ def test_a_closed_pipe_is_no_error(model):
     command = f"{sys.executable} -c 'from qpalette.cli import main; main()' palette | head -1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in result.stderr
+
+
+def test_a_code_page_that_lacks_a_letter_ends_nothing(model, tmp_path):
+    """As a pipe has on Windows: what a model writes may be anything."""
+    place = tmp_path / "größe"
+    shutil.copytree(model, place)
+    command = [sys.executable, "-m", "qpalette.cli", "inspect", str(place)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert b"gr??e" in done.stdout

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from fractions import Fraction
+from importlib import import_module
 
 import pytest
 from test_cli import _plain_output, model, run, save_model, text  # noqa: F401
+from transformers import AutoModelForCausalLM, NanoChatConfig
 
 import qpalette
 from qpalette import recipe
 from qpalette.calibration.hessians import HessianStore
-from qpalette.core.errors import BudgetError, SpecError
+from qpalette.core.errors import BudgetError, CheckpointError, SpecError
+from qpalette.formats import open_artifact
 from qpalette.plan import Budget
 from qpalette.recipe import Recipe, compress
 from qpalette.recipe import run as steps
@@ -112,6 +116,16 @@ def test_what_cannot_be_is_told_before_the_work(model, text, tmp_path, budget, e
         compress(model, tmp_path / "out", budget, text=text, recipe=SHORT)
 
 
+def test_a_result_that_could_not_run_is_told_before_the_work(model, text, tmp_path, monkeypatch):  # noqa: F811
+    def refused(*arguments):
+        raise CheckpointError("could not run the result")
+
+    monkeypatch.setattr(import_module("qpalette.pipeline.quantize"), "rehearse", refused)
+    monkeypatch.setattr(steps, "calibrate", lambda *a, **k: pytest.fail("work began"))
+    with pytest.raises(CheckpointError, match="could not run"):
+        compress(model, tmp_path / "out", BUDGET, text=text, recipe=SHORT)
+
+
 def test_a_calibration_is_told_by_all_that_it_depends_on(model, text):  # noqa: F811
     checkpoint = open_checkpoint(model)
     places = {
@@ -134,10 +148,74 @@ def test_the_command(run, model, text, tmp_path):  # noqa: F811
     assert planned["seconds"] == pytest.approx(sum(step["seconds"] for step in planned["steps"]))
     assert "written by the model" in run("quantize", model, tmp_path / "out", "--bits", "3.5", "--dry-run").out
     assert not (tmp_path / "out").exists()
-    result = run(*command, "--json")
+    page = tmp_path / "plan.html"
+    assert run(*command, "--report", tmp_path / "no" / "plan.html").code == 1
+    assert run(*command, "--fast", "--report", page).code == 2
+    assert run(*command, "--fast", "--tokens", "64").code == 2
+    assert "128 tokens" in run(*command, "--tokens", "128", "--dry-run").out
+    assert run(*command, "--tokens", "1", "--dry-run").code == 2
+    result = run(*command, "--json", "--report", page)
     assert result.code == 0, result.err
+    assert "3.5 bits per weight" in page.read_text(encoding="utf-8")
     report = json.loads(result.out)
     assert report["bits_per_weight"] <= 3.5
     assert report["kl_after"] <= report["kl_before"]
     assert HessianStore.open(next((tmp_path / "cache" / recipe.run.MOMENTS).iterdir())).two_sided
     assert "held-out KL" in run(*command, "--overwrite").out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_head_are_part_of_the_plan(text, tmp_path, tied):  # noqa: F811
+    source = tmp_path / "source"
+    save_model(source, tied=tied)
+    tables = {"model.embed_tokens"} | (set() if tied else {"lm_head"})
+    found = compress(source, tmp_path / "out", BUDGET, text=text, recipe=SHORT)
+    planned = found.planned.planner.sensitivities.values
+    assert tables <= planned.keys()
+    assert all(planned[name] > 0 for name in tables)
+    records = open_artifact(tmp_path / "out").records
+    assert tables <= records.keys()
+    assert found.tuned.bits_after <= BUDGET.bits
+    assert found.tuned.tuned.kl_after <= found.tuned.tuned.kl_before < 1
+    before = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) < before / 3
+
+
+def test_embeddings_that_a_class_could_not_run_packed_stay(model, text, tmp_path, caplog):  # noqa: F811
+    """Of this one no parameter would be left, by which transformers tells a model's type."""
+    config = NanoChatConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )
+    source = tmp_path / "source"
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, source)
+    wish = steps.Wish.of(source, tmp_path / "out", BUDGET, text=text, recipe=SHORT)
+    assert not {"model.embed_tokens", "lm_head"} & wish.draft().plan.specs.keys()
+    assert "model.embed_tokens stay as they are" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tied", "pattern", "left"),
+    [
+        (True, "embed_tokens", set()),
+        (True, "lm_head", set()),
+        (False, "model.embed_tokens", {"lm_head"}),
+        (False, "lm_head", {"model.embed_tokens"}),
+    ],
+)
+def test_excluded_an_embedding_stays(text, tmp_path, tied, pattern, left):  # noqa: F811
+    save_model(tmp_path / "source", tied=tied)
+    wish = steps.Wish.of(tmp_path / "source", tmp_path / "out", BUDGET, text=text, recipe=SHORT, exclude=[pattern])
+    assert {"model.embed_tokens", "lm_head"} & wish.draft().plan.specs.keys() == left
+
+
+def test_a_calibration_of_before_gets_what_it_lacks(model, text, tmp_path, monkeypatch):  # noqa: F811
+    """Without measuring the rest again."""
+    qpalette.calibrate(model, tmp_path / "moments", text, tokens=256, window=64)
+    whole = qpalette.api.calibrated_sensitivities(model, tmp_path / "moments", bands=1)
+    kept = tmp_path / "moments" / qpalette.api.SENSITIVITIES
+    kept.write_text(replace(whole, linears=tuple(x for x in whole.linears if x.listed)).to_json())
+    monkeypatch.setattr("qpalette.api.curvatures", lambda *a, **k: pytest.fail("measured again"))
+    assert qpalette.api.calibrated_sensitivities(model, tmp_path / "moments", bands=1) == whole
+    assert {x.name for x in whole.linears if not x.listed} == {"model.embed_tokens", "lm_head"}

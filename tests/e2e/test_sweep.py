@@ -21,6 +21,19 @@ IN_PART = {
 }
 
 
+# A head with a bias that is tied; an embedding that is multiplied by a factor, or read beside another; both packed.
+WITH_TABLES = ("causal:modernbert-decoder", "causal:gemma2", "causal:gpt2", "causal:qwen3_moe")
+
+
+@pytest.mark.architectures
+@pytest.mark.parametrize("name", WITH_TABLES)
+def test_class_with_embeddings_and_head(name, tmp_path):
+    kind, _, model_type = name.partition(":")
+    row = check_class(kind, model_type, tmp_path, tables=True)
+    assert passes(row), row
+    assert row["share_linear"] > 0.9
+
+
 @pytest.mark.architectures
 @pytest.mark.parametrize("name", SUBSET)
 def test_class(name, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from test_cli import save_model
 from test_serve import ASKED, generated, running
 from tiny_model import build, edit_config, pack, save_pair
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 import qpalette
 from qpalette.core.errors import ArtifactError, UnsupportedError
@@ -26,14 +26,8 @@ from qpalette.rotate import rotation_for
 pytest.importorskip("vllm.config", reason="vllm has an environment of its own: python3 dev.py test-vllm")
 from vllm.config import VllmConfig, set_current_vllm_config
 
-from qpalette.integrations.vllm import (
-    QPaletteLinearMethod,
-    QPaletteVllmConfig,
-    Share,
-    _add_to_compile_cache_key,
-    _cut,
-    _fuse,
-)
+from qpalette.integrations.vllm import QPaletteLinearMethod, QPaletteVllmConfig, _fuse
+from qpalette.integrations.vllm_shares import Share, add_to_compile_cache_key, cut
 
 pytestmark = pytest.mark.vllm
 
@@ -103,7 +97,7 @@ def test_a_compiled_graph_is_not_taken_for_another_backends(monkeypatch):
         monkeypatch.setenv("QPALETTE_BACKEND", backend)
         config = VllmConfig()
         with set_current_vllm_config(config):
-            _add_to_compile_cache_key({"nuq-4"})
+            add_to_compile_cache_key({"nuq-4"})
         keys.add(config.compute_hash())
     assert len(keys) == 2
 
@@ -116,6 +110,34 @@ def test_a_packed_embedding_and_the_head_tied_to_it(tmp_path):
     qpalette.quantize(tmp_path / "plain", out, spec="nuq-4", rotation="block-32", also=["lm_head"])
     assert "model.embed_tokens" in open_artifact(out).records
     assert tokens_of(engine(out, tensor_parallel_size=2, skip_tokenizer_init=True)) == by_transformers(out)
+
+
+MIXTURES = {
+    "qwen3_moe": Qwen3MoeConfig(
+        **{"hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 6},
+        **{"num_experts_per_tok": 2, "vocab_size": 160, "norm_topk_prob": True, "initializer_range": 0.2},
+    ),
+    "mixtral": MixtralConfig(
+        **{"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 160},
+        **{"initializer_range": 0.2, "sliding_window": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_packed_experts_alone_on_two_ranks_and_whole_on_each(tmp_path, kind):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MIXTURES[kind]).save_pretrained(tmp_path / "plain")
+    qpalette.quantize(tmp_path / "plain", tmp_path / "out", spec="nuq-4", rotation="block-32")
+    assert any(".experts." in name for name in open_artifact(tmp_path / "out").records)
+    wanted = by_transformers(tmp_path / "out")
+    options = {"skip_tokenizer_init": True}
+    assert tokens_of(engine(tmp_path / "out", **options)) == wanted
+    assert tokens_of(engine(tmp_path / "out", tensor_parallel_size=2, **options)) == wanted
+    parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    assert tokens_of(engine(tmp_path / "out", **parallel, **options)) == wanted
 
 
 def test_parts_of_one_basis_run_as_one_launch(monkeypatch):
@@ -156,10 +178,10 @@ def test_a_rank_holds_its_own_tiles():
     record = pack(torch.randn(96, 128), "x", "nuq-4", rotate="block-32")
     share = Share(rows=((16, 32), (64, 16)), column=64, columns=64)
     share.check("x", record.record)
-    cut = {suffix: _cut(suffix, tensor, share) for suffix, tensor in record.tensors.items()}
+    pieces = {suffix: cut(suffix, tensor, share) for suffix, tensor in record.tensors.items()}
     whole = QuantLinear(record.record)
     part = QuantLinear(replace(record.record, out_features=48, in_features=64))
-    for layer, tensors in ((whole, record.tensors), (part, cut)):
+    for layer, tensors in ((whole, record.tensors), (part, pieces)):
         layer.load_state_dict(tensors)
     weight = whole.dequantize(torch.float32).weight
     rows = torch.cat([weight[16:48], weight[64:80]])

@@ -116,7 +116,7 @@ def test_a_folder_that_comes_and_goes_is_never_held_twice(tmp_path):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("code", [None, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplog, code):
     class NoLocks:
         LOCK_EX = LOCK_NB = 0
@@ -125,7 +125,7 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplo
         def flock(stream, how):
             raise OSError(code, "no locks available")
 
-    monkeypatch.setattr(files, "fcntl", None if code is None else NoLocks)
+    monkeypatch.setattr(files, "fcntl", NoLocks)
     with locked(tmp_path / "out.partial", tmp_path / "out"):
         pass
     assert "out cannot be locked" in caplog.text
@@ -195,3 +195,30 @@ def test_a_move_that_is_stopped_goes_on_and_the_config_is_last(tmp_path, monkeyp
     assert order == ["z", "config.json"]
     assert {file.name: file.read_text() for file in target.iterdir()} == {n: n for n in ("a", "config.json", "z")}
     assert not source.exists()
+
+
+class Msvcrt:
+    """Windows' locks of bytes, by file: they are mandatory, so that no byte of the text may be locked."""
+
+    LK_NBLCK = 2
+
+    def __init__(self):
+        self.holders = {}
+
+    def locking(self, descriptor, mode, count):
+        status = os.fstat(descriptor)
+        assert (mode, count) == (self.LK_NBLCK, 1)
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) > status.st_size
+        if self.holders.setdefault(status.st_ino, descriptor) != descriptor:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_on_windows_a_second_run_is_told_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "msvcrt", Msvcrt(), raising=False)
+    monkeypatch.setattr(files.sys, "platform", "win32")
+    with locked(tmp_path / "work", tmp_path / "out"):
+        assert (tmp_path / "work" / files.LOCK).read_text(encoding="utf-8").startswith("process ")
+        with pytest.raises(BusyError, match=f"process {os.getpid()}"), locked(tmp_path / "work", tmp_path / "out"):
+            pass
+        assert (tmp_path / "work").is_dir(), "the second left it"
+    assert not (tmp_path / "work").exists()

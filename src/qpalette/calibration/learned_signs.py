@@ -85,5 +85,5 @@ def _read(file: Path) -> dict[str, int]:
 
 def _write(file: Path, known: dict[str, int]) -> None:
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(known, indent=0), encoding="utf-8")
+    temporary.write_text(json.dumps(known, indent=0), encoding="utf-8", newline="\n")
     os.replace(temporary, file)

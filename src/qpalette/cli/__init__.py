@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Sequence
 
 
@@ -12,4 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     from qpalette.cli.app import app
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a code page may lack what a model writes: that is no reason to stop
+            stream.reconfigure(errors="replace")
     app(None if arguments is None else list(arguments), prog_name="qpalette")

@@ -130,7 +130,7 @@ def _free_memory() -> float | None:
     """Bytes that can be had without swapping."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 return float(line.split()[1]) * 1024
     return None

@@ -68,7 +68,7 @@ def _export_plan(source: str, out: Path, to: str, model: str | None) -> dict[str
     config, records, name = _planned(Path(source).expanduser(), model)
     plan = llama_cpp_plan(config, records) if to == "llama.cpp" else exllama_plan(records, name)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.write_text(plan.text, encoding="utf-8")
+    temporary.write_text(plan.text, encoding="utf-8", newline="\n")
     os.replace(temporary, out)
     bits = {"their bits per weight": f"{plan.bits:.3f}", "planned": f"{plan.planned_bits:.3f}"}
     return {"tensors": count(plan.tensors), **bits}

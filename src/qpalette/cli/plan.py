@@ -124,7 +124,12 @@ def plan(
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw bits per linear and the Pareto front (.png).")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Write one self-contained HTML page.")
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write one HTML page: this plan, and those of other budgets."),
+    ] = None,
+    peers: Annotated[
+        Path | None,
+        typer.Option("--peers", metavar="FILE", help="In --report: models that qpalette compare --json has measured."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
@@ -137,6 +142,7 @@ def plan(
     from qpalette.plan import EXPERTS, FUSIONS, LatencyProfile, Space, palette_of, preferred, profile_of
 
     tokens = _context(context, memory, max_loss)
+    measured_peers = [] if peers is None else _peers(peers, report)
     if fusion not in FUSIONS:
         raise typer.BadParameter(f"--fusion is one of {', '.join(FUSIONS)}")
     if experts not in EXPERTS:
@@ -169,8 +175,9 @@ def plan(
     if report is not None:
         from qpalette.report.plan_page import plan_page
 
-        command = shlex.join(["qpalette", *sys.argv[1:]])
-        write_text(report, plan_page(found, str(budget), command, model or str(sensitivity), FRONT_POINTS))
+        name = model or str(sensitivity)
+        command = f"{shlex.join(['qpalette', *sys.argv[1:]])}\nqpalette quantize MODEL OUT --plan {out or 'PLAN.json'}"
+        write_text(report, plan_page(found, str(budget), command, name, checkpoint, measured_peers))
     if as_json:
         from qpalette.report.plan_facts import plan_json
 
@@ -199,6 +206,14 @@ def _checkpoint(model: str | None) -> Checkpoint | None:
     from qpalette.storage import open_checkpoint
 
     return open_checkpoint(model)
+
+
+def _peers(file: Path, report: Path | None) -> list[dict[str, Any]]:
+    from qpalette.report.plan_page import read_peers
+
+    if report is None:
+        raise typer.BadParameter("--peers are points in the picture of --report: give it, too")
+    return read_peers(file)
 
 
 def _sensitivities(model: str | None, file: Path | None, checkpoint: Checkpoint | None) -> Sensitivities:

@@ -116,6 +116,16 @@ def quantize(
         Path | None,
         typer.Option("--text", metavar="FILE", help="With --tune: the text for it.  [default: the model writes it]"),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write one HTML page: the plan, and those of other budgets."),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens", metavar="N", min=2, help="How much text to calibrate on.  [default: by device and --best]"
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to encode, such as cuda.")] = "cpu",
     workers: Annotated[int, typer.Option("--workers", help="Processes; with --device cuda they share the GPUs.")] = 1,
     ray: Annotated[
@@ -150,14 +160,19 @@ def quantize(
         from qpalette.cli.recipe import run_recipe
 
         run_recipe(
-            model, out, budget, text, best, effort, dry_run, as_json, context=context, batch=batch, prefer=prefer,
-            target=target, rotation=rotation, seed=seed, exclude=exclude or (), device=device, overwrite=overwrite,
+            model, out, budget, text, tokens, best, effort, dry_run, page, as_json, context=context, batch=batch,
+            prefer=prefer, target=target, rotation=rotation, seed=seed, exclude=exclude or (), device=device,
+            overwrite=overwrite,
         )  # fmt: skip
         return
     if best or memory is not None:
         raise typer.BadParameter(
             "--best and --memory are of all steps together: leave out --fast, --spec, --plan, --sensitivity and "
             "--calibration"
+        )
+    if page is not None or tokens is not None:
+        raise typer.BadParameter(
+            "--report and --tokens are of all steps together; qpalette plan has the one, qpalette calibrate the other"
         )
     if text is not None and not tune:
         raise typer.BadParameter("--text is what is calibrated or tuned on: leave out --fast, or add --tune")

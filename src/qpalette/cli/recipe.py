@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpalette.cli.output import StageBars, print_facts, print_json, print_note, print_table, quiet_transformers
+from qpalette.cli.output import (
+    StageBars,
+    check_folder,
+    print_facts,
+    print_json,
+    print_note,
+    print_table,
+    quiet_transformers,
+    write_text,
+)
 from qpalette.core.text import size
 
 if TYPE_CHECKING:
@@ -22,9 +33,11 @@ def run_recipe(
     out: Path,
     limits: Limits,
     text: Path | None,
+    tokens: int | None,
     best: bool,
     effort: str | None,
     dry_run: bool,
+    page: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -34,14 +47,18 @@ def run_recipe(
     from qpalette.recipe import compress, recipe_of
 
     recipe, budget = recipe_of(best, options["device"]), budget_of(*limits)
-    if effort is not None:
-        recipe = replace(recipe, effort=effort)
+    changed: dict[str, Any] = {"effort": effort, "tokens": tokens}
+    recipe = replace(recipe, **{name: value for name, value in changed.items() if value is not None})
     if dry_run:
         return _show_forecast(model, out, budget, text, recipe, as_json, options)
+    if page is not None:
+        check_folder(page)
     quiet_transformers()
     start = time.perf_counter()
     with StageBars() as watcher:
         found = compress(model, out, budget, text=text, recipe=recipe, watcher=watcher, **options)
+    if page is not None:
+        _write_page(page, model, found, budget)
     _show(found, budget, as_json)
     if not as_json:
         print_note(f"{out}: done in {time.perf_counter() - start:.0f} s")
@@ -65,6 +82,14 @@ def _show_forecast(
     if plan.disk_bytes is not None and budget.size is not None:
         facts["size"] = f"at most {size(plan.disk_bytes)}"
     print_facts(str(out), facts)
+
+
+def _write_page(file: Path, model: str, found: Compressed, budget: Budget) -> None:
+    from qpalette.report.plan_page import plan_page
+    from qpalette.storage import open_checkpoint
+
+    command = shlex.join(["qpalette", *sys.argv[1:]])
+    write_text(file, plan_page(found.planned, str(budget), command, model, open_checkpoint(model)))
 
 
 def _show(found: Compressed, budget: Budget, as_json: bool) -> None:

@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,10 +16,10 @@ from typing import IO
 
 from qpalette.core.errors import BusyError, InputError
 
-try:
+if sys.platform == "win32":
+    import msvcrt
+else:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +28,15 @@ LAST = "config.json"  # a directory with it is a model: the last file to come, t
 LOST_AND_FOUND = "lost+found"  # in the root of a new ext file system
 MOUNTS = Path("/proc/self/mountinfo")
 ATTEMPTS = 100  # to take a lock whose file its holder removes again and again
+BEHIND = 1 << 30  # where Windows locks a byte: a locked one cannot be read, and who holds the lock is to be read
+WAIT_SECONDS = 0.5
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
 def write_whole(file: Path, text: str) -> None:
     """`file` has all of `text`, or is as it was: written beside it, flushed to disk, renamed."""
     temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
+    with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -51,7 +55,10 @@ def locked(folder: Path, what: Path, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        # In this order, and still held: who opened the file before sees that it is gone, and makes another.
+        # In this order, and still held: who opened the file before sees that it is gone, and makes another. Windows
+        # does not remove an open file, and so none that another run has opened.
+        if sys.platform == "win32":
+            stream.close()
         with suppress(OSError):  # of a folder that is gone, or that another run has just come to
             if [entry.name for entry in folder.iterdir()] == [LOCK]:
                 (folder / LOCK).unlink()
@@ -86,9 +93,7 @@ def _taken(folder: Path, what: Path, wait: bool) -> IO[str]:
 
 def _lock(stream: IO[str], what: Path, wait: bool) -> None:
     try:
-        if fcntl is None:
-            raise OSError(errno.ENOSYS, "this system has no flock")
-        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        _take(stream.fileno(), wait)
     except BlockingIOError as error:
         holder = stream.read(200) or "its process is not known"
         raise BusyError(
@@ -98,6 +103,23 @@ def _lock(stream: IO[str], what: Path, wait: bool) -> None:
         if error.errno not in NO_LOCKS:
             raise
         logger.warning("%s cannot be locked (%s): see to it that no other run writes it", what, error.strerror)
+
+
+def _take(descriptor: int, wait: bool) -> None:
+    """Raises BlockingIOError while another process has it."""
+    if sys.platform == "win32":
+        os.lseek(descriptor, BEHIND, os.SEEK_SET)
+        try:
+            while True:
+                with suppress(PermissionError):
+                    return msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+                if not wait:
+                    raise BlockingIOError(errno.EAGAIN, "another process has it")
+                time.sleep(WAIT_SECONDS)
+        finally:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def is_mount_point(directory: Path) -> bool:

@@ -18,7 +18,7 @@ def write_checksums(directory: Path) -> None:
     """One line for each file in `directory` and its folders."""
     files = sorted(file for file in directory.rglob("*") if file.is_file() and file != directory / CHECKSUMS)
     lines = [f"{_sha256(file)}  {file.relative_to(directory).as_posix()}\n" for file in files]
-    (directory / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+    (directory / CHECKSUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def checksums_bytes(names: Iterable[str]) -> int:

@@ -55,4 +55,4 @@ class RevisedCheckpoint(Checkpoint):
     def save_side_files(self, directory: Path) -> None:
         copy_side_files(self.artifact.directory, directory, but=OWN_FILES)
         for name, text in self.documents.items():
-            (directory / name).write_text(text, encoding="utf-8")
+            (directory / name).write_text(text, encoding="utf-8", newline="\n")

@@ -75,4 +75,4 @@ class PackedCheckpoint(Checkpoint):
     def save_side_files(self, directory: Path) -> None:
         self._source.save_side_files(directory)
         for name, text in self.documents.items():
-            (directory / name).write_text(text, encoding="utf-8")
+            (directory / name).write_text(text, encoding="utf-8", newline="\n")

@@ -8,14 +8,12 @@ the outputs, whole columns where it splits the inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import Parameter
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -28,17 +26,17 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from qpalette.core.errors import ArtifactError, UnsupportedError
-from qpalette.core.records import TILE, LinearRecord
+from qpalette.core.errors import ArtifactError
+from qpalette.core.records import LinearRecord
 from qpalette.formats.packed import METHOD, QuantizationFormat
-from qpalette.formats.parts import COLUMNS, PARTS, ROWS, Axis, parts_of
+from qpalette.formats.parts import parts_of
 from qpalette.formats.reader import open_artifact
+from qpalette.integrations.vllm_experts import QPaletteExpertsMethod
+from qpalette.integrations.vllm_shares import WEIGHT, Door, Share, add_to_compile_cache_key, copy_into, cut
 from qpalette.nn import PackedModule, QuantEmbedding, QuantLinear
-from qpalette.rotate import Rotation
-from qpalette.runtime import packed_linear, packed_linears, select
+from qpalette.runtime import packed_linear, packed_linears
 
 QKV = {"q": 0, "k": 1, "v": 2}
-WEIGHT = "weight"
 
 
 class QPaletteVllmConfig(QuantizationConfig):
@@ -83,7 +81,7 @@ class QPaletteVllmConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """The method of a layer that holds a packed linear; the ordinary one for other linears, None for the rest.
 
-        Raises UnsupportedError for packed experts, which vLLM cannot run here.
+        Raises as `QPaletteExpertsMethod` for packed experts.
         """
         names = self._checkpoint_names(prefix)
         packed = [name for name in names if name in self.records]
@@ -95,9 +93,10 @@ class QPaletteVllmConfig(QuantizationConfig):
             return QPaletteLinearMethod([(name, self.records.get(name)) for name in names])
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
-        experts = [name for name in self.records if name.startswith(f"{prefix}.")]
+        start = f"{prefix}."
+        experts = {name[len(start) :]: record for name, record in self.records.items() if name.startswith(start)}
         if isinstance(layer, RoutedExperts) and experts:
-            raise UnsupportedError(f"{experts[0]} is packed, but packed experts do not run in vLLM: use transformers")
+            return QPaletteExpertsMethod(layer, prefix, experts)
         return None
 
     def _embedding_method(self, packed: list[str]) -> Any:
@@ -114,59 +113,6 @@ class QPaletteVllmConfig(QuantizationConfig):
         if prefix in self.records:  # fused in the checkpoint, too
             return [prefix]
         return [f"{parent}{dot}{name}" for name in self.packed_modules_mapping.get(last, [last])]
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one rank holds of a linear: some of its rows, and a range of its columns."""
-
-    rows: tuple[tuple[int, int], ...]  # (first, count), one after the other
-    column: int
-    columns: int
-
-    @property
-    def out_features(self) -> int:
-        return sum(count for _, count in self.rows)
-
-    def of_rows(self, tensor: torch.Tensor, dim: int, unit: int) -> torch.Tensor:
-        """Those rows along `dim` of `tensor`, which holds `unit` rows in one; what lies beyond its end is left out."""
-        size = tensor.shape[dim]
-        ends = [(first // unit, min(size, -(-(first + count) // unit))) for first, count in self.rows]
-        pieces = [tensor.narrow(dim, min(start, end), max(0, end - start)) for start, end in ends]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-
-    def of_columns(self, tensor: torch.Tensor, dim: int, unit: int) -> torch.Tensor:
-        """Those columns along `dim`, which holds `unit` columns in one."""
-        end = -(-(self.column + self.columns) // unit)
-        return tensor.narrow(dim, self.column // unit, end - self.column // unit)
-
-    def record_of(self, name: str, record: LinearRecord) -> LinearRecord:
-        """What is held, as a matrix of its own. Raises as `check`."""
-        self.check(name, record)
-        return replace(record, out_features=self.out_features, in_features=self.columns)
-
-    def check(self, name: str, record: LinearRecord) -> None:
-        """Raises UnsupportedError when the share does not consist of whole tiles and whole blocks of the rotation."""
-        whole_rows = self.rows == ((0, self.out_features),) and self.out_features >= record.out_features
-        if not whole_rows and any(number % TILE for rows in self.rows for number in rows):
-            raise UnsupportedError(
-                f"{name}: a rank's {self.out_features} of {record.out_features} rows are not whole tiles of {TILE}; "
-                "use a smaller tensor_parallel_size"
-            )
-        if self.columns == record.in_features:
-            return
-        block = Rotation.parse(record.rotation, record.in_features).block
-        if self.columns % block or self.columns % TILE:
-            raise UnsupportedError(
-                f"{name}: tensor parallelism gives each rank {self.columns} of {record.in_features} inputs, which "
-                f"rotation '{record.rotation}' mixes in blocks of {block}; use tensor_parallel_size=1, or quantize "
-                f"with --rotation block-{largest_block(self.columns)}"
-            )
-
-
-def largest_block(columns: int) -> int:
-    """The largest power of two that divides `columns`."""
-    return columns & -columns
 
 
 class PlainPart(nn.Module):
@@ -206,10 +152,10 @@ class QPaletteLinearMethod(LinearMethodBase):
             for (name, record), share in zip(self.members, self.shares, strict=True)
         )
         layer.one_launch = False
-        _add_to_compile_cache_key({part.record.spec for part in layer.packed_parts if isinstance(part, PackedModule)})
+        add_to_compile_cache_key({part.record.spec for part in layer.packed_parts if isinstance(part, PackedModule)})
         for suffix in {suffix for suffixes in self.missing.values() for suffix in suffixes}:
             dtype = next(getattr(part, suffix).dtype for part in layer.packed_parts if hasattr(part, suffix))
-            layer.register_parameter(suffix, _Door(self._loader(layer, suffix), dtype))
+            layer.register_parameter(suffix, Door(self._loader(layer, suffix), dtype))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Lay the codes out for the best backend. Raises ArtifactError when only some tensors were loaded."""
@@ -244,7 +190,7 @@ class QPaletteLinearMethod(LinearMethodBase):
         def load(parameter: Parameter, loaded: torch.Tensor, shard_id: Any = None) -> None:
             part = self._part_of(layer, shard_id)
             share, module = self.shares[part], layer.packed_parts[part]
-            _copy(f"{self.members[part][0]}.{suffix}", getattr(module, suffix), _cut(suffix, loaded, share))
+            copy_into(f"{self.members[part][0]}.{suffix}", getattr(module, suffix), cut(suffix, loaded, share))
             self.missing[part].discard(suffix)
 
         return load
@@ -308,16 +254,6 @@ def _fuse(parts: list[Any]) -> bool:
     )
 
 
-class _Door(Parameter):
-    """Holds nothing: vLLM finds tensors by the parameters' names, and this one passes them to the parts."""
-
-    def __new__(cls, load: Callable[..., None], dtype: torch.dtype) -> _Door:
-        return super().__new__(cls, torch.empty(0, dtype=dtype), requires_grad=False)
-
-    def __init__(self, load: Callable[..., None], dtype: torch.dtype) -> None:
-        self.weight_loader = load
-
-
 def _tensors(record: LinearRecord | None) -> set[str]:
     return {WEIGHT} if record is None else {part.suffix for part in parts_of(record)}
 
@@ -357,39 +293,6 @@ def _shares(
             )
         shares.append(Share(tuple(rows), column, columns))
     return shares
-
-
-_AXES = {part.suffix: part.axes for part in PARTS} | {WEIGHT: (Axis(ROWS), Axis(COLUMNS))}
-
-
-def _cut(suffix: str, loaded: torch.Tensor, share: Share) -> torch.Tensor:
-    """This rank's share of a stored tensor."""
-    for dim, axis in enumerate(_AXES[suffix]):
-        if axis.over == ROWS:
-            loaded = share.of_rows(loaded, dim, axis.unit)
-        elif axis.over == COLUMNS:
-            loaded = share.of_columns(loaded, dim, axis.unit)
-    return loaded
-
-
-def _copy(name: str, target: torch.Tensor, source: torch.Tensor) -> None:
-    """Rows that the source lacks stay zero: they are vLLM's padding of the vocabulary."""
-    if (
-        source.shape[1:] != target.shape[1:]
-        or len(source) > len(target)
-        or source.dtype.is_floating_point != target.dtype.is_floating_point
-    ):
-        raise ArtifactError(f"tensor '{name}' must be {target.dtype} {list(target.shape)}, got {list(source.shape)}")
-    target[: len(source)].copy_(source)
-
-
-def _add_to_compile_cache_key(specs: set[str]) -> None:
-    """Compiled graphs hold the codes' layout as a constant, and vLLM loads cached ones without their guards."""
-    config = get_current_vllm_config()
-    device = torch.get_default_device() if config.device_config is None else torch.device(config.device_config.device)
-    layouts = {spec: select("linear", spec, device).layout for spec in specs}
-    if isinstance(config.additional_config, dict):
-        config.additional_config.setdefault(METHOD, {}).update(layouts)
 
 
 def register() -> None:

@@ -1,7 +1,7 @@
 """What a checkpoint's tensors mean: which are linears, which read one input, and where they are in a model class."""
 
 from qpalette.models.complete import check_complete, check_finite, check_loaded
-from qpalette.models.groups import Grouping, find_groups
+from qpalette.models.groups import Grouping, find_groups, token_tables
 from qpalette.models.weights import read_weight, tensors_of, weight_bytes, whole_of
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "find_groups",
     "read_weight",
     "tensors_of",
+    "token_tables",
     "weight_bytes",
     "whole_of",
 ]

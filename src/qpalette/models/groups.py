@@ -44,15 +44,16 @@ def find_groups(
     `include` and `exclude` are glob patterns over linear names (no ".weight"): with `include`, only what matches one
     is quantized; what matches an `exclude` never is. Embeddings and the output head are optional: they stay as they
     are unless a pattern of `also` matches their name or its last part, such as "lm_head" or "embed_tokens", and no
-    `exclude` their name. A tied head is the embedding, under both names.
+    `exclude` either. A tied head is the embedding, under both names.
 
     Raises CheckpointError when a pattern of `also` or `exclude` matches nothing, or the names are those of a wrapped
     model.
     """
     found = resolve(checkpoint)
-    chosen, optional = _choose(_optional(checkpoint, found), also, exclude)
+    tables = _optional(checkpoint, found)
+    chosen, optional = _choose(tables, also, exclude)
     names = [info.name.removesuffix(".weight") for info in checkpoint.tensors.values()]
-    _check_named(exclude, [*names, *found.linears])
+    _check_named(exclude, [*names, *found.linears, *(alias for aliases in tables.values() for alias in aliases)])
     reasons = dict(found.reasons)
     wanted: dict[str, Held] = {}
     for name, held in found.linears.items():
@@ -66,6 +67,13 @@ def find_groups(
     grouped = {name for group in groups for linear in group.linears for name in tensors_of(checkpoint, linear.name)}
     untouched = tuple(name for name in checkpoint.tensors if name not in grouped)
     return Grouping(groups, untouched, {name: why for name, why in reasons.items() if name not in grouped}, optional)
+
+
+def token_tables(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Of the optional groups those with a row for each token, embeddings and output head: every text reads them."""
+    found = resolve(checkpoint)
+    rows = getattr(found.input_embedding, "num_embeddings", None)
+    return tuple(group.name for group in _optional(checkpoint, found) if group.linears[0].out_features == rows)
 
 
 def _optional(checkpoint: Checkpoint, found: Resolved) -> dict[LinearGroup, tuple[str, ...]]:
@@ -96,7 +104,7 @@ def _choose(
         group
         for group, names in optional.items()
         if any(fnmatchcase(name, pattern) for name in names for pattern in also)
-        and not any(fnmatchcase(group.name, pattern) for pattern in exclude)
+        and not any(fnmatchcase(name, pattern) for name in names for pattern in exclude)
     ]
     return tuple(chosen), tuple(group for group in optional if group not in chosen)
 

@@ -122,8 +122,8 @@ def _share(model: Any, sources: Mapping[str, str], stored: Collection[str]) -> N
     for target, source in sources.items():
         if f"{target}.weight" not in stored:
             old, packed = model.get_submodule(target), model.get_submodule(source)
-            linear = isinstance(packed, QuantLinear)
-            model.set_submodule(target, TiedLinear(packed, old.bias) if linear else TiedHead(packed))
+            shared = TiedLinear if isinstance(packed, QuantLinear) else TiedHead
+            model.set_submodule(target, shared(packed, getattr(old, "bias", None)))
     tied = model.all_tied_weights_keys
     kept = {target: source for target, source in tied.items() if target.removesuffix(".weight") not in sources}
     model.all_tied_weights_keys = model._tied_weights_keys = kept

@@ -75,19 +75,23 @@ class ScaledEmbedding(nn.Embedding):
 
 
 class TiedHead(nn.Module):
-    """The output head that multiplies by an embedding's table; it owns no tensor, so that none is stored twice."""
+    """The output head that multiplies by an embedding's table, which is not stored twice; its bias is its own."""
 
-    def __init__(self, embedding: QuantEmbedding) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, embedding: QuantEmbedding, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self._embedding = (embedding,)  # in a tuple: not a child
+        self.register_parameter("bias", bias)
 
     @property
     def embedding(self) -> QuantEmbedding:
         return self._embedding[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.embedding.multiply(x.to(self.embedding.qp_codes.device)).to(x.device)
+        result = self.embedding.multiply(x.to(self.embedding.qp_codes.device)).to(x.device)
+        return result if self.bias is None else result + self.bias
 
     @property
     def weight(self) -> PackedWeight:

@@ -50,6 +50,13 @@ class BudgetPlan:
     overhead: Overhead
     disk_bytes: int | None  # of all files, never less than what is written
     memory_bytes: int | None  # weights, key-value cache, activations; None unless a memory was asked for
+    measured: Sensitivities
+    factor: float = 1.0  # of the measured ones, by their curve at this plan's loss: the planner's
+
+    def scale(self, loss: float) -> float:
+        """What the planner's figures for another plan, of this predicted `loss`, are multiplied by: the curve at that
+        plan's loss in place of this one's."""
+        return self.measured.factor(loss / self.factor) / self.factor
 
 
 def make_plan(
@@ -95,8 +102,10 @@ def make_plan(
         space = replace(space, cache=CacheSpace(chosen.streams, context, space.batch))
     draft = _Draft(chosen, budget, space, checkpoint, hessians, rounding, context, rotation, seed)
     found = draft.plan(solver)
-    told = chosen.at(found.planned.choice.loss - found.planned.choice.cache_loss)
-    return found if told is chosen else replace(draft, sensitivities=told).plan(solver)
+    factor = chosen.factor(found.planned.choice.loss - found.planned.choice.cache_loss)
+    if factor != 1.0:
+        found = replace(draft, sensitivities=chosen.times(factor)).plan(solver)
+    return replace(found, measured=chosen, factor=factor)
 
 
 def longest_context(make: Callable[[int], BudgetPlan], most: int, loss: float | None = None) -> tuple[int, BudgetPlan]:
@@ -173,7 +182,7 @@ class _Draft:
             if self.budget.memory is None
             else ((planned.choice.bits + planned.choice.cache_bits) // 8 + overhead.memory)
         )
-        return BudgetPlan(plan, planned, planner, overhead, size, memory)
+        return BudgetPlan(plan, planned, planner, overhead, size, memory, self.sensitivities)
 
     def _overhead(self, solver: str) -> Overhead:
         """Measured on a plan whose spec names are the longest there are."""

@@ -83,8 +83,7 @@ def quantize_checkpoint(
     if workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
     with output.claimed():
-        jobs = make_jobs(checkpoint, plan, hessians, rounding)
-        rehearse(checkpoint, planned_result(checkpoint, plan, jobs, hessians), {job.name: job.record for job in jobs})
+        jobs = rehearsed_jobs(checkpoint, plan, hessians, rounding)
         for spec in set(plan.specs.values()):
             select("encode", spec, device)
         if sign_seeds > 1:
@@ -123,6 +122,15 @@ def quantize_checkpoint(
         output.put(partial.assembled)
         partial.remove()
     return report
+
+
+def rehearsed_jobs(
+    checkpoint: Checkpoint, plan: Plan, hessians: HessianStore | None = None, rounding: Rounding = ROUNDING
+) -> list[Job]:
+    """The work of a plan whose result transformers could load and run. Raises as `make_jobs` and `rehearse`."""
+    jobs = make_jobs(checkpoint, plan, hessians, rounding)
+    rehearse(checkpoint, planned_result(checkpoint, plan, jobs, hessians), {job.name: job.record for job in jobs})
+    return jobs
 
 
 def _learned(

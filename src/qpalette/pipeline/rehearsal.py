@@ -35,6 +35,8 @@ def rehearse(source: Checkpoint, result: PackedCheckpoint, records: Mapping[str,
         _check_names(model, records, places)
         with torch.no_grad():
             model.initialize_weights()
+        if not any(parameter.is_floating_point() for parameter in model.parameters()):
+            raise ArtifactError("transformers tells a model's type by its first parameter, and none would be left")
     except (ArtifactError, UnsupportedError, AttributeError, RuntimeError, TypeError) as error:
         raise CheckpointError(
             f"{name} could not load the result ({_line(error)}): leave linears out with --exclude"

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -75,7 +74,7 @@ class _Pool(ProcessPoolExecutor):
         for index in range(workers):
             devices.put(device_of_worker(device, index))
         threads = max(1, work.threads // workers) if work.hessians is None else work.threads
-        super().__init__(workers, context, _start, (work, devices, threads, os.getpid()))
+        super().__init__(workers, context, _start, (work, devices, threads))
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         if kind is not None:
@@ -94,16 +93,17 @@ def device_of_worker(device: torch.device, index: int) -> str:
 _here: dict[str, Any] = {}
 
 
-def _start(work: Work, devices: Any, threads: int, parent: int) -> None:
+def _start(work: Work, devices: Any, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _here.update(work=work, checkpoint=work.open(), device=torch.device(devices.get()))
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker is started by a pool"
+    parent.join()  # however it ends, and where a process keeps the number of a dead parent, too
     os._exit(1)
 
 

@@ -51,11 +51,13 @@ class Choice:
 
 
 class FrontPoint(NamedTuple):
-    """A plan on the Pareto front, and the bound for its bits."""
+    """A plan on the Pareto front: no other has less loss for its bits; and the bound for them."""
 
+    bits: int
     bits_per_weight: float
     loss: float
     bound: float
+    specs: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,8 @@ class Planner:
         """Plans of least loss for their bits, by rising bits; launches take no part in it."""
         alone = replace(self, space=replace(self.space, cache=None))
         problem = build_problem(self.sensitivities, alone.space, Limits(bits=0))
-        return [
-            FrontPoint(s.costs[0] / self.weights, s.loss, alone.bound(int(s.costs[0])))
-            for s in pareto_front(problem, points=points)
-        ]
+        choices = [alone._described(problem, selection) for selection in pareto_front(problem, points=points)]
+        return [FrontPoint(c.bits, c.bits / self.weights, c.loss, alone.bound(c.bits), c.specs) for c in choices]
 
     def _better(self, problem: Problem, solved: Solved | None, uniform: Choice | None) -> tuple[Choice, float]:
         if solved is None:

@@ -57,14 +57,17 @@ class Sensitivities:
         """Without what the checkpoint did not list as a linear to quantize."""
         return replace(self, linears=tuple(linear for linear in self.linears if linear.listed))
 
-    def at(self, loss: float) -> Sensitivities:
-        """The same, all scaled so that a predicted `loss` becomes what the curve says: log-log between its points, the
-        factor of the nearest beyond them. The best plan for a budget stays the best."""
+    def factor(self, loss: float) -> float:
+        """What a predicted `loss` is multiplied by to be what the curve says: log-log between its points, the factor of
+        the nearest beyond them; 1 where none was measured."""
         points = [(x, y) for x, y in self.curve if x > 0 and y > 0]
         if not points or not loss > 0:
-            return self
+            return 1.0
         x, y = (np.log([point[axis] for point in points]) for axis in (0, 1))
-        factor = float(np.exp(np.interp(np.log(loss), x, y - x)))
+        return float(np.exp(np.interp(np.log(loss), x, y - x)))
+
+    def times(self, factor: float) -> Sensitivities:
+        """All multiplied, the curve used up. The best plan for a budget stays the best."""
         linears = tuple(replace(linear, sensitivity=factor * linear.sensitivity) for linear in self.linears)
         return replace(self, linears=linears, curve=())
 

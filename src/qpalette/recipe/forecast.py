@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from qpalette.calibration.hessians import row_blocks
 from qpalette.core.records import LinearShape
 from qpalette.evaluate.sampled_text import BLOCK, BLOCK_ON_CPU
-from qpalette.models import find_groups
+from qpalette.models import find_groups, token_tables
 from qpalette.models.kinds import linear_kind
 from qpalette.pipeline.forecast import forecast_seconds
 from qpalette.plan import Plan
@@ -46,7 +46,8 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
     held_out = max(1, min(HELD_OUT, recipe.tokens // window // HELD_OUT))
     read = recipe.tokens // window
     measured = held_out if place.type == "cuda" else 1
-    bands = len({linear_kind(linear.name) for linear in linears}) * recipe.bands + CURVE
+    kinds = {linear_kind(linear.name) for linear in linears}
+    bands = len(kinds) * recipe.bands + CURVE + len(token_tables(checkpoint))
     moments = sum(_moments(linear) for linear in linears) / weights
     tuning = recipe.tuning
     share = tuning.batch * min(tuning.window, window) / window
@@ -58,7 +59,7 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
             f"{bands} measurements",
             held_out * forward * (1 + BACKWARD + 2 * moments) + bands * measured * forward,
         ),
-        Step("quantize", f"{len(linears)} linears", TWO_SIDED * forecast_seconds(checkpoint, plan, place)),
+        Step("quantize", f"{len(plan.specs)} linears", TWO_SIDED * forecast_seconds(checkpoint, plan, place)),
         Step("tune", f"at most {tuning.steps} steps", share * forward * (tuning.steps * (3 + BACKWARD) + looks * 2)),
     ]
     if text is None:

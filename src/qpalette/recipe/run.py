@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,18 +18,21 @@ from typing import Any
 from qpalette.api import calibrate, calibrated_sensitivities
 from qpalette.calibration.hessians import HessianStore
 from qpalette.core.cache import limit_bytes, mark_used, private_folder
-from qpalette.core.errors import HessianError, SpecError
+from qpalette.core.errors import CheckpointError, HessianError, SpecError
 from qpalette.core.files import locked
 from qpalette.evaluate.sampled_text import TOKEN_FILE
 from qpalette.evaluate.text_source import check_text
-from qpalette.models import check_complete, find_groups
+from qpalette.models import check_complete, find_groups, token_tables
 from qpalette.pipeline.output import Output
 from qpalette.pipeline.planning import BudgetPlan, even_sensitivities, make_plan
+from qpalette.pipeline.quantize import rehearsed_jobs
 from qpalette.plan import Budget, Sensitivities, Space, palette_of
 from qpalette.plan.preference import preferred, profile_of
 from qpalette.recipe.options import Recipe, recipe_of
 from qpalette.storage import Checkpoint, open_checkpoint
 from qpalette.tuning import Silent, TuneReport, Watcher, quantize_and_tune
+
+logger = logging.getLogger(__name__)
 
 MOMENTS = "moments"  # a folder of the cache
 WRITTEN = f"text{TOKEN_FILE}"  # by `calibrate`, in its directory, where no text is given
@@ -78,14 +82,26 @@ class Wish:
         checkpoint = open_checkpoint(model)
         palette = preferred(palette_of(recipe.effort), prefer, profile_of(target, device))
         options = {"context": context, "rotation": rotation, "seed": seed, "exclude": exclude, "device": device}
-        wish = cls(checkpoint, budget, Space(palette, batch=batch), options)
-        wish.draft()
+        wish = cls(checkpoint, budget, Space(palette, batch=batch), options).rehearsed()
         check_complete(checkpoint)
+        return wish
+
+    def rehearsed(self) -> Wish:
+        """With embeddings and output head in the plan, or without where this class could not run that."""
+        tables = token_tables(self.checkpoint)
+        wish = replace(self, options=self.options | {"also": tables})
+        try:
+            rehearsed_jobs(self.checkpoint, wish.draft().plan)
+        except CheckpointError as error:
+            wish = replace(self, options=self.options | {"also": ()})
+            rehearsed_jobs(self.checkpoint, wish.draft().plan)
+            logger.warning("%s stay as they are: %s", ", ".join(tables), error)
         return wish
 
     def draft(self) -> BudgetPlan:
         """The plan if every weight mattered alike: known at once, and as large as the true one."""
-        groups = find_groups(self.checkpoint, exclude=self.options["exclude"]).groups
+        wanted = {name: self.options[name] for name in ("also", "exclude")}
+        groups = find_groups(self.checkpoint, **wanted).groups
         return make_plan(even_sensitivities(groups), self.budget, self.space, self.checkpoint, **self.options)
 
     def plan(self, known: Sensitivities, store: HessianStore) -> BudgetPlan:
@@ -109,7 +125,8 @@ def compress(
 
     `model` is a directory, a .gguf file or a Hub id. `text`, a UTF-8 file, is what it is calibrated and tuned on; None:
     the model writes it. `recipe` says how much each step may cost, by default what suits the device. `options` are
-    context, batch, prefer, target, rotation, seed and exclude, as in `quantize` and `make_plan`. `watcher` is told of
+    context, batch, prefer, target, rotation, seed and exclude, as in `quantize` and `make_plan`; embeddings and output
+    head are planned with the linears unless `exclude` names them. `watcher` is told of
     the stages "text", "calibrate", "sensitivities", "quantize", "original" and "tuning".
 
     Raises BudgetError naming the least that is possible, SpecError, InputError, CheckpointError and ArtifactError as

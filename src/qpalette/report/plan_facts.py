@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from qpalette.codes import parse_spec
@@ -11,6 +12,10 @@ from qpalette.plan import candidate_of
 
 if TYPE_CHECKING:
     from qpalette.pipeline.planning import BudgetPlan
+    from qpalette.plan import Choice
+
+_LAYER = re.compile(r"\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def plan_json(found: BudgetPlan) -> dict[str, Any]:
@@ -116,3 +121,25 @@ def facts_of(found: BudgetPlan, budget: str) -> dict[str, str]:
         "optimality gap": f"{planned.optimality_gap:.1e}" if planned.optimality_gap else "0, proven optimal",
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def of_all_experts(name: str) -> str:
+    """ "mlp.experts.3.up_proj" -> "mlp.experts.*.up_proj"; any other name as it is."""
+    return _EXPERT.sub(".experts.*.", name)
+
+
+def place_of(name: str) -> tuple[str, int | None]:
+    """What a linear is in its layer, and which layer that is; its name, and None, where it is in no layer."""
+    match = _LAYER.search(name)
+    return (of_all_experts(name), None) if match is None else (of_all_experts(name)[match.end() :], int(match[1]))
+
+
+def uniform_front(found: BudgetPlan) -> list[Choice]:
+    """One spec for all linears, by rising bits; what another such plan beats is left out."""
+    planner = found.planner
+    choices = [choice for c in planner.space.palette if (choice := planner.uniform(c, timed=False)) is not None]
+    best: list[Choice] = []
+    for choice in sorted(choices, key=lambda choice: (choice.bits, choice.loss)):
+        if not best or choice.loss < best[-1].loss:
+            best.append(choice)
+    return best

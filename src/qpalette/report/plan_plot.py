@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpalette.report.pictures import check_picture, new_figure
+from qpalette.report.plan_facts import place_of, uniform_front
 
 if TYPE_CHECKING:
     from qpalette.pipeline.planning import BudgetPlan
 
 PLAN, FRONT, UNIFORM, BOUND = "#c2410c", "#0b62a4", "#8a8a8a", "#111111"
-_LAYER = re.compile(r"\.(\d+)\.")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def draw_plan(found: BudgetPlan, file: Path, points: int) -> None:
@@ -31,37 +27,14 @@ def draw_plan(found: BudgetPlan, file: Path, points: int) -> None:
     figure.savefig(file, dpi=160)
 
 
-def bits_png(found: BudgetPlan) -> bytes:
-    """The heat map alone."""
-    figure = new_figure(10, 3.6)
-    _draw_bits(figure, found)
-    return _png(figure)
-
-
-def front_png(found: BudgetPlan, points: int) -> bytes:
-    """The Pareto front alone."""
-    figure = new_figure(10, 4.6)
-    _draw_front(figure.subplots(), found, points)
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    return buffer.getvalue()
-
-
 def bits_by_layer(found: BudgetPlan) -> tuple[list[str], list[int], dict[tuple[str, int], float]]:
     """(kinds, layers, code bits per weight by both); of experts the mean. What is in no layer has layer -1."""
     palette = {candidate.spec: float(candidate.rate) for candidate in found.planner.space.palette}
     bits: dict[tuple[str, int], list[float]] = {}
     for linear in found.planner.sensitivities.linears:
-        name = _EXPERT.sub(".experts.*.", linear.name)
-        match = _LAYER.search(name)
-        kind = name if match is None else name[match.end() :]
-        bits.setdefault((kind, -1 if match is None else int(match[1])), []).append(
-            palette[found.plan.specs[linear.name]]
-        )
+        kind, layer = place_of(linear.name)
+        cell = bits.setdefault((kind, -1 if layer is None else layer), [])
+        cell.append(palette[found.plan.specs[linear.name]])
     kinds = list(dict.fromkeys(kind for kind, _ in bits))
     layers = sorted({layer for _, layer in bits})
     return kinds, layers, {key: sum(values) / len(values) for key, values in bits.items()}
@@ -98,9 +71,20 @@ def _draw_front(axes: Any, found: BudgetPlan, points: int) -> None:
     planner, planned = found.planner, found.planned
     front = planner.front(points)
     xs = [point.bits_per_weight for point in front]
-    axes.semilogy(xs, [point.bound for point in front], color=BOUND, lw=1.2, label="bound: reverse water-filling")
-    axes.semilogy(xs, [point.loss for point in front], "-", color=FRONT, lw=1.6, label="best plans")
-    axes.semilogy(*zip(*_uniform_points(found), strict=True), "--", color=UNIFORM, lw=1.2, label="uniform plans")
+    axes.semilogy(
+        xs,
+        [found.scale(point.loss) * point.bound for point in front],
+        color=BOUND,
+        lw=1.2,
+        label="bound: reverse water-filling",
+    )
+    axes.semilogy(
+        xs, [found.scale(point.loss) * point.loss for point in front], "-", color=FRONT, lw=1.6, label="best plans"
+    )
+    uniform = [
+        (choice.bits / planner.weights, found.scale(choice.loss) * choice.loss) for choice in uniform_front(found)
+    ]
+    axes.semilogy(*zip(*uniform, strict=True), "--", color=UNIFORM, lw=1.2, label="uniform plans")
     here = float(planned.average_bits)
     axes.semilogy([here], [planned.choice.loss], "o", ms=8, color=PLAN, label="this plan", zorder=5)
     over = (
@@ -123,14 +107,3 @@ def _draw_front(axes: Any, found: BudgetPlan, points: int) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, which="major", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
-
-
-def _uniform_points(found: BudgetPlan) -> Sequence[tuple[float, float]]:
-    """The best uniform plan at each size: one spec everywhere, what another one beats left out."""
-    planner = found.planner
-    choices = [choice for c in planner.space.palette if (choice := planner.uniform(c, timed=False)) is not None]
-    best: list[tuple[float, float]] = []
-    for choice in sorted(choices, key=lambda choice: (choice.bits, choice.loss)):
-        if not best or choice.loss < best[-1][1]:
-            best.append((choice.bits / planner.weights, choice.loss))
-    return best

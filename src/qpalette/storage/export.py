@@ -32,7 +32,7 @@ def export_checkpoint(checkpoint: Checkpoint, directory: str | Path, max_shard_b
     temporary.mkdir(parents=True)
     try:
         checkpoint.save_side_files(temporary)
-        (temporary / "config.json").write_text(_config_text(checkpoint), encoding="utf-8")
+        (temporary / "config.json").write_text(_config_text(checkpoint), encoding="utf-8", newline="\n")
         _write_weights(checkpoint, temporary, max_shard_bytes)
         if is_volume:
             move_contents(temporary, target)
@@ -85,7 +85,8 @@ def _write_weights(checkpoint: Checkpoint, directory: Path, max_shard_bytes: int
                 writer.write(info.name, checkpoint.read(info.name))
         weight_map |= {info.name: name for info in infos}
     if len(shards) > 1:
-        (directory / "model.safetensors.index.json").write_text(_index_text(checkpoint, weight_map), encoding="utf-8")
+        index = directory / "model.safetensors.index.json"
+        index.write_text(_index_text(checkpoint, weight_map), encoding="utf-8", newline="\n")
 
 
 def _split(infos: Iterable[TensorInfo], max_shard_bytes: int) -> list[list[TensorInfo]]:

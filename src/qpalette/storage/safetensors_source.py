@@ -248,6 +248,6 @@ def _copy_without_remote_code(source: Path, target: Path) -> None:
         content = _read_json(source)
         if content.pop("auto_map", None):
             logger.warning("%s: auto_map dropped; remote code is never run", source)
-            target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
             return
     shutil.copyfile(source, target)

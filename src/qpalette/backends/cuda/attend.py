@@ -13,7 +13,7 @@ from qpalette.backends.cuda.decoder import COMMON_SOURCE
 from qpalette.backends.cuda.rotate import TYPES
 from qpalette.backends.cuda.segments import device_limits
 
-SOURCE = COMMON_SOURCE + Path(__file__).with_name("attend.cu").read_text()
+SOURCE = COMMON_SOURCE + Path(__file__).with_name("attend.cu").read_text(encoding="utf-8")
 SPLITS = 8  # blocks of a cluster: as many as every device with clusters has
 MOST_DIM = 256
 MOST_GROUP = 8  # queries that share a key: the columns of a matrix instruction

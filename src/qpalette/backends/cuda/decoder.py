@@ -11,8 +11,8 @@ import torch
 from qpalette.codes import parse_spec
 from qpalette.codes.description import Decoder
 
-COMMON_SOURCE = Path(__file__).with_name("common.cuh").read_text()
-SOURCE = COMMON_SOURCE + Path(__file__).with_name("decoder.cuh").read_text()
+COMMON_SOURCE = Path(__file__).with_name("common.cuh").read_text(encoding="utf-8")
+SOURCE = COMMON_SOURCE + Path(__file__).with_name("decoder.cuh").read_text(encoding="utf-8")
 MOST_PAIR_BITS = 6  # of a scalar index: up to here a look-up gives two weights; more pairs do not fit
 _COPIES_BYTES = 4 * 32  # of an entry with a copy in each bank
 

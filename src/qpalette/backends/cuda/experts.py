@@ -30,9 +30,9 @@ from qpalette.backends.cuda.segments import THREADS, decode_cost, device_limits,
 from qpalette.runtime import Gate, PackedExperts, PackedLinear, in_one_basis
 
 _HERE = Path(__file__)
-SHARED_SOURCE = _HERE.with_name("experts.cuh").read_text()
-SOURCE = TILES_SOURCE + SHARED_SOURCE + _HERE.with_name("experts.cu").read_text()
-ROUTES_SOURCE = COMMON_SOURCE + SHARED_SOURCE + _HERE.with_name("routes.cu").read_text()
+SHARED_SOURCE = _HERE.with_name("experts.cuh").read_text(encoding="utf-8")
+SOURCE = TILES_SOURCE + SHARED_SOURCE + _HERE.with_name("experts.cu").read_text(encoding="utf-8")
+ROUTES_SOURCE = COMMON_SOURCE + SHARED_SOURCE + _HERE.with_name("routes.cu").read_text(encoding="utf-8")
 RUN = 8  # slots, as in experts.cuh: columns of a matrix instruction
 MOST_EXPERTS = 1024  # threads of the block that plans
 GATE_THREADS = 256

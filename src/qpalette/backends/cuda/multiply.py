@@ -22,8 +22,8 @@ from qpalette.backends.cuda.segments import (
 )
 from qpalette.runtime import PackedLinear
 
-TILES_SOURCE = Path(__file__).with_name("multiply.cuh").read_text()
-SOURCE = TILES_SOURCE + Path(__file__).with_name("multiply.cu").read_text()
+TILES_SOURCE = Path(__file__).with_name("multiply.cuh").read_text(encoding="utf-8")
+SOURCE = TILES_SOURCE + Path(__file__).with_name("multiply.cu").read_text(encoding="utf-8")
 MOST_BATCH = 16
 MOST_VALUE = 8  # above every table entry (tests/backend/test_cuda_products_plan.py)
 MOST_NORM = 128  # of a token of x': rotate.cu

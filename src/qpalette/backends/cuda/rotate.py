@@ -15,7 +15,7 @@ from qpalette.backends.cuda.decoder import COMMON_SOURCE
 from qpalette.core.errors import UnsupportedError
 from qpalette.rotate import Factor, Rotation
 
-SOURCE = COMMON_SOURCE + Path(__file__).with_name("rotate.cu").read_text()
+SOURCE = COMMON_SOURCE + Path(__file__).with_name("rotate.cu").read_text(encoding="utf-8")
 CHUNK_COLUMNS = 256
 MOST_HADAMARD_BITS = 11  # of the part that runs in registers: MOST_THREADS of four values each
 MOST_ROW_BITS = 9  # threads for a row of that

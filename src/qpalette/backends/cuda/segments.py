@@ -18,7 +18,7 @@ from qpalette.backends.cuda.decoder_sets import DecoderSets
 from qpalette.core.records import TILE
 from qpalette.runtime import PackedLinear
 
-SOURCE = Path(__file__).with_name("segments.cuh").read_text()
+SOURCE = Path(__file__).with_name("segments.cuh").read_text(encoding="utf-8")
 MOST_SEGMENTS = 8
 THREADS = 512  # of 128 registers
 MOST_TABLE_BYTES = 1 << 17

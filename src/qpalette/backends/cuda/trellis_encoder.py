@@ -12,7 +12,7 @@ import torch
 from qpalette.backends.cuda.compiler import KernelLaunch, load_kernel
 from qpalette.codes.description import Search
 
-SOURCE = Path(__file__).with_name("trellis_encoder.cu").read_text()
+SOURCE = Path(__file__).with_name("trellis_encoder.cu").read_text(encoding="utf-8")
 MOST_TILES = 16
 MOST_LANES = 4
 MOST_SIBLINGS = 4

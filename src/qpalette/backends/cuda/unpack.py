@@ -25,8 +25,8 @@ from qpalette.backends.cuda.segments import (
 from qpalette.core.records import TILE
 from qpalette.runtime import PackedLinear
 
-SOURCE = Path(__file__).with_name("unpack.cu").read_text()
-RESCALE_SOURCE = COMMON_SOURCE + Path(__file__).with_name("rescale.cu").read_text()
+SOURCE = Path(__file__).with_name("unpack.cu").read_text(encoding="utf-8")
+RESCALE_SOURCE = COMMON_SOURCE + Path(__file__).with_name("rescale.cu").read_text(encoding="utf-8")
 RESCALE_MACROS = {"THREADS": 512, "MOST_SEGMENTS": MOST_SEGMENTS}
 SLAB_BYTES = 128 << 20  # of decoded rows at a time
 
