@@ -76,7 +76,7 @@ def load(
     file is dequantized once, into a cache. No code of the model runs. device: where all of it goes, such as cpu or
     cuda:1; device_map, as in `from_pretrained`, spreads it instead. dtype: of the activations and of what is not
     quantized; the checkpoint's own by default. backend: the only one that may run, by name; like the variable
-    QPALETTE_BACKEND, which it sets, it holds for the whole process. fast: on one CUDA device, `model.generate` decodes
+    QPALETTE_BACKEND, which it sets, it holds for the whole process. fast: on one device, `model.generate` decodes
     by captured steps, with the same arguments and results, and compiles them as `compile` says: "never", in the
     "background", or "now", before the first token. bits: quantize first a model that is not quantized, without data,
     into the cache (`qpalette.Config`), searching as `effort` says. cache: with `fast`, what keys and values are kept

@@ -371,7 +371,7 @@ def test_the_commands(tmp_path, monkeypatch):
     model, _ = qpalette.load(packed, fast=True)
     assert model.generate.cache(model.config, 9).plan == parse_cache("white:vq-2")
     plain, _ = qpalette.load(packed, fast=True, cache="none")
-    assert not hasattr(plain.generate, "cache")
+    assert plain.generate.cache is None
     assert qpalette.cache(plain, max_length=9).plan.exact == Exact(4, 0)
 
 

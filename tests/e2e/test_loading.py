@@ -15,6 +15,7 @@ from huggingface_hub.utils import filter_repo_objects
 from test_cli import _plain_output, run, save_model  # noqa: F401 - fixtures
 
 import qpalette
+from qpalette.backends.cpu.step import Program
 from qpalette.core.errors import ArtifactError, CheckpointError, InputError, UnsupportedError
 from qpalette.evaluate import bits_per_weight, load, load_model
 from qpalette.evaluate.loading import is_artifact
@@ -189,8 +190,14 @@ def test_every_call_of_an_auto_class_refuses_code():
         assert said.value is False, f"{file}:{call.lineno}"
 
 
-def test_fast_is_for_a_gpu_and_its_mistakes_come_before_the_model(models):
+def test_fast_writes_the_same_and_its_mistakes_come_before_the_model(models):
+    ids, options = torch.full((1, 9), 5), {"max_new_tokens": 24, "do_sample": False}
+    wanted = qpalette.load(models["owner/packed"], dtype=torch.float32)[0].generate(ids, **options)
     model, _ = qpalette.load(models["owner/packed"], dtype=torch.float32, fast=True, compile="background")
-    assert type(model).generate == model.generate.__func__, "on a CPU a model stays as it is"
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **options), wanted)
+        model.generate.wait()
+    programs = [step.graph for session in model.generate.loop.sessions for step in session.steps.values()]
+    assert any(isinstance(program, Program) for program in programs)
     with pytest.raises(InputError, match="choose never, background, now"):
         qpalette.load("no/such", fast=True, compile="soon")

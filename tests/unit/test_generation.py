@@ -12,6 +12,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -31,12 +33,15 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from qpalette.backends.cpu.step import Program
 from qpalette.core.errors import InputError
-from qpalette.generation import Generate, attach, cache, compilation, fast, loop
+from qpalette.generation import attach, cache, compilation, fast, loop
 from qpalette.generation.cache import bucket
 from qpalette.generation.choice import most_likely
 from qpalette.generation.fast import can_serve
+from qpalette.generation.native import ProgramCapture
 from qpalette.generation.session import CHOICES, SESSIONS, Session
+from qpalette.generation.step import Capture
 
 VOCABULARY = 96
 SIZES = {
@@ -88,10 +93,22 @@ class Replay:
         self.work()()
 
 
-@pytest.fixture(params=[None, Replay], ids=["eager", "captured"])
-def capture(request) -> type[Replay] | None:
+class Programs(ProgramCapture):
+    """Steps as programs of compiled kernels; waits for these, so that every test has them."""
+
+    def __call__(self, work: Callable[[], None]) -> Program | None:
+        program = super().__call__(work)
+        if program is None:
+            self.wait()
+            program = super().__call__(work)
+        Replay.made += 1
+        return program
+
+
+@pytest.fixture(params=[None, Replay, Programs], ids=["eager", "captured", "program"])
+def capture(request) -> Capture | None:
     Replay.made = 0
-    return request.param
+    return Programs() if request.param is Programs else request.param
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -559,12 +576,36 @@ def test_a_text_that_is_read_anew_when_it_grows_long():
     assert not can_serve(model)
 
 
-def test_on_a_cpu_a_model_stays_as_it_is():
+def test_on_a_cpu_steps_become_programs():
     model = build()
+    wanted = model.generate(prompt(1, 20), **GREEDY)
     assert fast(model, "background") is model
-    assert not isinstance(model.generate, Generate)
+    for _ in range(2):
+        assert torch.equal(model.generate(prompt(1, 20), **GREEDY), wanted)
+        model.generate.wait()
+    (step,) = [step for session in sessions_of(model) for step in session.steps.values()]
+    assert isinstance(step.graph, Program)
     with pytest.raises(InputError, match="choose never, background, now"):
         fast(model, "perhaps")
+
+
+def test_a_class_that_cannot_do_with_a_static_cache_keeps_its_own():
+    """Bloom's biases are as long as the prompt. The streamer is told once; an error of the request's stays an error."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4)
+    model = BloomForCausalLM(config).eval()
+    wanted, told = Puts(), Puts()
+    options = GREEDY | {"eos_token_id": None}
+    options |= {"attention_mask": torch.tensor([[0] * 3 + [1] * 4])}
+    tokens = model.generate(prompt(1, 7), streamer=wanted, **options)
+    fast(model)
+    with pytest.raises(IndexError):
+        model.generate(torch.full((1, 7), VOCABULARY), **options)
+    for _ in range(2):
+        told.puts.clear()
+        assert torch.equal(model.generate(prompt(1, 7), streamer=told, **options), tokens)
+        assert told.puts == wanted.puts
+    assert not [step for session in sessions_of(model) for step in session.steps.values() if step.warm]
 
 
 # --- a model that changes ----------------------------------------------------------------------------------------

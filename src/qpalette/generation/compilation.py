@@ -39,6 +39,19 @@ def compiled(function: Callable[..., torch.Tensor]) -> Reduced:
     return torch.compile(function, fullgraph=True, dynamic=True, options=compile_options())
 
 
+def beside(name: str, work: Callable[[], None]) -> threading.Thread:
+    """A thread that does `work`, and leaves it where the process ends."""
+
+    def until_the_end() -> None:
+        with suppress(SystemExit), _short_turns():  # `_stop`
+            work()
+
+    thread = threading.Thread(target=until_the_end, name=name, daemon=True)
+    _threads.add(thread)
+    thread.start()
+    return thread
+
+
 class Compiler:
     """Compiles steps of one model, one at a time, on a cache of their own; a failure is told once, and ends it.
 
@@ -61,10 +74,7 @@ class Compiler:
     def start(self, step: Step) -> None:
         """Compile in a thread, unless one is at work already."""
         if not self.busy:
-            name = "compile a step of generation"
-            self.thread = threading.Thread(target=self._work_beside, args=(step,), name=name, daemon=True)
-            _threads.add(self.thread)
-            self.thread.start()
+            self.thread = beside("compile a step of generation", partial(self.work, step))
 
     def work(self, step: Step) -> None:
         """Compile here. The step takes the function up at its next token."""
@@ -73,10 +83,6 @@ class Compiler:
                 step.compiled = self.context.copy().run(self._compile, step)
         except Exception as error:
             self.fail(error)
-
-    def _work_beside(self, step: Step) -> None:
-        with suppress(SystemExit):  # `_stop`
-            self.work(step)
 
     def fail(self, error: Exception) -> None:
         """Told once; steps stay as they are."""

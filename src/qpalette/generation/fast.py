@@ -19,7 +19,8 @@ from qpalette.core.errors import UnsupportedError
 from qpalette.generation.cache import CacheMaker, TokenCache, holds
 from qpalette.generation.compilation import Compiler, check_mode
 from qpalette.generation.loop import Loop
-from qpalette.generation.request import NotOurs, request_of
+from qpalette.generation.native import ProgramCapture
+from qpalette.generation.request import NotOurs, NotRead, request_of
 from qpalette.generation.step import Capture, capture_graph
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
 
@@ -32,9 +33,9 @@ def fast(model: Any, compile: str = "never", cache: CacheMaker | None = None) ->
 
     The call and its results stay: transformers prepares the request, and what this loop does not do (beams, a cache
     that is given, scores that are asked for, ...) runs as before. compile: "never"; "background", beside the
-    generation, which takes the compiled step up when it is ready; "now", before the first token. On a CPU, and spread
-    over several devices, the model stays as it is, unless it is given a `cache`: every request is served with
-    that, on a CPU by the same loop without captures.
+    generation, which takes the compiled step up when it is ready; "now", before the first token. On a CPU a step is
+    captured as a program of compiled kernels, whatever `compile` says. On another device, and spread over several,
+    the model stays as it is, unless it is given a `cache`: every request is served with that, without captures.
 
     Raises InputError for another `compile`; UnsupportedError for a `cache` where the loop cannot serve the model.
     """
@@ -44,7 +45,11 @@ def fast(model: Any, compile: str = "never", cache: CacheMaker | None = None) ->
         if cache is not None:
             raise UnsupportedError(f"no cache of codes for {type(model).__name__} on {len(devices)} device(s) here")
         return model
-    if next(iter(devices)).type != "cuda":
+    kind = next(iter(devices)).type
+    if kind == "cpu":
+        attach(model, "never", ProgramCapture(), cache)
+        return model
+    if kind != "cuda":
         if cache is not None:
             attach(model, "never", None, cache)
         return model
@@ -92,6 +97,7 @@ class Generate:
         self.lock, self.running = threading.RLock(), False
         self.loop: Loop | None = None  # made for what the stamp says of the model
         self.stamp: Hashable = None
+        self.unread: Hashable = None  # the stamp of a model whose class cannot do with our caches
         functools.update_wrapper(self, self.plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,8 +112,12 @@ class Generate:
                     return self.plain(**given, custom_generate=partial(_decode, loop, streamer))
                 finally:
                     self.running = False
-        except NotOurs:
-            return self.plain(*args, **kwargs) if self.cache is None else self._plain_with_cache(args, kwargs)
+        except NotOurs as error:
+            reason = error
+        result = self.plain(*args, **kwargs) if self.cache is None else self._plain_with_cache(args, kwargs)
+        if isinstance(reason, NotRead):  # though there is nothing wrong with the request
+            self.unread = self.stamp
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
         return Generate(copy.deepcopy(self.model, memo), self.compile, self.capture, self.cache)
@@ -119,6 +129,8 @@ class Generate:
 
     def wait(self) -> None:
         """Until nothing is being compiled; the next request takes it up."""
+        if isinstance(self.capture, ProgramCapture):
+            self.capture.wait()
         if self.loop is not None:
             self.loop.compiler.wait()
 
@@ -170,7 +182,9 @@ class Generate:
             raise NotOurs
         if model.config.get_text_config()._attn_implementation not in ATTENTION:
             raise NotOurs
-        if (stamp := _stamp(model)) != self.stamp or self.loop is None:
+        if (stamp := _stamp(model)) == self.unread:
+            raise NotOurs
+        if stamp != self.stamp or self.loop is None:
             if not can_serve(model):
                 raise NotOurs
             self.stamp = stamp
@@ -195,8 +209,6 @@ def _decode(
     with torch.inference_mode(False), torch.no_grad(), _on(device):
         prepared = (input_ids, logits_processor, stopping_criteria, generation_config)
         request = request_of(*prepared, streamer, device, inputs)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
         return loop.run(request).to(input_ids.device, copy=True)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from qpalette.core.errors import UnsupportedError
 from qpalette.generation.cache import CacheMaker, bucket
 from qpalette.generation.compilation import Compiler
 from qpalette.generation.reader import Reader
-from qpalette.generation.request import Request
+from qpalette.generation.request import NotRead, Request
 from qpalette.generation.session import Session, Sessions
 from qpalette.generation.step import CAPTURE_WARMUP, Capture, Step
 
@@ -76,13 +77,15 @@ class Loop:
         try:
             with _no_compilation(step):
                 step.graph = self.capture(step.run)
-            self.warm_since = time.perf_counter()
+            if step.graph is not None:
+                self.warm_since = time.perf_counter()
         except Exception as error:
             if step.is_compiled:
                 self._without_compilation(step, error)
                 return
             reason = str(error).strip().partition("\n")[0]
-            logger.warning("a step of this model cannot be captured, so it runs eagerly: %s", reason)
+            level = logging.DEBUG if isinstance(error, UnsupportedError) else logging.WARNING
+            logger.log(level, "a step of this model cannot be captured, so it runs eagerly: %s", reason)
             self.capture = None
 
     def _without_compilation(self, step: Step, error: Exception) -> None:
@@ -114,7 +117,10 @@ class _Running:
 
     def run(self) -> None:
         """A step that is replayed is launched before the token ahead of it is read: the device never waits."""
-        self._choose(self._read_prompt())
+        logits = self._read_prompt()
+        if self.request.streamer is not None:
+            self.request.streamer.put(self.request.ids.cpu())
+        self._choose(logits)
         while True:
             more = self.length + 1 < self.request.limit
             ahead = more and self.step.choice.inside and self.step.replays and not self.session.is_full
@@ -139,7 +145,12 @@ class _Running:
             kept = held if 2 * held >= self.length else 0
             if source is not None and source is not self.session and kept:
                 self.session.move(source, kept)
-        logits = self._take_prompt(kept)
+        try:
+            logits = self._take_prompt(kept)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a class that cannot do with a static cache, or the user's
+            raise NotRead from error
         self._compile_now()
         return logits
 

@@ -27,6 +27,10 @@ class NotOurs(Exception):
     """The request wants what transformers' own loop does, and this one does not."""
 
 
+class NotRead(NotOurs):
+    """The model could not read the prompt into a cache of ours."""
+
+
 @dataclass(frozen=True)
 class Request:
     """prompt: what forward takes of it; limit: tokens in all; pad: what follows a finished sequence, None: it goes on;

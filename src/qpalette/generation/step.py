@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qpalette.backends.cpu.step import Program
 from qpalette.generation.cache import SessionCache
 from qpalette.generation.choice import Choice
 
@@ -17,7 +18,9 @@ CAPTURE_WARMUP = 3  # runs ahead of a capture, as torch's documentation of CUDA 
 # 8 layers of Llama-3.1-8B on an H100: 689 instead of 758 us at 3.25 bits.
 COMPILE_OPTIONS = {"triton.enable_pdl": True, "combo_kernels": True}
 
-Capture = Callable[[Callable[[], None]], Any]  # work -> something whose replay() does it again
+# work, which has run before -> something whose replay() does it again; None: not yet, it is asked again. It leaves what
+# `work` would.
+Capture = Callable[[Callable[[], None]], Any]
 
 
 def compile_options() -> dict[str, Any]:
@@ -99,7 +102,7 @@ class Step:
     @property
     def replays(self) -> bool:
         """Whether the next launch costs the host next to nothing."""
-        return self.graph is not None and self.compiled is None
+        return self.graph is not None and self.compiled is None and not isinstance(self.graph, Program)
 
     @property
     def is_compiled(self) -> bool:

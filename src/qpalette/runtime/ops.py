@@ -110,9 +110,11 @@ class PreparedLinears:
 
 
 def goes_straight(x: torch.Tensor) -> bool:
-    # A tensor with the negative bit (an imaginary part of a conjugate) has other values than its memory.
+    # A tensor with the negative bit (an imaginary part of a conjugate) has other values than its memory. Who watches
+    # the operators, by a dispatch mode, is shown these, too.
     plain = type(x) is torch.Tensor and not x.is_meta and not torch.compiler.is_compiling() and not x.is_neg()
-    return plain and not (x.requires_grad and torch.is_grad_enabled())
+    unseen = plain and torch._C._len_torch_dispatch_stack() == 0
+    return unseen and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _run(x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from qpalette.backends.cpu.experts import CpuExperts, takes
-from qpalette.backends.cpu.layout import from_lanes, tile_rows, to_lanes
+from qpalette.backends.cpu.layout import LAYOUT, from_lanes, tile_rows, to_lanes
 from qpalette.backends.cpu.product import CpuProduct, rotated_weight
 from qpalette.backends.cpu.threads import parallel_caller
 from qpalette.backends.cpu.viterbi import encode_states
@@ -20,7 +20,7 @@ from qpalette.runtime import TILES, Backend, ExpertsProduct, PackedExperts, Pack
 class CpuBackend(Backend):
     name = "cpu"
     priority = 10
-    layout = "cpu-lanes"
+    layout = LAYOUT
     fuses = True
 
     def supports(self, operation: str, spec: str, device: torch.device) -> Verdict:

@@ -8,14 +8,11 @@ summed apart from those beside it.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
-from numba import carray, prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray, prange
 
+from qpalette.backends.cpu.calls import call
 from qpalette.backends.cpu.jit import entry, kernel, parallel_kernel
 from qpalette.backends.cpu.matmul import BLOCK, LEAST_PRODUCTS
 from qpalette.backends.cpu.operands import MATRIX, TYPES, pointer
@@ -84,29 +81,6 @@ def rotate(x, sources, diagonals, has_signs, factors, out, threads):  # type: ig
         _rotate_some(x, sources, diagonals, has_signs, factors, out, 0, 1)
 
 
-@lru_cache(maxsize=8)
-def address_of(linear: Any) -> int:
-    """Of the machine code of a `matmul` kernel, for `call_linear`."""
-    signature = (types.int64,) * 5
-    linear.compile(signature)
-    compiled = linear.overloads[signature]
-    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
-
-
-@intrinsic
-def call_linear(typing_context: Any, address: Any, launch: Any, x: Any, type_: Any, batch: Any, threads: Any) -> Any:
-    """linear(launch, x, type_, batch, threads) of the kernel at `address`: so that one loop serves all ways of
-    decoding, and is not compiled anew around each."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        kind = context.call_conv.get_function_type(types.none, signature.args[1:])
-        places = [cgutils.alloca_once(builder, each.pointee) for each in kind.args[:2]]  # result and exception: none
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [*places, *args[1:]])
-        return context.get_dummy_value()
-
-    return types.none(*[types.int64] * 6), codegen
-
-
 @kernel
 def _multiply_piece(template, matrix, linear, x, start, stop, out, first, column):  # type: ignore[no-untyped-def]
     """Block rows start .. stop of `matrix`, whose results begin at `column`, by x: as a matrix of its own."""
@@ -121,7 +95,7 @@ def _multiply_piece(template, matrix, linear, x, start, stop, out, first, column
     cut[0].rows = rows
     cut[0].y = results.ctypes.data
     launch[0].multiplied = cut.ctypes.data
-    call_linear(linear, launch.ctypes.data, x.ctypes.data, FLOAT32, len(x), 1)
+    call(linear, launch.ctypes.data, x.ctypes.data, FLOAT32, len(x), 1)
     out[first : first + len(x), column + top : column + top + rows] = results
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from qpalette.backends.cpu import expert_kernels as kernels
+from qpalette.backends.cpu.calls import address_of
 from qpalette.backends.cpu.operands import LAUNCH, MATRIX
 from qpalette.backends.cpu.product import Multiplier, describe, multiplier_of, wants_bytes
 from qpalette.backends.cpu.threads import parallel_caller, present_threads
@@ -116,7 +117,7 @@ class _Projection:
             matrices = np.zeros(len(multipliers), MATRIX)
             for matrix, member, multiplier in zip(matrices, self._flat, multipliers, strict=True):
                 describe(matrix, member, multiplier)
-            linears = np.array([kernels.address_of(multiplier.linear) for multiplier in multipliers])
+            linears = np.array([address_of(multiplier.linear) for multiplier in multipliers])
             self._tables[in_bytes] = _Table(matrices.reshape(self._shape), linears.reshape(self._shape), multipliers)
         return self._tables[in_bytes]
 

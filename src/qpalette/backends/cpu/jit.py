@@ -125,9 +125,9 @@ def _digest() -> str:
     digest.update(
         repr((versions, binding.get_host_cpu_name(), sorted(binding.get_host_cpu_features().items()))).encode()
     )
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         content = source.read_bytes()
-        digest.update(f"{source.name}:{len(content)}:".encode() + content)
+        digest.update(f"{source.relative_to(Path(__file__).parent)}:{len(content)}:".encode() + content)
     return digest.hexdigest()
 
 

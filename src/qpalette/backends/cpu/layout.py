@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+LAYOUT = "cpu-lanes"  # its name
 SIDE = 4  # tiles; SIDE * SIDE lanes
 
 

@@ -96,6 +96,14 @@ class CpuProduct:
             self._multiply_decoded(x, sorted(others), outputs)
         return outputs
 
+    def calls(
+        self, x: int, dtype: torch.dtype, batch: int, outputs: Sequence[int]
+    ) -> list[tuple[Any, tuple[int, ...]]]:
+        """What a call with x at an address would start, for results at addresses: kernels, and their arguments but for
+        the threads. They hold for these addresses until the next call of this product."""
+        launches = self._present_launches(wants_bytes(dtype))
+        return [launch.addressed(x, TYPES[dtype], batch, outputs) for launch in launches]
+
     def _present_launches(self, in_bytes: bool) -> list[_Launch]:
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         if addresses != self._addresses:
@@ -132,26 +140,11 @@ class _Launch:
         first_kind = multipliers[indices[0]]
         self._kernel, self._largest_batch, self.indices = first_kind.linear, first_kind.largest_batch, indices
         chosen = [(members[index], multipliers[index]) for index in indices]
-        self._matrices, self._launch = np.zeros(len(chosen), MATRIX), np.zeros(1, LAUNCH)
+        self._matrices = np.zeros(len(chosen), MATRIX)
         self._kept = factors, multipliers  # for their addresses
         for matrix, (member, multiplier) in zip(self._matrices, chosen, strict=True):
             describe(matrix, member, multiplier)
-        first = members[0]
-        _fill(
-            self._launch[0],
-            features=first.in_features,
-            diagonal=first.diagonal.data_ptr(),
-            has_signs=first.diagonal.dtype == torch.uint8,
-            orders=_address(factors.orders),
-            inners=_address(factors.inners),
-            offsets=_address(factors.offsets),
-            factors=len(factors.orders),
-            matrices=_address(factors.matrices),
-            matrices_size=len(factors.matrices),
-            scale=factors.scale,
-            multiplied=_address(self._matrices),
-            members=len(chosen),
-        )
+        self._launch = launch_of(members[0], factors, self._matrices)
         self._y, self._address = self._matrices["y"], _address(self._launch)
 
     def takes(self, batch: int) -> bool:
@@ -159,9 +152,35 @@ class _Launch:
 
     def start(self, x: int, type_: int, batch: int, threads: int, outputs: Sequence[torch.Tensor]) -> None:
         """x, an address, is [batch, K] of `type_`; `outputs` are [batch, M] of it, of all members."""
+        kernel, arguments = self.addressed(x, type_, batch, [output.data_ptr() for output in outputs])
+        kernel(*arguments, threads)
+
+    def addressed(self, x: int, type_: int, batch: int, outputs: Sequence[int]) -> tuple[Any, tuple[int, ...]]:
+        """The kernel, and its arguments but for the threads."""
         for place, index in enumerate(self.indices):
-            self._y[place] = outputs[index].data_ptr()
-        self._kernel(self._address, x, type_, batch, threads)
+            self._y[place] = outputs[index]
+        return self._kernel, (self._address, x, type_, batch)
+
+
+def launch_of(first: PackedLinear, factors: Factors, matrices: np.ndarray) -> np.ndarray:
+    """The LAUNCH of `matrices`, MATRIX, with the diagonal of `first`."""
+    launch = np.zeros(1, LAUNCH)
+    _fill(
+        launch[0],
+        features=first.in_features,
+        diagonal=first.diagonal.data_ptr(),
+        has_signs=first.diagonal.dtype == torch.uint8,
+        orders=_address(factors.orders),
+        inners=_address(factors.inners),
+        offsets=_address(factors.offsets),
+        factors=len(factors.orders),
+        matrices=_address(factors.matrices),
+        matrices_size=len(factors.matrices),
+        scale=factors.scale,
+        multiplied=_address(matrices),
+        members=len(matrices),
+    )
+    return launch
 
 
 def describe(matrix: Any, member: PackedLinear, multiplier: Multiplier) -> None:

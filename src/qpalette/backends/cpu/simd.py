@@ -149,6 +149,29 @@ def _reduced(name: str, scalar: ir.Type, builder: Any, lanes: Any) -> Any:
     return builder.call(function, [lanes])
 
 
+def _total(builder: Any, lanes: Any) -> Any:
+    """In a tree: sixteen sums one after the other would wait for one another."""
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_FLOAT, [_FLOAT, F.vector]), "llvm.vector.reduce.fadd.v16f32"
+    )
+    return builder.call(function, [ir.Constant(_FLOAT, -0.0), lanes], fastmath=("reassoc",))
+
+
+def _define_load_wide(narrow: ir.Type, widen: Callable[..., Any]) -> Any:
+    """Sixteen numbers of 16 bits, int16 in an array, as float32."""
+
+    @intrinsic
+    def load_wide(typing_context, array, index):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            vector = ir.VectorType(narrow, LANES)
+            pointer = _element_pointer(context, builder, signature.args[0], *args)
+            return widen(builder, builder.load(builder.bitcast(pointer, vector.as_pointer()), align=2))
+
+        return F(array, types.intp), codegen
+
+    return load_wide
+
+
 def _define_butterfly(distance: int) -> Any:
     """a + b in the lane of a, a - b in that of b, for lanes `distance` apart, a power of two."""
     partners = ir.Constant(ir.VectorType(_INT, LANES), [lane ^ distance for lane in range(LANES)])
@@ -181,6 +204,10 @@ butterfly1, butterfly2, butterfly4, butterfly8 = (_define_butterfly(distance) fo
 loadf = _define_load(F)
 loadi = _define_load(I)
 loadb = _define_load(B, 1)
+load_bfloat = _define_load_wide(
+    _SHORT, lambda b, x: b.bitcast(b.shl(b.zext(x, I.vector), ir.Constant(I.vector, [16] * LANES)), F.vector)
+)
+load_half = _define_load_wide(ir.HalfType(), lambda b, x: b.fpext(x, F.vector))
 load_quarterf = _define_load_quarter(F)  # the 16 bytes at array[index], four times
 load_quarteri = _define_load_quarter(I)
 load_quarterb = _define_load_quarter(B)
@@ -297,6 +324,7 @@ mini = _define((I, I, I), lambda b, x, y: _call("smin.v16i32", I.vector, b, x, y
 maxi = _define((I, I, I), lambda b, x, y: _call("smax.v16i32", I.vector, b, x, y))
 largest = _define((types.int32, I), lambda b, x: _reduced("smax.v16i32", _INT, b, x))
 total = _define((types.int32, I), lambda b, x: _reduced("add.v16i32", _INT, b, x))
+totalf = _define((types.float32, F), _total)
 funnel_shift_right = _define((I, I, I, I), lambda b, hi, lo, n: _call("fshr.v16i32", I.vector, b, hi, lo, n))
 to_float = _define((F, I), lambda b, x: b.sitofp(x, F.vector))
 to_nearest = _define((I, F), lambda b, x: b.fptosi(_call("rint.v16f32", F.vector, b, x), I.vector))

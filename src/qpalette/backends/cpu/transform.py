@@ -29,8 +29,8 @@ class Factors(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def factors_of(name: str, dim: int) -> Factors | None:
-    """The rotation of `dim` inputs that `name` spells; None when a factor is better left to torch."""
+def factors_of(name: str, dim: int, inverse: bool = False) -> Factors | None:
+    """The rotation of `dim` inputs that `name` spells, or the way back; None when a factor is better left to torch."""
     rotation = Rotation.parse(name, dim)
     orders, inners, offsets, matrices = [], [], [], [np.zeros(1, np.float32)]
     inner, scale = rotation.block, 1.0
@@ -43,7 +43,8 @@ def factors_of(name: str, dim: int) -> Factors | None:
             scale /= math.sqrt(factor.order)
         elif factor.order <= LARGEST_DENSE:
             offsets.append(sum(matrix.size for matrix in matrices))
-            matrices.append(factor.matrix().astype(np.float32).ravel())
+            matrix = factor.matrix().astype(np.float32)
+            matrices.append((matrix.T if inverse else matrix).ravel())
         else:
             return None
     return Factors(np.array(orders), np.array(inners), np.array(offsets), np.concatenate(matrices), np.float32(scale))

@@ -1,0 +1,134 @@
+"""A token step on the CPU through `model.generate`: transformers' loop, our loop with eager steps, and with programs.
+
+    python benchmarks/cpu_step.py MODEL [MODEL ...] [--dtype float32 --dtype bfloat16]
+
+Requests of the three take turns in one process, on one thread; what counts is the lower quartile of its processor time
+between tokens, as a streamer sees it, so that what else the machine does counts little. "replay" is a program alone,
+"products" its packed products alone, on the same memory: "all else" is the difference: norms, rope, attention,
+activations, the choice of the token. "Python" is what a token takes beside its replay.
+"""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from report import processor, report
+from transformers.generation.streamers import BaseStreamer
+
+from qpalette.backends.cpu.step import Program, instructions_of
+from qpalette.backends.cpu.step.packed import Packed
+from qpalette.evaluate import load_model
+from qpalette.generation import Generate
+from qpalette.generation.native import ProgramCapture
+
+SKIPPED = 10  # tokens until a step is warm
+Runner = Callable[..., Any]
+
+
+def main(
+    models: list[str],
+    dtype: Annotated[list[str] | None, typer.Option()] = None,
+    context: int = 32,
+    steps: int = 64,
+    rounds: int = 6,
+    name: str = "cpu_step",
+) -> None:
+    torch.set_num_threads(1)
+    rows = []
+    for model in models:
+        for each in dtype or ["float32", "bfloat16"]:
+            rows.append({"model": Path(model).name, "type": each} | measured(model, each, context, steps, rounds))
+            gc.collect()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    report(name, processor(), rows, commit=commit, context=context, steps=steps, rounds=rounds)
+
+
+def measured(path: str, dtype: str, context: int, steps: int, rounds: int) -> dict[str, Any]:
+    model = load_model(path, dtype=getattr(torch, dtype))[0]
+    capture = ProgramCapture()
+    program = Generate(model, "never", capture)
+    plain = type(model).generate.__get__(model)
+    runners: dict[str, Runner] = {"transformers": plain, "eager": Generate(model, "never", None), "program": program}
+    prompt = torch.randint(3, model.config.vocab_size, (1, context))
+    for run in runners.values():
+        times(run, prompt, SKIPPED)
+    capture.wait()
+    found: dict[str, list[float]] = {runner: [] for runner in runners}
+    for _ in range(rounds):
+        for runner, run in runners.items():
+            found[runner] += times(run, prompt, steps)
+    milliseconds = {runner: quartile(each) for runner, each in found.items()}
+    replay, products = alone(program, rounds * steps // 4)
+    return {
+        "prompt": context,
+        **{f"{runner} ms/token": each for runner, each in milliseconds.items()},
+        "program tokens/s": 1e3 / milliseconds["program"],
+        "over eager": milliseconds["eager"] / milliseconds["program"],
+        "over transformers": milliseconds["transformers"] / milliseconds["program"],
+        "replay ms": replay,
+        "products ms": products,
+        "all else ms": replay - products,
+        "Python ms": milliseconds["program"] - replay,
+    }
+
+
+def times(run: Runner, prompt: torch.Tensor, steps: int) -> list[float]:
+    """Processor time between tokens, once the steps are warm."""
+    streamer = _Times()
+    run(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=steps,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        streamer=streamer,
+    )
+    moments = streamer.moments[SKIPPED:]
+    return [later - before for before, later in pairwise(moments)]
+
+
+@torch.no_grad()
+def alone(generate: Generate, rounds: int) -> tuple[float, float]:
+    """ms of a whole step as a program, and of its packed products alone, from the same place in the cache."""
+    assert generate.loop is not None
+    session = next(iter(generate.loop.sessions))
+    step = next(iter(session.steps.values()))
+    instructions = instructions_of(step.run)
+    packed = [each for each in instructions if isinstance(each, Packed)]
+    programs = [Program(instructions), Program(packed)]
+    found: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for program, each in zip(programs, found, strict=True):
+            session.inputs.cache.set_length(session.used - 1)
+            start = time.thread_time()
+            program.replay()
+            each.append(time.thread_time() - start)
+    return quartile(found[0]), quartile(found[1]) if packed else 0.0
+
+
+def quartile(seconds: list[float]) -> float:
+    return sorted(seconds)[len(seconds) // 4] * 1e3
+
+
+class _Times(BaseStreamer):
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.moments.append(time.thread_time())
+
+    def end(self) -> None:
+        """The last token has come."""
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,12 @@
+"""A piece of work that is done again and again on the same memory (a token step) as a program of compiled calls."""
+
+from qpalette.backends.cpu.step.program import (
+    Instruction,
+    Program,
+    compile_kernels,
+    instructions_of,
+    is_compiled,
+    kernels_of,
+)
+
+__all__ = ["Instruction", "Program", "compile_kernels", "instructions_of", "is_compiled", "kernels_of"]
