@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numba import prange
 
 from qpalette.backends.cpu import jit
+from qpalette.backends.cpu.step import ahead
+from qpalette.backends.cpu.step import scalars as scalars_of_steps
 
 RESULT = [20.0, 20.0]  # twice 0 + 1 + 2 + 3 + 4
 SIGNATURES = 3
@@ -71,6 +74,38 @@ def in_a_process(program: str) -> object:
     command = [sys.executable, "-c", f"import json; from tests.unit.test_compile_cache import *; {program}"]
     run = subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True)
     return json.loads(run.stdout)
+
+
+def scalars() -> list[Any]:
+    """Kernels of steps, of new dispatchers."""
+    scalars_of_steps.compute_kernel.cache_clear()
+    return [scalars_of_steps.compute_kernel(name, 0, False) for name in ("neg", "exp")]
+
+
+def test_kernels_of_steps_are_compiled_by_a_process_of_their_own(cache: Path, monkeypatch) -> None:
+    ahead.compile_apart(scalars())
+    assert len(files(cache)) == 2
+    found = scalars()
+    ahead.compile_kernels(found)
+    assert [(sum(each.stats.cache_hits.values()), sum(each.stats.cache_misses.values())) for each in found] == [
+        (1, 0)
+    ] * 2
+    monkeypatch.setattr(subprocess, "Popen", None)  # what is there needs no process
+    ahead.compile_apart(scalars())
+
+
+def test_a_process_that_compiles_nothing_leaves_it_to_this_one(cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ahead, "MODULE", "qpalette.no_such_module")
+    kernels_of_a_step = scalars()
+    ahead.compile_apart(kernels_of_a_step)
+    ahead.compile_kernels(kernels_of_a_step)
+    assert all(map(ahead.is_compiled, kernels_of_a_step))
+
+
+def test_every_kernel_of_a_step_has_a_name_of_its_own() -> None:
+    every = ahead.every_kernel()
+    assert all(jit.name_of(kernel) == name for name, kernel in every.items())
+    assert {"step run", "step attention 0", "step floats silu 0", "step integers add 0"} <= every.keys()
 
 
 def test_code_of_several_processes_is_not_mixed_up(cache: Path) -> None:

@@ -7,7 +7,15 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from qpalette.backends.cpu.step import Instruction, Program, compile_kernels, instructions_of, is_compiled, kernels_of
+from qpalette.backends.cpu.step import (
+    Instruction,
+    Program,
+    compile_apart,
+    compile_kernels,
+    instructions_of,
+    is_compiled,
+    kernels_of,
+)
 from qpalette.generation.compilation import beside
 
 
@@ -46,6 +54,7 @@ class ProgramCapture:
 
     def _compile(self, kernels: set[Any]) -> None:
         try:
+            compile_apart(kernels)
             compile_kernels(kernels)
         except Exception as error:
             self._error = error

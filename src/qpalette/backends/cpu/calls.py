@@ -10,14 +10,14 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_SIGNATURE = (types.int64,) * 5
+SIGNATURE = (types.int64,) * 5
 
 
 @lru_cache(maxsize=1024)
 def address_of(kernel: Any) -> int:
     """Of the machine code of `kernel`, an `entry`, which is compiled where it is not."""
-    kernel.compile(_SIGNATURE)
-    compiled = kernel.overloads[_SIGNATURE]
+    kernel.compile(SIGNATURE)
+    compiled = kernel.overloads[SIGNATURE]
     return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
 
 

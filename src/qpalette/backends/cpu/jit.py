@@ -60,6 +60,17 @@ def entry(name: str, parallel: bool = False) -> Callable[[Any], Any]:
     return compiled
 
 
+def name_of(dispatcher: Any) -> str:
+    """That an `entry` is kept under."""
+    return str(dispatcher._cache.name)
+
+
+def is_missing(dispatcher: Any, signature: tuple[Any, ...]) -> bool:
+    """Whether a signature of an `entry` could be on disk, and is not."""
+    file = dispatcher._cache.file(signature, dispatcher.targetctx.codegen())
+    return file is not None and not file.exists()
+
+
 class _CompiledFiles(_Cache):
     """One file per compiled signature of the kernel `name`: a SHA-256, then what numba pickles of it.
 
@@ -68,7 +79,7 @@ class _CompiledFiles(_Cache):
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
 
     @property
     def cache_path(self) -> str | None:
@@ -77,7 +88,7 @@ class _CompiledFiles(_Cache):
 
     def load_overload(self, sig: Any, target_context: Any) -> CompileResult | None:
         target_context.refresh()
-        file = self._file(sig, target_context.codegen())
+        file = self.file(sig, target_context.codegen())
         try:
             content = b"" if file is None else file.read_bytes()
         except OSError:
@@ -87,15 +98,15 @@ class _CompiledFiles(_Cache):
             return None
         try:
             kept, reduced = pickle.loads(payload)
-            return CompileResult._rebuild(target_context, *reduced) if kept == (self._name, sig) else None
+            return CompileResult._rebuild(target_context, *reduced) if kept == (self.name, sig) else None
         except Exception:  # another numba's pickle may fail in any way
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        file = self._file(sig, data.library.codegen)
+        file = self.file(sig, data.library.codegen)
         if file is None or data.library.has_dynamic_globals:  # addresses of this process in the code
             return
-        payload = dumps(((self._name, sig), data._reduce()))
+        payload = dumps(((self.name, sig), data._reduce()))
         try:
             with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
                 temporary.write(hashlib.sha256(payload).digest() + payload)
@@ -103,9 +114,9 @@ class _CompiledFiles(_Cache):
         except OSError:
             return
 
-    def _file(self, sig: Any, codegen: Any) -> Path | None:
+    def file(self, sig: Any, codegen: Any) -> Path | None:
         directory = _directory()
-        key = hashlib.sha256(repr((self._name, [str(part) for part in sig], codegen.magic_tuple())).encode())
+        key = hashlib.sha256(repr((self.name, [str(part) for part in sig], codegen.magic_tuple())).encode())
         return None if directory is None else directory / f"{key.hexdigest()}.bin"
 
     def enable(self) -> None:

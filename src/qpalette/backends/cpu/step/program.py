@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import types
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qpalette.backends.cpu.calls import address_of
@@ -198,16 +197,3 @@ def _placed(instructions: Sequence[Instruction]) -> tuple[dict[Memory, int], int
         held = sorted([*held, (start, start + needed, memory)], key=lambda each: each[:2])
         size = max(size, start + needed)
     return places, size
-
-
-def is_compiled(kernel: Any) -> bool:
-    return bool(kernel.overloads)
-
-
-def compile_kernels(wanted: set[Any]) -> None:
-    """From the disk where they are there."""
-    for kernel in wanted:
-        if kernel is kernels.run:
-            kernel.compile((types.int64[:, ::1], types.int64))
-        else:
-            address_of(kernel)
