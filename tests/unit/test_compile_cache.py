@@ -102,6 +102,19 @@ def test_a_process_that_compiles_nothing_leaves_it_to_this_one(cache: Path, monk
     assert all(map(ahead.is_compiled, kernels_of_a_step))
 
 
+def test_a_process_that_ends_while_another_compiles_ends_it_and_says_nothing(cache: Path) -> None:
+    program = """
+import threading, time
+from qpalette.backends.cpu.step import ahead
+from qpalette.generation.compilation import beside
+every = ahead.every_kernel()
+beside("compile", lambda: (ahead.compile_apart(every.values()), ahead.compile_kernels(every.values())))
+time.sleep(0.5)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert (run.stdout, run.stderr) == ("", "")
+
+
 def test_every_kernel_of_a_step_has_a_name_of_its_own() -> None:
     every = ahead.every_kernel()
     assert all(jit.name_of(kernel) == name for name, kernel in every.items())

@@ -7,6 +7,7 @@ import atexit
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,16 +40,24 @@ def compile_kernels(wanted: Iterable[Any]) -> None:
 
 
 def compile_apart(wanted: Iterable[Any]) -> None:
-    """Those that are not on the disk, to the disk, in another process, which ends with this one at the latest. Whatever
-    it does not do is left to `compile_kernels`."""
+    """Those that are not on the disk, to the disk, in another process. Whatever it does not do is left to
+    `compile_kernels`. It ends with this process at the latest: then SystemExit is raised in the thread that waits."""
     names = [name_of(kernel) for kernel in wanted if is_missing(kernel, _signature(kernel))]
     if not names:
         return
     quiet = subprocess.DEVNULL
     process = subprocess.Popen([sys.executable, "-m", MODULE, *names], stdin=quiet, stdout=quiet, stderr=quiet)
-    atexit.register(process.terminate)
+    ending = threading.Event()
+
+    def end() -> None:
+        ending.set()
+        process.terminate()
+
+    atexit.register(end)
     process.wait()
-    atexit.unregister(process.terminate)
+    atexit.unregister(end)
+    if ending.is_set():
+        raise SystemExit
 
 
 def every_kernel() -> dict[str, Any]:
