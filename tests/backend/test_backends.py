@@ -9,7 +9,7 @@ import torch
 from qpalette.backends.cpu import simd, viterbi
 from qpalette.backends.cpu.decoders import decoder_of
 from qpalette.backends.cpu.matmul import make_kernels
-from qpalette.backends.cpu.product import multiplier_of
+from qpalette.backends.cpu.product import BYTES, multiplier_of
 from qpalette.codes import parse_spec
 from qpalette.core.errors import UnsupportedError
 from qpalette.rotate import Rotation, unpack_signs
@@ -113,9 +113,9 @@ def test_layouts_are_permutations(name: str, rows: int) -> None:
     assert torch.equal(backend.from_layout(backend.to_layout(codes), (rows, 5, 6)), codes)
 
 
-def test_compiled_code_does_not_grow_with_the_rates() -> None:
-    """One product and one unpacking for each way of decoding, and one product in bytes where there is one; two
-    searches, for one and two weights per step, each with candidates that fit a byte or do not."""
+def test_compiled_code_does_not_grow_with_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product and one unpacking for each way of decoding, and one product in bytes for each codebook in registers
+    (of these specs: 128 and 512 magnitudes, levels and pairs); two searches, for one and two weights per step, each with candidates that fit a byte or do not."""
     linears, searches = set(), set()
     for spec in (
         "tcq-1",
@@ -132,15 +132,16 @@ def test_compiled_code_does_not_grow_with_the_rates() -> None:
         packed = laid_out("cpu", random_linear(spec, 20, 40))
         backends()["cpu"].rotated_weight(packed)
         assert len(make_kernels(decoder_of(parse_spec(spec)).way)[1].signatures) == 1
-        for dtype in (torch.float32, torch.bfloat16):
-            backends()["cpu"].linear(torch.randn(2, 40, dtype=dtype), packed)
-            linear = multiplier_of(spec, dtype != torch.float32).linear
+        for in_bytes in (False, True):
+            monkeypatch.setenv(BYTES, str(int(in_bytes)))
+            backends()["cpu"].linear(torch.randn(2, 40), packed)
+            linear = multiplier_of(spec, in_bytes).linear
             assert len(linear.signatures) == 1
             linears.add(linear)
     for spec in ("tcq-1-L12", "tcq-2.375-L12", "tcq-6-L12", "tcq2-1.125-L12", "tcq2-3-L12", "tcq2-4-L12"):
         backends()["cpu"].encode(spec, torch.randn(1, 256))
         searches.add(viterbi._make_search(parse_spec(spec).values_per_step))
-    assert len(linears) == (4 + 3 if simd.HAS_BYTES else 4)
+    assert len(linears) == (4 + 4 if simd.HAS_BYTES else 4)
     assert len(searches) == 2
     assert all(len(search.signatures) <= 2 for search in searches)
 

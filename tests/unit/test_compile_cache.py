@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,14 +203,11 @@ def test_what_cannot_be_written_is_only_slow(cache: Path, monkeypatch: pytest.Mo
 
 
 def test_other_sources_have_another_directory(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "sources"
-    folder.mkdir()
-    for source in Path(jit.__file__).parent.glob("*.py"):
-        (folder / source.name).write_bytes(source.read_bytes())
+    folder = shutil.copytree(Path(jit.__file__).parent, tmp_path / "sources", ignore=shutil.ignore_patterns("*.pyc"))
     same = jit._directory()
     monkeypatch.setattr(jit, "__file__", str(folder / "jit.py"))
     assert jit._directory() == same
-    for source in sorted(folder.iterdir()):
+    for source in sorted(folder.rglob("*.py")):
         before = jit._directory()
         source.write_bytes(source.read_bytes() + b"\n")
         assert jit._directory() != before

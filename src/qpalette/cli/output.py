@@ -89,15 +89,20 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+WIDE = 1000  # characters of a line in a file or a pipe
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
-    """A table on stdout: the first column is text, columns whose cells begin with a digit are aligned right."""
+    """A table on stdout: the first column is text, columns whose cells begin with a digit are aligned right, and whole:
+    a number that is cut is another number."""
     table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
     for index, name in enumerate(columns):
         numbers = index > 0 and all(not row[index] or row[index][0] in "-+0123456789" for row in rows)
-        table.add_column(name, justify="right" if numbers else "left", no_wrap=index == 0)
+        width = max((len(row[index]) for row in rows), default=0) if numbers else None
+        table.add_column(name, justify="right" if numbers else "left", no_wrap=index == 0, min_width=width)
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 def print_facts(title: str, facts: dict[str, str]) -> None:
