@@ -115,7 +115,8 @@ def test_layouts_are_permutations(name: str, rows: int) -> None:
 
 def test_compiled_code_does_not_grow_with_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """One product and one unpacking for each way of decoding, and one product in bytes for each codebook in registers
-    (of these specs: 128 and 512 magnitudes, levels and pairs); two searches, for one and two weights per step, each with candidates that fit a byte or do not."""
+    (of these specs: 128 and 512 magnitudes, levels and pairs); two searches, for one and two weights per step, each
+    with candidates that fit a byte or do not."""
     linears, searches = set(), set()
     for spec in (
         "tcq-1",
