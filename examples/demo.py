@@ -3,8 +3,8 @@
     python examples/demo.py MODEL [--bits 3] [--tokens 32768] [--effort standard] [--fast]
 
 Every step is the command that it prints; nothing else happens here. `--fast` leaves out all but the one code.
-`--tokens` and `--effort` are those of `qpalette quantize`, a quarter of whose text is read here, and whose trellises have
-fewer states: quicker, and KL is larger.
+`--tokens` and `--effort` are those of `qpalette quantize`. Here they are less than its own: a quarter of the text, and
+trellises of fewer states. That is quicker, and KL is larger.
 """
 
 from __future__ import annotations
