@@ -2,7 +2,7 @@
 //
 // Blocks stay, one on each multiprocessor, and each takes its equal part of the runs' cost, in whole row tiles: a piece is what
 // a block has of one run and one matrix. Eight columns of a matrix instruction are eight slots of an expert, or less, so that
-// no sum depends on who else is there. `order` and all that is known of routes come from the kernel before.
+// no sum depends on who else is there. What is known of routes comes from the kernels before.
 
 static_assert(BATCH == RUN && FRAGMENTS == 1, "a run's slots are the columns of one fragment");
 constexpr int X_PAIR = 64, X_CHUNK = PAIRS * X_PAIR;  // bytes of x', a column for itself

@@ -123,7 +123,7 @@ class CudaExperts:
         launches.plan.start(
             (1, 1),
             [index.data_ptr(), slots, ranks, self._count, self._costs.data_ptr()],
-            [addresses[name] for name in ("order", "tokens", "owners", "positions", "runs", "plan")],
+            [addresses[name] for name in ("tokens", "owners", "positions", "runs", "plan")],
             stream,
         )
         launches.rotate_x.start(len(x), aligned(x).data_ptr(), addresses["x"], addresses["x_scales"], stream)
@@ -217,7 +217,7 @@ class _Launches:
         index = experts._device.index or 0
         overlap = device_limits(index).overlap
         self.dtype = dtype
-        self.plan = _Launch("plan_runs", {"THREADS": MOST_EXPERTS}, "pnnnp" + "pppppp", index, overlap)
+        self.plan = _Launch("plan_runs", {"THREADS": MOST_EXPERTS}, "pnnnp" + "ppppp", index, overlap)
         self.combine = _Launch("combine", {"THREADS": GATE_THREADS}, "ppppnpnnnpn", index, overlap)
         self.gate = None
         if gate is not None:
@@ -271,7 +271,7 @@ class _Room:
         sizes = {
             "plan": PLAN_BYTES,
             "runs": RUN_BYTES * runs,
-            **dict.fromkeys(("order", "tokens", "owners", "positions"), 4 * slots),
+            **dict.fromkeys(("tokens", "owners", "positions"), 4 * slots),
             "x": 2 * tokens * padded_columns(first.inputs),
             "x_scales": 4 * tokens,
             "first": 4 * slots * first.width,

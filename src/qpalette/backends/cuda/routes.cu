@@ -29,7 +29,7 @@ __device__ Sums sums_before(Sums mine, Sums &total) {
 // index [slots] -> runs, in the order of experts, an expert's slots in their own: always the same for the same index. One
 // block; a thread has an expert, and reads the whole index twice: the block's threads read the same word at once.
 extern "C" __global__ void __launch_bounds__(THREADS)
-plan_runs(const long long *index, int slots, int ranks, int experts, const int *costs, int *order, int *tokens, int *owners,
+plan_runs(const long long *index, int slots, int ranks, int experts, const int *costs, int *tokens, int *owners,
           int *positions, Run *runs, Plan *plan) {
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -50,7 +50,7 @@ plan_runs(const long long *index, int slots, int ranks, int experts, const int *
     if (count)
         for (int slot = 0; slot < slots; slot++)
             if (index[slot] == expert) {
-                order[position] = slot, tokens[position] = slot / ranks, owners[position] = expert;
+                tokens[position] = slot / ranks, owners[position] = expert;
                 positions[slot] = position++;
             }
     for (int slot = threadIdx.x; slot < slots; slot += THREADS)
