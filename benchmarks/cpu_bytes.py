@@ -18,8 +18,8 @@ import torch
 import typer
 from report import processor, report
 
-from qpalette.backends.cpu.product import BYTES
 from qpalette.codes import parse_spec
+from qpalette.core.environment import CPU_BYTES
 from qpalette.evaluate import evaluate_models, load_model, token_windows
 from qpalette.rotate import pack_signs, random_signs, rotation_for
 from qpalette.runtime import PackedLinear, Product, backends
@@ -48,7 +48,7 @@ def random_product(spec: str, rows: int, columns: int) -> Product:
 
 
 def seconds(product: Product, x: torch.Tensor, kind: str) -> float:
-    os.environ[BYTES] = KINDS[kind]
+    os.environ[CPU_BYTES] = KINDS[kind]
     start = time.perf_counter()
     product(x)
     return time.perf_counter() - start
@@ -71,7 +71,7 @@ def losses(model: str, artifacts: list[Path], text: Path, windows: int, length: 
     for artifact in artifacts:
         packed, kl = load_model(artifact)[0], {}
         for kind, value in KINDS.items():
-            os.environ[BYTES] = value
+            os.environ[CPU_BYTES] = value
             kl[kind] = evaluate_models(packed, original, chosen).kl
         rows.append({"artifact": artifact.name, **{f"KL {kind}": value for kind, value in kl.items()}})
         rows[-1]["ratio"] = kl["bytes"] / kl["float32"]

@@ -34,6 +34,7 @@ from transformers import AutoConfig
 import qpalette
 from qpalette.bench.generate import make_fast, measure_generate
 from qpalette.bench.models import Candidate, from_config, from_directory, groups_of
+from qpalette.core.environment import CPU_BYTES
 from qpalette.evaluate import evaluate_models, load_model, token_windows
 from qpalette.plan.plan import uniform_plan
 
@@ -207,6 +208,7 @@ def main(
     name: str = "cpu_peers",
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, too.")] = False,
 ) -> None:
+    os.environ.setdefault(CPU_BYTES, "1")  # as the commands do
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     specs, types, kind = spec or SPECS, peers or PEERS, getattr(torch, dtype)

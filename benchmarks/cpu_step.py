@@ -11,6 +11,7 @@ activations, the choice of the token. "Python" is what a token takes beside its 
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from qpalette.backends.cpu.step import Program, instructions_of
 from qpalette.backends.cpu.step.packed import Packed
+from qpalette.core.environment import CPU_BYTES
 from qpalette.evaluate import load_model
 from qpalette.generation import Generate
 from qpalette.generation.native import ProgramCapture
@@ -41,6 +43,7 @@ def main(
     rounds: int = 6,
     name: str = "cpu_step",
 ) -> None:
+    os.environ.setdefault(CPU_BYTES, "1")  # as the commands do
     torch.set_num_threads(1)
     rows = []
     for model in models:

@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-from qpalette.backends.cpu.product import BYTES
 from qpalette.core.cache import CACHE, COMPILE_CACHE, compile_cache_directory
+from qpalette.core.environment import CPU_BYTES
 
 os.environ[COMPILE_CACHE] = str(compile_cache_directory())
-os.environ[BYTES] = "0"
+os.environ[CPU_BYTES] = "0"
 
 # A machine that is busy with something else is no failure: nothing is timed.
 settings.register_profile("here", deadline=None)

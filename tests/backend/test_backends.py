@@ -9,8 +9,9 @@ import torch
 from qpalette.backends.cpu import simd, viterbi
 from qpalette.backends.cpu.decoders import decoder_of
 from qpalette.backends.cpu.matmul import make_kernels
-from qpalette.backends.cpu.product import BYTES, multiplier_of
+from qpalette.backends.cpu.product import multiplier_of
 from qpalette.codes import parse_spec
+from qpalette.core.environment import CPU_BYTES
 from qpalette.core.errors import UnsupportedError
 from qpalette.rotate import Rotation, unpack_signs
 from qpalette.runtime import PackedLinear, backends, packed_linear, select
@@ -134,7 +135,7 @@ def test_compiled_code_does_not_grow_with_the_rates(monkeypatch: pytest.MonkeyPa
         backends()["cpu"].rotated_weight(packed)
         assert len(make_kernels(decoder_of(parse_spec(spec)).way)[1].signatures) == 1
         for in_bytes in (False, True):
-            monkeypatch.setenv(BYTES, str(int(in_bytes)))
+            monkeypatch.setenv(CPU_BYTES, str(int(in_bytes)))
             backends()["cpu"].linear(torch.randn(2, 40), packed)
             linear = multiplier_of(spec, in_bytes).linear
             assert len(linear.signatures) == 1

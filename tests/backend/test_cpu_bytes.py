@@ -16,10 +16,11 @@ from qpalette.backends.cpu import byte_decoders, simd
 from qpalette.backends.cpu.byte_activations import BLOCK, GROUP, PAIR, TILE, empty_bytes, put_bytes
 from qpalette.backends.cpu.byte_decoders import ACTIVATION_ERROR, MOST_ADDED_ERROR, byte_decoder_of
 from qpalette.backends.cpu.byte_matmul import LONGEST_PASS
-from qpalette.backends.cpu.product import BYTES, multiplier_of, wants_bytes
+from qpalette.backends.cpu.product import multiplier_of, wants_bytes
 from qpalette.codes import full_palette, parse_spec
 from qpalette.codes.tiles import from_tiles
 from qpalette.core.cache import COMPILE_CACHE
+from qpalette.core.environment import CPU_BYTES
 from qpalette.core.errors import InputError
 from qpalette.rotate import Rotation, pack_signs, random_signs, rotation_for, unpack_signs
 from qpalette.runtime import PackedLinear, backends
@@ -31,8 +32,8 @@ needs_bytes = pytest.mark.skipif(not simd.HAS_BYTES, reason="this processor has 
 
 
 @pytest.fixture(autouse=True)
-def as_a_user_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(BYTES)
+def as_the_commands_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CPU_BYTES, "1")
 
 
 def generator(seed: int) -> torch.Generator:
@@ -235,7 +236,7 @@ def test_every_type_is_multiplied_in_bytes_unless_it_is_forbidden(
     exact = rotated_input(x, packed) @ REF.rotated_weight(packed).double().T
     rounding = float32_error(96 * 3) + (0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
     assert relative_error(CPU.linear(x, packed), exact) > ACTIVATION_ERROR**0.5 / 2
-    monkeypatch.setenv(BYTES, "0")
+    monkeypatch.setenv(CPU_BYTES, "0")
     assert relative_error(CPU.linear(x, packed), exact) < rounding
 
 
@@ -253,9 +254,23 @@ def test_float64_is_multiplied_in_float32() -> None:
     assert relative_error(CPU.linear(x, packed), exact) < float32_error(96 * 3)
 
 
+def test_float32_is_exact_where_nobody_asks_for_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands do."""
+    from qpalette.cli import main
+
+    monkeypatch.delenv(CPU_BYTES)
+    assert [wants_bytes(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [False, True, True]
+    with pytest.raises(SystemExit):
+        main(["palette", "--help"])
+    try:
+        assert wants_bytes(torch.float32)
+    finally:
+        os.environ.pop(CPU_BYTES, None)
+
+
 def test_what_the_variable_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(BYTES, "no")
-    with pytest.raises(InputError, match=f"{BYTES} is 'no'"):
+    monkeypatch.setenv(CPU_BYTES, "no")
+    with pytest.raises(InputError, match=f"{CPU_BYTES} is 'no'"):
         wants_bytes(torch.float32)
 
 

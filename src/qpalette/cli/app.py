@@ -30,6 +30,7 @@ from qpalette.cli import (
     tune,
 )
 from qpalette.cli.output import print_error
+from qpalette.core.environment import CPU_BYTES
 from qpalette.core.errors import QPaletteError
 
 DEBUG = "QPALETTE_DEBUG"
@@ -88,7 +89,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    os.environ.setdefault(CPU_BYTES, "1")  # the commands compute in float32 on a CPU for its range, and want speed
 
 
 app.command("doctor")(doctor.doctor)

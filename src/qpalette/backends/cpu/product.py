@@ -19,22 +19,22 @@ from qpalette.backends.cpu.operands import LAUNCH, MATRIX, TYPES
 from qpalette.backends.cpu.threads import one_caller, parallel_caller, present_threads
 from qpalette.backends.cpu.transform import Factors, factors_of
 from qpalette.codes import parse_spec
+from qpalette.core.environment import CPU_BYTES
 from qpalette.core.errors import InputError
 from qpalette.rotate import Rotation, diagonal_of
 from qpalette.runtime import PackedLinear
 
 LARGEST_FUSED_BATCH = 16  # in float32: above, decoding the matrix once and the vendor's product win
-BYTES = "QPALETTE_CPU_BYTES"
 
 
 def wants_bytes(dtype: torch.dtype) -> bool:
     """Whether products with vectors of `dtype` are made in bytes where a code loses little by it (`byte_decoders`): of
-    every type but float64, which asks for exactness, unless $QPALETTE_CPU_BYTES is 0. Raises InputError when that is
-    neither 0 nor 1."""
-    asked = os.environ.get(BYTES) or "1"
-    if asked not in ("0", "1"):
-        raise InputError(f"{BYTES} is '{asked}': give 1 for products in bytes where a code allows it, or 0 for float32")
-    return asked == "1" and dtype in TYPES
+    16-bit types, unless $QPALETTE_CPU_BYTES is 0; of float32, too, where it is 1, as for the commands; never of
+    float64. Raises InputError for another value of it."""
+    asked = os.environ.get(CPU_BYTES) or None
+    if asked not in (None, "0", "1"):
+        raise InputError(f"{CPU_BYTES} is '{asked}': give 1 for products in bytes where a code allows, 0 for float32")
+    return asked != "0" and dtype in TYPES and (asked == "1" or dtype.itemsize == 2)
 
 
 class Multiplier(NamedTuple):
