@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,30 @@ def test_a_client_gets_answers_whole_and_streamed(packed):
     assert len(chunks) > 2, "streamed means in pieces"
     assert whole.usage.completion_tokens == 8
     assert server.process.returncode == 0, "Ctrl-C is the way to stop it"
+
+
+def test_clients_at_once_get_what_each_gets_alone(packed):
+    """More of them than are answered together, some of whom leave."""
+
+    def ask(number: int) -> str:
+        said = {"messages": [{"role": "user", "content": "hello" * number}], "max_tokens": 8 + number, "temperature": 0}
+        if number % 2:
+            return completions.create(model=str(packed), **said).choices[0].message.content
+        chunks = completions.create(model=str(packed), stream=True, **said)
+        if number == 4:
+            next(iter(chunks))
+            chunks.close()
+            return "left"
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+    with running(packed, "--batch", "4", "--", "--device", "cpu", "--dtype", "float32") as server:
+        completions = server.client.chat.completions
+        alone = [ask(number) for number in range(1, 11)]
+        with ThreadPoolExecutor(10) as clients:
+            for _ in range(3):
+                assert list(clients.map(ask, range(1, 11))) == alone
+    assert "Traceback" not in server.told[0]
+    assert server.process.returncode == 0
 
 
 # The loop of a GPU on the CPU, every step eager; it tells of each model that it gets.

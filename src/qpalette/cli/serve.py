@@ -23,6 +23,10 @@ def serve(
         typer.Option("--api-key", metavar="KEY", envvar="QPALETTE_API_KEY", help="Answer only who knows it."),
     ] = None,
     cache: Annotated[str | None, typer.Option("--cache", metavar="SPEC", help=CACHE_HELP)] = None,
+    batch: Annotated[
+        int,
+        typer.Option("--batch", min=1, help="With transformers: how many requests are answered together, at most."),
+    ] = 8,
     compile: Annotated[
         str,
         typer.Option(
@@ -56,15 +60,16 @@ def serve(
     if engine == "vllm":
         serving.serve_vllm(directory, host, port, context.args, api_key)
     else:
-        serving.serve_transformers(directory, host, port, context.args, partial(_prepared, compile, cache), api_key)
+        prepare = partial(_prepared, compile, cache, batch)
+        serving.serve_transformers(directory, host, port, context.args, prepare, api_key)
 
 
-def _prepared(compile: str, cache: str | None, model: Any) -> Any:
+def _prepared(compile: str, cache: str | None, slots: int, model: Any) -> Any:
     """The model as `transformers serve` has loaded it, with a `generate` of ours."""
     from qpalette.api import cache_maker
     from qpalette.generation import fast
 
-    return fast(model, compile, cache_maker(model, None, cache))
+    return fast(model, compile, cache_maker(model, None, cache), slots)
 
 
 def _exposed(host: str, key: str | None) -> str:

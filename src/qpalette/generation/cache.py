@@ -15,6 +15,8 @@ from qpalette.nn.coded_cache import CodedCache
 STEP = 1024  # of lengths up to FINE; above, a quarter of the power of two below
 FINE = 8192
 
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+
 
 class Layer(StaticLayer):
     """A StaticLayer for any attention that reads keys and values, a sliding window's, too.
@@ -101,6 +103,24 @@ class TokenCache(StaticCache):
             mine.keys[:, :, :tokens].copy_(theirs.keys[:, :, :tokens])
             mine.values[:, :, :tokens].copy_(theirs.values[:, :, :tokens])
         self.set_length(tokens)
+
+    def read(self, row: int, start: int, end: int) -> list[KeysAndValues]:
+        """Copies of what each layer has of a sequence's tokens, [heads, tokens, width]."""
+        return [
+            (layer.keys[row, :, start:end].clone(), layer.values[row, :, start:end].clone()) for layer in self.layers
+        ]
+
+    def write(self, row: int, start: int, sequence: Sequence[KeysAndValues]) -> None:
+        """A sequence's tokens from token `start` on; zeros elsewhere, as in `clear`. The length stays."""
+        for layer, (keys, values) in zip(self.layers, sequence, strict=True):
+            for mine, theirs in ((layer.keys[row], keys), (layer.values[row], values)):
+                mine.zero_()[:, start : start + theirs.shape[1]].copy_(theirs)
+
+    def take_memory(self, batch: int, like: Sequence[KeysAndValues]) -> None:
+        """Of so many sequences as `read` gives one of, if there is none yet."""
+        for layer, both in zip(self.layers, like, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(*(each[None, :, :0].expand(batch, -1, -1, -1) for each in both))
 
     @property
     def _with_memory(self) -> list[Layer]:

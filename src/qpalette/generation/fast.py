@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -20,15 +20,16 @@ from qpalette.generation.cache import CacheMaker, TokenCache, holds
 from qpalette.generation.compilation import Compiler, check_mode
 from qpalette.generation.loop import Loop
 from qpalette.generation.native import ProgramCapture
-from qpalette.generation.request import NotOurs, NotRead, request_of
+from qpalette.generation.request import NotOurs, NotRead, Request, request_of
 from qpalette.generation.step import Capture, capture_graph
+from qpalette.generation.worker import Worker, on
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
 
 DEFAULT_LENGTH = 20  # tokens that transformers generates to where nothing is said
 ATTENTION = ("eager", "sdpa", "grouped")  # that read a static cache by its mask
 
 
-def fast(model: Any, compile: str = "never", cache: CacheMaker | None = None) -> Any:
+def fast(model: Any, compile: str = "never", cache: CacheMaker | None = None, slots: int = 1) -> Any:
     """`model`, a transformers causal language model, whose `generate` decodes with captured steps from now on.
 
     The call and its results stay: transformers prepares the request, and what this loop does not do (beams, a cache
@@ -36,6 +37,8 @@ def fast(model: Any, compile: str = "never", cache: CacheMaker | None = None) ->
     generation, which takes the compiled step up when it is ready; "now", before the first token. On a CPU a step is
     captured as a program of compiled kernels, whatever `compile` says. On another device, and spread over several,
     the model stays as it is, unless it is given a `cache`: every request is served with that, without captures.
+    slots: requests that threads ask for at once are answered in one batch of up to so many (`batch.py`); with 1, and
+    over a `cache`, one after another.
 
     Raises InputError for another `compile`; UnsupportedError for a `cache` where the loop cannot serve the model.
     """
@@ -47,23 +50,25 @@ def fast(model: Any, compile: str = "never", cache: CacheMaker | None = None) ->
         return model
     kind = next(iter(devices)).type
     if kind == "cpu":
-        attach(model, "never", ProgramCapture(), cache)
+        attach(model, "never", ProgramCapture(), cache, slots)
         return model
     if kind != "cuda":
         if cache is not None:
-            attach(model, "never", None, cache)
+            attach(model, "never", None, cache, slots)
         return model
     config = model.config.get_text_config()
     if config._attn_implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is None:
         model.set_attn_implementation("grouped")
-    attach(model, compile, partial(capture_graph, pool=torch.cuda.MemPool()), cache)
+    attach(model, compile, partial(capture_graph, pool=torch.cuda.MemPool()), cache, slots)
     return model
 
 
-def attach(model: Any, compile: str, capture: Capture | None, cache: CacheMaker | None = None) -> Generate:
+def attach(
+    model: Any, compile: str, capture: Capture | None, cache: CacheMaker | None = None, slots: int = 1
+) -> Generate:
     """Put the loop behind `model.generate`, on any device; `capture` None runs every step eagerly, `cache` None over
     keys and values as they are."""
-    model.generate = Generate(model, compile, capture, cache)
+    model.generate = Generate(model, compile, capture, cache, slots)
     return model.generate
 
 
@@ -88,13 +93,17 @@ def _is_short_phi3(config: Any) -> bool:
 
 
 class Generate:
-    """Stands for `model.generate`. Threads wait for one another: a model has one loop."""
+    """Stands for `model.generate`. A model has one loop: threads wait for one another, or share it by its worker."""
 
-    def __init__(self, model: Any, compile: str, capture: Capture | None, cache: CacheMaker | None = None) -> None:
+    def __init__(
+        self, model: Any, compile: str, capture: Capture | None, cache: CacheMaker | None = None, slots: int = 1
+    ) -> None:
         self.model, self.compile, self.capture, self.cache = model, compile, capture, cache
+        self.slots = slots if cache is None else 1  # how many callers are answered together
         self.context = contextvars.copy_context()
         self.plain = type(model).generate.__get__(model)  # transformers' own
         self.lock, self.running = threading.RLock(), False
+        self.worker = Worker(self.slots) if self.slots > 1 else None
         self.loop: Loop | None = None  # made for what the stamp says of the model
         self.stamp: Hashable = None
         self.unread: Hashable = None  # the stamp of a model whose class cannot do with our caches
@@ -102,25 +111,36 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.GenerationMixin.generate`, whose arguments and results these are."""
+        answer = self._answer_here if self.worker is None or self.worker.is_current else self._answer_among_others
         try:
             given = self._arguments(args, kwargs)
-            streamer = given.pop("streamer", None)
-            with self.lock:
-                loop = self._current_loop()
-                self.running = True
-                try:
-                    return self.plain(**given, custom_generate=partial(_decode, loop, streamer))
-                finally:
-                    self.running = False
+            return answer(given.pop("streamer", None), given)
         except NotOurs as error:
             reason = error
-        result = self.plain(*args, **kwargs) if self.cache is None else self._plain_with_cache(args, kwargs)
+        plain = partial(self.plain if self.cache is None else self._plain_with_cache, *args, **kwargs)
+        result = plain() if answer == self._answer_here else self.worker.alone(plain)  # type: ignore[union-attr]
         if isinstance(reason, NotRead):  # though there is nothing wrong with the request
             self.unread = self.stamp
         return result
 
+    def _answer_here(self, streamer: Any, given: dict[str, Any]) -> Any:
+        with self.lock:
+            loop = self._current_loop()
+            self.running = True
+            try:
+                return self.plain(**given, custom_generate=partial(_decode, loop.run, streamer))
+            finally:
+                self.running = False
+
+    def _answer_among_others(self, streamer: Any, given: dict[str, Any]) -> Any:
+        """Transformers prepares the request in the thread that asks."""
+        assert self.worker is not None
+        with self.lock:
+            loop = self._current_loop()
+        return self.plain(**given, custom_generate=partial(_decode, partial(self.worker.answer, loop), streamer))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
-        return Generate(copy.deepcopy(self.model, memo), self.compile, self.capture, self.cache)
+        return Generate(copy.deepcopy(self.model, memo), self.compile, self.capture, self.cache, self.slots)
 
     @property
     def warm_since(self) -> float | None:
@@ -144,7 +164,7 @@ class Generate:
             raise NotOurs
         return self._with_stop_strings(given, tokenizer)
 
-    def _plain_with_cache(self, args: Any, kwargs: Any) -> Any:
+    def _plain_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' own loop, over a cache of ours that has room for the request."""
         assert self.cache is not None
         bound = inspect.signature(self.plain).bind(*args, **kwargs).arguments
@@ -178,7 +198,8 @@ class Generate:
     def _current_loop(self) -> Loop:
         """Raises NotOurs for a model in a state that a captured step would not know of, or within its own request."""
         model = self.model
-        if self.running or model.training or getattr(model, "peft_config", None):
+        inside = self.running or (self.worker is not None and self.worker.is_current)
+        if inside or model.training or getattr(model, "peft_config", None):
             raise NotOurs
         if model.config.get_text_config()._attn_implementation not in ATTENTION:
             raise NotOurs
@@ -193,7 +214,7 @@ class Generate:
 
 
 def _decode(
-    loop: Loop,
+    run: Callable[[Request], torch.Tensor],
     streamer: Any,
     model: Any,
     input_ids: torch.Tensor,
@@ -206,14 +227,10 @@ def _decode(
     device = model.device
     # In inference mode tensors would have no version, by which launches are joined, and a cache made there could not
     # be written to elsewhere.
-    with torch.inference_mode(False), torch.no_grad(), _on(device):
+    with torch.inference_mode(False), torch.no_grad(), on(device):
         prepared = (input_ids, logits_processor, stopping_criteria, generation_config)
         request = request_of(*prepared, streamer, device, inputs)
-        return loop.run(request).to(input_ids.device, copy=True)
-
-
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device if device.type == "cuda" else -1)
+        return run(request).to(input_ids.device, copy=True)
 
 
 def _stamp(model: Any) -> Hashable:

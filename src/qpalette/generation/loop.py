@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from qpalette.core.errors import UnsupportedError
+from qpalette.generation.answer import Answer
 from qpalette.generation.cache import CacheMaker, bucket
 from qpalette.generation.compilation import Compiler
 from qpalette.generation.reader import Reader
@@ -29,19 +31,22 @@ class Loop:
         self.model, self.compiler, self.capture = model, compiler, capture
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.sessions = Sessions(model, make)
+        self.batches = Sessions(model, make)  # of requests that are answered together
         self.warm_since: float | None = None  # time.perf_counter() of the latest capture
 
     def run(self, request: Request) -> torch.Tensor:
         """The prompt and the new tokens, int64 [batch, tokens] on the host. What breaks a request off passes through,
         and leaves the session empty."""
-        running = _Running(self, request)
+        running = Running(self, request)
         try:
+            running.begin()
             running.run()
+            running.answer.end()
         except BaseException:
             running.session.forget()
             raise
         running.session.held = running.in_cache
-        return running.ids[:, : running.length]
+        return running.answer.known
 
     def session_for(self, request: Request, tokens: int) -> Session:
         """For `tokens` that the cache must have room for, and AHEAD more, if the request is for so many."""
@@ -59,6 +64,11 @@ class Loop:
         else:
             self._run(session, step)
         session.used += 1
+
+    def compile_beside(self, step: Step) -> None:
+        """After a launch: the step is captured, and may be compiled while it serves."""
+        if self.compiler.mode == "background" and step.replays and self.compiler.wants(step):
+            self.compiler.start(step)
 
     def _run(self, session: Session, step: Step) -> None:
         try:
@@ -98,41 +108,46 @@ def _no_compilation(step: Step) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("fail_on_recompile") if step.is_compiled else nullcontext()
 
 
-class _Running:
-    """A request at work. `ids` int64 [batch, limit], of which `length` tokens are known on the host."""
+class Running:
+    """A request at work. Between calls its last known token is `session`'s next input, and no other is under way."""
 
     def __init__(self, loop: Loop, request: Request) -> None:
-        self.loop, self.request = loop, request
-        batch, self.length = request.ids.shape
-        self.ids = torch.empty(batch, request.limit, dtype=torch.int64)
-        self.ids[:, : self.length].copy_(request.ids)
-        self.ended = [False] * batch
-        self.reader = Reader(batch, request.ids.device)
-        self._enter(loop.session_for(request, self.length))
+        self.loop, self.request, self.answer = loop, request, Answer(request)
+        self.reader = Reader(len(request.ids), request.ids.device)
+        self._enter(loop.session_for(request, self.answer.length))
 
     @property
     def in_cache(self) -> torch.Tensor | None:
         """The tokens in the cache, if a later prompt may go on from them."""
-        return self.ids[0, : self.session.used].clone() if self.request.continues else None
+        return self.answer.ids[0, : self.session.used].clone() if self.request.continues else None
 
-    def run(self) -> None:
-        """A step that is replayed is launched before the token ahead of it is read: the device never waits."""
+    def begin(self) -> None:
+        """The prompt, and the first token after it."""
         logits = self._read_prompt()
-        if self.request.streamer is not None:
-            self.request.streamer.put(self.request.ids.cpu())
-        self._choose(logits)
-        while True:
-            more = self.length + 1 < self.request.limit
-            ahead = more and self.step.choice.inside and self.step.replays and not self.session.is_full
-            if ahead:
+        self.answer.begin()
+        self.step.keep(self.step.choice.finish(self.step.choice.reduce(logits)))
+        self._send()
+        self._take()
+
+    def run(self, interrupted: Callable[[], bool] = lambda: False) -> None:
+        """Until the answer is whole, or somebody interrupts it between two tokens.
+
+        A step that is replayed is launched before the token ahead of it is read: the device never waits.
+        """
+        is_launched = False
+        while not self.answer.is_whole:
+            if not is_launched:
+                if interrupted():
+                    return
+                self._advance()
+            is_launched = self._may_go_ahead and not interrupted()
+            if is_launched:
                 self._advance()
             self._take()
-            if all(self.ended) or not more:
-                break
-            if not ahead:
-                self._advance()
-        if self.request.streamer is not None:
-            self.request.streamer.end()
+
+    @property
+    def _may_go_ahead(self) -> bool:
+        return self.answer.left > 1 and self.step.choice.inside and self.step.replays and not self.session.is_full
 
     def _enter(self, session: Session) -> None:
         self.session, self.step = session, session.step(self.request.choice)
@@ -141,8 +156,8 @@ class _Running:
         """Its logits, [batch, vocabulary]. What a session holds of it is not read again, if it is half of it."""
         kept, sessions = 0, self.loop.sessions
         if self.request.continues:
-            source, held = sessions.longest(self.ids[0, : self.length])
-            kept = held if 2 * held >= self.length else 0
+            source, held = sessions.longest(self.answer.known[0])
+            kept = held if 2 * held >= self.answer.length else 0
             if source is not None and source is not self.session and kept:
                 self.session.move(source, kept)
         try:
@@ -160,14 +175,9 @@ class _Running:
         except torch.OutOfMemoryError:
             pass  # the other sessions' caches are worth less than this request; what failed is free after this block
         self.loop.sessions.clear()
-        self._enter(self.loop.session_for(self.request, self.length))
+        self._enter(self.loop.session_for(self.request, self.answer.length))
         torch.cuda.empty_cache()
         return self.session.take(self.request.prompt, 0)
-
-    def _choose(self, logits: torch.Tensor) -> None:
-        """The first token."""
-        self.step.keep(self.step.choice.finish(self.step.choice.reduce(logits)))
-        self._send()
 
     def _advance(self) -> None:
         """One step, after which its token is on its way to the host."""
@@ -175,8 +185,7 @@ class _Running:
             self._grow()
         self.loop.launch(self.session, self.step)
         self._send()
-        if self.loop.compiler.mode == "background" and self.step.replays and self.loop.compiler.wants(self.step):
-            self.loop.compiler.start(self.step)
+        self.loop.compile_beside(self.step)
 
     def _grow(self) -> None:
         before = self.session
@@ -191,18 +200,8 @@ class _Running:
     def _send(self) -> None:
         token = self.step.inputs.token
         if self.step.logits is not None:
-            known = self.ids[:, : self.length].to(token.device)
-            token.copy_(self.request.choice.outside(known, self.step.logits))
+            token.copy_(self.request.choice.outside(self.answer.known.to(token.device), self.step.logits))
         self.reader.send(token)
 
     def _take(self) -> None:
-        """Read a token of each sequence and tell the streamer; `ended` tells which sequences are done."""
-        tokens = self.reader.read()
-        if self.request.pad is not None and any(self.ended):
-            tokens[torch.tensor(self.ended)] = self.request.pad
-        self.ids[:, self.length] = tokens
-        self.length += 1
-        ends = self.request.stops(self.ids[:, : self.length], self.request.ids.device)
-        self.ended = [before or now for before, now in zip(self.ended, ends, strict=True)]
-        if self.request.streamer is not None:
-            self.request.streamer.put(tokens)
+        self.answer.take(self.reader.read())

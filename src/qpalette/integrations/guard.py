@@ -12,6 +12,8 @@ import hmac
 import json
 import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException
@@ -134,7 +136,9 @@ class _Manager:
     def _check(self, model: Any, inputs: Any, gen_config: Any) -> None:
         """Raises HTTPException for a prompt that does not fit, and for what a batch would not do without a word."""
         _fit(model, inputs, gen_config)
-        if self._batches:
+        if not self._batches:
+            self._call_together(model)
+        else:
             said = {name: value for name, value in gen_config.to_dict().items() if name not in OF_EACH}
             first = vars(self._manager).setdefault("first_asked_for", said)
             if differing := sorted(name for name in said | first if said.get(name) != first.get(name)):
@@ -143,6 +147,25 @@ class _Manager:
                     f"continuous batching answers all requests as the first one: {differing[0]} is "
                     f"{first.get(differing[0])}, not {said.get(differing[0])}",
                 )
+
+    def _call_together(self, model: Any) -> None:
+        """As many threads call `model.generate` as it answers callers together: ours says so, others take one."""
+        slots = getattr(model.generate, "slots", 1)
+        if slots > 1 and not isinstance(self._manager._thread, _Threads):
+            self._manager._thread = _Threads(slots)
+
+
+class _Threads:
+    """Stand for the one thread in which transformers calls `generate`."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, "generate")
+
+    def submit(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        return self._pool.submit(work, *args, **kwargs)
+
+    def async_submit(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *args, **kwargs))
 
 
 class _ClientGone(Exception):

@@ -1,0 +1,283 @@
+"""Requests of several threads in one batch: each gets what it would get alone."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from test_generation import GREEDY, MAKERS, Programs, Puts, Replay, build, padded, prompt, tokenizer
+from transformers import BloomConfig, BloomForCausalLM
+
+from qpalette.generation import attach, cache, loop
+from qpalette.generation.batch import Batch
+
+__all__ = ["tokenizer"]
+
+KINDS = MAKERS | {
+    "bloom": lambda: BloomForCausalLM(
+        BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4, eos_token_id=None)
+    )
+}
+SLOTS = 4
+LENGTHS = [9, 20, 3, 31, 14, 7, 25]  # more than slots
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_short_caches(monkeypatch) -> Iterator[None]:
+    monkeypatch.setattr(cache, "STEP", 32)
+    for module in (loop, __import__("qpalette.generation.batch", fromlist=["AHEAD"])):
+        monkeypatch.setattr(module, "AHEAD", 32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[None, Replay, Programs], ids=["eager", "captured", "program"])
+def capture(request):
+    return Programs() if request.param is Programs else request.param
+
+
+@contextmanager
+def held(generate) -> Iterator[None]:
+    """What is asked for within waits until the end."""
+    free, taken = threading.Event(), threading.Event()
+    thread = threading.Thread(target=generate.worker.alone, args=(lambda: (taken.set(), free.wait(60)),))
+    thread.start()
+    taken.wait(60)
+    yield
+    free.set()
+    thread.join()
+
+
+def all_at_once(model, requests: list[dict]) -> list:
+    """The answers, or what was raised, of as many threads."""
+    pool = ThreadPoolExecutor(len(requests))
+    with held(model.generate):
+        answers = [pool.submit(model.generate, **request) for request in requests]
+        while len(model.generate.worker._waiting) < len(requests):
+            assert not any(answer.done() for answer in answers), [answer.exception() for answer in answers]
+    pool.shutdown()
+    return [answer.exception() or answer.result() for answer in answers]
+
+
+def requests_of(lengths: list[int], **options) -> list[dict]:
+    return [
+        {"input_ids": prompt(1, length, seed=length), **GREEDY, "max_new_tokens": 20 + 9 * (row % 3), **options}
+        for row, length in enumerate(lengths)
+    ]
+
+
+def sizes_of(model) -> set[int]:
+    return {session.batch for session in model.generate.loop.batches}
+
+
+def agree(got: list, wanted: list) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_gets_what_it_gets_alone(kind, capture):
+    """Prompts longer and shorter than what is in the cache, and answers that outgrow it."""
+    torch.manual_seed(0)
+    model = KINDS[kind]().eval()
+    requests = requests_of(LENGTHS)
+    wanted = [model.generate(**request) for request in requests]
+    attach(model, "never", capture, slots=SLOTS)
+    for _ in range(2):  # the second time sessions are there
+        assert agree(all_at_once(model, requests), wanted)
+    assert sizes_of(model) == {2, SLOTS}
+
+
+def test_a_batch_that_shrinks_is_laid_anew(capture):
+    model = build()
+    requests = requests_of([5] * 8, max_new_tokens=4) + requests_of([6], max_new_tokens=90)
+    for number, request in enumerate(requests):
+        request["input_ids"] = prompt(1, 5 + number % 3, seed=number)
+    wanted = [model.generate(**request) for request in requests]
+    attach(model, "never", capture, slots=16)
+    assert agree(all_at_once(model, requests), wanted)
+    assert {2, 16} <= sizes_of(model)
+
+
+def test_one_that_comes_later_joins(capture):
+    model = build()
+    first, second = requests_of([12, 30])
+    first["max_new_tokens"], second["max_new_tokens"] = 90, 6
+    wanted = [model.generate(**request) for request in (first, second)]
+    attach(model, "never", capture, slots=SLOTS)
+    answers = {}
+
+    class Asks(Puts):
+        def put(self, value) -> None:
+            super().put(value)
+            if len(self.puts) == 8:
+                asking.start()
+                while not model.generate.worker._waiting:
+                    pass
+
+    def ask() -> None:
+        answers["second"] = model.generate(**second)
+        answers["written meanwhile"] = len(streamer.puts)
+
+    streamer, asking = Asks(), threading.Thread(target=ask)
+    answers["first"] = model.generate(**first, streamer=streamer)
+    asking.join()
+    assert agree([answers["first"], answers["second"]], wanted)
+    assert answers["written meanwhile"] < 80, "the second did not wait for the first"
+
+
+def test_each_is_chosen_by_its_own_processors(tokenizer, capture):
+    model = build()
+    requests = requests_of(LENGTHS[:6])
+    requests[1] |= {"repetition_penalty": 1.7}
+    requests[2] |= {"do_sample": True, "top_k": 1}  # a draw among one
+    requests[3] |= {"min_new_tokens": 10, "eos_token_id": list(range(1, 60))}
+    requests[4] |= {"eos_token_id": [5, 9, 14, 22, 40, 41, 60]}
+    text = tokenizer.decode(model.generate(**requests[5])[0, LENGTHS[5] :])
+    requests[5] |= {"stop_strings": [text[6:8]], "tokenizer": tokenizer}
+    wanted = [model.generate(**request) for request in requests]
+    assert wanted[5].shape[1] < LENGTHS[5] + 20
+    attach(model, "never", capture, slots=SLOTS)
+    assert agree(all_at_once(model, requests), wanted)
+
+
+def test_those_that_sample_alike_share_a_step_and_others_do_not(capture):
+    model = build()
+    attach(model, "never", capture, slots=SLOTS)
+    sampled = {"do_sample": True, "top_k": 0, "temperature": 0.8}
+    answers = all_at_once(model, requests_of([9, 12, 15], **sampled))
+    assert [answer.shape[1] for answer in answers] == [9 + 20, 12 + 29, 15 + 38]
+    keys = {key for session in model.generate.loop.batches for key in session.steps}
+    assert "logits" not in keys
+    all_at_once(model, requests_of([9], **sampled) + requests_of([12]))
+    assert "logits" in {key for session in model.generate.loop.batches for key in session.steps}
+
+
+def test_streamers_get_their_own(capture):
+    model = build()
+    requests = requests_of(LENGTHS)
+    wanted = [Puts() for _ in requests]
+    for request, streamer in zip(requests, wanted, strict=True):
+        model.generate(**request, streamer=streamer)
+    attach(model, "never", capture, slots=SLOTS)
+    got = [Puts() for _ in requests]
+    all_at_once(model, [request | {"streamer": streamer} for request, streamer in zip(requests, got, strict=True)])
+    assert [(each.puts, each.ended) for each in got] == [(each.puts, each.ended) for each in wanted]
+
+
+@pytest.mark.parametrize("when", [0, 1, 5])
+def test_who_leaves_takes_nobody_along(when, capture):
+    """At its prompt, its first token, and amid others."""
+    model = build()
+    requests = requests_of(LENGTHS[:5])
+    wanted = [model.generate(**request) for request in requests]
+    attach(model, "never", capture, slots=SLOTS)
+    requests[2] |= {"streamer": Puts(stop_at=when)}
+    answers = all_at_once(model, requests)
+    assert isinstance(answers.pop(2), KeyboardInterrupt)
+    del wanted[2]
+    assert agree(answers, wanted)
+
+
+def test_what_the_loop_does_not_do_waits_for_its_turn(capture):
+    """Beams, several sequences, a padded prompt, between requests that are batched."""
+    model = build()
+    requests = requests_of(LENGTHS[:5])
+    requests[1] |= {"num_beams": 2}
+    requests[2] |= {"input_ids": prompt(3, 6)}
+    requests[3] |= {name: tensor[:1] for name, tensor in padded([5, 20]).items()}
+    wanted = [model.generate(**request) for request in requests]
+    attach(model, "never", capture, slots=SLOTS)
+    assert agree(all_at_once(model, requests), wanted)
+
+
+def test_where_there_is_no_memory_for_a_batch_one_follows_the_other(monkeypatch, capture):
+    model = build()
+    requests = requests_of(LENGTHS)
+    wanted = [model.generate(**request) for request in requests]
+    attach(model, "never", capture, slots=SLOTS)
+
+    def refuse(self, joining=None) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Batch, "_lay_anew", refuse)
+    assert agree(all_at_once(model, requests), wanted)
+
+
+def test_where_there_is_memory_for_two_the_third_waits(monkeypatch, capture):
+    model = build()
+    requests = requests_of(LENGTHS)
+    wanted = [model.generate(**request) for request in requests]
+    attach(model, "never", capture, slots=SLOTS)
+    lay = Batch._lay_anew
+
+    def refuse_more(self, joining=None) -> None:
+        if len(self.rows) + (joining is not None) > 2:
+            raise torch.OutOfMemoryError
+        lay(self, joining)
+
+    monkeypatch.setattr(Batch, "_lay_anew", refuse_more)
+    assert agree(all_at_once(model, requests), wanted)
+    assert sizes_of(model) == {2}
+
+
+def test_an_error_of_the_model_is_told_to_all_and_the_next_are_served(capture):
+    model = build()
+    requests = requests_of(LENGTHS[:3])
+    wanted = [model.generate(**request) for request in requests]
+    attach(model, "never", capture, slots=SLOTS)
+    calls = []
+
+    def fail(module, given) -> None:
+        calls.append(given)
+        if len(calls) == 6:
+            raise RuntimeError("broken")
+
+    hook = model.register_forward_pre_hook(fail)
+    answers = all_at_once(model, requests)
+    if capture is None:
+        assert [str(answer) for answer in answers] == ["broken"] * 3
+    hook.remove()
+    assert agree(all_at_once(model, requests), wanted)
+
+
+def test_a_request_out_of_a_request_does_not_wait_for_itself():
+    model = build()
+    wanted = model.generate(prompt(1, 5), **GREEDY)
+    inner = []
+
+    def nested(ids, scores):
+        if not inner:
+            inner.append(model.generate(prompt(1, 5), **GREEDY))
+        return scores
+
+    attach(model, "never", None, slots=SLOTS)
+    model.generate(prompt(1, 9), logits_processor=[nested], **GREEDY)
+    assert torch.equal(inner[0], wanted)
+
+
+def test_a_later_turn_finds_what_was_read_before():
+    """After a batch, too: the prompt's session still holds what it held."""
+    model = build()
+    attach(model, "never", None, slots=SLOTS)
+    model.generate(prompt(1, 20), **GREEDY)
+    (session,) = model.generate.loop.sessions
+    assert len(session.held) > 20
+
+
+def test_the_model_goes_with_its_last_user():
+    model = build()
+    attach(model, "never", None, slots=SLOTS)
+    all_at_once(model, requests_of(LENGTHS[:3]))
+    model.generate.worker.alone(gc.collect)  # after the batch, which ends behind its answers
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
