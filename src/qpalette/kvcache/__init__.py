@@ -16,7 +16,7 @@ from qpalette.kvcache.plan import (
     read_cache_plan,
 )
 from qpalette.kvcache.shaping import shaped
-from qpalette.kvcache.stream import PAGE, Exact, Stream
+from qpalette.kvcache.stream import PAGE, Exact, Stream, with_exact
 from qpalette.kvcache.transform import Transform, balanced, mean_removed, white
 from qpalette.kvcache.vectors import VectorFormat
 
@@ -47,5 +47,6 @@ __all__ = [
     "read_moments",
     "shaped",
     "white",
+    "with_exact",
     "write_moments",
 ]

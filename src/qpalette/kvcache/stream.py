@@ -5,6 +5,7 @@ Plain torch on any device, and the definition of what is stored. docs/cache.md d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ class Stream:
     the ring too, so that a cache can be cut back.
 
     All methods change memory in place, or read it; addresses stay. `tokens`, int64 [n] or [], are on the device.
+    A backend may have a class of its own with kernels, whose memory is the same.
     """
 
     def __init__(
@@ -53,6 +55,11 @@ class Stream:
         self.sinks = torch.zeros(batch, heads, exact.sinks, format.dim, dtype=dtype, device=device)
         self.ring = torch.zeros(batch, heads, exact.window, format.dim, dtype=dtype, device=device)
         self.ring_tokens = torch.full((exact.window,), -1, dtype=torch.int64, device=device)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it refuses tokens that have no room by itself, and may `attend`."""
+        return False
 
     @property
     def memory(self) -> tuple[Tensor, ...]:
@@ -83,27 +90,21 @@ class Stream:
             self.ring.index_copy_(2, places % self.exact.window, newest.to(self.ring.dtype))
             self.ring_tokens.index_copy_(0, places % self.exact.window, places)
 
-    def read(self, count: Tensor, starts: Tensor, pages: int | None = None) -> Tensor:
-        """All `length` tokens, float32 [batch, heads, length, dim], of which the first `count` mean something. Only the
-        first `pages` pages are decoded, where the host knows how many there are; what follows are zeros."""
-        coded = self.format.decode(self.codes[:, :, :pages], self.scales[:, :, :pages], self.points).flatten(2, 3)
-        dense = self.transform.undo(coded)
-        dense = torch.nn.functional.pad(dense, (0, 0, 0, self.pages.shape[2] * PAGE - dense.shape[2]))
-        if self.exact.sinks:
-            places = self._sink_tokens(starts)[:, None, :, None].expand_as(self.sinks)
-            dense = dense.scatter(2, places, self.sinks.float())
-        if self.exact.window:
-            kept = (self.ring_tokens >= count - self.exact.window) & (self.ring_tokens >= 0)
-            nowhere = dense.shape[2] - 1
-            dense = dense.index_copy(2, torch.where(kept, self.ring_tokens, nowhere), self.ring.float())
-        return dense[:, :, : self.length]
+    def read(self, count: Tensor, starts: Tensor) -> Tensor:
+        """All `length` tokens, float32 [batch, heads, length, dim], of which the first `count` mean something."""
+        dense = self.transform.undo(self.format.decode(self.codes, self.scales, self.points).flatten(2, 3))
+        return with_exact(dense, self.memory[1:], count, starts)[:, :, : self.length]
 
-    def _sink_tokens(self, starts: Tensor) -> Tensor:
-        """int64 [batch, sinks]."""
-        return starts[:, None] + torch.arange(self.exact.sinks, device=starts.device)
+    def attend(
+        self, values: Stream, query: Tensor, mask: Tensor, count: Tensor, starts: Tensor, scale: float
+    ) -> Tensor | None:
+        """softmax(scale q k^T + mask) v, [batch, heads, rows, dim] like `query`, of the first `count` tokens of these
+        keys and of `values`; mask: bool or float, broadcast to [batch, heads, rows, length]. None: reading both is
+        the way to do it."""
+        return None
 
     def _keep_sinks(self, vectors: Tensor, tokens: Tensor, starts: Tensor) -> None:
-        index = self._sink_tokens(starts) - tokens[0]
+        index = sink_tokens(starts, self.exact.sinks) - tokens[0]
         here = (index >= 0) & (index < vectors.shape[2])
         index = index.clamp(0, vectors.shape[2] - 1)[:, None, :, None].expand_as(self.sinks)
         found = vectors.to(self.sinks.dtype).gather(2, index)
@@ -132,3 +133,22 @@ class Stream:
         for memory in (self.pages, self.sinks, self.ring):
             memory.zero_()
         self.ring_tokens.fill_(-1)
+
+
+def with_exact(dense: Tensor, exact: Sequence[Tensor], count: Tensor, starts: Tensor) -> Tensor:
+    """`dense`, float32 [batch, heads, 64 pages, dim], with exact tokens in their places: a stream's sinks, ring and
+    ring_tokens. What it had there is gone."""
+    sinks, ring, ring_tokens = exact
+    if sinks.shape[2]:
+        places = sink_tokens(starts, sinks.shape[2])[:, None, :, None].expand_as(sinks)
+        dense = dense.scatter_(2, places, sinks.float())
+    if ring.shape[2]:
+        kept = (ring_tokens >= count - ring.shape[2]) & (ring_tokens >= 0)
+        nowhere = dense.shape[2] - 1
+        dense = dense.index_copy_(2, torch.where(kept, ring_tokens, nowhere), ring.float())
+    return dense
+
+
+def sink_tokens(starts: Tensor, sinks: int) -> Tensor:
+    """int64 [batch, sinks]: which tokens they are."""
+    return starts[:, None] + torch.arange(sinks, device=starts.device)

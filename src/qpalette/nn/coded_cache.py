@@ -1,7 +1,8 @@
 """A transformers cache whose keys and values are codes: static, croppable, and compileable.
 
 What `update` gives back are all keys and values, decoded: any attention function of transformers reads them, with
-its sliding windows, soft caps and learned sinks.
+its sliding windows, soft caps and learned sinks. For one new token they are decoded when something looks at them
+(`CodedStates`), and not where a backend attends to codes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from transformers import Cache, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from qpalette.core.errors import InputError, UnsupportedError
-from qpalette.kvcache import PAGE, WHITE, CachePlan, Stream, Transform, white
+from qpalette.kvcache import WHITE, CachePlan, Stream, Transform, white
+from qpalette.nn.coded_states import CodedStates
+from qpalette.runtime import select
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class LayerCoding:
         formats = self.plan.formats(self.layer, self.layers, (keys.shape[-1], values.shape[-1]))
         transforms = (self.keys or white(keys.shape[-1]), white(values.shape[-1]))
         key, value = (
-            Stream(format, transform, self.plan.exact, (*like.shape[:2], length), like.dtype, like.device)
+            select("cache", format.code.name, like.device).stream(
+                format, transform, self.plan.exact, (*like.shape[:2], length), like.dtype, like.device
+            )
             for format, transform, like in zip(formats, transforms, (keys, values), strict=True)
         )
         return key, value
@@ -78,23 +83,30 @@ class CodedLayer(StaticLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Code the new tokens; all `max_cache_len` keys and values, of which those that are not written are zeros or
-        what was cut off: the mask hides them."""
+        what was cut off: the mask hides them. Raises InputError for tokens that have no room; a compiled or captured
+        step, which cannot look, leaves that to the device."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[-2]
+        if not self.key_stream.is_fused:
+            self._check_room(count)
         tokens = torch.arange(count, device=self.device) + self.cumulative_length
-        self.cumulative_length.add_(count)
-        # On a CPU to know the length costs nothing, and to decode what is empty would take most of the time.
-        known = self.device.type == "cpu" and not torch.compiler.is_compiling()
-        pages = -(-int(self.cumulative_length) // PAGE) if known else None
-        results = []
-        for stream, states in zip(self.streams, (key_states, value_states), strict=True):
+        both = (self.key_stream, key_states), (self.value_stream, value_states)
+        for stream, states in both:
             stream.write(states, tokens, self.starts)
-            dense = stream.read(self.cumulative_length, self.starts, pages).to(states.dtype)
-            if self.own_exact and count > 1:
-                dense = dense.index_copy(2, tokens, states)
-            results.append(dense)
-        return results[0], results[1]
+        self.cumulative_length.add_(count)
+        if count == 1 and self.key_stream.is_fused:
+            return CodedStates.of(self.key_stream, self.value_stream, self.cumulative_length, self.starts)
+        dense = [stream.read(self.cumulative_length, self.starts).to(states.dtype) for stream, states in both]
+        if self.own_exact and count > 1:
+            dense = [read.index_copy(2, tokens, states) for read, (_, states) in zip(dense, both, strict=True)]
+        return dense[0], dense[1]
+
+    def _check_room(self, count: int) -> None:
+        if self.coding.layer or torch.compiler.is_compiling() or _capturing(self.cumulative_length):
+            return  # one layer stands for all: to look makes the host wait
+        if (needed := int(self.cumulative_length) + count) > self.max_cache_len:
+            raise InputError(f"the cache has room for {self.max_cache_len} tokens, not for {needed}: make it longer")
 
     def set_length(self, tokens: int) -> None:
         """The first `tokens` count; what follows is written over."""
@@ -182,17 +194,6 @@ class CodedCache(Cache):
         self.plan, self.length = plan, length
         codings = codings_of(plan, count, transforms)
         super().__init__(layers=[CodedLayer(length, coding, starts, own_exact) for coding in codings])
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """As transformers' caches. Raises InputError for tokens that have no room; a compiled or captured step, which
-        cannot look, leaves that to the device."""
-        if layer_idx == 0 and not torch.compiler.is_compiling() and not _capturing(key_states):
-            needed = int(self.layers[0].cumulative_length) + key_states.shape[-2]
-            if needed > self.length:
-                raise InputError(f"the cache has room for {self.length} tokens, not for {needed}: make it longer")
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def feed(self) -> int | None:

@@ -10,7 +10,9 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
-Operation = Literal["encode", "linear"]
+from qpalette.kvcache import Stream
+
+Operation = Literal["encode", "linear", "cache"]
 TILES = "tiles"  # the stored layout of codes: int32 [ceil(M/16), ceil(K/16), words per tile]
 
 
@@ -87,10 +89,11 @@ class Backend(ABC):
     priority: ClassVar[int]  # the highest that supports a problem is used
     layout: ClassVar[str] = TILES  # how it likes its codes; `to_layout` and `from_layout` convert
     fuses: ClassVar[bool] = False  # whether `linears` is better than `linear` one by one
+    stream: ClassVar[type[Stream]] = Stream  # what keeps keys or values as codes
 
     @abstractmethod
     def supports(self, operation: Operation, spec: str, device: torch.device) -> Verdict:
-        """Whether this backend can do `operation` for quantizer `spec` with tensors on `device`."""
+        """Whether this backend can do `operation` for quantizer or cache code `spec` with tensors on `device`."""
 
     @abstractmethod
     def encode(self, spec: str, tiles: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from qpalette.backends.cpu.experts import CpuExperts, takes
 from qpalette.backends.cpu.layout import LAYOUT, from_lanes, tile_rows, to_lanes
 from qpalette.backends.cpu.product import CpuProduct, rotated_weight
+from qpalette.backends.cpu.streams import CpuStream
 from qpalette.backends.cpu.threads import parallel_caller
 from qpalette.backends.cpu.viterbi import encode_states
 from qpalette.codes import parse_spec
@@ -22,6 +23,7 @@ class CpuBackend(Backend):
     priority = 10
     layout = LAYOUT
     fuses = True
+    stream = CpuStream
 
     def supports(self, operation: str, spec: str, device: torch.device) -> Verdict:
         if device.type != "cpu":

@@ -35,7 +35,7 @@ def can_multiply_bytes(present: set[str]) -> bool:
     return present >= BYTE_FEATURES
 
 
-_HAS_AVX512 = "avx512f" in features()
+HAS_AVX512 = "avx512f" in features()
 HAS_BYTES = can_multiply_bytes(features())
 
 _FLOAT = ir.FloatType()
@@ -172,6 +172,34 @@ def _define_load_wide(narrow: ir.Type, widen: Callable[..., Any]) -> Any:
     return load_wide
 
 
+def _define_load_fields(width: int) -> Any:
+    """Sixteen numbers of `width` bits that lie behind each other from the byte array[index] on, lowest bits first."""
+    stored = ir.IntType(LANES * width)
+
+    def spread(builder: Any, bits: Any) -> Any:
+        if width == 8:
+            return builder.zext(builder.bitcast(bits, ir.VectorType(_BYTE, LANES)), I.vector)
+        words = max(1, LANES * width // 32)
+        if LANES * width < 32:
+            bits = builder.zext(bits, _INT)
+        parts = builder.bitcast(bits, ir.VectorType(_INT, words))
+        fields = LANES // words  # in each word
+        mask = ir.Constant(ir.VectorType(_INT, LANES), [lane // fields for lane in range(LANES)])
+        lanes = builder.shuffle_vector(parts, ir.Constant(parts.type, ir.Undefined), mask)
+        places = ir.Constant(I.vector, [lane % fields * width for lane in range(LANES)])
+        return builder.and_(builder.lshr(lanes, places), _splat_constant((1 << width) - 1, I))
+
+    @intrinsic
+    def load_fields(typing_context, array, index):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            pointer = _element_pointer(context, builder, signature.args[0], *args)
+            return spread(builder, builder.load(builder.bitcast(pointer, stored.as_pointer()), align=1))
+
+        return I(array, types.intp), codegen
+
+    return load_fields
+
+
 def _define_butterfly(distance: int) -> Any:
     """a + b in the lane of a, a - b in that of b, for lanes `distance` apart, a power of two."""
     partners = ir.Constant(ir.VectorType(_INT, LANES), [lane ^ distance for lane in range(LANES)])
@@ -208,6 +236,7 @@ load_bfloat = _define_load_wide(
     _SHORT, lambda b, x: b.bitcast(b.shl(b.zext(x, I.vector), ir.Constant(I.vector, [16] * LANES)), F.vector)
 )
 load_half = _define_load_wide(ir.HalfType(), lambda b, x: b.fpext(x, F.vector))
+load_fields1, load_fields2, load_fields4, load_fields8 = map(_define_load_fields, (1, 2, 4, 8))
 load_quarterf = _define_load_quarter(F)  # the 16 bytes at array[index], four times
 load_quarteri = _define_load_quarter(I)
 load_quarterb = _define_load_quarter(B)
@@ -295,7 +324,7 @@ def gatherf(typing_context, table, index):  # type: ignore[no-untyped-def]
 
 
 def _lookup32(builder: Any, low: Any, high: Any, index: Any) -> Any:
-    if _HAS_AVX512:
+    if HAS_AVX512:
         name = "llvm.x86.avx512.vpermi2var.ps.512"
         function = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(F.vector, [F.vector, I.vector, F.vector]), name
@@ -331,6 +360,15 @@ to_nearest = _define((I, F), lambda b, x: b.fptosi(_call("rint.v16f32", F.vector
 scalar_of_bits = _define((types.float32, types.int32), lambda b, x: b.bitcast(x, _FLOAT))
 bits_of_float = _define((I, F), lambda b, x: b.bitcast(x, I.vector))
 float_of_bits = _define((F, I), lambda b, x: b.bitcast(x, F.vector))
+
+
+def _where_less(builder: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
+    return builder.select(builder.fcmp_ordered("<", a, b), x, y)
+
+
+where_lessf = _define((F, F, F, F, F), _where_less)  # (a, b, x, y): x where a < b, else y
+where_lessi = _define((I, F, F, I, I), _where_less)
+where_equal = _define((F, I, I, F, F), lambda b, i, j, x, y: b.select(b.icmp_signed("==", i, j), x, y))
 
 
 def _splat_constant(value: int, lanes: _Lanes) -> ir.Constant:

@@ -18,7 +18,8 @@ from qpalette.backends.cpu.decoders import WAYS
 from qpalette.backends.cpu.jit import is_missing, name_of
 from qpalette.backends.cpu.operands import TYPES
 from qpalette.backends.cpu.rows import make_rows
-from qpalette.backends.cpu.step import kernels
+from qpalette.backends.cpu.step import coded_attend, coded_write, kernels
+from qpalette.backends.cpu.step.coded import every_page_kernel
 from qpalette.backends.cpu.step.dense import make_dense
 from qpalette.backends.cpu.step.scalars import ELEMENTWISE, compute_kernel
 
@@ -63,6 +64,8 @@ def compile_apart(wanted: Iterable[Any]) -> None:
 def every_kernel() -> dict[str, Any]:
     """By name, none compiled yet: all that a program may call."""
     fixed = [kernels.run, kernels.elementwise, kernels.indexed, kernels.reduce, kernels.layer_norm]
+    fixed += [kernels.spread, coded_write.write, coded_write.write_some, coded_attend.attend, *every_page_kernel()]
+    fixed += [coded_attend.turn_queries, coded_attend.attend_pieces, coded_attend.finish_heads]
     dense = [kernel for type_ in TYPES.values() for kernel in make_dense(type_)]
     scalars = [
         compute_kernel(name, place, bool(integers))

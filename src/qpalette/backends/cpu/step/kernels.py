@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray
+from numba import carray, get_num_threads, prange, set_num_threads
 
 from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.calls import call
@@ -36,6 +36,25 @@ def run(table, threads):  # type: ignore[no-untyped-def]
     """table int64 [calls, 5]: the address of a kernel, and four words for it."""
     for i in range(len(table)):
         call(table[i, 0], table[i, 1], table[i, 2], table[i, 3], table[i, 4], threads)
+
+
+@entry("step spread", parallel=True)
+def spread(part, words, memory, workers, unused):  # type: ignore[no-untyped-def]
+    """`part`, a kernel's address, with each worker's number and how many they are, at the same time."""
+    before = get_num_threads()
+    set_num_threads(workers)
+    for worker in prange(workers):
+        call(part, words, memory, worker, workers, 0)
+    set_num_threads(before)
+
+
+@inlined
+def run_spread(addresses, part, words, memory, workers):  # type: ignore[no-untyped-def]
+    """addresses: of `spread`, then of the parts: none is compiled into others, which would take its time again."""
+    if workers > 1:
+        call(addresses[0], addresses[part], words, memory, workers, 0)
+    else:
+        call(addresses[part], words, memory, 0, 1, 0)
 
 
 @inlined

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,35 +11,15 @@ import torch
 
 from qpalette.backends.cpu.operands import TYPES
 from qpalette.backends.cpu.step import dense, kernels
+from qpalette.backends.cpu.step.coded import stream_words
+from qpalette.backends.cpu.step.coded_attend import attend_call
+from qpalette.backends.cpu.step.coded_write import write_call
+from qpalette.backends.cpu.step.native import FAULT, Address, Native, bits_of
 from qpalette.backends.cpu.step.record import Memory, Operand, Operation, operands_of
 from qpalette.backends.cpu.step.scalars import COMPARISONS, ELEMENTWISE, Elementwise, compute_kernel
 from qpalette.backends.cpu.step.walk import broadcast, merged
 
 MOST_VECTORS = 16  # of a product here
-
-
-class Address(NamedTuple):
-    """Of a compiled kernel, as a word."""
-
-    kernel: Any
-
-
-FAULT = object()  # the word that is the address of where a kernel says that it was given an index out of range
-
-
-class Native(NamedTuple):
-    """A call of `kernel` with these words: numbers, operands that stand for their addresses, Addresses, FAULT."""
-
-    kernel: Any
-    words: list[Any]
-
-    @property
-    def memories(self) -> list[Memory]:
-        return [word.memory for word in self.words if isinstance(word, Operand)]
-
-    @property
-    def kernels(self) -> list[Any]:
-        return [self.kernel, *(word.kernel for word in self.words if isinstance(word, Address))]
 
 
 class _Unknown(Exception):
@@ -114,11 +93,6 @@ def elementwise_call(
         number = numbers[place] if place < len(numbers) else 0
         words.append(int(number) if integers else bits_of(number))
     return Native(kernels.elementwise, words)
-
-
-def bits_of(number: float) -> int:
-    """A float64 as a word."""
-    return struct.unpack("<q", struct.pack("<d", float(number)))[0]
 
 
 def _is_whole(value: Any) -> bool:
@@ -356,6 +330,17 @@ def _attention(operation: Operation, given: dict[str, Any], read: set[Memory]) -
     return [Native(dense.make_dense(TYPES[query.dtype])[1], [*words, bits_of(scale)])]
 
 
+def _cache_write(operation: Operation, given: dict[str, Any], read: set[Memory]) -> list[Native]:
+    vectors, tokens, starts, *stream = operation.arguments
+    return [write_call(stream_words(*stream), vectors, tokens, starts)]
+
+
+def _cache_attend(operation: Operation, given: dict[str, Any], read: set[Memory]) -> list[Native]:
+    query, mask, count, starts, scale, *streams, length = operation.arguments
+    keys, values = stream_words(*streams[:4], length), stream_words(*streams[4:], length)
+    return [attend_call(keys, values, [query, mask, count, starts, operation.results[0]], bits_of(scale))]
+
+
 _LOWERINGS: dict[str, Callable[[Operation, dict[str, Any], set[Memory]], list[Native]]] = {
     "zero_": _zero,
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _filled(0)),
@@ -376,6 +361,8 @@ _LOWERINGS: dict[str, Callable[[Operation, dict[str, Any], set[Memory]], list[Na
     "index_copy_": _index_copy,
     "stack": _stack,
     "native_layer_norm": _layer_norm,
+    "cpu_cache_write": _cache_write,
+    "cpu_cache_attend": _cache_attend,
     "mm": _product,
     "bmm": _product,
     "addmm": _product,

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qpalette.backends.cpu.calls import address_of
 from qpalette.backends.cpu.step import kernels
-from qpalette.backends.cpu.step.lower import FAULT, Address, Native, lowered
+from qpalette.backends.cpu.step.lower import lowered
+from qpalette.backends.cpu.step.native import FAULT, Address, Native
 from qpalette.backends.cpu.step.packed import Packed, Rows, packed_of
 from qpalette.backends.cpu.step.passes import simplified
 from qpalette.backends.cpu.step.record import Memory, Operand, Operation, is_operand, operands_of, record, tensor_of

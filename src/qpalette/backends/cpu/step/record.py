@@ -116,7 +116,7 @@ class _Recorder(TorchDispatchMode):
         arguments, named = (tree_map_only(torch.Tensor, self._operand, each) for each in (args, keywords))
         changed = _changed(func, args, keywords)
         if any(self._operand(tensor).memory.kept is not None for tensor in changed):
-            result = changed[0] if len(func._schema.returns) == 1 else tuple(changed)
+            result = {0: None, 1: changed[0]}.get(len(func._schema.returns), tuple(changed))
         else:
             self.running = True
             try:

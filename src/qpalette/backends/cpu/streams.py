@@ -1,0 +1,158 @@
+"""A cache of codes on a CPU: `kvcache.Stream` with compiled kernels, as operators that a program can have recorded."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qpalette.backends.cpu.calls import address_of
+from qpalette.backends.cpu.operands import TYPES
+from qpalette.backends.cpu.step.coded import stream_words, tables_of
+from qpalette.backends.cpu.step.coded_attend import attend_call
+from qpalette.backends.cpu.step.coded_read import read_call
+from qpalette.backends.cpu.step.coded_write import write_call
+from qpalette.backends.cpu.step.native import FAULT, Address, Native, bits_of
+from qpalette.backends.cpu.step.record import Memory, Operand
+from qpalette.backends.cpu.threads import one_caller, present_threads
+from qpalette.core.errors import InputError
+from qpalette.kvcache import PAGE, Stream, with_exact
+
+MOST_ROWS = 64  # queries of a head that codes are decoded for at once
+
+LIBRARY = torch.library.Library("qpalette", "FRAGMENT")
+LIBRARY.define(
+    "cpu_cache_write(Tensor vectors, Tensor tokens, Tensor starts, Tensor(a!)[] memory, Tensor[] constants, str code,"
+    " bool unbiased, int length) -> ()"
+)
+LIBRARY.define(
+    "cpu_cache_read(Tensor count, Tensor starts, Tensor[] memory, Tensor[] constants, str code, bool unbiased,"
+    " int length) -> Tensor"
+)
+LIBRARY.define(
+    "cpu_cache_attend(Tensor query, Tensor mask, Tensor count, Tensor starts, float scale,"
+    " Tensor[] keys, Tensor[] key_constants, str key_code, bool key_unbiased,"
+    " Tensor[] values, Tensor[] value_constants, str value_code, bool value_unbiased, int length) -> Tensor"
+)
+
+
+_Parts = tuple[list[Tensor], list[Tensor], str, bool]  # memory, constants, code, whether it is unbiased
+
+
+class CpuStream(Stream):
+    """The bytes are those of the definition, but where rounding decides between two that are equally near."""
+
+    @property
+    def is_fused(self) -> bool:
+        """As `Stream.is_fused`. torch.compile gets the definition, of which it makes code of its own."""
+        return self.sinks.dtype in TYPES and not torch.compiler.is_compiling()
+
+    def write(self, vectors: Tensor, tokens: Tensor, starts: Tensor) -> None:
+        """As `Stream.write`. Raises InputError where there is no room."""
+        if not self.is_fused:
+            super().write(vectors, tokens, starts)
+            return
+        states = vectors.detach().to(self.sinks.dtype)
+        if states.stride(-1) != 1:
+            states = states.contiguous()
+        torch.ops.qpalette.cpu_cache_write(states, tokens, starts, *self._parts, self.length)
+
+    def read(self, count: Tensor, starts: Tensor) -> Tensor:
+        """As `Stream.read`; zeros where there are no tokens."""
+        if not self.is_fused:
+            return super().read(count, starts)
+        return torch.ops.qpalette.cpu_cache_read(count, starts, *self._parts, self.length)
+
+    def attend(
+        self, values: Stream, query: Tensor, mask: Tensor, count: Tensor, starts: Tensor, scale: float
+    ) -> Tensor | None:
+        """As `Stream.attend`."""
+        assert isinstance(values, CpuStream)
+        fits = query.dtype == self.sinks.dtype == values.sinks.dtype and query.shape[2] <= MOST_ROWS
+        masks = mask.dtype in (torch.bool, *TYPES) and mask.ndim == 4 and mask.shape[-1] == self.length
+        if not (fits and masks and query.shape[:2] == self.sinks.shape[:2] and not _is_watched(query)):
+            return None
+        if query.stride(-1) != 1:
+            query = query.contiguous()
+        parts = (*self._parts, *values._parts)
+        return torch.ops.qpalette.cpu_cache_attend(query, mask, count, starts, scale, *parts, self.length)
+
+    @property
+    def _parts(self) -> _Parts:
+        return [*self.memory], self._constants, self.format.code.name, self.format.unbiased
+
+    @cached_property
+    def _constants(self) -> list[Tensor]:
+        transform, nothing = self.transform, torch.empty(0)
+        feedback, gain = (nothing, nothing) if transform.shaping is None else transform.shaping
+        turned = [transform.matrix.mT, transform.inverse, transform.inverse.mT, transform.mean]
+        shaping = [feedback.mT if feedback.ndim > 1 else feedback, gain]
+        return [*(each.contiguous() for each in (*turned, *shaping)), *tables_of(self.format.code.name)]
+
+
+def _is_watched(query: Tensor) -> bool:
+    """Whether a gradient is wanted, which kernels do not give."""
+    return query.requires_grad and torch.is_grad_enabled()
+
+
+def _write(vectors: Tensor, tokens: Tensor, starts: Tensor, *stream: Any) -> None:
+    length = stream[-1]
+    if (needed := int(tokens[-1]) + 1) > length:
+        raise InputError(f"the cache has room for {length} tokens, not for {needed}: make it longer")
+    _run(write_call(_words(*stream), *map(_operand, (vectors, tokens, starts))))
+
+
+def _read(count: Tensor, starts: Tensor, memory: list[Tensor], constants: list[Tensor], *rest: Any) -> Tensor:
+    pages, sinks, length = memory[0], memory[1], rest[-1]
+    (batch, heads, _, dim), tokens = sinks.shape, min(int(count), length)
+    dense = torch.zeros(batch, heads, pages.shape[2] * PAGE, dim)
+    if tokens:
+        coordinates = torch.empty(batch, heads, tokens, dim)
+        _run(read_call(_words(memory, constants, *rest), _operand(coordinates)))
+        inverse, mean = constants[2], constants[3]
+        dense[:, :, :tokens] = coordinates @ inverse + mean[:, None]
+    return with_exact(dense, memory[1:], count, starts)[:, :, :length].contiguous()
+
+
+def _attend(query: Tensor, mask: Tensor, count: Tensor, starts: Tensor, scale: float, *streams: Any) -> Tensor:
+    *parts, length = streams
+    keys, values = _words(*parts[:4], length), _words(*parts[4:], length)
+    result = query.new_empty(*query.shape[:3], parts[4][1].shape[-1])
+    _run(attend_call(keys, values, [*map(_operand, (query, mask, count, starts, result))], bits_of(scale)))
+    return result
+
+
+for name, implementation in (("write", _write), ("read", _read), ("attend", _attend)):
+    LIBRARY.impl(f"cpu_cache_{name}", implementation, "CPU")
+
+
+def _words(memory: list[Tensor], constants: list[Tensor], *rest: Any) -> list[Any]:
+    return stream_words([*map(_operand, memory)], [*map(_operand, constants)], *rest)
+
+
+def _operand(tensor: Tensor) -> Operand:
+    """In memory of its own, which is there."""
+    offset = int(tensor.storage_offset())
+    return Operand(Memory(0, tensor), tensor.dtype, tuple(tensor.shape), tensor.stride(), offset)
+
+
+def _run(native: Native) -> None:
+    """Now, on memory that is there."""
+    fault = np.zeros(1, np.int64)
+
+    def word(each: Any) -> int:
+        if isinstance(each, Operand):
+            assert each.memory.kept is not None
+            return each.memory.kept.data_ptr()
+        if isinstance(each, Address):
+            return address_of(each.kernel)
+        return fault.ctypes.data if each is FAULT else each
+
+    words = np.array([word(each) for each in native.words], np.int64)
+    threads = present_threads()
+    with one_caller:
+        native.kernel(words.ctypes.data, 0, 0, 0, threads)
+    assert not fault[0]
