@@ -14,10 +14,11 @@ import transformers
 
 from qpalette.backends.cpu.step import Program, instructions_of
 from qpalette.backends.cpu.step.program import Called
-from qpalette.generation import fast
-from qpalette.generation.cache import TokenCache
+from qpalette.generation import attach, fast
+from qpalette.generation.cache import CacheMaker, CodedTokenCache, TokenCache
 from qpalette.generation.choice import choice_of
 from qpalette.generation.session import Session
+from qpalette.kvcache import parse_cache
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -71,7 +72,7 @@ def build(name: str, dtype: torch.dtype) -> Any:
     return MODELS[name][0]().eval().to(dtype)
 
 
-def session_of(model: Any, padded: bool) -> Session:
+def session_of(model: Any, padded: bool, make: CacheMaker = TokenCache) -> Session:
     """With a prompt of two sequences in its cache, and a token to go on with."""
     ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
     prompt = {"input_ids": ids}
@@ -79,7 +80,7 @@ def session_of(model: Any, padded: bool) -> Session:
         mask = torch.ones_like(ids)
         mask[0, :4] = 0
         prompt |= {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    session = Session(model, 2, 32, padded, padded, TokenCache)
+    session = Session(model, 2, 32, padded, padded, make)
     logits = session.take(prompt, 0)
     session.inputs.token.copy_(logits.argmax(-1, keepdim=True))
     return session
@@ -118,6 +119,50 @@ def test_logits_are_those_of_the_eager_step(name, padded, dtype):
         assert (steps[0].logits - steps[1].logits).norm() <= bound * steps[1].logits.norm()
     lengths = [session.inputs.cache.get_seq_length() for session in (found, wanted)]
     assert lengths[0] == lengths[1] == 15
+
+
+def coded(config: Any, length: int) -> CodedTokenCache:
+    return CodedTokenCache(config, length, parse_cache("white:nuq-3,sinks=2,window=3"), None)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "experts"])
+@torch.no_grad()
+def test_over_codes_they_are_those_of_the_eager_step(name, padded):
+    """In float32, by the same bound: no key lies so near to the border of two codes that its rounding decides. Torch is
+    called to decode them where attention is no one function of torch's."""
+    model = build(name, torch.float32)
+    found, wanted = session_of(model, padded, coded), session_of(model, padded, coded)
+    steps = [session.step(choice_of(False, [_any_processor])) for session in (found, wanted)]
+    for step in steps:
+        step.run()
+    instructions = instructions_of(steps[0].run)
+    called = Counter(str(each.operation.function) for each in instructions if isinstance(each, Called))
+    decoded = {"qpalette.cpu_cache_read.default"} if name == "soft caps" else set()
+    assert called.keys() - MASK == decoded
+    program = Program(instructions)
+    for token in (5, 77, 30, 5, 8):
+        for step in steps:
+            step.inputs.token.fill_(token)
+        program.replay()
+        steps[1].run()
+        bound = 2 * sqrt(48 / 3) * torch.finfo(torch.float32).eps * sqrt(20 * 2 + 10)
+        assert (steps[0].logits - steps[1].logits).norm() <= bound * steps[1].logits.norm()
+    memory = [[each for layer in session.inputs.cache.layers for each in layer.memory] for session in (found, wanted)]
+    assert all(torch.equal(a, b) for a, b in zip(*memory, strict=True) if not a.is_floating_point())
+
+
+def test_generate_over_codes_is_captured():
+    """Of two equal prompts the second goes on from what the cache has of the first, which are codes."""
+    model, eager = build("llama", torch.float32), build("llama", torch.float32)
+    fast(model, cache=coded)
+    attach(eager, "never", None, coded)
+    ids, options = torch.full((1, 7), 9), {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **options), eager.generate(ids, **options))
+        model.generate.wait()
+    (session,) = model.generate.loop.sessions
+    assert [type(step.graph) for step in session.steps.values()] == [Program]
 
 
 def _any_processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -371,6 +371,16 @@ where_lessi = _define((I, F, F, I, I), _where_less)
 where_equal = _define((F, I, I, F, F), lambda b, i, j, x, y: b.select(b.icmp_signed("==", i, j), x, y))
 
 
+def _place_of_least(builder: Any, lanes: Any, places: Any) -> Any:
+    least = _splat(builder, _reduced("fmin.v16f32", _FLOAT, builder, lanes), F.vector)
+    found = builder.select(builder.fcmp_ordered("==", lanes, least), places, _splat_constant((1 << 31) - 1, I))
+    return _reduced("smin.v16i32", _INT, builder, found)
+
+
+# (lanes, places): the smallest place of those whose lane is smallest; none may be a NaN
+place_of_least = _define((types.int32, F, I), _place_of_least)
+
+
 def _splat_constant(value: int, lanes: _Lanes) -> ir.Constant:
     return ir.Constant(lanes.vector, [value] * lanes.vector.count)
 
@@ -430,6 +440,17 @@ def _quad_sums(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     return builder.fadd(picked(low, high, lefts), picked(low, high, rights))
 
 
+def _quarter_sums(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    def picked(first: Any, second: Any, quarters: list[int]) -> Any:
+        places = [4 * quarter + i for quarter in quarters for i in range(4)]
+        return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_INT, LANES), places))
+
+    def neighbours_added(first: Any, second: Any) -> Any:
+        return builder.fadd(picked(first, second, [0, 2, 4, 6]), picked(first, second, [1, 3, 5, 7]))
+
+    return neighbours_added(neighbours_added(a, b), neighbours_added(c, d))
+
+
 # Halves and bytes of two vectors side by side: the first's at even places (low in a lane), the second's at odd ones.
 high_halves = _define((H, I, I), _high_halves)
 low_halves = _define((H, I, I), _low_halves)
@@ -452,6 +473,7 @@ xorb = _define((B, B, B), lambda b, x, y: b.xor(x, y))
 ones_where_negative = _define((B, B), lambda b, x: b.sext(_is_negative(b, x), B.vector))  # all bits of a byte
 # (a[0] + a[1]) + (a[2] + a[3]) of the four vectors, then that of their next four lanes, and so on.
 quad_sums = _define((F, F, F, F, F), _quad_sums)
+quarter_sums = _define((F, F, F, F, F), _quarter_sums)  # the four quarters of a added, then those of b, and so on
 
 
 @intrinsic

@@ -17,22 +17,22 @@ from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.jit import entry, inlined
 from qpalette.backends.cpu.operands import TYPES, pointer
 from qpalette.backends.cpu.step.kernels import words_at
-from qpalette.backends.cpu.step.native import Address
 from qpalette.backends.cpu.step.record import Operand
 from qpalette.kvcache import PAGE, cache_palette, parse_code
 from qpalette.kvcache.vectors import VectorFormat, planes, scales_of
 
 LANES = simd.LANES
+GROUP = LANES  # tokens that are decoded at once
 LOOKED_UP = 2 * LANES  # entries that one instruction chooses from
 
 # The words of a stream. Addresses of pages, how many a head has, bytes of one; of sinks, the ring and its tokens, and
 # how many they are, and their type; of A^T, A^-1, its transpose and the mean, and whether all heads share them; of the
-# feedback's transpose (0: none) and the gains; of the tables; then the format, the room, and the kernels of its code.
+# feedback's transpose (0: none) and the gains; of the tables; then the format, the room, and of how many queries.
 S_PAGES, S_PAGE_COUNT, S_PAGE_BYTES, S_SINKS, S_SINK_COUNT, S_RING, S_WINDOW, S_RING_TOKENS, S_TYPE = range(9)
 S_FORWARD, S_INVERSE, S_INVERSE_T, S_MEAN, S_SHARED, S_FEEDBACK_T, S_GAIN = range(9, 16)
 S_ENTRIES, S_POINTS, S_POINT_COUNT, S_SCALES = range(16, 20)
 S_DIM, S_WIDTH, S_UNITS, S_CODE_BYTES, S_INDEX_BITS, S_UNBIASED, S_LENGTH, S_ROWS = range(20, 28)
-S_SCORES, S_SUMS, S_DECODE, S_WORDS = range(28, 32)
+S_WORDS = 28
 
 
 class PageKernels(NamedTuple):
@@ -40,7 +40,7 @@ class PageKernels(NamedTuple):
     the page's tokens. Coordinates of queries and sums are those of neighbours apart: [rows, width, padded units]."""
 
     decode: Any  # float32 [tokens, dim], in the stream's coordinates
-    scores: Any  # from queries to float32 [rows, PAGE], products with each token
+    scores: Any  # from queries to float32 [rows, PAGE], products with each token; with others, up to a whole GROUP
     sums: Any  # from weights, float32 [rows, PAGE]: adds to sums the tokens times their weights
 
 
@@ -61,13 +61,17 @@ def stream_words(memory: list[Operand], constants: list[Operand], code: str, unb
     pages, sinks, ring, ring_tokens = memory
     forward, inverse, inverse_t, mean, feedback_t, gain, entries, points, scales = constants
     parsed, dim = parse_code(code), sinks.shape[-1]
-    format, kernels = VectorFormat(parsed, dim, unbiased), page_kernels(parsed.index_bits, parsed.width)
+    format = VectorFormat(parsed, dim, unbiased)
     words: list[Any] = [pages, pages.shape[2], pages.shape[3], sinks, sinks.shape[2]]
     words += [ring, ring.shape[2], ring_tokens, TYPES[sinks.dtype]]
     words += [forward, inverse, inverse_t, mean, int(forward.shape[0] == 1), feedback_t if feedback_t.numel else 0]
     words += [gain, entries, points, points.shape[1], scales, dim, parsed.width, format.units, format.code_bytes]
-    words += [parsed.index_bits, int(unbiased), length, 0]
-    return [*words, *map(Address, (kernels.scores, kernels.sums, kernels.decode))]
+    return [*words, parsed.index_bits, int(unbiased), length, 0]
+
+
+def kernels_of_pages(stream: list[Any]) -> PageKernels:
+    """By a stream's words."""
+    return page_kernels(stream[S_INDEX_BITS], stream[S_WIDTH])
 
 
 def every_page_kernel() -> list[Any]:
@@ -117,71 +121,94 @@ def page_kernels(bits: int, width: int) -> PageKernels:
         return found
 
     @inlined
-    def decode_token(codes, at, units, table, out):  # type: ignore[no-untyped-def]
-        """Entries, float32 [width, padded units]."""
-        across = padded(units)
-        for block in range(0, units, LANES):
-            index = indexes(codes, at, units, block)
-            for component in range(width):
-                simd.store(out, component * across + block, looked_up(table, component * entries, index))
+    def decode_some(codes, first, count, w, table, levels):  # type: ignore[no-untyped-def]
+        """Entries of `count` tokens from `first` on, float32 [count, width, padded units]."""
+        units, size, across = w[S_UNITS], w[S_CODE_BYTES], padded(w[S_UNITS])
+        for token in range(count):
+            for block in range(0, units, LANES):
+                index, at = indexes(codes, (first + token) * size, units, block), token * width * across + block
+                for component in range(width):
+                    simd.store(levels, at + component * across, looked_up(table, component * entries, index))
 
     @inlined
-    def page_at(w, page):  # type: ignore[no-untyped-def]
+    def memory_of(w, page):  # type: ignore[no-untyped-def]
+        """A page, tables of entries and of scales, and levels of GROUP tokens."""
         return (
             carray(pointer(page), w[S_PAGE_BYTES], np.uint8),
             carray(pointer(w[S_ENTRIES]), width * entries, np.float32),
             carray(pointer(w[S_SCALES]), 256, np.float32),
-            np.empty(width * padded(w[S_UNITS]), np.float32),
+            np.zeros(GROUP * width * padded(w[S_UNITS]), np.float32),
         )
 
     @entry(f"cache decode {bits} {width}")
     def decode(words, page, unused, out, tokens):  # type: ignore[no-untyped-def]
         w = words_at(words, S_WORDS)
-        units, size = w[S_UNITS], w[S_CODE_BYTES]
-        codes, table, scales, levels = page_at(w, page)
-        across, rows = padded(units), carray(pointer(out), (tokens, w[S_DIM]), np.float32)
+        codes, table, scales, levels = memory_of(w, page)
+        across, rows = padded(w[S_UNITS]), carray(pointer(out), (tokens, w[S_DIM]), np.float32)
         for token in range(tokens):
-            decode_token(codes, token * size, units, table, levels)
-            scale = scales[codes[PAGE * size + token]]
-            for unit in range(units):
-                for component in range(width):
-                    rows[token, unit * width + component] = levels[component * across + unit] * scale
+            decode_some(codes, token, 1, w, table, levels)
+            scale = scales[codes[PAGE * w[S_CODE_BYTES] + token]]
+            for i in range(w[S_DIM]):
+                rows[token, i] = levels[i % width * across + i // width] * scale
 
     @entry(f"cache scores {bits} {width}")
     def scores(words, page, queries, out, tokens):  # type: ignore[no-untyped-def]
         w = words_at(words, S_WORDS)
-        units, size, rows = w[S_UNITS], w[S_CODE_BYTES], w[S_ROWS]
-        codes, table, scales, levels = page_at(w, page)
-        x = carray(pointer(queries), rows * levels.size, np.float32)
-        products = carray(pointer(out), (rows, PAGE), np.float32)
-        for token in range(tokens):
-            decode_token(codes, token * size, units, table, levels)
-            scale = scales[codes[PAGE * size + token]]
-            for row in range(rows):
-                total = simd.splatf(np.float32(0))
-                for i in range(0, levels.size, LANES):
-                    total = simd.fmaf(simd.loadf(levels, i), simd.loadf(x, row * levels.size + i), total)
-                products[row, token] = simd.totalf(total) * scale
+        codes, table, scales, levels = memory_of(w, page)
+        numbers = levels.size // GROUP
+        x = carray(pointer(queries), w[S_ROWS] * numbers, np.float32)
+        products = carray(pointer(out), w[S_ROWS] * PAGE, np.float32)
+        own, quads = np.empty(GROUP, np.float32), np.empty(4 * LANES, np.float32)
+        for first in range(0, tokens, GROUP):
+            count = min(GROUP, tokens - first)
+            decode_some(codes, first, count, w, table, levels)
+            for token in range(count):
+                own[token] = scales[codes[PAGE * w[S_CODE_BYTES] + first + token]]
+            for row in range(w[S_ROWS]):
+                for quad in range(4):
+                    zero, at = simd.splatf(np.float32(0)), 4 * quad * numbers
+                    a, b, c, d = zero, zero, zero, zero
+                    for i in range(0, numbers, LANES):
+                        q = simd.loadf(x, row * numbers + i)
+                        a = simd.fmaf(q, simd.loadf(levels, at + i), a)
+                        b = simd.fmaf(q, simd.loadf(levels, at + numbers + i), b)
+                        c = simd.fmaf(q, simd.loadf(levels, at + 2 * numbers + i), c)
+                        d = simd.fmaf(q, simd.loadf(levels, at + 3 * numbers + i), d)
+                    simd.store(quads, quad * LANES, simd.quad_sums(a, b, c, d))
+                a, b = simd.loadf(quads, 0), simd.loadf(quads, LANES)
+                c, d = simd.loadf(quads, 2 * LANES), simd.loadf(quads, 3 * LANES)
+                totals = simd.mulf(simd.quarter_sums(a, b, c, d), simd.loadf(own, 0))
+                simd.store(products, row * PAGE + first, totals)
 
     @entry(f"cache sums {bits} {width}")
     def sums(words, page, weights, out, tokens):  # type: ignore[no-untyped-def]
         w = words_at(words, S_WORDS)
-        units, size, rows = w[S_UNITS], w[S_CODE_BYTES], w[S_ROWS]
-        codes, table, scales, levels = page_at(w, page)
-        shares = carray(pointer(weights), (rows, PAGE), np.float32)
-        totals = carray(pointer(out), rows * levels.size, np.float32)
-        for token in range(tokens):
-            used = False
-            for row in range(rows):
-                used |= shares[row, token] != 0
+        codes, table, scales, levels = memory_of(w, page)
+        numbers = levels.size // GROUP
+        shares = carray(pointer(weights), (w[S_ROWS], PAGE), np.float32)
+        totals, own = carray(pointer(out), w[S_ROWS] * numbers, np.float32), np.empty(GROUP, np.float32)
+        for first in range(0, tokens, GROUP):
+            count, used = min(GROUP, tokens - first), False
+            for row in range(w[S_ROWS]):
+                for token in range(first, first + count):
+                    used |= shares[row, token] != 0
             if not used:
                 continue
-            decode_token(codes, token * size, units, table, levels)
-            scale = scales[codes[PAGE * size + token]]
-            for row in range(rows):
-                share = simd.splatf(shares[row, token] * scale)
-                for i in range(0, levels.size, LANES):
-                    at = row * levels.size + i
-                    simd.store(totals, at, simd.fmaf(share, simd.loadf(levels, i), simd.loadf(totals, at)))
+            decode_some(codes, first, count, w, table, levels)
+            for row in range(w[S_ROWS]):
+                own[:] = 0
+                for token in range(count):
+                    scale = scales[codes[PAGE * w[S_CODE_BYTES] + first + token]]
+                    own[token] = shares[row, first + token] * scale
+                for token in range(0, count, 4):
+                    a, b = simd.load_splatf(own, token), simd.load_splatf(own, token + 1)
+                    c, d = simd.load_splatf(own, token + 2), simd.load_splatf(own, token + 3)
+                    for i in range(0, numbers, LANES):
+                        at, total = token * numbers + i, simd.loadf(totals, row * numbers + i)
+                        total = simd.fmaf(a, simd.loadf(levels, at), total)
+                        total = simd.fmaf(b, simd.loadf(levels, at + numbers), total)
+                        total = simd.fmaf(c, simd.loadf(levels, at + 2 * numbers), total)
+                        total = simd.fmaf(d, simd.loadf(levels, at + 3 * numbers), total)
+                        simd.store(totals, row * numbers + i, total)
 
     return PageKernels(decode, scores, sums)

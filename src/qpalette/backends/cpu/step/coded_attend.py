@@ -20,8 +20,17 @@ from qpalette.backends.cpu.calls import call
 from qpalette.backends.cpu.jit import entry, inlined, kernel
 from qpalette.backends.cpu.operands import address_after, pointer, read_values, write_values
 from qpalette.backends.cpu.step import coded
-from qpalette.backends.cpu.step.coded_write import add_row
-from qpalette.backends.cpu.step.kernels import NUMBERS, exponential, load_floats, run_spread, spread, words_at
+from qpalette.backends.cpu.step.coded_write import add_row, multiply_rows
+from qpalette.backends.cpu.step.kernels import (
+    NUMBERS,
+    exponential,
+    load_floats,
+    place_of_largest,
+    run_spread,
+    spread,
+    total_of,
+    words_at,
+)
 from qpalette.backends.cpu.step.native import Address, Native
 from qpalette.backends.cpu.step.record import Operand
 from qpalette.backends.cpu.step.walk import broadcast
@@ -33,24 +42,27 @@ LEAST_NUMBERS = 1 << 15  # of keys, per thread
 
 # The words of attention: those of the keys' stream, of the values'; then batch, heads, rows (queries of a head), the
 # scale, float64; address of how many tokens there are, and of each sequence's first; of query, mask and result the
-# address and strides, the query's and result's but for the last; the mask's type; the kernels of `run_spread`.
+# address and strides, the query's and result's but for the last; the mask's type; the kernels: of `run_spread`, then
+# for scores of a page and for sums.
 K, V, A_SHAPE = 0, coded.S_WORDS, 2 * coded.S_WORDS
 A_SCALE, A_COUNT, A_STARTS, A_QUERY, A_MASK, A_RESULT = (A_SHAPE + place for place in (3, 4, 5, 6, 10, 15))
 A_MASK_TYPE, A_PARTS = A_RESULT + 4, A_RESULT + 5
-A_WORDS = A_PARTS + 4
+A_SCORES, A_SUMS = A_PARTS + 4, A_PARTS + 5
+A_WORDS = A_SUMS + 1
 
 
 def attend_call(keys: list[Any], values: list[Any], operands: Sequence[Operand], scale: int) -> Native:
     """keys and values: `coded.stream_words`; operands: query [batch, heads, rows, dim], of the streams' type, numbers
-    of a row behind each other; mask, bool or float, broadcast to [batch, heads, rows, length]; how many tokens there are,
-    int64 []; each sequence's first, int64 [batch]; the result, like the query; scale: a float64 as a word."""
+    of a row behind each other; mask, bool or float, broadcast to [batch, heads, rows, length]; how many tokens there
+    are, int64 []; each sequence's first, int64 [batch]; the result, like the query; scale: a float64 as a word."""
     query, mask, count, starts, result = operands
     for stream in (keys, values):
         stream[coded.S_ROWS] = query.shape[2]
     shape = query.shape[:3]
     words = [*keys, *values, *shape, scale, count, starts, query, *query.strides[:3]]
     words += [mask, *broadcast(mask, (*shape, keys[coded.S_LENGTH])), result, *result.strides[:3], NUMBERS[mask.dtype]]
-    return Native(attend, [*words, *map(Address, (spread, turn_queries, attend_pieces, finish_heads))])
+    of_pages = coded.kernels_of_pages(keys).scores, coded.kernels_of_pages(values).sums
+    return Native(attend, [*words, *map(Address, (spread, turn_queries, attend_pieces, finish_heads, *of_pages))])
 
 
 @inlined
@@ -129,13 +141,11 @@ def turn_queries(address, memory, worker, workers, unused):  # type: ignore[no-u
         for row in range(w[A_SHAPE + 2]):
             q, place = query[item, row], batch * w[A_QUERY + 1] + head * w[A_QUERY + 2] + row * w[A_QUERY + 3]
             read_values(address_after(w[A_QUERY], place, type_), type_, q)
-            coordinates[:] = 0
-            offset = np.float32(0)
             for i in range(dim):
                 q[i] *= scale
-                offset += q[i] * mean[i]
-                add_row(inverse, i * dim, dim, q[i], coordinates)
-            offsets[item, row] = offset
+                coordinates[i] = q[i] * mean[i]
+            offsets[item, row] = total_of(coordinates)
+            multiply_rows(q, inverse, 0, coordinates)
             for i in range(dim):
                 turned[item, row, i % width * across + i // width] = coordinates[i]
 
@@ -143,41 +153,42 @@ def turn_queries(address, memory, worker, workers, unused):  # type: ignore[no-u
 @kernel
 def load_bias(w, batch, head, start, bias):  # type: ignore[no-untyped-def]
     """What the mask adds to scores of tokens from `start` on, float32 [rows, tokens]: minus infinity where it hides."""
-    type_ = w[A_MASK_TYPE]
+    type_, step = w[A_MASK_TYPE], w[A_MASK + 4]
     itemsize = 4 if type_ == 0 else 2 if type_ <= 2 else 1
     for row in range(len(bias)):
-        place = batch * w[A_MASK + 1] + head * w[A_MASK + 2] + row * w[A_MASK + 3] + start * w[A_MASK + 4]
-        load_floats(w[A_MASK] + place * itemsize, type_, w[A_MASK + 4], bias[row])
+        if row and w[A_MASK + 3] == 0:
+            bias[row] = bias[0]
+            continue
+        place = batch * w[A_MASK + 1] + head * w[A_MASK + 2] + row * w[A_MASK + 3] + start * step
+        load_floats(w[A_MASK] + place * itemsize, type_, step, bias[row])
         if type_ > 2:
             for i in range(bias.shape[1]):
                 bias[row, i] = np.float32(0) if bias[row, i] != 0 else np.float32(-np.inf)
 
 
 @kernel
-def find_exact(w, batch, at_head, start, exact, addresses):  # type: ignore[no-untyped-def]
-    """Whether tokens from `start` on are kept exact; addresses int64 [2, tokens] of their keys and values."""
+def find_exact(w, batch, at_head, start, tokens, exact):  # type: ignore[no-untyped-def]
+    """How many of `tokens` from `start` on are kept exact: which, and the addresses of their keys and values, go to
+    `exact`, int64 [., 3]."""
     count = carray(pointer(w[A_COUNT]), 1, np.int64)[0]
     sinks, window = w[K + coded.S_SINK_COUNT], w[K + coded.S_WINDOW]
-    first = carray(pointer(w[A_STARTS]), batch + 1, np.int64)[batch]
-    exact[:] = False
-    for token in range(max(start, first), min(start + exact.size, first + sinks)):
-        place = at_head * sinks + token - first
-        exact[token - start] = True
-        for which in range(2):
-            stream = V if which else K
-            elements = place * w[stream + coded.S_DIM]
-            address = address_after(w[stream + coded.S_SINKS], elements, w[stream + coded.S_TYPE])
-            addresses[which, token - start] = address
-    for token in range(max(start, count - window), min(start + exact.size, count)):
-        ring_tokens = carray(pointer(w[K + coded.S_RING_TOKENS]), window, np.int64)
-        if ring_tokens[token % window] == token:
-            place = at_head * window + token % window
-            exact[token - start] = True
-            for which in range(2):
-                stream = V if which else K
-                elements = place * w[stream + coded.S_DIM]
-                address = address_after(w[stream + coded.S_RING], elements, w[stream + coded.S_TYPE])
-                addresses[which, token - start] = address
+    first, found = carray(pointer(w[A_STARTS]), batch + 1, np.int64)[batch], 0
+    for token in range(max(start, first), min(start + tokens, first + sinks)):
+        keep_place(w, coded.S_SINKS, at_head * sinks + token - first, token - start, exact[found])
+        found += 1
+    ring_tokens = carray(pointer(w[K + coded.S_RING_TOKENS]), window, np.int64)
+    for token in range(max(start, count - window), min(start + tokens, count)):
+        if ring_tokens[token % window] == token and not first <= token < first + sinks:
+            keep_place(w, coded.S_RING, at_head * window + token % window, token - start, exact[found])
+            found += 1
+    return found
+
+
+@inlined
+def keep_place(w, where, vector, token, into):  # type: ignore[no-untyped-def]
+    into[0] = token
+    into[1] = address_after(w[K + where], vector * w[K + coded.S_DIM], w[K + coded.S_TYPE])
+    into[2] = address_after(w[V + where], vector * w[V + coded.S_DIM], w[V + coded.S_TYPE])
 
 
 @inlined
@@ -187,70 +198,68 @@ def _page(w, stream, at_head, number):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def score(w, at_head, start, query, turned, offsets, exact, addresses, scores):  # type: ignore[no-untyped-def]
+def score(w, address, at_head, start, query, turned, offsets, exact, scores):  # type: ignore[no-untyped-def]
     """Adds to `scores`, which hold what the mask adds."""
-    tokens = scores.shape[1]
-    rows, key = len(scores), np.empty(w[K + coded.S_DIM], np.float32)
-    tile = np.empty((rows, PAGE), np.float32)
+    rows, tokens = scores.shape
+    tile, key = np.empty((rows, PAGE), np.float32), np.empty(query.shape[1], np.float32)
     for first in range(0, tokens, PAGE):
-        stop, seen = min(first + PAGE, tokens), False
+        size, hidden = min(PAGE, tokens - first), True
         for row in range(rows):
-            for i in range(first, stop):
-                seen |= scores[row, i] != -np.inf
-        if seen:
-            page = _page(w, K, at_head, (start + first) // PAGE)
-            call(w[K + coded.S_SCORES], w.ctypes.data + 8 * K, page, turned.ctypes.data, tile.ctypes.data, stop - first)
-            for i in range(first, stop):
-                if exact[i]:
-                    read_values(addresses[0, i], w[K + coded.S_TYPE], key)
+            for i in range(first, first + size):
+                hidden &= scores[row, i] == -np.inf
+        if hidden:
+            continue
+        page = _page(w, K, at_head, (start + first) // PAGE)
+        call(w[A_SCORES], address + 8 * K, page, turned.ctypes.data, tile.ctypes.data, size)
+        for row in range(rows):
+            for i in range(size):
+                tile[row, i] += offsets[row]
+        for token, place, _ in exact:
+            if first <= token < first + size:
+                read_values(place, w[K + coded.S_TYPE], key)
                 for row in range(rows):
-                    product = tile[row, i - first] + offsets[row]
-                    if exact[i]:
-                        product = np.float32(0)
-                        for j in range(key.size):
-                            product += query[row, j] * key[j]
-                    scores[row, i] += product
+                    tile[row, token - first] = 0
+                    for j in range(key.size):
+                        tile[row, token - first] += query[row, j] * key[j]
+        for row in range(rows):
+            for i in range(size):
+                scores[row, first + i] += tile[row, i]
 
 
 @kernel
 def weigh(scores, weights):  # type: ignore[no-untyped-def]
-    """scores become e^(score - top), the top of their row; 0 where they are minus infinity."""
+    """scores become e^(score - top), the top of their row; zeros where all are hidden."""
     for row in range(len(scores)):
-        top = np.float32(-np.inf)
-        for i in range(scores.shape[1]):
-            top = max(top, scores[row, i])
-        total = np.float32(0)
-        for i in range(scores.shape[1]):
-            weight = exponential(scores[row, i] - top) if scores[row, i] != -np.inf else np.float32(0)
-            scores[row, i] = weight
-            total += weight
-        weights[TOP, row], weights[TOTAL, row] = top, total
+        each = scores[row]
+        top = each[place_of_largest(each)]
+        for i in range(each.size):
+            each[i] = exponential(each[i] - top)
+        if top == -np.inf:
+            each[:] = 0
+        weights[TOP, row], weights[TOTAL, row] = top, total_of(each)
 
 
 @kernel
-def add_values(w, at_head, start, weights, exact, addresses, of_coded, sums, plain):  # type: ignore[no-untyped-def]
-    """The weighted values: coordinates into `sums`, exact ones into `plain`; the weights of the former together."""
+def add_values(w, address, at_head, start, weights, exact, of_coded, sums, plain):  # type: ignore[no-untyped-def]
+    """The weighted values: coordinates into `sums`, exact ones into `plain`; the weights of the former together. What
+    is exact weighs nothing afterwards."""
     rows, tokens = weights.shape
-    tile, value = np.empty((rows, PAGE), np.float32), np.empty(w[V + coded.S_DIM], np.float32)
-    of_coded[:] = 0
+    tile, value = np.zeros((rows, PAGE), np.float32), np.empty(plain.shape[1], np.float32)
     sums[:] = 0
     plain[:] = 0
+    for token, _, place in exact:
+        read_values(place, w[V + coded.S_TYPE], value)
+        for row in range(rows):
+            add_row(value, 0, value.size, weights[row, token], plain[row])
+            weights[row, token] = 0
+    for row in range(rows):
+        of_coded[row] = total_of(weights[row])
     for first in range(0, tokens, PAGE):
-        stop, used = min(first + PAGE, tokens), False
-        for i in range(first, stop):
-            if exact[i]:
-                read_values(addresses[1, i], w[V + coded.S_TYPE], value)
-            for row in range(rows):
-                weight = weights[row, i]
-                tile[row, i - first] = np.float32(0) if exact[i] else weight
-                if exact[i]:
-                    add_row(value, 0, value.size, weight, plain[row])
-                else:
-                    of_coded[row] += weight
-                    used |= weight != 0
-        if used:
-            page = _page(w, V, at_head, (start + first) // PAGE)
-            call(w[V + coded.S_SUMS], w.ctypes.data + 8 * V, page, tile.ctypes.data, sums.ctypes.data, stop - first)
+        size = min(PAGE, tokens - first)
+        for row in range(rows):
+            tile[row, :size] = weights[row, first : first + size]
+        page = _page(w, V, at_head, (start + first) // PAGE)
+        call(w[A_SUMS], address + 8 * V, page, tile.ctypes.data, sums.ctypes.data, size)
 
 
 @entry("cache attend pieces")
@@ -259,19 +268,19 @@ def attend_pieces(address, memory, worker, workers, unused):  # type: ignore[no-
     w = words_at(address, A_WORDS)
     count, pieces = carray(pointer(w[A_COUNT]), 1, np.int64)[0], _pieces(w)
     query, turned, offsets, weights, sums, plain = _memory(w, memory)
-    exact, addresses = np.empty(PIECE, np.bool_), np.empty((2, PIECE), np.int64)
-    every_score = np.empty(len(offsets[0]) * PIECE, np.float32)
+    rows, exact = query.shape[1], np.empty((PIECE, 3), np.int64)
+    memory_of_scores = np.empty(rows * PIECE, np.float32)
     for each in range(worker, len(query) * pieces, workers):
         item, piece = each // pieces, each % pieces
         batch, head, start = item // w[A_SHAPE + 1], item % w[A_SHAPE + 1], piece * PIECE
         tokens = min(PIECE, count - start)
-        scores = every_score[: len(offsets[0]) * tokens].reshape((len(offsets[0]), tokens))
+        scores = memory_of_scores[: rows * tokens].reshape((rows, tokens))
+        kept = exact[: find_exact(w, batch, item, start, tokens, exact)]
         load_bias(w, batch, head, start, scores)
-        find_exact(w, batch, item, start, exact[:tokens], addresses)
-        score(w, item, start, query[item], turned[item], offsets[item], exact, addresses, scores)
+        score(w, address, item, start, query[item], turned[item], offsets[item], kept, scores)
         weigh(scores, weights[item, piece])
         into = weights[item, piece, CODED], sums[item, piece], plain[item, piece]
-        add_values(w, item, start, scores, exact, addresses, *into)
+        add_values(w, address, item, start, scores, kept, *into)
 
 
 @entry("cache attend heads")
@@ -282,6 +291,7 @@ def finish_heads(address, memory, worker, workers, unused):  # type: ignore[no-u
     width, across = w[V + coded.S_WIDTH], coded.padded(w[V + coded.S_UNITS])
     weights, sums, plain = _memory(w, memory)[3:]
     result, joined = np.empty(dim, np.float32), np.empty(sums.shape[3], np.float32)
+    coordinates, turned = np.empty(dim, np.float32), np.empty(dim, np.float32)
     for item in range(worker, len(sums), workers):
         batch, head = item // heads, item % heads
         inverse, mean = _matrix(w, V, coded.S_INVERSE_T, head), _mean(w, V, head)
@@ -298,11 +308,12 @@ def finish_heads(address, memory, worker, workers, unused):  # type: ignore[no-u
                     of_coded += factor * weights[item, piece, CODED, row]
                     add_row(sums[item, piece, row], 0, joined.size, factor, joined)
                     add_row(plain[item, piece, row], 0, dim, factor, result)
-            add_row(mean, 0, dim, of_coded, result)
             for i in range(dim):
-                add_row(inverse, i * dim, dim, joined[i % width * across + i // width], result)
-            if total != 0:
-                for i in range(dim):
+                coordinates[i] = joined[i % width * across + i // width]
+            multiply_rows(coordinates, inverse, 0, turned)
+            for i in range(dim):
+                result[i] += turned[i] + of_coded * mean[i]
+                if total != 0:
                     result[i] /= total
             place = batch * w[A_RESULT + 1] + head * w[A_RESULT + 2] + row * w[A_RESULT + 3]
             write_values(result, type_, address_after(w[A_RESULT], place, type_))

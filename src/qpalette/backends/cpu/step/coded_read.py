@@ -15,15 +15,17 @@ from qpalette.kvcache import PAGE
 LEAST_PAGES = 4  # per thread
 
 # The words of a read: those of the stream, how many heads there are in all, tokens, the address of the result, and the
-# kernels of `run_spread`.
+# kernels: of `run_spread`, then what decodes a page.
 R_HEADS, R_TOKENS, R_RESULT, R_PARTS = range(coded.S_WORDS, coded.S_WORDS + 4)
-R_WORDS = R_PARTS + 2
+R_DECODE = R_PARTS + 2
+R_WORDS = R_DECODE + 1
 
 
 def read_call(stream: list[Any], result: Operand) -> Native:
     """The first tokens of each head: result float32 [batch, heads, tokens, dim], in one piece."""
     batch, heads, tokens, _ = result.shape
-    return Native(read, [*stream, batch * heads, tokens, result, Address(spread), Address(read_some)])
+    parts = map(Address, (spread, read_some, coded.kernels_of_pages(stream).decode))
+    return Native(read, [*stream, batch * heads, tokens, result, *parts])
 
 
 @entry("cache read some")
@@ -36,7 +38,7 @@ def read_some(address, unused_a, worker, workers, unused_b):  # type: ignore[no-
         head, page = item // pages, item % pages
         source = w[coded.S_PAGES] + (head * w[coded.S_PAGE_COUNT] + page) * w[coded.S_PAGE_BYTES]
         into = w[R_RESULT] + 4 * (head * tokens + page * PAGE) * w[coded.S_DIM]
-        call(w[coded.S_DECODE], address, source, 0, into, min(PAGE, tokens - page * PAGE))
+        call(w[R_DECODE], address, source, 0, into, min(PAGE, tokens - page * PAGE))
 
 
 @entry("cache read")

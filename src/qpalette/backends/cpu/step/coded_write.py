@@ -47,9 +47,32 @@ def add_row(matrix, at, size, factor, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def nearest(points, count, width, values, at, lanes, best, places):  # type: ignore[no-untyped-def]
+def multiply_rows(vector, matrix, at, out):  # type: ignore[no-untyped-def]
+    """out = the sum of vector[j] times row j of the square matrix whose elements begin at matrix[at]."""
+    size = vector.size
+    whole, fours, zero = size // LANES * LANES, size // 4 * 4, simd.splatf(np.float32(0))
+    for start in range(0, whole, LANES):
+        a, b, c, d, place = zero, zero, zero, zero, at + start
+        for j in range(0, fours, 4):
+            a = simd.fmaf(simd.load_splatf(vector, j), simd.loadf(matrix, place), a)
+            b = simd.fmaf(simd.load_splatf(vector, j + 1), simd.loadf(matrix, place + size), b)
+            c = simd.fmaf(simd.load_splatf(vector, j + 2), simd.loadf(matrix, place + 2 * size), c)
+            d = simd.fmaf(simd.load_splatf(vector, j + 3), simd.loadf(matrix, place + 3 * size), d)
+            place += 4 * size
+        for j in range(fours, size):
+            a = simd.fmaf(simd.load_splatf(vector, j), simd.loadf(matrix, at + j * size + start), a)
+        simd.store(out, start, simd.addf(simd.addf(a, b), simd.addf(c, d)))
+    for i in range(whole, size):
+        total = np.float32(0)
+        for j in range(size):
+            total += vector[j] * matrix[at + j * size + i]
+        out[i] = total
+
+
+@inlined
+def nearest(points, count, width, values, at, lanes):  # type: ignore[no-untyped-def]
     """Which of `count` points, float32 [width, count], is nearest to values[at : at + width]: the first of equals, and
-    of what is not a number. The last three are memory, of LANES elements; lanes are 0, 1, ..."""
+    of what is not a number. lanes: 0, 1, .., LANES - 1."""
     lowest, where = simd.splatf(np.float32(np.inf)), simd.loadi(lanes, 0)
     for start in range(0, count, LANES):
         apart = simd.subf(simd.splatf(values[at]), simd.loadf(points, start))
@@ -60,13 +83,7 @@ def nearest(points, count, width, values, at, lanes, best, places):  # type: ign
         here = simd.addi(simd.loadi(lanes, 0), simd.splati(np.int32(start)))
         where = simd.where_lessi(distance, lowest, here, where)
         lowest = simd.where_lessf(distance, lowest, distance, lowest)
-    simd.store(best, 0, lowest)
-    simd.store(places, 0, where)
-    found = 0
-    for lane in range(1, LANES):
-        if best[lane] < best[found] or (best[lane] == best[found] and places[lane] < places[found]):
-            found = lane
-    return places[found]
+    return simd.place_of_least(lowest, where)
 
 
 @kernel
@@ -95,17 +112,8 @@ def store_indexes(indexes, bits, codes, at):  # type: ignore[no-untyped-def]
         width >>= 1
 
 
-@inlined
-def index_memory():  # type: ignore[no-untyped-def]
-    """What `nearest` takes."""
-    lanes = np.empty(LANES, np.int32)
-    for lane in range(LANES):
-        lanes[lane] = lane
-    return lanes, np.empty(LANES, np.float32), np.empty(LANES, np.int32)
-
-
 @kernel
-def code_plain(w, points, y, wanted, indexes, memory):  # type: ignore[no-untyped-def]
+def code_plain(w, points, y, wanted, indexes, lanes):  # type: ignore[no-untyped-def]
     """Fills `indexes`; the byte of scale. `wanted` is memory, like y."""
     dim, width, count = y.size, w[coded.S_WIDTH], w[coded.S_POINT_COUNT]
     for i in range(dim):
@@ -117,7 +125,7 @@ def code_plain(w, points, y, wanted, indexes, memory):  # type: ignore[no-untype
         wanted[i] = y[i] / divisor
     cross, of_levels = np.float32(0), np.float32(0)
     for unit in range(indexes.size):
-        index = nearest(points, count, width, wanted, unit * width, *memory)
+        index = nearest(points, count, width, wanted, unit * width, lanes)
         indexes[unit] = index
         for component in range(width):
             level = points[component * count + index]
@@ -127,7 +135,7 @@ def code_plain(w, points, y, wanted, indexes, memory):  # type: ignore[no-untype
 
 
 @kernel
-def code_shaped(w, points, head, y, wanted, indexes, memory):  # type: ignore[no-untyped-def]
+def code_shaped(w, points, head, y, wanted, indexes, lanes):  # type: ignore[no-untyped-def]
     """The same with errors fed back; y becomes them."""
     dim, width, count = y.size, w[coded.S_WIDTH], w[coded.S_POINT_COUNT]
     feedback = carray(pointer(w[coded.S_FEEDBACK_T] + 4 * head * dim * dim), dim * dim, np.float32)
@@ -142,7 +150,7 @@ def code_shaped(w, points, head, y, wanted, indexes, memory):  # type: ignore[no
         for i in range(start, after):
             wanted[i] = (y[i] + carried[i]) / divisor
         for unit in range(start // width, after // width):
-            index = nearest(points, count, width, wanted, unit * width, *memory)
+            index = nearest(points, count, width, wanted, unit * width, lanes)
             indexes[unit] = index
             for component in range(width):
                 y[unit * width + component] -= points[component * count + index] * scale
@@ -173,7 +181,7 @@ def write_some(address, unused_a, worker, workers, unused_b):  # type: ignore[no
     forward = carray(pointer(w[coded.S_FORWARD]), (1 if is_shared else heads) * dim * dim, np.float32)
     means = carray(pointer(w[coded.S_MEAN]), (1 if is_shared else heads) * dim, np.float32)
     x, y, wanted = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(dim, np.float32)
-    indexes, memory = np.empty(w[coded.S_UNITS], np.int32), index_memory()
+    indexes, lanes = np.empty(w[coded.S_UNITS], np.int32), np.arange(LANES).astype(np.int32)
     for item in range(worker, w[W_SHAPE] * heads * count, workers):
         at_head, offset = item // count, item % count
         batch, head, token = at_head // heads, at_head % heads, first + offset
@@ -181,13 +189,13 @@ def write_some(address, unused_a, worker, workers, unused_b):  # type: ignore[no
         read_values(address_after(w[W_VECTORS], place, type_), type_, x)
         keep_exact(w, x, at_head, token, token - starts[batch], offset >= count - w[coded.S_WINDOW])
         own = 0 if is_shared else head
-        y[:] = 0
         for i in range(dim):
-            add_row(forward, (own * dim + i) * dim, dim, x[i] - means[own * dim + i], y)
+            x[i] -= means[own * dim + i]
+        multiply_rows(x, forward, own * dim * dim, y)
         if w[coded.S_FEEDBACK_T]:
-            byte = code_shaped(w, points, head, y, wanted, indexes, memory)
+            byte = code_shaped(w, points, head, y, wanted, indexes, lanes)
         else:
-            byte = code_plain(w, points, y, wanted, indexes, memory)
+            byte = code_plain(w, points, y, wanted, indexes, lanes)
         page = (at_head * w[coded.S_PAGE_COUNT] + token // PAGE) * w[coded.S_PAGE_BYTES]
         stored = carray(pointer(w[coded.S_PAGES] + page), w[coded.S_PAGE_BYTES], np.uint8)
         store_indexes(indexes, w[coded.S_INDEX_BITS], stored, token % PAGE * size)

@@ -337,7 +337,7 @@ def _cache_write(operation: Operation, given: dict[str, Any], read: set[Memory])
 
 def _cache_attend(operation: Operation, given: dict[str, Any], read: set[Memory]) -> list[Native]:
     query, mask, count, starts, scale, *streams, length = operation.arguments
-    keys, values = stream_words(*streams[:4], length), stream_words(*streams[4:], length)
+    keys, values = (stream_words(*each) for each in ([*streams[:4], length], [*streams[4:], length]))
     return [attend_call(keys, values, [query, mask, count, starts, operation.results[0]], bits_of(scale))]
 
 
