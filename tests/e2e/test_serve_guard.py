@@ -102,6 +102,30 @@ def test_what_is_right_is_still_answered(server):
     assert long["usage"]["total_tokens"] <= CONTEXT
 
 
+def figures(port: int) -> dict[str, float]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+def test_requests_are_counted(server):
+    def ended(status: int) -> str:
+        return f'qpalette_requests_total{{path="{CHAT}",status="{status}"}}'
+
+    before = figures(server.port)
+    ask(server.port, CHAT, {"messages": PROMPT, "max_tokens": 2})
+    ask(server.port, CHAT, {"messages": "hi"})
+    ask(server.port, "/v1/nothing", {})
+    after = figures(server.port)
+    for status in (200, 400):
+        assert after[ended(status)] == before.get(ended(status), 0) + 1
+    assert after["qpalette_running"] == 0
+    count = f'qpalette_answer_seconds_count{{path="{CHAT}"}}'
+    assert after[count] == before.get(count, 0) + 2
+    assert "nothing" not in "".join(after), "paths that are not there would fill the memory"
+
+
 def test_a_key_is_asked_for(packed, monkeypatch):  # noqa: F811
     monkeypatch.setenv("QPALETTE_API_KEY", "none")  # what the client of `running` sends
     with running(packed, *ON_CPU) as started:

@@ -23,10 +23,12 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers.generation.streamers import BaseStreamer
 
+from qpalette.integrations.metrics import Metrics
 from qpalette.models.vocabulary import context_of
 
 OPEN = "/health"  # without a key
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", OPEN)
+METRICS = "/metrics"
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", METRICS, OPEN)
 OF_EACH = ("max_new_tokens", "eos_token_id")  # what continuous batching takes from each request
 
 Receive = Callable[[], Awaitable[Any]]
@@ -234,10 +236,10 @@ async def _no_object(request: Any, error: RequestValidationError) -> JSONRespons
 
 
 class _Guard:
-    """The outermost ASGI application: paths, the key, and clients that leave."""
+    """The outermost ASGI application: paths, the key, clients that leave, and what is counted of all."""
 
     def __init__(self, app: FastAPI, key: str | None) -> None:
-        self._app, self._key = app, key
+        self._app, self._key, self._metrics = app, key, Metrics()
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -246,7 +248,10 @@ class _Guard:
             return await _error(404, f"there is no {scope['path']} here: {', '.join(PATHS)}")(scope, receive, send)
         if not self._knows_key(scope):
             return await _error(401, "the server asks for its key: Authorization: Bearer KEY")(scope, receive, send)
-        await self._while_heard(scope, receive, send)
+        if scope["path"] == METRICS:
+            return await self._metrics.page()(scope, receive, send)
+        with self._metrics.watching(scope["path"], send) as watched:
+            await self._while_heard(scope, receive, watched)
 
     def _knows_key(self, scope: Any) -> bool:
         if self._key is None or scope["path"] == OPEN or scope["method"] == "OPTIONS":  # a browser asks without it
