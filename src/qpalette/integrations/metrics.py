@@ -37,14 +37,16 @@ class Metrics:
     @contextmanager
     def watching(self, path: str, send: Send) -> Iterator[Send]:
         """What a request is to be answered by, an ASGI `send`, in the place of this one."""
-        start, status, has_begun = time.perf_counter(), CLIENT_LEFT, False
+        start, status, has_begun, has_ended = time.perf_counter(), CLIENT_LEFT, False, False
 
         async def watched(message: Any) -> None:
-            nonlocal status, has_begun
+            nonlocal status, has_begun, has_ended
             await send(message)
             if message["type"] == "http.response.start":
                 status = message["status"]
-            elif message.get("body") and not has_begun:
+                return
+            has_ended = not message.get("more_body", False)
+            if message.get("body") and not has_begun:
                 has_begun = True
                 self._first.labels(path).observe(time.perf_counter() - start)
 
@@ -53,5 +55,5 @@ class Metrics:
             yield watched
         finally:
             self._running.dec()
-            self._ended.labels(path, status).inc()
+            self._ended.labels(path, status if has_ended else CLIENT_LEFT).inc()
             self._whole.labels(path).observe(time.perf_counter() - start)
