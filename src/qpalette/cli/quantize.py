@@ -114,7 +114,7 @@ def quantize(
     ] = False,
     text: Annotated[
         Path | None,
-        typer.Option("--text", metavar="FILE", help="With --tune: the text for it.  [default: the model writes it]"),
+        typer.Option("--text", metavar="FILE", help="To calibrate and tune on.  [default: the model writes it]"),
     ] = None,
     page: Annotated[
         Path | None,

@@ -69,6 +69,8 @@ def _prepared(compile: str, cache: str | None, slots: int, model: Any) -> Any:
     from qpalette.api import cache_maker
     from qpalette.generation import fast
 
+    model.generation_config.update(num_beams=1, num_return_sequences=1)  # one answer, told as it is written
+
     return fast(model, compile, cache_maker(model, None, cache), slots)
 
 

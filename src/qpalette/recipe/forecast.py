@@ -15,6 +15,7 @@ from qpalette.core.records import LinearShape
 from qpalette.evaluate.sampled_text import BLOCK, BLOCK_ON_CPU
 from qpalette.models import find_groups, token_tables
 from qpalette.models.kinds import linear_kind
+from qpalette.models.model_class import text_config
 from qpalette.pipeline.forecast import forecast_seconds
 from qpalette.plan import Plan
 from qpalette.recipe.options import Recipe
@@ -25,6 +26,7 @@ BACKWARD = 2  # times a forward, where weights need no gradient: once through th
 HELD_OUT = 8  # windows of the calibration, at most, that sensitivities are measured on
 CURVE = 5  # measurements with noise in all linears
 TRIALS = 10
+SECONDS_PER_LAYER = 6e-4  # of a step of a token: what transformers does beside the products, on one core of an EPYC
 TWO_SIDED = 1.5  # times plain rounding: what feedback costs beside the search
 
 
@@ -63,10 +65,14 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
         Step("tune", f"at most {tuning.steps} steps", share * forward * (tuning.steps * (3 + BACKWARD) + looks * 2)),
     ]
     if text is None:
-        side_by_side = BLOCK_ON_CPU if place.type == "cpu" else BLOCK
-        written = (read + held_out) * window
-        token = _seconds_per_weight(widest, side_by_side, place) * weights / side_by_side
-        steps.insert(0, Step("text", f"{written} tokens, written by the model", written * token))
+        windows, block = read + held_out, BLOCK_ON_CPU if place.type == "cpu" else BLOCK
+        whole, rest = divmod(windows, block)  # of a block all windows get a token at each step
+        step = sum(
+            count * _seconds_per_weight(widest, side, place) for count, side in ((whole, block), (1, rest)) if side
+        )
+        layers = text_config(checkpoint.config).get("num_hidden_layers", 0)
+        seconds = window * (step * weights + (whole + (rest > 0)) * layers * SECONDS_PER_LAYER)
+        steps.insert(0, Step("text", f"{windows * window} tokens, written by the model", seconds))
     return steps
 
 
