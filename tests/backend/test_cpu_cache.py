@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from qpalette.kvcache.vectors import scales_of, unpack
 from qpalette.nn.coded_states import CodedStates
 from qpalette.runtime import select
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 ALL = [code.name for code in cache_palette()]
 BATCH, HEADS, LENGTH = 2, 3, 300
@@ -28,6 +30,7 @@ NONE = Exact(0, 0)
 READ = [("nuq-4", 64), ("nuq-7", 20), ("vq-2.5", 40), ("vq-3", 64), ("vq4-1.25", 8), ("vq4-2", 72)]
 
 
+@cache
 def transform_of(kind: str, dim: int, distortion: float) -> Transform:
     if kind == "white":
         return white(dim)
