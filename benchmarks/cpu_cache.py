@@ -1,10 +1,9 @@
 """A token step on the CPU over caches of codes, beside one over keys and values as they are.
 
-    python benchmarks/cpu_cache.py MODEL [--cache vq-3 --cache white:nuq-4] [--context 32 --context 1024]
+    python benchmarks/cpu_cache.py MODEL [--cache white:vq-3 --cache white:nuq-4] [--context 32 --context 1024]
 
 Requests over each cache take turns in one process, on one thread; what counts is the lower quartile of its processor
-time between tokens, as a streamer sees it. Transforms are white, whatever the spec says, unless --calibrated: what else
-they could be changes the time of what is written alone.
+time between tokens, as a streamer sees it. A calibrated transform (vq-3 without "white:") costs minutes beforehand.
 """
 
 from __future__ import annotations

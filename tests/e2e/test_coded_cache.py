@@ -169,6 +169,17 @@ def test_a_prompt_longer_than_the_cache_is_refused(model):
         model(tokens(3, 2), past_key_values=coded(model, FINE, padding=torch.ones(2, 2)))
 
 
+def test_a_type_without_kernels_runs_by_the_definition(model):
+    ids, cache, spec = tokens(1, 20), coded(model, FINE), "white:nuq-8,sinks=2"
+    exact = copy.deepcopy(model).double()
+    found = logits_step_by_step(model, ids, cache)
+    wide = coded(exact, spec, length=20)
+    torch.testing.assert_close(found, logits_step_by_step(exact, ids, wide).float(), rtol=1e-2, atol=1e-2)
+    assert wide.layers[0].key_stream.sinks.dtype == torch.float64
+    with pytest.raises(InputError, match="room for 20 tokens, not for 21"):
+        logits_step_by_step(exact, ids[:, :1], wide)
+
+
 def test_compiled_it_is_the_same(model):
     ids, cache = tokens(2, 9), coded(model, "white:vq-2.5,sinks=2,window=3")
     with torch.no_grad():

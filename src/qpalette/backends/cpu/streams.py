@@ -72,13 +72,18 @@ class CpuStream(Stream):
         """As `Stream.attend`."""
         assert isinstance(values, CpuStream)
         fits = query.dtype == self.sinks.dtype == values.sinks.dtype and query.shape[2] <= MOST_ROWS
-        masks = mask.dtype in (torch.bool, *TYPES) and mask.ndim == 4 and mask.shape[-1] == self.length
-        if not (fits and masks and query.shape[:2] == self.sinks.shape[:2] and not _is_watched(query)):
+        alike = query.shape[:2] == self.sinks.shape[:2] and query.shape[3] == self.format.dim
+        if not (fits and alike and self._takes(mask, query.shape)) or _is_watched(query):
             return None
         if query.stride(-1) != 1:
             query = query.contiguous()
         parts = (*self._parts, *values._parts)
         return torch.ops.qpalette.cpu_cache_attend(query, mask, count, starts, scale, *parts, self.length)
+
+    def _takes(self, mask: Tensor, shape: torch.Size) -> bool:
+        sizes = zip(mask.shape[:3], shape[:3], strict=True) if mask.ndim == 4 else [(0, 1)]
+        broadcasts = all(size in (1, wanted) for size, wanted in sizes)
+        return broadcasts and mask.shape[3] == self.length and mask.dtype in (torch.bool, *TYPES)
 
     @property
     def _parts(self) -> _Parts:
