@@ -176,6 +176,10 @@ def quantize(
         )
     if text is not None and not tune:
         raise typer.BadParameter("--text is what is calibrated or tuned on: leave out --fast, or add --tune")
+    if calibration is None and (damping != DAMPING or output_damping != OUTPUT_DAMPING or not equalize):
+        raise typer.BadParameter(
+            "--damping, --output-damping and --no-equalize are of calibrated rounding: --calibration"
+        )
     if sensitivity is not None and bits is None and disk is None:
         raise typer.BadParameter("--sensitivity decides how --bits or --size are spent: give one of them")
     from qpalette.pipeline import Estimate

@@ -56,7 +56,8 @@ def serve(
     directory = str(directory_for(model))
     if serving.is_public(host):
         print_note(_exposed(host, api_key))
-    print_note(f"{directory} at http://{host}:{port}/v1, {engine}; Ctrl-C stops")
+    place = f"[{host}]" if ":" in host else host
+    print_note(f"{directory} at http://{place}:{port}/v1, {engine}; Ctrl-C stops")
     if engine == "vllm":
         serving.serve_vllm(directory, host, port, context.args, api_key)
     else:
