@@ -97,7 +97,7 @@ def test_logits_are_those_of_the_eager_step(name, padded, dtype):
     by about themselves."""
     model = build(name, dtype)
     found, wanted = session_of(model, padded), session_of(model, padded)
-    steps = [session.step(choice_of(False, [_any_processor])) for session in (found, wanted)]
+    steps = [session.step(choice_of(False, [_any_processor], torch.device("cpu"))) for session in (found, wanted)]
     for step in steps:
         step.run()
     instructions = instructions_of(steps[0].run)
@@ -133,7 +133,7 @@ def test_over_codes_they_are_those_of_the_eager_step(name, padded):
     called to decode them where attention is no one function of torch's."""
     model = build(name, torch.float32)
     found, wanted = session_of(model, padded, coded), session_of(model, padded, coded)
-    steps = [session.step(choice_of(False, [_any_processor])) for session in (found, wanted)]
+    steps = [session.step(choice_of(False, [_any_processor], torch.device("cpu"))) for session in (found, wanted)]
     for step in steps:
         step.run()
     instructions = instructions_of(steps[0].run)
