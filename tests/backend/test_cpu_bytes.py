@@ -54,13 +54,16 @@ def random_linear(spec: str, rows: int, inputs: int, rotation: str = "full") -> 
 
 
 def rounded_entries(spec: str) -> torch.Tensor:
-    """Of a code, each as it is multiplied in bytes, float64. Neighbouring magnitudes of a hash may share their mean."""
+    """Of a code, each as it is multiplied in bytes, float64. Four neighbouring magnitudes of a hash share their mean,
+    but for the 64 largest of some codes."""
     quantizer = parse_spec(spec)
     decoder, entries = byte_decoder_of(quantizer), quantizer.entries()
     assert decoder is not None
     if quantizer.decoder.hashed:
-        shared = max(1, len(entries) // 2 >> int(decoder.way[-1]))
-        entries = entries.view(-1, shared).mean(1).repeat_interleave(shared)[:, None]
+        signed = entries.view(2, -1)
+        shared = signed.view(2, 128, -1).mean(2).repeat_interleave(signed.shape[1] // 128, dim=1)
+        kept = {"hashed": 0, "hashed tail": 64}[decoder.way]
+        entries = torch.cat([signed[:, :kept], shared[:, kept:]], dim=1).reshape(-1, 1)
     return torch.round(entries / decoder.step).double() * decoder.step
 
 
@@ -174,9 +177,9 @@ def test_only_codes_that_lose_little_are_multiplied_in_bytes() -> None:
 
 
 @needs_bytes
-def test_the_fewest_magnitudes_that_lose_little_are_looked_up() -> None:
+def test_the_largest_magnitudes_are_looked_up_by_themselves_where_that_is_needed() -> None:
     ways = {spec: byte_decoder_of(parse_spec(spec)).way for spec in ("tcq-2", "tcq-2.5", "tcq-3", "tcq-3.25", "tcq-4")}
-    assert list(ways.values()) == ["hashed 7", "hashed 7", "hashed 8", "hashed 8", "hashed 9"]
+    assert list(ways.values()) == ["hashed", "hashed", "hashed tail", "hashed tail", "hashed tail"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

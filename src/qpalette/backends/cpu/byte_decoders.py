@@ -26,6 +26,10 @@ MOST_ADDED_ERROR = 0.02  # what both roundings may add to a code's own distortio
 _WINDOW = 16  # bits of a lane
 _ENTRIES = 512  # bytes in eight registers
 _MIDDLE = 128  # of an unsigned byte
+_CELLS = 128  # of neighbouring magnitudes: what one look-up tells apart
+_TAIL = 64  # magnitudes, the largest: there neighbours differ most
+_BELOW = np.int16(_WINDOW - 10)  # of a hash: what is below sign and index of 512 magnitudes
+_TAIL_BITS = np.int8((_CELLS - 1) & ~(_TAIL * _CELLS // _ENTRIES - 1))  # of a cell's index; none is set in the tail
 
 
 class ByteDecoder(NamedTuple):
@@ -33,7 +37,8 @@ class ByteDecoder(NamedTuple):
 
     arrays: words int64 [64 * 2], where the two words with the 16 bits before and after the start of each half lane lie
     among those of sixteen tiles; turns int32 [64], how far right the last of these 32 bits is from becoming the lowest;
-    ends int16 [8], how far right the last bit of each weight's step is from there; numbers int16 [2]; table, bytes.
+    ends int16 [8], how far right the last bit of each weight's step is from there; numbers int16 [2], how
+    far left a state goes, and what is then added, before it is multiplied by the state; table, bytes.
     step: what 1 stands for in the table.
     """
 
@@ -68,19 +73,18 @@ _Codebook = tuple[str, torch.Tensor, float, torch.Tensor]  # way, entries in ste
 
 
 def _magnitudes(decoder: Decoder, entries: torch.Tensor) -> Iterator[_Codebook]:
-    """Of a hash, whose top bit is the sign. Neighbours become their mean, and the fewer there are the faster they are
-    looked up: smallest first."""
-    magnitudes = entries[: len(entries) // 2]
+    """Of a hash, whose top bit is the sign; the largest magnitudes are first. Those of a cell become their mean: the
+    cells are uneven, and most of what that costs is in the few that hold the largest, which may stay as they are."""
+    magnitudes = entries[: len(entries) // 2].flatten()
     if decoder.width > 1 or len(magnitudes) > _ENTRIES:
         return
-    for way, bits in _MAGNITUDE_BITS.items():
-        size = 1 << bits
-        merged = max(1, len(magnitudes) // size)
-        means = magnitudes.view(-1, merged).mean(1)
-        step = float(means.abs().max()) / 255
-        levels = torch.round(means / step)
-        table = levels.repeat_interleave(size // len(levels))  # the bits below an index are not cut off
-        yield way, levels.repeat_interleave(merged)[:, None], step, table
+    step = float(magnitudes.abs().max()) / 255
+    every = _ENTRIES // len(magnitudes)
+    fine = magnitudes.repeat_interleave(every) / step
+    each, cells = fine.round(), fine.view(_CELLS, -1).mean(1).round()
+    shared = cells.repeat_interleave(_ENTRIES // _CELLS)
+    for way, levels in ("hashed", shared), ("hashed tail", torch.cat([each[:_TAIL], shared[_TAIL:]])):
+        yield way, levels[::every, None], step, torch.cat([cells, each[:_TAIL]])
 
 
 def _levels(decoder: Decoder, entries: torch.Tensor) -> Iterator[_Codebook]:
@@ -118,26 +122,33 @@ def byte_half_lane(codes, left, right, half, words, turns):  # type: ignore[no-u
 
 
 @inlined
-def registers(ends, table):  # type: ignore[no-untyped-def]
-    """What stays in registers: a vector for each of eight ends, and the table."""
+def registers(ends, numbers, table):  # type: ignore[no-untyped-def]
+    """What stays in registers: a vector for each of eight ends and of two numbers, and the table."""
     return (
-        simd.load_splath(ends, 0),
-        simd.load_splath(ends, 1),
-        simd.load_splath(ends, 2),
-        simd.load_splath(ends, 3),
-        simd.load_splath(ends, 4),
-        simd.load_splath(ends, 5),
-        simd.load_splath(ends, 6),
-        simd.load_splath(ends, 7),
-    ), (
-        simd.loadb(table, 0),
-        simd.loadb(table, 64),
-        simd.loadb(table, 128),
-        simd.loadb(table, 192),
-        simd.loadb(table, 256),
-        simd.loadb(table, 320),
-        simd.loadb(table, 384),
-        simd.loadb(table, 448),
+        (
+            simd.load_splath(ends, 0),
+            simd.load_splath(ends, 1),
+            simd.load_splath(ends, 2),
+            simd.load_splath(ends, 3),
+            simd.load_splath(ends, 4),
+            simd.load_splath(ends, 5),
+            simd.load_splath(ends, 6),
+            simd.load_splath(ends, 7),
+        ),
+        (
+            simd.load_splath(numbers, 0),
+            simd.load_splath(numbers, 1),
+        ),
+        (
+            simd.loadb(table, 0),
+            simd.loadb(table, 64),
+            simd.loadb(table, 128),
+            simd.loadb(table, 192),
+            simd.loadb(table, 256),
+            simd.loadb(table, 320),
+            simd.loadb(table, 384),
+            simd.loadb(table, 448),
+        ),
     )
 
 
@@ -150,7 +161,7 @@ def _lookup256(table, index):  # type: ignore[no-untyped-def]
 @inlined
 def _hash_at_top(state, numbers):  # type: ignore[no-untyped-def]
     """s (2 s + 1) << (16 - L): the L bits of the hash come to the top, what is older than L falls off."""
-    return simd.mulh(state, simd.addh(simd.shlh(state, simd.splath(numbers[0])), simd.splath(numbers[1])))
+    return simd.mulh(state, simd.addh(simd.shlh(state, numbers[0]), numbers[1]))
 
 
 @inlined
@@ -162,31 +173,19 @@ def _hashes(before, after, first, second, numbers):  # type: ignore[no-untyped-d
 
 
 @inlined
-def _below_the_sign(hashes, past):  # type: ignore[no-untyped-def]
-    """The byte of each hash that has its lowest bit at `past`."""
-    past = simd.splath(past)
-    return simd.low_bytes(simd.shrh(hashes[0], past), simd.shrh(hashes[1], past))
-
-
-@inlined
-def _hashed7(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
+def _hashed(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
     hashes = _hashes(before, after, first, second, numbers)
     signs = simd.high_bytes(hashes[0], hashes[1])
     return simd.lookup128(table[0], table[1], signs), signs
 
 
 @inlined
-def _hashed8(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
+def _hashed_tail(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
     hashes = _hashes(before, after, first, second, numbers)
-    return _lookup256(table, _below_the_sign(hashes, np.int16(7))), simd.high_bytes(hashes[0], hashes[1])
-
-
-@inlined
-def _hashed9(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
-    hashes = _hashes(before, after, first, second, numbers)
-    signs, index = simd.high_bytes(hashes[0], hashes[1]), _below_the_sign(hashes, np.int16(6))
-    ninth = simd.addb(signs, signs)
-    return simd.where_negative(ninth, _lookup256(table[4:], index), _lookup256(table[:4], index)), signs
+    signs = simd.high_bytes(hashes[0], hashes[1])
+    cells, below = simd.lookup128(table[0], table[1], signs), simd.splath(_BELOW)
+    each = simd.lookup64(table[2], simd.low_bytes(simd.shrh(hashes[0], below), simd.shrh(hashes[1], below)))
+    return simd.where_none(signs, simd.splatb(_TAIL_BITS), each, cells), signs
 
 
 @inlined
@@ -213,10 +212,8 @@ class ByteWay(NamedTuple):
 
 
 WAYS = {
-    "hashed 7": ByteWay(_hashed7, 0),
-    "hashed 8": ByteWay(_hashed8, 0),
-    "hashed 9": ByteWay(_hashed9, 0),
+    "hashed": ByteWay(_hashed, 0),
+    "hashed tail": ByteWay(_hashed_tail, 0),
     "plain": ByteWay(_plain, _MIDDLE),
     "plain pair": ByteWay(_plain_pair, _MIDDLE),
 }
-_MAGNITUDE_BITS = {"hashed 7": 7, "hashed 8": 8, "hashed 9": 9}

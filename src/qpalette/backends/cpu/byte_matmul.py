@@ -46,34 +46,39 @@ def make_byte_kernel(way: str) -> Any:
     has_signs = middle == 0
 
     @inlined
-    def times(total, before, after, first, second, numbers, table, x_bytes):  # type: ignore[no-untyped-def]
+    def times(total, before, after, first, second, numbers, table, x, at):  # type: ignore[no-untyped-def]
         weights, signs = decode(before, after, first, second, numbers, table)
-        return simd.dot_bytes(total, weights, simd.negate_where_negative(signs, x_bytes))
+        minus = simd.loadb(x, at + COLUMNS * _LINE)
+        return simd.dot_bytes(total, weights, simd.where_negative(signs, minus, simd.loadb(x, at)))
 
     @kernel
     def multiply_one(codes, block_row, columns, size, vectors, sums, arrays):  # type: ignore[no-untyped-def]
         """The products of a row of blocks and one token, into `sums`."""
-        words, turns, ends, numbers, entries = arrays
+        words, turns, ends, multipliers, entries = arrays
         activations, scales, offsets = vectors
-        splat, table = registers(ends, entries)
+        splat, numbers, table = registers(ends, multipliers, entries)
         quads = len(ends) // 2  # no constant: unrolled, all loads of a row come first, and registers do not suffice
+        x = aligned(2 * COLUMNS * _LINE)  # a load that repeats 16 bytes waits for the same unit as a permutation
         sums[:] = np.float32(0)
         for pair in range((columns + 1) // 2):
             left, right = _blocks(block_row, columns, pair, size)
+            for column in range(COLUMNS):
+                each = simd.load_quarterb(activations, (pair * COLUMNS + column) * SIDE)
+                simd.store(x, column * _LINE, each)
+                simd.store(x, (COLUMNS + column) * _LINE, simd.negateb(each))
             for row in range(TILE // 2):
                 prefetch_codes(codes, left, 2 * size, row)
                 upper = simd.load_quarteri(offsets, pair * SIDE)
                 lower = upper
                 for quad in range(quads):
-                    half, at = 8 * row + 2 * quad, (pair * COLUMNS + quad) * SIDE
+                    half, at = 8 * row + 2 * quad, quad * _LINE
                     before, after = byte_half_lane(codes, left, right, half, words, turns)
-                    x_bytes = simd.load_quarterb(activations, at)
-                    upper = times(upper, before, after, splat[0], splat[1], numbers, table, x_bytes)
-                    lower = times(lower, before, after, splat[2], splat[3], numbers, table, x_bytes)
+                    upper = times(upper, before, after, splat[0], splat[1], numbers, table, x, at)
+                    lower = times(lower, before, after, splat[2], splat[3], numbers, table, x, at)
                     before, after = byte_half_lane(codes, left, right, half + 1, words, turns)
-                    x_bytes = simd.load_quarterb(activations, at + COLUMNS // 2 * SIDE)
-                    upper = times(upper, before, after, splat[4], splat[5], numbers, table, x_bytes)
-                    lower = times(lower, before, after, splat[6], splat[7], numbers, table, x_bytes)
+                    at += COLUMNS // 2 * _LINE
+                    upper = times(upper, before, after, splat[4], splat[5], numbers, table, x, at)
+                    lower = times(lower, before, after, splat[6], splat[7], numbers, table, x, at)
                 scale = simd.load_quarterf(scales, pair * SIDE)
                 at = _sums_of(row, 0, 1)
                 _add_scaled(sums, at, upper, scale)
@@ -94,8 +99,8 @@ def make_byte_kernel(way: str) -> Any:
     @kernel
     def decode_rows(codes, block_row, columns, size, first, pairs, row, decoded, masks, starts, arrays):  # type: ignore[no-untyped-def]
         """Rows of tiles `row`, `row` + 8 and the next of each, of `pairs` pairs of blocks from `first` on."""
-        words, turns, ends, numbers, entries = arrays
-        splat, table = registers(ends, entries)
+        words, turns, ends, multipliers, entries = arrays
+        splat, numbers, table = registers(ends, multipliers, entries)
         quads = len(ends) // 2
         for pair in range(pairs):
             left, right = _blocks(block_row, columns, first + pair, size)
