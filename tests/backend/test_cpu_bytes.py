@@ -15,7 +15,8 @@ import torch
 from qpalette.backends.cpu import byte_decoders, simd
 from qpalette.backends.cpu.byte_activations import BLOCK, GROUP, PAIR, TILE, empty_bytes, put_bytes
 from qpalette.backends.cpu.byte_decoders import ACTIVATION_ERROR, MOST_ADDED_ERROR, byte_decoder_of
-from qpalette.backends.cpu.byte_matmul import LONGEST_PASS
+from qpalette.backends.cpu.byte_matmul import LONGEST_PASS, row_kernels
+from qpalette.backends.cpu.decoders import decoder_of
 from qpalette.backends.cpu.product import multiplier_of, wants_bytes
 from qpalette.codes import full_palette, parse_spec
 from qpalette.codes.tiles import from_tiles
@@ -101,18 +102,19 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @needs_bytes
-@pytest.mark.parametrize("middle", [0, 128])
-def test_activations_are_rounded_by_groups_of_columns(middle: int) -> None:
+@pytest.mark.parametrize("spec", ["tcq-2-L12", "nuq-4", "vq-3"])
+def test_activations_are_rounded_by_groups_of_columns(spec: str) -> None:
+    rows, middle = row_kernels(byte_decoder_of(parse_spec(spec)).way), 0 if spec.startswith("tcq") else 128
     x = torch.randn(5, 3 * PAIR, generator=generator(3)) * torch.logspace(-30, 30, 5)[:, None]
     x[1, groups_of(3 * PAIR) == 2] = 0
     vectors = empty_bytes(8, 3)
-    put_bytes(x[:2].numpy(), middle, 1, 8, vectors)
-    put_bytes(x[2:].numpy(), middle, 3, 8, vectors)
+    put_bytes(x[:2].numpy(), middle, rows.order, 1, 8, vectors)
+    put_bytes(x[2:].numpy(), middle, rows.order, 3, 8, vectors)
     words, scales, offsets = vectors
-    levels = torch.from_numpy(words.view(np.int8)).reshape(
-        3, 8, 8, 4, 2, 2
-    )  # pair, token, columns, tile, block, column
-    levels = levels.permute(1, 0, 4, 3, 2, 5).reshape(8, -1)
+    pair_first = torch.from_numpy(words.view(np.int8)).reshape(3, 8, 8, 4, 4)  # token, word, tile, byte
+    levels = torch.empty(8, 3, 4, 32, dtype=torch.int8)
+    levels[..., rows.order] = pair_first.permute(1, 0, 3, 2, 4).reshape(8, 3, 4, 32)
+    levels = levels.reshape(8, 3, 4, 2, TILE).transpose(2, 3).reshape(8, -1)
     group, of_token = groups_of(3 * PAIR), torch.from_numpy(scales).double().reshape(3, 8, 4).transpose(0, 1)
     found = levels.double() * of_token.reshape(8, -1)[:, group]
     assert torch.equal(found[1:6], rounded_activations(x))
@@ -279,7 +281,7 @@ def test_what_the_variable_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def without_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    caches = byte_decoder_of, multiplier_of
+    caches = byte_decoder_of, decoder_of, multiplier_of
     monkeypatch.setattr(byte_decoders.simd, "HAS_BYTES", False)
     for cache in caches:
         cache.cache_clear()

@@ -269,7 +269,8 @@ def store_narrow(typing_context, array, index, value):  # type: ignore[no-untype
 
 @intrinsic
 def prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
-    """Ask for the cache line of array[index], which may lie outside."""
+    """Ask for the cache line of array[index], which may lie outside, in the second cache: the first one waits for too
+    few lines at a time."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         bytes_ = ir.IntType(8).as_pointer()
@@ -278,7 +279,7 @@ def prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
         function = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0i8"
         )
-        builder.call(function, [pointer, _INT(0), _INT(3), _INT(1)])  # to read, into all levels, data
+        builder.call(function, [pointer, _INT(0), _INT(2), _INT(1)])  # to read, into the second cache, data
         return context.get_dummy_value()
 
     return types.none(array, types.intp), codegen
@@ -409,7 +410,7 @@ shlh = _define((H, H, H), lambda b, x, y: b.shl(x, y))
 shrh = _define((H, H, H), lambda b, x, y: b.lshr(x, y))
 shift_in_halves = _define((H, H, H, H), lambda b, hi, lo, n: _call("fshr.v32i16", H.vector, b, hi, lo, n))
 addb = _define((B, B, B), lambda b, x, y: b.add(x, y))
-bytes_of_halves = _define((B, H), lambda b, x: b.bitcast(x, B.vector))
+bytes_of_words = _define((B, I), lambda b, x: b.bitcast(x, B.vector))
 where_negative = _define((B, B, B, B), lambda b, sign, x, y: b.select(_is_negative(b, sign), x, y))
 negateb = _define((B, B), lambda b, x: b.neg(x))
 lookup64 = _define((B, B, B), _lookup64)  # (entries, index): index mod 64
