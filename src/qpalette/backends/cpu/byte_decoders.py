@@ -1,9 +1,9 @@
 """Codes whose weights can be multiplied as bytes, and how sixteen pairs of tiles become bytes: the counterpart of
 `decoders`, for processors with AVX-512's byte permutations and dot products.
 
-Of a trellis, a lane of 32 bits holds the last 16 bits of two streams, those of a tile and of the tile four to its right:
-states of up to 16 bits, and after the look-up two bytes of each, neighbours in a row of the matrix. A dot product of
-bytes sums just these four. Other codes lie in `fields`. Codebooks stay in registers.
+Of a trellis, a lane of 32 bits holds the last 16 bits of two streams, those of a tile and of the tile four to its
+right: states of up to 16 bits, and after the look-up two bytes of each, neighbours in a row of the matrix. A dot
+product of bytes sums just these four. Other codes lie in `fields`. Codebooks stay in registers.
 """
 
 from __future__ import annotations

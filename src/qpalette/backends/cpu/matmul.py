@@ -22,7 +22,7 @@ from qpalette.backends.cpu.transform import Factors, half_multiplier, sign_multi
 LANES = simd.LANES
 TILE = 16
 BLOCK = SIDE * TILE  # rows, and columns, of a block
-AHEAD = 1024  # words: 4 KB from what is read to what is asked for
+AHEAD = 4096  # words: 16 KB from what is read to what is asked for
 LEAST_PRODUCTS = 1 << 17  # per thread: some 12 microseconds of work, several times what waking a thread costs
 
 
