@@ -182,6 +182,8 @@ def calibrate(
     if tokens < 2 or window < 2:
         raise InputError(f"tokens and window must be at least 2, got {tokens} and {window}")
     where = str(parse_device(device))
+    if Path(hessians).expanduser().is_file():
+        raise InputError(f"{hessians} is a file: Hessians go into a directory of their own")
     check_text(text, model)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
     loaded, tokenizer = load_model(checkpoint.location, where, dtype)

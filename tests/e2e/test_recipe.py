@@ -10,7 +10,7 @@ from importlib import import_module
 
 import pytest
 from test_cli import _plain_output, model, run, save_model, text  # noqa: F401
-from transformers import AutoModelForCausalLM, NanoChatConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, NanoChatConfig
 
 import qpalette
 from qpalette import recipe
@@ -18,7 +18,7 @@ from qpalette.calibration.hessians import HessianStore
 from qpalette.core.errors import BudgetError, CheckpointError, SpecError
 from qpalette.formats import open_artifact
 from qpalette.plan import Budget
-from qpalette.recipe import Recipe, compress
+from qpalette.recipe import Recipe, Wish, compress
 from qpalette.recipe import run as steps
 from qpalette.storage import open_checkpoint
 from qpalette.tuning import Tuning
@@ -219,3 +219,36 @@ def test_a_calibration_of_before_gets_what_it_lacks(model, text, tmp_path, monke
     monkeypatch.setattr("qpalette.api.curvatures", lambda *a, **k: pytest.fail("measured again"))
     assert qpalette.api.calibrated_sensitivities(model, tmp_path / "moments", bands=1) == whole
     assert {x.name for x in whole.linears if not x.listed} == {"model.embed_tokens", "lm_head"}
+
+
+@pytest.mark.parametrize("tokens", range(4, 9000, 211))
+def test_a_text_of_any_length_leaves_windows_to_tune_on(tokens):
+    tuning = steps.fitted(Tuning(), tokens)
+    windows = tokens // tuning.window
+    assert windows > tuning.held_out
+    assert tuning.window <= Tuning().window
+    if tokens >= 4 * Tuning().held_out * Tuning().window:
+        assert tuning == Tuning()
+
+
+def test_a_short_text_is_enough(model, tmp_path):  # noqa: F811
+    short = replace(SHORT, tokens=40, tuning=Tuning(steps=1, batch=1, every=1, keep_size=True))
+    compress(model, tmp_path / "out", BUDGET, recipe=short)
+    assert open_artifact(tmp_path / "out").records
+
+
+def test_experts_are_counted_by_those_that_a_token_goes_to(monkeypatch, tmp_path):
+    """Time is that of the products made, whatever the number of experts that wait."""
+    forecasts = import_module("qpalette.recipe.forecast")
+    monkeypatch.setattr(forecasts, "_seconds_per_weight", lambda linear, tokens, device: 1e-9 * tokens)
+    seconds = {}
+    for experts in (4, 32):
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 96}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+        directory = tmp_path / str(experts)
+        config = MixtralConfig(**sizes, **heads, num_local_experts=experts)
+        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+        plan = Wish.of(directory, tmp_path / "out", BUDGET, recipe=SHORT).draft().plan
+        steps_of = {step.name: step.seconds for step in forecasts.forecast(directory, None, plan, SHORT, "cpu")}
+        seconds[experts] = steps_of["calibrate"]
+    assert seconds[32] == pytest.approx(seconds[4])

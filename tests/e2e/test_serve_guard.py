@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +48,13 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "model as a number": (CHAT, {"messages": PROMPT, "model": 5}, "model"),
     "negative temperature": (CHAT, {"messages": PROMPT, "temperature": -1}, "temperature"),
     "temperature as text": (CHAT, {"messages": PROMPT, "temperature": "hot"}, "temperature"),
+    "two answers": (CHAT, {"messages": PROMPT, "n": 2}, "n: "),
+    "two answers to a text": (COMPLETIONS, {"prompt": "a", "n": 2}, "n: "),
+    "the prompt again": (COMPLETIONS, {"prompt": "a", "echo": True}, "echo"),
+    "a bias that is not looked at": (COMPLETIONS, {"prompt": "a", "logit_bias": {"7": 9}}, "logit_bias"),
+    "probabilities": (CHAT, {"messages": PROMPT, "logprobs": True}, "logprobs"),
+    "JSON": (CHAT, {"messages": PROMPT, "response_format": {"type": "json_object"}}, "response_format"),
+    "presence": (CHAT, {"messages": PROMPT, "presence_penalty": 0.5}, "presence_penalty"),
     "top_p above 1": (CHAT, {"messages": PROMPT, "top_p": 1.5}, "top_p"),
     "a seed that is none": (CHAT, {"messages": PROMPT, "seed": -1}, "seed"),
     "a penalty that divides by 0": (CHAT, {"messages": PROMPT, "frequency_penalty": -1}, "frequency_penalty"),
@@ -100,6 +108,63 @@ def test_what_is_right_is_still_answered(server):
     status, long = ask(server.port, COMPLETIONS, {"prompt": "a" * 250, "max_tokens": 4000, "temperature": 0})
     assert status == 200
     assert long["usage"]["total_tokens"] <= CONTEXT
+
+
+def figures(port: int) -> dict[str, float]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+def test_requests_are_counted(server):
+    def ended(status: int) -> str:
+        return f'qpalette_requests_total{{path="{CHAT}",status="{status}"}}'
+
+    before = figures(server.port)
+    ask(server.port, CHAT, {"messages": PROMPT, "max_tokens": 2})
+    ask(server.port, CHAT, {"messages": "hi"})
+    ask(server.port, "/v1/nothing", {})
+    after = figures(server.port)
+    for status in (200, 400):
+        assert after[ended(status)] == before.get(ended(status), 0) + 1
+    assert after["qpalette_running"] == 0
+    count = f'qpalette_answer_seconds_count{{path="{CHAT}"}}'
+    assert after[count] == before.get(count, 0) + 2
+    assert "nothing" not in "".join(after), "paths that are not there would fill the memory"
+
+
+def said(port: int, **more: Any) -> str:
+    status, answer = ask(port, CHAT, {"messages": PROMPT, "max_tokens": 12} | more)
+    assert status == 200
+    return answer["choices"][0]["message"]["content"]
+
+
+def test_a_temperature_is_one_though_the_model_says_nothing_of_sampling(server):
+    greedy = said(server.port, temperature=0)
+    assert said(server.port) == greedy
+    assert len({said(server.port, temperature=2.0, seed=seed) for seed in range(4)} - {greedy}) > 1
+
+
+def test_a_seed_holds_beside_other_requests(server):
+    wanted = {seed: said(server.port, temperature=1.5, seed=seed) for seed in (1, 2, 3, 1)}
+    assert len(set(wanted.values())) > 1
+    with ThreadPoolExecutor(6) as clients:
+        answers = [(seed, clients.submit(said, server.port, temperature=1.5, seed=seed)) for seed in (1, 2, 3) * 2]
+        assert [answer.result() for seed, answer in answers] == [wanted[seed] for seed, _ in answers]
+
+
+def test_what_changes_nothing_may_be_said(server):
+    neutral = {"n": 1, "stop": [], "logprobs": False, "presence_penalty": 0, "response_format": {"type": "text"}}
+    assert said(server.port, temperature=0, **neutral) == said(server.port, temperature=0)
+    assert said(server.port, temperature=1, top_p=0, seed=4) == said(server.port, temperature=0)
+
+
+def test_another_method_is_refused_as_all_is(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+    connection.request("GET", COMPLETIONS)
+    with connection.getresponse() as response:
+        assert (response.status, "message" in json.loads(response.read())["error"]) == (405, True)
 
 
 def test_a_key_is_asked_for(packed, monkeypatch):  # noqa: F811

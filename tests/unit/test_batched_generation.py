@@ -204,11 +204,73 @@ def test_where_there_is_no_memory_for_a_batch_one_follows_the_other(monkeypatch,
     wanted = [model.generate(**request) for request in requests]
     attach(model, "never", capture, slots=SLOTS)
 
-    def refuse(self, joining=None) -> None:
+    def refuse(self, joining) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Batch, "_lay_anew", refuse)
+    monkeypatch.setattr(Batch, "_lay", refuse)
     assert agree(all_at_once(model, requests), wanted)
+
+
+def test_idle_batches_give_their_memory_to_the_one_at_work(monkeypatch, capture):
+    model = build()
+    requests = requests_of(LENGTHS)
+    wanted = [model.generate(**request) for request in requests]
+    attach(model, "never", capture, slots=SLOTS)
+    all_at_once(model, requests[:2])
+    lay, refused = Batch._lay, []
+
+    def refuse_once(self, joining) -> None:
+        if len(self.rows) == 2 and not refused:
+            refused.append(sizes_of(model))
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        lay(self, joining)
+
+    monkeypatch.setattr(Batch, "_lay", refuse_once)
+    assert agree(all_at_once(model, requests), wanted)
+    assert refused == [{2}]
+
+
+def test_an_error_in_laying_rows_is_told_to_all(monkeypatch):
+    model = build()
+    attach(model, "never", None, slots=SLOTS)
+
+    def fail(self, joining) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Batch, "_lay", fail)
+    assert "broken" in {str(answer) for answer in all_at_once(model, requests_of(LENGTHS))}
+    monkeypatch.undo()
+    assert isinstance(all_at_once(model, requests_of(LENGTHS[:2]))[0], torch.Tensor)
+
+
+def test_a_request_that_nobody_waits_for_ends(capture):
+    """Its thread was interrupted."""
+    model = build()
+    attach(model, "never", capture, slots=SLOTS)
+    worker, steps = model.generate.worker, []
+    model.register_forward_pre_hook(lambda *call: steps.append(1))
+    wait = worker._wait_for
+
+    def interrupted(job) -> None:
+        job.left.set()
+        return wait(job)
+
+    worker._wait_for = interrupted
+    with pytest.raises(InterruptedError):
+        model.generate(**requests_of([9])[0])
+    del worker._wait_for
+    assert len(steps) <= 1
+
+
+def test_no_graph_of_gradients_is_made(capture):
+    """Of several sequences, too, which the worker answers alone."""
+    model = build()
+    attach(model, "never", capture, slots=SLOTS)
+    all_at_once(model, [{"input_ids": prompt(3, 6), **GREEDY}, *requests_of(LENGTHS[:3])])
+    running = model.generate.loop
+    sessions = [*running.sessions, *running.batches]
+    assert len(sessions) > 2
+    assert not any(layer.keys.requires_grad for session in sessions for layer in session.inputs.cache.layers)
 
 
 def test_where_there_is_memory_for_two_the_third_waits(monkeypatch, capture):
@@ -216,14 +278,14 @@ def test_where_there_is_memory_for_two_the_third_waits(monkeypatch, capture):
     requests = requests_of(LENGTHS)
     wanted = [model.generate(**request) for request in requests]
     attach(model, "never", capture, slots=SLOTS)
-    lay = Batch._lay_anew
+    lay = Batch._lay
 
-    def refuse_more(self, joining=None) -> None:
+    def refuse_more(self, joining) -> None:
         if len(self.rows) + (joining is not None) > 2:
             raise torch.OutOfMemoryError
         lay(self, joining)
 
-    monkeypatch.setattr(Batch, "_lay_anew", refuse_more)
+    monkeypatch.setattr(Batch, "_lay", refuse_more)
     assert agree(all_at_once(model, requests), wanted)
     assert sizes_of(model) == {2}
 

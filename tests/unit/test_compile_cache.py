@@ -95,6 +95,27 @@ def test_kernels_of_steps_are_compiled_by_a_process_of_their_own(cache: Path, mo
     ahead.compile_apart(scalars())
 
 
+def test_a_process_that_compiles_reads_no_code_of_the_folder_it_is_in(cache: Path, monkeypatch, tmp_path) -> None:
+    """It may be a model's."""
+    for name in ("numba", "numpy", "qpalette"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    ahead.compile_apart(scalars())
+    assert len(files(cache)) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_where_no_process_can_be_started_this_one_compiles(cache: Path, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no processes left")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    kernels_of_a_step = scalars()
+    ahead.compile_apart(kernels_of_a_step)
+    ahead.compile_kernels(kernels_of_a_step)
+    assert all(map(ahead.is_compiled, kernels_of_a_step))
+
+
 def test_a_process_that_compiles_nothing_leaves_it_to_this_one(cache: Path, monkeypatch) -> None:
     monkeypatch.setattr(ahead, "MODULE", "qpalette.no_such_module")
     kernels_of_a_step = scalars()

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3F
 
 from qpalette.calibration.taps import Taps, one_expert_at_a_time, weights_of
 from qpalette.core.errors import CheckpointError
-from qpalette.models import find_groups, read_weight, tensors_of
+from qpalette.models import find_groups, read_weight, tensors_of, transposed_modules
 from qpalette.models.forward import forward_on_meta
 from qpalette.models.model_class import build_on_meta, class_name
 from qpalette.models.resolver import places_of
@@ -84,6 +84,13 @@ def test_the_way_back_gives_the_tensors_of_the_file(kind, tmp_path):
     assert sources.tensors
     for tensor in sources.tensors:
         assert torch.equal(sources.read(tensor, lambda name: read_weight(checkpoint, name)), checkpoint.read(tensor))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_that_hold_their_inputs_as_rows(kind, tmp_path):
+    checkpoint, _ = saved(kind, tmp_path)
+    names = linears(checkpoint)
+    assert transposed_modules(checkpoint, names) == (names if kind == "gpt2" else [])
 
 
 def test_names_from_before_a_class_was_renamed():

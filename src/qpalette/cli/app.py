@@ -34,7 +34,7 @@ from qpalette.core.environment import CPU_BYTES
 from qpalette.core.errors import QPaletteError
 
 DEBUG = "QPALETTE_DEBUG"
-RESUMABLE = ("calibrate", "quantize", "sensitivity", "tune")
+RESUMABLE = ("calibrate", "profile", "quantize", "sensitivity", "tune")
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 

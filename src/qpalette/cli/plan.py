@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qpalette.cli.output import print_facts, print_json, print_note, print_table, write_text
+from qpalette.cli.output import check_folder, print_facts, print_json, print_note, print_table, write_text
 from qpalette.core.text import count
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ def plan(
     chosen = prefer or ("balanced" if tokens_per_second is None else "quality")
     palette = preferred(palette_of(effort, family or ()), chosen, measured or profile_of(target))
     space = Space(palette, measured, batch, fusion, experts)
+    _check_before_the_work(tokens_per_second, measured, solver, plot, (out, report, cache_out))
     checkpoint = _checkpoint(model)
     store = None
     if calibration is None or model is None:
@@ -281,6 +282,26 @@ def _made(
         "seed": seed,
     }
     return make_plan(known, budget, space, checkpoint, **options)
+
+
+def _check_before_the_work(
+    tokens_per_second: float | None, profile: object, solver: str, plot: Path | None, files: tuple[Path | None, ...]
+) -> None:
+    """Sensitivities take minutes: what is wrong with the rest is told ahead of them."""
+    from qpalette.plan.exact import check_solver
+
+    if tokens_per_second is not None and profile is None:
+        raise typer.BadParameter(
+            "--tokens-per-second needs --profile: `qpalette profile` measures one, some come with it"
+        )
+    check_solver(solver)
+    for file in files:
+        if file is not None:
+            check_folder(file)
+    if plot is not None:
+        from qpalette.report.pictures import check_picture
+
+        check_picture(plot)
 
 
 def _context(context: str, memory: str | None, max_loss: float | None) -> int | None:

@@ -114,7 +114,7 @@ def quantize(
     ] = False,
     text: Annotated[
         Path | None,
-        typer.Option("--text", metavar="FILE", help="With --tune: the text for it.  [default: the model writes it]"),
+        typer.Option("--text", metavar="FILE", help="To calibrate and tune on.  [default: the model writes it]"),
     ] = None,
     page: Annotated[
         Path | None,
@@ -176,6 +176,10 @@ def quantize(
         )
     if text is not None and not tune:
         raise typer.BadParameter("--text is what is calibrated or tuned on: leave out --fast, or add --tune")
+    if calibration is None and (damping != DAMPING or output_damping != OUTPUT_DAMPING or not equalize):
+        raise typer.BadParameter(
+            "--damping, --output-damping and --no-equalize are of calibrated rounding: --calibration"
+        )
     if sensitivity is not None and bits is None and disk is None:
         raise typer.BadParameter("--sensitivity decides how --bits or --size are spent: give one of them")
     from qpalette.pipeline import Estimate

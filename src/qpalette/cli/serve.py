@@ -56,7 +56,8 @@ def serve(
     directory = str(directory_for(model))
     if serving.is_public(host):
         print_note(_exposed(host, api_key))
-    print_note(f"{directory} at http://{host}:{port}/v1, {engine}; Ctrl-C stops")
+    place = f"[{host}]" if ":" in host else host
+    print_note(f"{directory} at http://{place}:{port}/v1, {engine}; Ctrl-C stops")
     if engine == "vllm":
         serving.serve_vllm(directory, host, port, context.args, api_key)
     else:
@@ -68,6 +69,8 @@ def _prepared(compile: str, cache: str | None, slots: int, model: Any) -> Any:
     """The model as `transformers serve` has loaded it, with a `generate` of ours."""
     from qpalette.api import cache_maker
     from qpalette.generation import fast
+
+    model.generation_config.update(num_beams=1, num_return_sequences=1)  # one answer, told as it is written
 
     return fast(model, compile, cache_maker(model, None, cache), slots)
 

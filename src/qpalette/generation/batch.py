@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,11 +21,12 @@ EACH_ITS_OWN = Choice(sample=False, processors=(), inside=False)
 
 @dataclass(frozen=True)
 class Job:
-    """A request, and who waits for its tokens, int64 [1, tokens]."""
+    """A request, and who waits for its tokens, int64 [1, tokens]; `left` is set where nobody does any more."""
 
     loop: Loop
     request: Request
-    future: Future[torch.Tensor]
+    future: Future[torch.Tensor] = field(default_factory=Future)
+    left: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
@@ -81,26 +83,31 @@ class Batch:
 
     def _admit(self, job: Job) -> None:
         """Its prompt is read in a session of one sequence, which whoever is alone there leaves first."""
-        if self.alone is not None and not self._join(self.alone):  # no memory for two: it ends before
-            self.slots = 1
-            while self.alone is not None:
-                self._go_on(self.alone)
+        if job.left.is_set():
+            job.future.set_exception(InterruptedError())
+            return
         try:
+            if self.alone is not None and not self._join(self.alone):  # no memory for two: it ends before
+                self.slots = 1
+                while self.alone is not None:
+                    self._go_on(self.alone)
             row = Row(job, Running(job.loop, job.request))
         except BaseException as error:
             job.future.set_exception(error)
-            return
+            raise
         self.alone = self._after(row, row.running.begin)
         if self.alone is not None and self.rows:
             self._join(self.alone)
 
     def _go_on(self, row: Row) -> None:
-        self.alone = self._after(row, lambda: row.running.run(self._may_join))
+        self.alone = self._after(row, lambda: row.running.run(lambda: row.job.left.is_set() or self._may_join()))
 
     def _after(self, row: Row, work: Callable[[], object]) -> Row | None:
         """`work` done for the row alone; None where that ended it."""
         try:
             work()
+            if row.job.left.is_set():
+                raise InterruptedError
         except BaseException as error:
             row.running.session.forget()
             row.job.future.set_exception(error)
@@ -131,13 +138,26 @@ class Batch:
             else:
                 row.place = free[0]
                 self._put(row, _sequence(own, 0, 0, own.used))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             return False
         self.rows[row.place], self.alone = row, None
         return True
 
     def _lay_anew(self, joining: Row | None = None) -> None:
-        """All rows side by side in as few columns as they take."""
+        """All rows side by side in as few columns as they take; where memory is short, in that of idle sessions."""
+        try:
+            return self._lay(joining)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        self.loop.batches.clear()  # but for the one in use, which is held here
+        if self.loop.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._lay(joining)
+
+    def _lay(self, joining: Row | None) -> None:
         rows = list(self.rows.values())
         sequences = [_sequence(self.session, row.place, row.start, self.session.used) for row in rows if self.session]
         if joining is not None:
@@ -179,6 +199,8 @@ class Batch:
         tokens = self._tokens()
         for place, row in list(self.rows.items()):
             try:
+                if row.job.left.is_set():
+                    raise InterruptedError
                 row.running.answer.take(tokens[place : place + 1].clone())
             except BaseException as error:  # its client has left, say
                 row.job.future.set_exception(error)
@@ -194,6 +216,7 @@ class Batch:
         if self.session.is_full or self._size(len(self.rows)) * 4 <= self.session.batch:
             self._lay_anew()
         step = self.session.step(self._choice())
+        self.loop.compile_now(step)
         self.loop.launch(self.session, step)
         self.loop.compile_beside(step)
         token = step.inputs.token
@@ -220,6 +243,11 @@ class Batch:
 
 # Tokens, and of each layer copies of their keys and values, [heads, tokens, width].
 _Sequence = tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a CPU torch has no error of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _sequence(session: Session, place: int, start: int, end: int) -> _Sequence:

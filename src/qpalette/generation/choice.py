@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers.generation import logits_process as library
 
+from qpalette.integrations.seed import Seed
+
 ARGMAX_PARTS = 64
 # What reads the scores alone, and has numbers for parameters: it can run inside a captured step.
 PURE = (
@@ -32,22 +34,24 @@ def most_likely(logits: torch.Tensor) -> torch.Tensor:
     return part * (logits.shape[-1] // parts) + place.gather(-1, part)
 
 
-def draw(probabilities: torch.Tensor) -> torch.Tensor:
-    """A place of [batch, vocabulary] by its probability, [batch, 1].
+def draw(probabilities: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """A place of [batch, vocabulary] by its probability, [batch, 1]; `generator` None: torch's own.
 
     As torch.multinomial draws one, without its look at the values, for which the host would wait.
     """
-    noise = torch.empty_like(probabilities).exponential_(1)
+    noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
     return most_likely(probabilities / noise)
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The likeliest token, or a draw, after `processors` of transformers; `inside` a captured step, or after it."""
+    """The likeliest token, or a draw, after `processors` of transformers; `inside` a captured step, or after it: from
+    torch's generator, or after it from one of its own."""
 
     sample: bool
     processors: Sequence[Any]
     inside: bool
+    generator: torch.Generator | None = None
 
     @property
     def key(self) -> Hashable:
@@ -76,12 +80,16 @@ class Choice:
         scores = logits.clone()
         for processor in self.processors:
             scores = processor(ids, scores)
-        return draw(scores.softmax(-1)) if self.sample else most_likely(scores)
+        return draw(scores.softmax(-1), self.generator) if self.sample else most_likely(scores)
 
 
-def choice_of(sample: bool, processors: Sequence[Any]) -> Choice:
-    """Inside the step if every processor is PURE."""
-    return Choice(sample, tuple(processors), all(parameters_of(processor) is not None for processor in processors))
+def choice_of(sample: bool, processors: Sequence[Any], device: torch.device) -> Choice:
+    """Inside the step if every processor is PURE, and none of them a Seed."""
+    others = tuple(processor for processor in processors if not isinstance(processor, Seed))
+    seeds = [processor.seed for processor in processors if isinstance(processor, Seed)]
+    if seeds and sample:
+        return Choice(sample, others, False, torch.Generator(device).manual_seed(seeds[-1]))
+    return Choice(sample, others, all(parameters_of(processor) is not None for processor in others))
 
 
 def parameters_of(processor: Any) -> Hashable | None:

@@ -22,7 +22,7 @@ from qpalette.generation.loop import Loop
 from qpalette.generation.native import ProgramCapture
 from qpalette.generation.request import NotOurs, NotRead, Request, request_of
 from qpalette.generation.step import Capture, capture_graph
-from qpalette.generation.worker import Worker, on
+from qpalette.generation.worker import Worker, decoding_on
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
 
 DEFAULT_LENGTH = 20  # tokens that transformers generates to where nothing is said
@@ -225,9 +225,7 @@ def _decode(
 ) -> torch.Tensor:
     """What transformers calls for its decoding loop; the streamer it does not hand on."""
     device = model.device
-    # In inference mode tensors would have no version, by which launches are joined, and a cache made there could not
-    # be written to elsewhere.
-    with torch.inference_mode(False), torch.no_grad(), on(device):
+    with decoding_on(device):
         prepared = (input_ids, logits_processor, stopping_criteria, generation_config)
         request = request_of(*prepared, streamer, device, inputs)
         return run(request).to(input_ids.device, copy=True)

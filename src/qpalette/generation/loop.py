@@ -25,13 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 class Loop:
-    """Runs requests of one model, one at a time. `capture` None runs every step eagerly."""
+    """What requests of one model share: sessions, steps, and how these are captured. `capture` None runs every step
+    eagerly."""
 
     def __init__(self, model: Any, compiler: Compiler, capture: Capture | None, make: CacheMaker) -> None:
         self.model, self.compiler, self.capture = model, compiler, capture
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.sessions = Sessions(model, make)
         self.batches = Sessions(model, make)  # of requests that are answered together
+        self.has_told = False  # that a step cannot be captured: others may be
         self.warm_since: float | None = None  # time.perf_counter() of the latest capture
 
     def run(self, request: Request) -> torch.Tensor:
@@ -57,13 +59,19 @@ class Loop:
         """One step. It warms up eagerly, is captured, and replayed; a compiled function is taken up between tokens."""
         if step.compiled is not None and not self.compiler.busy:
             step.use(step.compiled, CAPTURE_WARMUP - 1)
-        if step.graph is None and self.capture is not None and step.warm >= CAPTURE_WARMUP:
+        may_be = self.capture is not None and not step.stays_eager
+        if step.graph is None and may_be and step.warm >= CAPTURE_WARMUP:
             self._capture(step)
         if step.graph is not None:
             step.graph.replay()
         else:
             self._run(session, step)
         session.used += 1
+
+    def compile_now(self, step: Step) -> None:
+        """Ahead of a launch, where that is asked for."""
+        if self.compiler.mode == "now" and self.compiler.wants(step):
+            self.compiler.work(step)
 
     def compile_beside(self, step: Step) -> None:
         """After a launch: the step is captured, and may be compiled while it serves."""
@@ -94,9 +102,10 @@ class Loop:
                 self._without_compilation(step, error)
                 return
             reason = str(error).strip().partition("\n")[0]
-            level = logging.DEBUG if isinstance(error, UnsupportedError) else logging.WARNING
+            quiet = self.has_told or isinstance(error, UnsupportedError)
+            level = logging.DEBUG if quiet else logging.WARNING
             logger.log(level, "a step of this model cannot be captured, so it runs eagerly: %s", reason)
-            self.capture = None
+            step.stays_eager, self.has_told = True, not quiet or self.has_told
 
     def _without_compilation(self, step: Step, error: Exception) -> None:
         self.compiler.fail(error)
@@ -166,7 +175,7 @@ class Running:
             raise
         except Exception as error:  # of a class that cannot do with a static cache, or the user's
             raise NotRead from error
-        self._compile_now()
+        self.loop.compile_now(self.step)
         return logits
 
     def _take_prompt(self, kept: int) -> torch.Tensor:
@@ -175,6 +184,7 @@ class Running:
         except torch.OutOfMemoryError:
             pass  # the other sessions' caches are worth less than this request; what failed is free after this block
         self.loop.sessions.clear()
+        self.loop.batches.clear()
         self._enter(self.loop.session_for(self.request, self.answer.length))
         torch.cuda.empty_cache()
         return self.session.take(self.request.prompt, 0)
@@ -191,11 +201,7 @@ class Running:
         before = self.session
         self._enter(self.loop.session_for(self.request, before.used))
         self.session.move(before, before.used)
-        self._compile_now()
-
-    def _compile_now(self) -> None:
-        if self.loop.compiler.mode == "now" and self.loop.compiler.wants(self.step):
-            self.loop.compiler.work(self.step)
+        self.loop.compile_now(self.step)
 
     def _send(self) -> None:
         token = self.step.inputs.token

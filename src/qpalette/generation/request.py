@@ -94,7 +94,7 @@ def request_of(
     stops, pad = Stops(criteria), config._pad_token_tensor
     return Request(
         prompt,
-        choice_of(bool(config.do_sample), processors),
+        choice_of(bool(config.do_sample), processors, device),
         stops,
         limit=limit,
         pad=int(pad) if stops.pads and pad is not None else None,

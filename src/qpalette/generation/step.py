@@ -96,6 +96,7 @@ class Step:
         self.function: Reduced = self.eager
         self.warm = 0  # runs with this function
         self.graph: Any = None
+        self.stays_eager = False  # it could not be captured
         self.compiled: Reduced | None = None  # waits for the next step
         self.logits: torch.Tensor | None = None
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from qpalette.generation.request import Request
 
 @dataclass(frozen=True)
 class _Alone:
-    """Work during which no request is answered."""
+    """Work during which no request is answered. `left` is set where nobody waits for it any more."""
 
     work: Callable[[], Any]
-    future: Future[Any]
+    future: Future[Any] = field(default_factory=Future)
+    left: threading.Event = field(default_factory=threading.Event)
 
 
 class Worker:
@@ -42,12 +44,12 @@ class Worker:
     def answer(self, loop: Loop, request: Request) -> torch.Tensor:
         """As `Loop.run`. Waits for it."""
         if not request.continues:
-            return self.alone(lambda: loop.run(request))
-        return self._wait_for(Job(loop, request, Future()))
+            return self.alone(lambda: _run(loop, request))
+        return self._wait_for(Job(loop, request))
 
     def alone(self, work: Callable[[], Any]) -> Any:
         """What `work` returns, done in the thread while no request is answered. Waits for it."""
-        return self._wait_for(_Alone(work, Future()))
+        return self._wait_for(_Alone(work))
 
     def _wait_for(self, job: Job | _Alone) -> Any:
         with self._asked:
@@ -56,7 +58,11 @@ class Worker:
                 self._thread = threading.Thread(target=self._run, name="answer requests", daemon=True)
                 self._thread.start()
             self._asked.notify()
-        return job.future.result()
+        try:
+            return job.future.result()
+        except BaseException:
+            job.left.set()  # who waited was interrupted: what nobody waits for ends at its next token
+            raise
 
     def _run(self) -> None:
         while True:
@@ -67,13 +73,14 @@ class Worker:
     def _work_on(self, job: Job | _Alone) -> None:
         if isinstance(job, _Alone):
             self._waiting.popleft()
+            if job.left.is_set():
+                return
             try:
                 job.future.set_result(job.work())
             except BaseException as error:
                 job.future.set_exception(error)
             return
-        device = job.request.ids.device
-        with torch.inference_mode(False), torch.no_grad(), on(device):
+        with decoding_on(job.request.ids.device):
             Batch(job.loop, self.slots, lambda: self._next_of(job.loop), lambda: self._may_join(job.loop)).run()
 
     def _may_join(self, loop: Loop) -> bool:
@@ -87,6 +94,15 @@ class Worker:
         return job
 
 
-def on(device: torch.device) -> Any:
-    """What runs here uses this device, where it is CUDA's."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
+def _run(loop: Loop, request: Request) -> torch.Tensor:
+    with decoding_on(request.ids.device):
+        return loop.run(request)
+
+
+@contextmanager
+def decoding_on(device: torch.device) -> Iterator[None]:
+    """What a loop runs in, in each thread anew. No inference mode: its tensors would have no version, by which launches
+    are joined, and a cache made there could not be written to elsewhere."""
+    cuda = torch.cuda.device(device if device.type == "cuda" else -1)
+    with torch.inference_mode(False), torch.no_grad(), cuda:
+        yield

@@ -13,40 +13,48 @@ import json
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers.generation.streamers import BaseStreamer
 
+from qpalette.integrations.metrics import Metrics
+from qpalette.integrations.seed import Seed
 from qpalette.models.vocabulary import context_of
 
 OPEN = "/health"  # without a key
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", OPEN)
+METRICS = "/metrics"
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", METRICS, OPEN)
 OF_EACH = ("max_new_tokens", "eos_token_id")  # what continuous batching takes from each request
 
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 Count = Annotated[int, Field(ge=1)]
+One = Annotated[int, Field(ge=1, le=1)] | None
 
 
 class _Asked(BaseModel):
-    """What all requests may say. Other fields are looked at by transformers, which refuses those it does not know."""
+    """What all requests may say. Other fields are looked at by transformers, which refuses those it does not know. What
+    it knows and leaves out, though the answer would be another, may say only what changes nothing."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: str | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] | None = None
     frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None  # transformers multiplies by 1 + it
-    stop: str | Annotated[list[str], Field(min_length=1)] | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d+$")], float] | None = None
+    stop: str | list[str] | None = None
+    n: One = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     generation_config: str | None = None
     tools: list[dict[str, Any]] | None = None
 
@@ -66,21 +74,35 @@ class _Message(BaseModel):
     tool_calls: list[dict[str, Any]] = []
 
 
+class _Text(BaseModel):
+    type: Literal["text"]
+
+
 class _Chat(_Asked):
     messages: Annotated[list[_Message], Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d+$")], float] | None = None
+    logprobs: Literal[False] | None = None
+    response_format: _Text | None = None
     chat_template_kwargs: dict[str, Any] = {}
 
 
 class _Completion(_Asked):
     prompt: str
     max_tokens: Count | None = None
+    best_of: One = None
+    echo: Literal[False] | None = None
+    logprobs: None = None
+    logit_bias: None = None
 
 
 class _Response(_Asked):
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_output_tokens: Count | None = None
+
+
+_asked: ContextVar[dict[str, Any]] = ContextVar("asked", default={})  # noqa: B039 - nobody writes to it
 
 
 class _Handler:
@@ -94,6 +116,9 @@ class _Handler:
             self._kind.model_validate(body)
         except ValidationError as error:
             raise HTTPException(400, _told(error.errors()[0])) from error
+        if body.get("stop") == []:
+            del body["stop"]
+        _asked.set(body)
         try:
             return await self._handler.handle_request(body, request_id)
         except (ValueError, TypeError, KeyError, TemplateError) as error:  # how transformers and templates refuse
@@ -112,14 +137,14 @@ class _Manager:
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **more: Any) -> Any:
         self._check(model, inputs, gen_config)
-        return self._manager.generate_streaming(model, processor, inputs, gen_config, **more)
+        return self._manager.generate_streaming(model, processor, self._seeded(inputs), gen_config, **more)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> Any:
         self._check(model, inputs, gen_config)
         stop = _Stop()
-        given = inputs if self._batches else {**inputs, "streamer": stop}
+        given = inputs if self._batches else {**self._seeded(inputs), "streamer": stop}
         work = asyncio.ensure_future(
             self._manager.generate_non_streaming(model, processor, given, gen_config, request_id=request_id)
         )
@@ -136,6 +161,8 @@ class _Manager:
     def _check(self, model: Any, inputs: Any, gen_config: Any) -> None:
         """Raises HTTPException for a prompt that does not fit, and for what a batch would not do without a word."""
         _fit(model, inputs, gen_config)
+        if _asked.get().get("temperature") or _asked.get().get("top_p") is not None:
+            gen_config.do_sample = gen_config.temperature != 0  # a model's own default may be not to
         if not self._batches:
             self._call_together(model)
         else:
@@ -147,6 +174,11 @@ class _Manager:
                     f"continuous batching answers all requests as the first one: {differing[0]} is "
                     f"{first.get(differing[0])}, not {said.get(differing[0])}",
                 )
+
+    def _seeded(self, inputs: Any) -> Any:
+        """With the request's seed: torch's generator, which transformers sets when a request comes, is everybody's."""
+        seed = _asked.get().get("seed")
+        return inputs if seed is None or self._batches else {**inputs, "logits_processor": [Seed(seed)]}
 
     def _call_together(self, model: Any) -> None:
         """As many threads call `model.generate` as it answers callers together: ours says so, others take one."""
@@ -218,15 +250,20 @@ def guarded(build: Callable[..., FastAPI], key: str | None) -> Callable[..., Any
             response_handler=_Handler(response_handler, _Response),
             **more,
         )
-        app.exception_handler(HTTPException)(_one_line)
+        app.exception_handler(StarletteHTTPException)(_one_line)  # fastapi's own is one, too
         app.exception_handler(RequestValidationError)(_no_object)
+        app.exception_handler(Exception)(_broken)
         return _Guard(app, key)
 
     return build_guarded
 
 
-async def _one_line(request: Any, error: HTTPException) -> JSONResponse:
+async def _one_line(request: Any, error: StarletteHTTPException) -> JSONResponse:
     return _error(error.status_code, str(error.detail))
+
+
+async def _broken(request: Any, error: Exception) -> JSONResponse:
+    return _error(500, f"the answer broke off ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})")
 
 
 async def _no_object(request: Any, error: RequestValidationError) -> JSONResponse:
@@ -234,10 +271,10 @@ async def _no_object(request: Any, error: RequestValidationError) -> JSONRespons
 
 
 class _Guard:
-    """The outermost ASGI application: paths, the key, and clients that leave."""
+    """The outermost ASGI application: paths, the key, clients that leave, and what is counted of all."""
 
     def __init__(self, app: FastAPI, key: str | None) -> None:
-        self._app, self._key = app, key
+        self._app, self._key, self._metrics = app, key, Metrics()
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -246,7 +283,10 @@ class _Guard:
             return await _error(404, f"there is no {scope['path']} here: {', '.join(PATHS)}")(scope, receive, send)
         if not self._knows_key(scope):
             return await _error(401, "the server asks for its key: Authorization: Bearer KEY")(scope, receive, send)
-        await self._while_heard(scope, receive, send)
+        if scope["path"] == METRICS:
+            return await self._metrics.page()(scope, receive, send)
+        with self._metrics.watching(scope["path"], send) as watched:
+            await self._while_heard(scope, receive, watched)
 
     def _knows_key(self, scope: Any) -> bool:
         if self._key is None or scope["path"] == OPEN or scope["method"] == "OPTIONS":  # a browser asks without it

@@ -15,7 +15,7 @@ from typing import Any
 from qpalette.core.errors import InputError, UnsupportedError
 
 ENGINES = ("transformers", "vllm")
-_NEEDED = {"transformers": ("fastapi", "uvicorn", "openai"), "vllm": ("vllm",)}
+_NEEDED = {"transformers": ("fastapi", "uvicorn", "openai", "prometheus_client"), "vllm": ("vllm",)}
 _INSTALL = {"transformers": "pip install 'qpalette[serve]'", "vllm": "pip install vllm"}
 
 

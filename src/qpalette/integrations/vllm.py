@@ -32,7 +32,15 @@ from qpalette.formats.packed import METHOD, QuantizationFormat
 from qpalette.formats.parts import parts_of
 from qpalette.formats.reader import open_artifact
 from qpalette.integrations.vllm_experts import QPaletteExpertsMethod
-from qpalette.integrations.vllm_shares import WEIGHT, Door, Share, add_to_compile_cache_key, copy_into, cut
+from qpalette.integrations.vllm_shares import (
+    WEIGHT,
+    Door,
+    Share,
+    add_to_compile_cache_key,
+    copy_into,
+    cut,
+    loads_dummies,
+)
 from qpalette.nn import PackedModule, QuantEmbedding, QuantLinear
 from qpalette.runtime import packed_linear, packed_linears
 
@@ -152,6 +160,7 @@ class QPaletteLinearMethod(LinearMethodBase):
             for (name, record), share in zip(self.members, self.shares, strict=True)
         )
         layer.one_launch = False
+        self.gets_no_weights = loads_dummies()
         add_to_compile_cache_key({part.record.spec for part in layer.packed_parts if isinstance(part, PackedModule)})
         for suffix in {suffix for suffixes in self.missing.values() for suffix in suffixes}:
             dtype = next(getattr(part, suffix).dtype for part in layer.packed_parts if hasattr(part, suffix))
@@ -161,7 +170,7 @@ class QPaletteLinearMethod(LinearMethodBase):
         """Lay the codes out for the best backend. Raises ArtifactError when only some tensors were loaded."""
         absent = [f"{self.members[part][0]}.{suffix}" for part, left in self.missing.items() for suffix in left]
         total = sum(len(_tensors(record)) for _, record in self.members)
-        if 0 < len(absent) < total:  # all of them are absent when vLLM loads dummy weights
+        if absent and not (len(absent) == total and self.gets_no_weights):
             raise ArtifactError(f"tensor '{sorted(absent)[0]}' was not loaded; download the model again")
         for (name, _), part in zip(self.members, layer.packed_parts, strict=True):
             if isinstance(part, PackedModule):

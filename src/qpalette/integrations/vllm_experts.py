@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from qpalette.core.errors import ArtifactError, UnsupportedError
 from qpalette.core.records import LinearRecord
 from qpalette.formats.parts import parts_of
-from qpalette.integrations.vllm_shares import Door, Share, add_to_compile_cache_key, copy_into, cut
+from qpalette.integrations.vllm_shares import Door, Share, add_to_compile_cache_key, copy_into, cut, loads_dummies
 from qpalette.nn import QuantLinear
 from qpalette.runtime import Gate, PackedExperts, PreparedExperts
 
@@ -80,6 +80,7 @@ class QPaletteExpertsMethod(FusedMoEMethodBase):
             for part in parts_of(self.records[self._name(expert, shard)])
         }
         self.expected = len(self.missing)
+        self.gets_no_weights = loads_dummies()
         add_to_compile_cache_key({record.spec for record in self.records.values()})
         types = {part.suffix: part.dtype for record in self.records.values() for part in parts_of(record)}
         for suffix, dtype in types.items():
@@ -88,7 +89,7 @@ class QPaletteExpertsMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Lay the codes out for the best backend. Raises ArtifactError when only some tensors were loaded."""
-        if 0 < len(self.missing) < self.expected:  # all of them are absent when vLLM loads dummy weights
+        if self.missing and not (len(self.missing) == self.expected and self.gets_no_weights):
             expert, shard, suffix = min(self.missing)
             name = f"{self.prefix}.{self._name(expert, shard)}.{suffix}"
             raise ArtifactError(f"tensor '{name}' was not loaded; download the model again")

@@ -107,6 +107,11 @@ def copy_into(name: str, target: torch.Tensor, source: torch.Tensor) -> None:
     target[: len(source)].copy_(source)
 
 
+def loads_dummies() -> bool:
+    """Whether the model that is being built gets no weights from files."""
+    return get_current_vllm_config().load_config.load_format == "dummy"
+
+
 def add_to_compile_cache_key(specs: set[str]) -> None:
     """Compiled graphs hold the codes' layout as a constant, and vLLM loads cached ones without their guards."""
     config = get_current_vllm_config()

@@ -2,7 +2,7 @@
 
 from qpalette.models.complete import check_complete, check_finite, check_loaded
 from qpalette.models.groups import Grouping, find_groups, token_tables
-from qpalette.models.weights import read_weight, tensors_of, weight_bytes, whole_of
+from qpalette.models.weights import read_weight, tensors_of, transposed_modules, weight_bytes, whole_of
 
 __all__ = [
     "Grouping",
@@ -13,6 +13,7 @@ __all__ = [
     "read_weight",
     "tensors_of",
     "token_tables",
+    "transposed_modules",
     "weight_bytes",
     "whole_of",
 ]

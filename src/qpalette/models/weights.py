@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -30,6 +31,12 @@ def whole_of(checkpoint: Checkpoint, linear: str) -> str:
 def weight_bytes(checkpoint: Checkpoint, linear: LinearShape) -> int:
     """What the weight of a linear takes on disk."""
     return linear.weights * checkpoint.tensors[tensors_of(checkpoint, linear.name)[0]].dtype.itemsize
+
+
+def transposed_modules(checkpoint: Checkpoint, linears: Iterable[str]) -> list[str]:
+    """Those whose module holds in_features x out_features, such as a Conv1D of GPT-2; experts are not asked for."""
+    places = {name: resolve(checkpoint).held(name).place for name in linears}
+    return [name for name, place in places.items() if place.transposed and place.expert is None]
 
 
 def read_weight(checkpoint: Checkpoint, linear: str) -> torch.Tensor:

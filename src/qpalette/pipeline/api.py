@@ -189,6 +189,10 @@ def _narrowed(plan: Plan, checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> 
     also = [group.name for group in whole.optional if group.name in plan.specs]
     kept = _names(find_groups(checkpoint, also=also, **wanted).groups)
     specs = {name: spec for name, spec in plan.specs.items() if name in kept or name not in _names(whole.all_groups)}
+    if not specs:
+        raise SpecError(
+            f"no linear is left by {', '.join(f'{name} {value}' for name, value in wanted.items() if value)}"
+        )
     launches = (tuple(name for name in launch if name in specs) for launch in plan.launches)
     return replace(
         plan,

@@ -17,7 +17,7 @@ from qpalette.calibration.learned_signs import learn_seeds
 from qpalette.calibration.rounding import ROUNDING, Rounding
 from qpalette.core.errors import InputError
 from qpalette.formats import PackedCheckpoint, model_card, open_artifact, write_checksums
-from qpalette.models import check_complete
+from qpalette.models import check_complete, transposed_modules
 from qpalette.pipeline.encode import Quality, tell_of_faint_rows
 from qpalette.pipeline.jobs import HEADROOM_BYTES, Job, format_of, make_jobs, planned_result
 from qpalette.pipeline.output import Output
@@ -97,6 +97,12 @@ def quantize_checkpoint(
         _check_disk(packed, jobs, partial)
         if (warning := packed.shares.warning()) is not None:
             logger.warning("%s: %s", checkpoint.location.name, warning)
+        if transposed := transposed_modules(checkpoint, (job.name for job in jobs)):
+            logger.warning(
+                "%s and %d more are Conv1D, stored transposed: in the result their rows are outputs, as in any other "
+                "linear",
+                *(transposed[0], len(transposed) - 1),
+            )
 
         with _full_disk_is_told(partial):
             work = Work(checkpoint.location, checkpoint.fingerprint, hessians, rounding, torch.get_num_threads())

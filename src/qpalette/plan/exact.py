@@ -40,14 +40,19 @@ class Solved:
         return max(0.0, (loss - self.bound) / loss) if loss > 0 else 0.0
 
 
+def check_solver(solver: str) -> None:
+    """Raises SpecError for another than SOLVERS."""
+    if solver not in SOLVERS:
+        raise SpecError(f"'{solver}' is no solver: choose {' or '.join(SOLVERS)}")
+
+
 def solve(problem: Problem, solver: str = "exact") -> Solved | None:
     """The selection of least loss within the limits; None when there is none (or "lagrangian" found none).
 
     `solver` is "exact" (dynamic programming to a gap of 0, or HiGHS to one of 1e-4 or for 30 s) or "lagrangian"
     (bisection alone, whose gap is small with many linears). Raises SpecError for another solver.
     """
-    if solver not in SOLVERS:
-        raise SpecError(f"'{solver}' is no solver: choose {' or '.join(SOLVERS)}")
+    check_solver(solver)
     if (problem.least > problem.limits).any():
         return None
     relaxation = solve_lagrangian(problem)

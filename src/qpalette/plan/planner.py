@@ -42,13 +42,6 @@ class Choice:
     cache_loss: float = 0.0
     cache_bits: int = 0
 
-    def weights_by_spec(self, sensitivities: Sensitivities) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for linear in sensitivities.linears:
-            spec = self.specs[linear.name]
-            found[spec] = found.get(spec, 0) + linear.shape.weights
-        return dict(sorted(found.items()))
-
 
 class FrontPoint(NamedTuple):
     """A plan on the Pareto front: no other has less loss for its bits; and the bound for them."""

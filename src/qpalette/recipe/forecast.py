@@ -5,18 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from qpalette.calibration.hessians import row_blocks
+from qpalette.core.errors import InputError
 from qpalette.core.records import LinearShape
 from qpalette.evaluate.sampled_text import BLOCK, BLOCK_ON_CPU
 from qpalette.models import find_groups, token_tables
+from qpalette.models.experts import EXPERT
 from qpalette.models.kinds import linear_kind
+from qpalette.models.model_class import text_config
 from qpalette.pipeline.forecast import forecast_seconds
 from qpalette.plan import Plan
+from qpalette.plan.memory import device_bytes
 from qpalette.recipe.options import Recipe
 from qpalette.runtime.device import parse_device
 from qpalette.storage import Checkpoint, open_checkpoint
@@ -25,6 +30,10 @@ BACKWARD = 2  # times a forward, where weights need no gradient: once through th
 HELD_OUT = 8  # windows of the calibration, at most, that sensitivities are measured on
 CURVE = 5  # measurements with noise in all linears
 TRIALS = 10
+CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k")  # a config's names of it
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+SECONDS_PER_LAYER = 2e-4  # of a step: what transformers does beside the products, on one core of an EPYC
+CACHE_BYTES_PER_SECOND = 5e9  # of keys and values that a step reads there: 16 windows of SmolLM2
 TWO_SIDED = 1.5  # times plain rounding: what feedback costs beside the search
 
 
@@ -40,7 +49,7 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
     checkpoint, place = open_checkpoint(model), parse_device(device)
     linears = [linear for group in find_groups(checkpoint).groups for linear in group.linears]
     widest = max(linears, key=lambda linear: linear.weights)
-    weights = sum(linear.weights for linear in linears) + _head(checkpoint)
+    weights = sum(map(_multiplied(checkpoint), linears)) + _head(checkpoint)
     window = min(recipe.window, recipe.tokens)
     forward = _seconds_per_weight(widest, window, place) * weights  # of a window
     held_out = max(1, min(HELD_OUT, recipe.tokens // window // HELD_OUT))
@@ -48,9 +57,10 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
     measured = held_out if place.type == "cuda" else 1
     kinds = {linear_kind(linear.name) for linear in linears}
     bands = len(kinds) * recipe.bands + CURVE + len(token_tables(checkpoint))
-    moments = sum(_moments(linear) for linear in linears) / weights
+    share = _multiplied(checkpoint)
+    moments = sum(_moments(linear) * share(linear) / linear.weights for linear in linears) / weights
     tuning = recipe.tuning
-    share = tuning.batch * min(tuning.window, window) / window
+    part = tuning.batch * min(tuning.window, window) / window
     looks = tuning.steps // tuning.every * tuning.held_out / tuning.batch
     steps = [
         Step("calibrate", f"{recipe.tokens} tokens", read * forward * (1 + BACKWARD + moments)),
@@ -60,14 +70,38 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
             held_out * forward * (1 + BACKWARD + 2 * moments) + bands * measured * forward,
         ),
         Step("quantize", f"{len(plan.specs)} linears", TWO_SIDED * forecast_seconds(checkpoint, plan, place)),
-        Step("tune", f"at most {tuning.steps} steps", share * forward * (tuning.steps * (3 + BACKWARD) + looks * 2)),
+        Step("tune", f"at most {tuning.steps} steps", part * forward * (tuning.steps * (3 + BACKWARD) + looks * 2)),
     ]
     if text is None:
-        side_by_side = BLOCK_ON_CPU if place.type == "cpu" else BLOCK
-        written = (read + held_out) * window
-        token = _seconds_per_weight(widest, side_by_side, place) * weights / side_by_side
-        steps.insert(0, Step("text", f"{written} tokens, written by the model", written * token))
+        per_weight = partial(_seconds_per_weight, widest, device=place)
+        seconds = _writing(checkpoint, read + held_out, window, place, lambda tokens: per_weight(tokens) * weights)
+        steps.insert(0, Step("text", f"{(read + held_out) * window} tokens, written by the model", seconds))
     return steps
+
+
+def _writing(
+    checkpoint: Checkpoint, windows: int, window: int, device: torch.device, products: Callable[[int], float]
+) -> float:
+    """Seconds for text in blocks of windows that get a token at each step: `products` of so many tokens, what
+    transformers does beside them, and a cache of half a window on average to read."""
+    block = BLOCK_ON_CPU if device.type == "cpu" else BLOCK
+    layers = text_config(checkpoint.config).get("num_hidden_layers", 0)
+    try:
+        cache = 2 * device_bytes(checkpoint.config, max(1, window // 2), 1)[0]  # in float32
+    except InputError:  # of a config that says nothing of heads
+        cache = 0
+    sides = [block] * (windows // block) + [windows % block] * (windows % block > 0)
+    known = {side: products(side) for side in set(sides)}
+    steps = (known[side] + layers * SECONDS_PER_LAYER + side * cache / CACHE_BYTES_PER_SECOND for side in sides)
+    return window * sum(steps)
+
+
+def _multiplied(checkpoint: Checkpoint) -> Callable[[LinearShape], float]:
+    """How many of a linear's weights multiply for a token: of an expert those of the chosen share."""
+    text = text_config(checkpoint.config)
+    counts = (next((text[name] for name in names if text.get(name)), 1) for names in (CHOSEN, EXPERTS))
+    chosen, experts = counts
+    return lambda linear: linear.weights * (chosen / experts if EXPERT.fullmatch(linear.name) else 1)
 
 
 def _head(checkpoint: Checkpoint) -> int:

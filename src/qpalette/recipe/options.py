@@ -17,10 +17,11 @@ class Recipe:
     tuning: Tuning = field(default_factory=lambda: Tuning(windows=64, keep_size=True))
 
 
-# By kind of device: a processor reads and tunes on less text.
+# By kind of device: a processor reads and tunes on less text, in shorter windows, of which it writes more side by side
+# and measures one.
 STANDARD = {
     "cuda": Recipe(131_072, tuning=Tuning(steps=100, windows=64, keep_size=True)),
-    "cpu": Recipe(32_768, tuning=Tuning(steps=40, batch=2, window=512, windows=64, keep_size=True)),
+    "cpu": Recipe(32_768, window=1024, tuning=Tuning(steps=40, batch=2, window=512, windows=64, keep_size=True)),
 }
 BEST = Recipe(262_144, bands=10, effort="best", tuning=Tuning(windows=128, keep_size=True))
 

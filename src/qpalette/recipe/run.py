@@ -30,10 +30,11 @@ from qpalette.plan import Budget, Sensitivities, Space, palette_of
 from qpalette.plan.preference import preferred, profile_of
 from qpalette.recipe.options import Recipe, recipe_of
 from qpalette.storage import Checkpoint, open_checkpoint
-from qpalette.tuning import Silent, TuneReport, Watcher, quantize_and_tune
+from qpalette.tuning import Silent, TuneReport, Tuning, Watcher, quantize_and_tune
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT_SHARE = 4  # of the windows one is held out, at most
 MOMENTS = "moments"  # a folder of the cache
 WRITTEN = f"text{TOKEN_FILE}"  # by `calibrate`, in its directory, where no text is given
 
@@ -158,14 +159,15 @@ def compress(
             device=device,
             progress=_stage(watcher, "sensitivities"),
         )
-    found = wish.plan(known, HessianStore.open(moments))
+    store = HessianStore.open(moments)
+    found = wish.plan(known, store)
     tuned = quantize_and_tune(
         model,
         out,
         moments / WRITTEN if text is None else text,
         plan=found.plan,
         calibration=moments,
-        tuning=replace(recipe.tuning, seed=seed),
+        tuning=replace(fitted(recipe.tuning, store.calibration.tokens), seed=seed),
         device=device,
         overwrite=overwrite,
         progress=lambda done, total, linear, distortion: watcher.progress("quantize", done, total),
@@ -173,6 +175,12 @@ def compress(
     )
     mark_used(moments, limit_bytes())
     return Compressed(found, tuned)
+
+
+def fitted(tuning: Tuning, tokens: int) -> Tuning:
+    """For a text of so few tokens: shorter windows and fewer held out, so that some are left to tune on."""
+    window = max(2, min(tuning.window, tokens // 2))
+    return replace(tuning, window=window, held_out=max(1, min(tuning.held_out, tokens // window // HELD_OUT_SHARE)))
 
 
 def moments_of(checkpoint: Checkpoint, text: str | Path | None, recipe: Recipe, seed: int) -> Path:

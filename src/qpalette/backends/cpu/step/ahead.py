@@ -46,7 +46,11 @@ def compile_apart(wanted: Iterable[Any]) -> None:
     if not names:
         return
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen([sys.executable, "-m", MODULE, *names], stdin=quiet, stdout=quiet, stderr=quiet)
+    command = [sys.executable, "-P", "-m", MODULE, *names]  # -P: a model's directory, for instance, holds no modules
+    try:
+        process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet)
+    except OSError:
+        return
     ending = threading.Event()
 
     def end() -> None:

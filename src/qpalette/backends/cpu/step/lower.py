@@ -100,7 +100,7 @@ def elementwise_call(
 ) -> Native:
     """`target` is what the compute kernel makes of `inputs`, broadcast to it; None: the one input itself."""
     for operand in inputs:
-        _need(operand.memory is not target.memory or operand[2:] == target[2:])  # would be written before it is read
+        _need(operand.memory is not target.memory or operand[1:] == target[1:])  # would be written before it is read
     strides = [list(target.strides), *(broadcast(operand, target.shape) for operand in inputs)]
     sizes, steps = merged(target.shape, strides, kernels.DIMENSIONS)
     words: list[Any] = [0 if kernel is None else Address(kernel), int(integers), len(inputs), *sizes]
