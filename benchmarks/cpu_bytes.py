@@ -35,7 +35,7 @@ TURNS = 30
 def random_product(spec: str, rows: int, columns: int) -> Product:
     shape = (-(-rows // 16), -(-columns // 16), parse_spec(spec).words_per_tile)
     packed = PackedLinear(
-        codes=CPU.to_layout(torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)),
+        codes=CPU.to_layout(torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32), spec),
         scales=torch.ones(rows).half().view(torch.int16),
         diagonal=pack_signs(random_signs(columns, 0, spec)),
         spec=spec,

@@ -38,7 +38,7 @@ def start() -> dict[str, float]:
         codes = torch.randint(-(2**31), 2**31 - 1, (side, side, quantizer.words_per_tile), dtype=torch.int32)
         chain.append(
             PackedLinear(
-                codes=backend.to_layout(codes),
+                codes=backend.to_layout(codes, quantizer.name),
                 scales=torch.full((FEATURES,), FEATURES**-0.5).half().view(torch.int16),
                 diagonal=pack_signs(random_signs(FEATURES, 0, quantizer.name)),
                 spec=quantizer.name,

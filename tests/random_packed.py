@@ -33,4 +33,5 @@ def random_linear(spec: str, out_features: int, in_features: int, rotation: str 
 
 
 def laid_out(name: str, packed: PackedLinear) -> PackedLinear:
-    return dataclasses.replace(packed, codes=backends()[name].to_layout(packed.codes), layout=backends()[name].layout)
+    codes = backends()[name].to_layout(packed.codes, packed.spec)
+    return dataclasses.replace(packed, codes=codes, layout=backends()[name].layout)

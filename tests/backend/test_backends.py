@@ -109,15 +109,21 @@ def test_half_types_keep_their_dtype(dtype: torch.dtype, batch: int) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 36, 64])
 def test_layouts_are_permutations(name: str, rows: int) -> None:
-    codes = torch.arange(rows * 5 * 6, dtype=torch.int32).reshape(rows, 5, 6)
+    """Also of a few tile rows alone. Codes of every width."""
     backend = backends()[name]
-    assert torch.equal(backend.from_layout(backend.to_layout(codes), (rows, 5, 6)), codes)
+    for spec in ("tcq-3", "nuq-2", "nuq-3", "nuq-4", "nuq-7", "nuq-8", "vq-1.5", "vq-3", "vq-4", "vq-4.5"):
+        shape = (rows, 5, parse_spec(spec).words_per_tile)
+        codes = torch.randint(-(2**31), 2**31, shape, generator=generator(rows), dtype=torch.int32)
+        laid = backend.to_layout(codes, spec)
+        assert torch.equal(backend.from_layout(laid, spec, shape), codes)
+        some = torch.tensor([rows - 1, 0, rows // 2])
+        assert torch.equal(backend.tile_rows(laid, some, spec, shape), codes[some])
 
 
 def test_compiled_code_does_not_grow_with_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """One product and one unpacking for each way of decoding, and one product in bytes for each codebook in registers
-    (of these specs: 128 and 512 magnitudes, levels and pairs); two searches, for one and two weights per step, each
-    with candidates that fit a byte or do not."""
+    (of these specs: magnitudes with a tail of their own and without; indices of two widths, of levels and of pairs);
+    two searches, for one and two weights per step, each with candidates that fit a byte or do not."""
     linears, searches = set(), set()
     for spec in (
         "tcq-1",
@@ -143,7 +149,7 @@ def test_compiled_code_does_not_grow_with_the_rates(monkeypatch: pytest.MonkeyPa
     for spec in ("tcq-1-L12", "tcq-2.375-L12", "tcq-6-L12", "tcq2-1.125-L12", "tcq2-3-L12", "tcq2-4-L12"):
         backends()["cpu"].encode(spec, torch.randn(1, 256))
         searches.add(viterbi._make_search(parse_spec(spec).values_per_step))
-    assert len(linears) == (4 + 4 if simd.HAS_BYTES else 4)
+    assert len(linears) == (5 + 4 if simd.HAS_BYTES else 4)
     assert len(searches) == 2
     assert all(len(search.signatures) <= 2 for search in searches)
 

@@ -15,7 +15,8 @@ import torch
 from qpalette.backends.cpu import byte_decoders, simd
 from qpalette.backends.cpu.byte_activations import BLOCK, GROUP, PAIR, TILE, empty_bytes, put_bytes
 from qpalette.backends.cpu.byte_decoders import ACTIVATION_ERROR, MOST_ADDED_ERROR, byte_decoder_of
-from qpalette.backends.cpu.byte_matmul import LONGEST_PASS
+from qpalette.backends.cpu.byte_matmul import LONGEST_PASS, row_kernels
+from qpalette.backends.cpu.decoders import decoder_of
 from qpalette.backends.cpu.product import multiplier_of, wants_bytes
 from qpalette.codes import full_palette, parse_spec
 from qpalette.codes.tiles import from_tiles
@@ -54,13 +55,16 @@ def random_linear(spec: str, rows: int, inputs: int, rotation: str = "full") -> 
 
 
 def rounded_entries(spec: str) -> torch.Tensor:
-    """Of a code, each as it is multiplied in bytes, float64. Neighbouring magnitudes of a hash may share their mean."""
+    """Of a code, each as it is multiplied in bytes, float64. Four neighbouring magnitudes of a hash share their mean,
+    but for the 64 largest of some codes."""
     quantizer = parse_spec(spec)
     decoder, entries = byte_decoder_of(quantizer), quantizer.entries()
     assert decoder is not None
     if quantizer.decoder.hashed:
-        shared = max(1, len(entries) // 2 >> int(decoder.way[-1]))
-        entries = entries.view(-1, shared).mean(1).repeat_interleave(shared)[:, None]
+        signed = entries.view(2, -1)
+        shared = signed.view(2, 128, -1).mean(2).repeat_interleave(signed.shape[1] // 128, dim=1)
+        kept = {"hashed": 0, "hashed tail": 64}[decoder.way]
+        entries = torch.cat([signed[:, :kept], shared[:, kept:]], dim=1).reshape(-1, 1)
     return torch.round(entries / decoder.step).double() * decoder.step
 
 
@@ -98,18 +102,19 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @needs_bytes
-@pytest.mark.parametrize("middle", [0, 128])
-def test_activations_are_rounded_by_groups_of_columns(middle: int) -> None:
+@pytest.mark.parametrize("spec", ["tcq-2-L12", "nuq-4", "vq-3"])
+def test_activations_are_rounded_by_groups_of_columns(spec: str) -> None:
+    rows, middle = row_kernels(byte_decoder_of(parse_spec(spec)).way), 0 if spec.startswith("tcq") else 128
     x = torch.randn(5, 3 * PAIR, generator=generator(3)) * torch.logspace(-30, 30, 5)[:, None]
     x[1, groups_of(3 * PAIR) == 2] = 0
     vectors = empty_bytes(8, 3)
-    put_bytes(x[:2].numpy(), middle, 1, 8, vectors)
-    put_bytes(x[2:].numpy(), middle, 3, 8, vectors)
+    put_bytes(x[:2].numpy(), middle, rows.order, 1, 8, vectors)
+    put_bytes(x[2:].numpy(), middle, rows.order, 3, 8, vectors)
     words, scales, offsets = vectors
-    levels = torch.from_numpy(words.view(np.int8)).reshape(
-        3, 8, 8, 4, 2, 2
-    )  # pair, token, columns, tile, block, column
-    levels = levels.permute(1, 0, 4, 3, 2, 5).reshape(8, -1)
+    pair_first = torch.from_numpy(words.view(np.int8)).reshape(3, 8, 8, 4, 4)  # token, word, tile, byte
+    levels = torch.empty(8, 3, 4, 32, dtype=torch.int8)
+    levels[..., rows.order] = pair_first.permute(1, 0, 3, 2, 4).reshape(8, 3, 4, 32)
+    levels = levels.reshape(8, 3, 4, 2, TILE).transpose(2, 3).reshape(8, -1)
     group, of_token = groups_of(3 * PAIR), torch.from_numpy(scales).double().reshape(3, 8, 4).transpose(0, 1)
     found = levels.double() * of_token.reshape(8, -1)[:, group]
     assert torch.equal(found[1:6], rounded_activations(x))
@@ -174,9 +179,9 @@ def test_only_codes_that_lose_little_are_multiplied_in_bytes() -> None:
 
 
 @needs_bytes
-def test_the_fewest_magnitudes_that_lose_little_are_looked_up() -> None:
+def test_the_largest_magnitudes_are_looked_up_by_themselves_where_that_is_needed() -> None:
     ways = {spec: byte_decoder_of(parse_spec(spec)).way for spec in ("tcq-2", "tcq-2.5", "tcq-3", "tcq-3.25", "tcq-4")}
-    assert list(ways.values()) == ["hashed 7", "hashed 7", "hashed 8", "hashed 8", "hashed 9"]
+    assert list(ways.values()) == ["hashed", "hashed", "hashed tail", "hashed tail", "hashed tail"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -276,7 +281,7 @@ def test_what_the_variable_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def without_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    caches = byte_decoder_of, multiplier_of
+    caches = byte_decoder_of, decoder_of, multiplier_of
     monkeypatch.setattr(byte_decoders.simd, "HAS_BYTES", False)
     for cache in caches:
         cache.cache_clear()

@@ -42,7 +42,7 @@ def random_group(name: str, inputs: int, diagonal: str = "signs") -> list[Packed
         shape = (-(-rows // 16), -(-inputs // 16), parse_spec(spec).words_per_tile)
         members.append(
             PackedLinear(
-                codes=CPU.to_layout(torch.randint(-(2**31), 2**31, shape, generator=random, dtype=torch.int32)),
+                codes=CPU.to_layout(torch.randint(-(2**31), 2**31, shape, generator=random, dtype=torch.int32), spec),
                 scales=(torch.rand(rows, generator=random) + 0.5).half().view(torch.int16),
                 diagonal=signs if diagonal == "signs" else values,
                 spec=spec,
@@ -175,7 +175,7 @@ def test_codes_as_stored_are_laid_out_for_the_moment() -> None:
     stored = []
     for member in members:
         shape = (-(-member.out_features // 16), 6, parse_spec(member.spec).words_per_tile)
-        codes = CPU.from_layout(member.codes, shape)
+        codes = CPU.from_layout(member.codes, member.spec, shape)
         stored.append(dataclasses.replace(member, codes=codes, layout="tiles"))
     assert all(map(torch.equal, CPU.product(stored)(x), PreparedLinears(members)(x)))
 

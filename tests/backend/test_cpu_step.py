@@ -290,7 +290,7 @@ def packed(rows: int, columns: int, spec: str, name: str, laid_out: bool = True)
     if not laid_out:
         return plain
     return PackedLinear(
-        backend.to_layout(codes), scales, plain.diagonal, spec, rotation.name, rows, columns, backend.layout
+        backend.to_layout(codes, spec), scales, plain.diagonal, spec, rotation.name, rows, columns, backend.layout
     )
 
 

@@ -39,7 +39,7 @@ def test_codes_come_back(words: int) -> None:
     assert chunks.shape == (ROWS, 3, 16 * words)  # 16 tiles, and nothing but their bits
     assert torch.equal(from_chunks(chunks, codes.shape), codes)
     rows = torch.tensor([2, 0])
-    assert torch.equal(backend.tile_rows(chunks, rows, codes.shape), codes[rows])
+    assert torch.equal(backend.tile_rows(chunks, rows, "nuq-4", codes.shape), codes[rows])
 
 
 def test_a_lane_keeps_its_bits_of_sixteen_tiles_together() -> None:

@@ -147,7 +147,7 @@ def test_more_segments_than_a_launch_takes() -> None:
 def test_codes_come_back_from_the_layout() -> None:
     cuda = backends()["cuda"]
     codes = torch.randint(-(2**31), 2**31, (3, 37, 27), device="cuda").to(torch.int32)
-    assert torch.equal(cuda.from_layout(cuda.to_layout(codes), (3, 37, 27)), codes)
+    assert torch.equal(cuda.from_layout(cuda.to_layout(codes, "tcq-3.375"), "tcq-3.375", (3, 37, 27)), codes)
 
 
 @pytest.mark.parametrize("tokens", [2, 60])

@@ -77,10 +77,10 @@ class ToyBackend(type(backends()["ref"])):
     fuses = False
     products = 0
 
-    def to_layout(self, codes: torch.Tensor) -> torch.Tensor:
+    def to_layout(self, codes: torch.Tensor, spec: str) -> torch.Tensor:
         return codes.flip(-1)
 
-    def from_layout(self, codes: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
+    def from_layout(self, codes: torch.Tensor, spec: str, stored_shape: tuple[int, int, int]) -> torch.Tensor:
         return codes.flip(-1)
 
     def rotated_weight(self, packed: runtime.PackedLinear) -> torch.Tensor:

@@ -101,7 +101,7 @@ def _product_seconds(quantizer: Quantizer, device: torch.device) -> float:
     signs = torch.zeros(DECODED_SIDE // 8, dtype=torch.uint8, device=device)
     rotation = full_rotation(DECODED_SIDE).name
     packed = PackedLinear(
-        backend.to_layout(codes.to(torch.int32)),
+        backend.to_layout(codes.to(torch.int32), quantizer.name),
         scales,
         signs,
         quantizer.name,

@@ -170,7 +170,7 @@ class PackedModule(nn.Module):
         self.prepared = True
 
     def _lay_out(self, backend: Backend) -> None:
-        self.qp_codes = backend.to_layout(self.qp_codes)
+        self.qp_codes = backend.to_layout(self.qp_codes, self.record.spec)
         self.layout = backend.layout
         backend.expect(self.packed)
 
@@ -182,7 +182,9 @@ class PackedModule(nn.Module):
 
     def stored_codes(self) -> torch.Tensor:
         """The codes in the stored layout, whatever the present one is; int32 `stored_shape`."""
-        return self.qp_codes if self.layout == TILES else self.backend.from_layout(self.qp_codes, self.stored_shape)
+        if self.layout == TILES:
+            return self.qp_codes
+        return self.backend.from_layout(self.qp_codes, self.record.spec, self.stored_shape)
 
     def dequantized_weight(self) -> torch.Tensor:
         """W = W' Q diag(d) of what is stored, float32 [M, K]."""

@@ -187,7 +187,10 @@ def _rotated_rows(ids: torch.Tensor, packed: PackedLinear, backend: Backend) -> 
     columns, words = tiles_of(packed.in_features), parse_spec(packed.spec).words_per_tile
     stored_shape = (tiles_of(packed.out_features), columns, words)
     rows = ids // TILE
-    codes = packed.codes[rows] if packed.layout == TILES else backend.tile_rows(packed.codes, rows, stored_shape)
+    if packed.layout == TILES:
+        codes = packed.codes[rows]
+    else:
+        codes = backend.tile_rows(packed.codes, rows, packed.spec, stored_shape)
     tiles = backend.decode(packed.spec, codes.reshape(-1, words)).reshape(len(ids), columns, TILE_WEIGHTS)
     steps = _steps_of_rows(ids.device)[ids % TILE]
     unscaled = tiles.gather(2, steps[:, None].expand(-1, columns, -1)).flatten(1)

@@ -151,8 +151,8 @@ class Backend(ABC):
     def rotated_weight(self, packed: PackedLinear) -> torch.Tensor:
         """W', float32 [M, K], scales applied, still in the rotated basis."""
 
-    def to_layout(self, codes: torch.Tensor) -> torch.Tensor:
-        """Stored codes -> this backend's layout."""
+    def to_layout(self, codes: torch.Tensor, spec: str) -> torch.Tensor:
+        """Stored codes of `spec` -> this backend's layout."""
         return codes
 
     def expect(self, packed: PackedLinear) -> None:
@@ -160,16 +160,18 @@ class Backend(ABC):
         may make one for all. Nothing depends on it, and it ends when the codes are freed."""
         return None
 
-    def from_layout(self, codes: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
+    def from_layout(self, codes: torch.Tensor, spec: str, stored_shape: tuple[int, int, int]) -> torch.Tensor:
         """This backend's layout -> stored codes of `stored_shape`."""
         return codes
 
-    def tile_rows(self, codes: torch.Tensor, rows: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
+    def tile_rows(
+        self, codes: torch.Tensor, rows: torch.Tensor, spec: str, stored_shape: tuple[int, int, int]
+    ) -> torch.Tensor:
         """Some tile rows of codes in this backend's layout: `rows` int64 [n] -> int32 [n, tile columns, words].
 
         An embedding looks rows up: override it where undoing the whole layout is the only other way.
         """
-        return self.from_layout(codes, stored_shape)[rows]
+        return self.from_layout(codes, spec, stored_shape)[rows]
 
 
 def in_one_basis(members: Sequence[PackedLinear]) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from qpalette.backends.cpu.experts import CpuExperts, takes
-from qpalette.backends.cpu.layout import LAYOUT, from_lanes, tile_rows, to_lanes
+from qpalette.backends.cpu.layout import LAYOUT, from_layout, tile_rows, to_layout
 from qpalette.backends.cpu.product import CpuProduct, rotated_weight
 from qpalette.backends.cpu.streams import CpuStream
 from qpalette.backends.cpu.threads import parallel_caller
@@ -45,14 +45,16 @@ class CpuBackend(Backend):
     def decode(self, spec: str, codes: torch.Tensor) -> torch.Tensor:
         return parse_spec(spec).decode(codes)
 
-    def to_layout(self, codes: torch.Tensor) -> torch.Tensor:
-        return to_lanes(codes)
+    def to_layout(self, codes: torch.Tensor, spec: str) -> torch.Tensor:
+        return to_layout(codes, spec)
 
-    def from_layout(self, codes: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
-        return from_lanes(codes, *stored_shape)
+    def from_layout(self, codes: torch.Tensor, spec: str, stored_shape: tuple[int, int, int]) -> torch.Tensor:
+        return from_layout(codes, spec, *stored_shape)
 
-    def tile_rows(self, codes: torch.Tensor, rows: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
-        return tile_rows(codes, rows, stored_shape[1])
+    def tile_rows(
+        self, codes: torch.Tensor, rows: torch.Tensor, spec: str, stored_shape: tuple[int, int, int]
+    ) -> torch.Tensor:
+        return tile_rows(codes, rows, spec, stored_shape[1])
 
     def linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
         return self.product([packed])(x)[0]
@@ -78,4 +80,4 @@ class CpuBackend(Backend):
 
 
 def _laid_out(packed: PackedLinear) -> PackedLinear:
-    return packed.with_(codes=to_lanes(packed.codes)) if packed.layout == TILES else packed
+    return packed.with_(codes=to_layout(packed.codes, packed.spec)) if packed.layout == TILES else packed

@@ -11,7 +11,7 @@ from qpalette.backends.cpu.matmul import BLOCK, TILE
 
 PAIR = 2 * BLOCK  # columns
 GROUP = PAIR // SIDE  # columns that share a scale: a tile's and those of the tile four to its right
-COLUMNS = TILE // 2  # pairs of columns of a tile
+COLUMNS = GROUP // 4  # words of a group
 _MOST = np.float32(127)
 _LEAST = np.float32(2.0**-119)  # of what is not taken for 0: _MOST over less overflows
 
@@ -20,8 +20,8 @@ _LEAST = np.float32(2.0**-119)  # of what is not taken for 0: _MOST over less ov
 def empty_bytes(tokens, pairs):  # type: ignore[no-untyped-def]
     """Of `tokens` vectors that are 0: bytes, in int32 words; float32 scales; int32 offsets: all flat.
 
-    For each 128 columns and token: eight pairs of columns of a tile, for each the four tiles of the left block, for
-    each a word of its two columns and those of the tile four to its right. And for each of the four tiles a scale, and
+    For each 128 columns and token: eight words of four columns, for each the four tiles of the left block with those
+    four to their right. And for each of the four tiles a scale, and
     what the sums begin with, -middle times the sum of its bytes. A group with an infinity or a NaN has one for a scale.
     """
     groups = tokens * pairs * SIDE
@@ -29,8 +29,9 @@ def empty_bytes(tokens, pairs):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def put_bytes(rotated, middle, first, tokens, vectors):  # type: ignore[no-untyped-def]
-    """float32 [some of `tokens`, K, whole pairs of blocks], from token `first` on, into `vectors`."""
+def put_bytes(rotated, middle, order, first, tokens, vectors):  # type: ignore[no-untyped-def]
+    """float32 [some of `tokens`, K, whole pairs of blocks], from token `first` on, into `vectors`. `order` says which
+    of the 32 columns of a group is each byte of its eight words."""
     words, scales, offsets = vectors
     values = np.empty(2 * TILE, np.int32)
     flat, magnitude = rotated.reshape(-1), simd.splati(np.int32(0x7FFFFFFF))
@@ -53,6 +54,6 @@ def put_bytes(rotated, middle, first, tokens, vectors):  # type: ignore[no-untyp
             simd.store(values, 0, lows)
             simd.store(values, TILE, highs)
             for column in range(COLUMNS):
-                low = (values[2 * column] & 0xFF) | (values[2 * column + 1] & 0xFF) << 8
-                high = (values[TILE + 2 * column] & 0xFF) << 16 | values[TILE + 2 * column + 1] << 24
+                low = (values[order[4 * column]] & 0xFF) | (values[order[4 * column + 1]] & 0xFF) << 8
+                high = (values[order[4 * column + 2]] & 0xFF) << 16 | values[order[4 * column + 3]] << 24
                 words[(place * COLUMNS) + column * SIDE + across] = low | high

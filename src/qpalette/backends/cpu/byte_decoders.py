@@ -1,9 +1,9 @@
 """Codes whose weights can be multiplied as bytes, and how sixteen pairs of tiles become bytes: the counterpart of
 `decoders`, for processors with AVX-512's byte permutations and dot products.
 
-A lane of 32 bits holds the last 16 bits of two streams, those of a tile and of the tile four to its right: the states
-of a trellis of up to 16 bits, and after the look-up two bytes of each, neighbours in a row of the matrix. A dot product
-of bytes sums just these four. Codebooks stay in eight registers.
+Of a trellis, a lane of 32 bits holds the last 16 bits of two streams, those of a tile and of the tile four to its
+right: states of up to 16 bits, and after the look-up two bytes of each, neighbours in a row of the matrix. A dot
+product of bytes sums just these four. Other codes lie in `fields`. Codebooks stay in registers.
 """
 
 from __future__ import annotations
@@ -25,15 +25,20 @@ ACTIVATION_ERROR = 2.9e-5  # squared, of a Gaussian value rounded to one of 255 
 MOST_ADDED_ERROR = 0.02  # what both roundings may add to a code's own distortion
 _WINDOW = 16  # bits of a lane
 _ENTRIES = 512  # bytes in eight registers
-_MIDDLE = 128  # of an unsigned byte
+MIDDLE = 128  # of an unsigned byte
+_CELLS = 128  # of neighbouring magnitudes: what one look-up tells apart
+_TAIL = 64  # magnitudes, the largest: there neighbours differ most
+_BELOW = np.int16(_WINDOW - _ENTRIES.bit_length())  # bits of a hash below its sign and an index of magnitudes
+_TAIL_BITS = np.int8((_CELLS - 1) & ~(_TAIL * _CELLS // _ENTRIES - 1))  # of a cell's index; none is set in the tail
 
 
 class ByteDecoder(NamedTuple):
-    """A code as `byte_matmul` takes it: the name of a way in `WAYS`, and what it decodes.
+    """A code as `byte_matmul` takes it: the name of a way in `TRELLISES` or `FIELDS`, and what it decodes.
 
     arrays: words int64 [64 * 2], where the two words with the 16 bits before and after the start of each half lane lie
     among those of sixteen tiles; turns int32 [64], how far right the last of these 32 bits is from becoming the lowest;
-    ends int16 [8], how far right the last bit of each weight's step is from there; numbers int16 [2]; table, bytes.
+    ends int16 [8], how far right the last bit of each weight's step is from there; numbers int16 [2], how
+    far left a state goes, and what is then added, before the state is multiplied by it; table, bytes.
     step: what 1 stands for in the table.
     """
 
@@ -50,7 +55,7 @@ def byte_decoder_of(quantizer: Quantizer) -> ByteDecoder | None:
     assert decoder is not None, "supports() said no"
     if not simd.HAS_BYTES or decoder.memory > _WINDOW:
         return None
-    if max(np.cumsum(half)[-1] for half in _halves(decoder.shifts)) > _WINDOW:
+    if decoder.hashed and max(np.cumsum(half)[-1] for half in _halves(decoder.shifts)) > _WINDOW:
         return None
     numbers = (1 + _WINDOW - decoder.memory, 1 << (_WINDOW - decoder.memory)) if decoder.hashed else (0, 0)
     entries = quantizer.entries()
@@ -68,29 +73,29 @@ _Codebook = tuple[str, torch.Tensor, float, torch.Tensor]  # way, entries in ste
 
 
 def _magnitudes(decoder: Decoder, entries: torch.Tensor) -> Iterator[_Codebook]:
-    """Of a hash, whose top bit is the sign. Neighbours become their mean, and the fewer there are the faster they are
-    looked up: smallest first."""
-    magnitudes = entries[: len(entries) // 2]
+    """Of a hash, whose top bit is the sign; the largest magnitudes are first. Those of a cell become their mean: the
+    cells are uneven, and most of what that costs is in the few that hold the largest, which may stay as they are."""
+    magnitudes = entries[: len(entries) // 2].flatten()
     if decoder.width > 1 or len(magnitudes) > _ENTRIES:
         return
-    for way, bits in _MAGNITUDE_BITS.items():
-        size = 1 << bits
-        merged = max(1, len(magnitudes) // size)
-        means = magnitudes.view(-1, merged).mean(1)
-        step = float(means.abs().max()) / 255
-        levels = torch.round(means / step)
-        table = levels.repeat_interleave(size // len(levels))  # the bits below an index are not cut off
-        yield way, levels.repeat_interleave(merged)[:, None], step, table
+    step = float(magnitudes.abs().max()) / 255
+    every = _ENTRIES // len(magnitudes)
+    fine = magnitudes.repeat_interleave(every) / step
+    each, cells = fine.round(), fine.view(_CELLS, -1).mean(1).round()
+    shared = cells.repeat_interleave(_ENTRIES // _CELLS)
+    for way, levels in ("hashed", shared), ("hashed tail", torch.cat([each[:_TAIL], shared[_TAIL:]])):
+        yield way, levels[::every, None], step, torch.cat([cells, each[:_TAIL]])
 
 
 def _levels(decoder: Decoder, entries: torch.Tensor) -> Iterator[_Codebook]:
-    way, most_bits = {1: ("plain", 6), 2: ("plain pair", 8)}[decoder.width]
-    if decoder.index_bits > most_bits:
+    """Of a code in `fields`."""
+    way = next((way for way, kind in FIELDS.items() if kind == (decoder.index_bits, decoder.width)), None)
+    if way is None:
         return
     step = float(entries.abs().max()) / 127
     levels = torch.round(entries / step)
     copies = _ENTRIES // levels.numel()  # the bits above an index are not masked
-    yield way, levels, step, (levels + _MIDDLE).T.repeat(1, copies)
+    yield way, levels, step, (levels + MIDDLE).T.repeat(1, copies)
 
 
 def _halves(shifts: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -118,39 +123,28 @@ def byte_half_lane(codes, left, right, half, words, turns):  # type: ignore[no-u
 
 
 @inlined
-def registers(ends, table):  # type: ignore[no-untyped-def]
-    """What stays in registers: a vector for each of eight ends, and the table."""
+def registers(ends, numbers, table):  # type: ignore[no-untyped-def]
+    """What stays in registers: a vector for each of eight ends and of two numbers, and the table."""
     return (
-        simd.load_splath(ends, 0),
-        simd.load_splath(ends, 1),
-        simd.load_splath(ends, 2),
-        simd.load_splath(ends, 3),
-        simd.load_splath(ends, 4),
-        simd.load_splath(ends, 5),
-        simd.load_splath(ends, 6),
-        simd.load_splath(ends, 7),
-    ), (
-        simd.loadb(table, 0),
-        simd.loadb(table, 64),
-        simd.loadb(table, 128),
-        simd.loadb(table, 192),
-        simd.loadb(table, 256),
-        simd.loadb(table, 320),
-        simd.loadb(table, 384),
-        simd.loadb(table, 448),
+        (
+            simd.load_splath(ends, 0),
+            simd.load_splath(ends, 1),
+            simd.load_splath(ends, 2),
+            simd.load_splath(ends, 3),
+            simd.load_splath(ends, 4),
+            simd.load_splath(ends, 5),
+            simd.load_splath(ends, 6),
+            simd.load_splath(ends, 7),
+        ),
+        (simd.load_splath(numbers, 0), simd.load_splath(numbers, 1)),
+        (simd.loadb(table, 0), simd.loadb(table, 64), simd.loadb(table, 128)),
     )
-
-
-@inlined
-def _lookup256(table, index):  # type: ignore[no-untyped-def]
-    low, high = simd.lookup128(table[0], table[1], index), simd.lookup128(table[2], table[3], index)
-    return simd.where_negative(index, high, low)
 
 
 @inlined
 def _hash_at_top(state, numbers):  # type: ignore[no-untyped-def]
     """s (2 s + 1) << (16 - L): the L bits of the hash come to the top, what is older than L falls off."""
-    return simd.mulh(state, simd.addh(simd.shlh(state, simd.splath(numbers[0])), simd.splath(numbers[1])))
+    return simd.mulh(state, simd.addh(simd.shlh(state, numbers[0]), numbers[1]))
 
 
 @inlined
@@ -162,61 +156,24 @@ def _hashes(before, after, first, second, numbers):  # type: ignore[no-untyped-d
 
 
 @inlined
-def _below_the_sign(hashes, past):  # type: ignore[no-untyped-def]
-    """The byte of each hash that has its lowest bit at `past`."""
-    past = simd.splath(past)
-    return simd.low_bytes(simd.shrh(hashes[0], past), simd.shrh(hashes[1], past))
-
-
-@inlined
-def _hashed7(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
+def _hashed(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
     hashes = _hashes(before, after, first, second, numbers)
     signs = simd.high_bytes(hashes[0], hashes[1])
     return simd.lookup128(table[0], table[1], signs), signs
 
 
 @inlined
-def _hashed8(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
+def _hashed_tail(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
     hashes = _hashes(before, after, first, second, numbers)
-    return _lookup256(table, _below_the_sign(hashes, np.int16(7))), simd.high_bytes(hashes[0], hashes[1])
+    signs = simd.high_bytes(hashes[0], hashes[1])
+    cells, below = simd.lookup128(table[0], table[1], signs), simd.splath(_BELOW)
+    each = simd.lookup64(table[2], simd.low_bytes(simd.shrh(hashes[0], below), simd.shrh(hashes[1], below)))
+    return simd.where_none(signs, simd.splatb(_TAIL_BITS), each, cells), signs
 
 
-@inlined
-def _hashed9(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
-    hashes = _hashes(before, after, first, second, numbers)
-    signs, index = simd.high_bytes(hashes[0], hashes[1]), _below_the_sign(hashes, np.int16(6))
-    ninth = simd.addb(signs, signs)
-    return simd.where_negative(ninth, _lookup256(table[4:], index), _lookup256(table[:4], index)), signs
-
-
-@inlined
-def _plain(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
-    w0, w1 = simd.shift_in_halves(before, after, first), simd.shift_in_halves(before, after, second)
-    return simd.lookup64(table[0], simd.low_bytes(w0, w1)), simd.splatb(np.int8(0))
-
-
-@inlined
-def _plain_pair(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
-    """`table` has first weights, then second ones."""
-    window = simd.shift_in_halves(before, after, first)
-    index = simd.low_bytes(window, window)
-    odd = simd.bytes_of_halves(simd.splath(np.int16(-(1 << 8))))
-    return simd.where_negative(odd, _lookup256(table[4:], index), _lookup256(table[:4], index)), simd.splatb(np.int8(0))
-
-
-class ByteWay(NamedTuple):
-    """decode: unsigned bytes, and bytes that have the signs of the weights, from `byte_half_lane` and the ends of two
-    neighbouring weights. middle: the byte that stands for 0."""
-
-    decode: Callable[..., Any]
-    middle: int
-
-
-WAYS = {
-    "hashed 7": ByteWay(_hashed7, 0),
-    "hashed 8": ByteWay(_hashed8, 0),
-    "hashed 9": ByteWay(_hashed9, 0),
-    "plain": ByteWay(_plain, _MIDDLE),
-    "plain pair": ByteWay(_plain_pair, _MIDDLE),
-}
-_MAGNITUDE_BITS = {"hashed 7": 7, "hashed 8": 8, "hashed 9": 9}
+# Of a trellis, each gives unsigned bytes, and bytes that have the signs of the weights, from `byte_half_lane` and the
+# ends of two neighbouring weights.
+TRELLISES: dict[str, Callable[..., Any]] = {"hashed": _hashed, "hashed tail": _hashed_tail}
+# Width of an index, and its weights.
+FIELDS = {f"fields {width}": (width, 1) for width in range(1, 7)}
+FIELDS |= {f"fields of pairs {width}": (width, 2) for width in range(1, 9)}

@@ -16,8 +16,19 @@ from numba import carray, get_num_threads, prange, set_num_threads
 
 from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.byte_activations import COLUMNS, PAIR, empty_bytes, put_bytes
-from qpalette.backends.cpu.byte_decoders import WAYS, byte_half_lane, registers
-from qpalette.backends.cpu.decoders import HALVES
+from qpalette.backends.cpu.byte_decoders import FIELDS, MIDDLE
+from qpalette.backends.cpu.byte_fields import make_fields
+from qpalette.backends.cpu.byte_rows import (
+    LINE,
+    ROWS,
+    SUMS,
+    RowKernels,
+    add_four,
+    aligned,
+    byte_arrays_of,
+    place_of_sums,
+)
+from qpalette.backends.cpu.byte_trellis import make_trellis
 from qpalette.backends.cpu.jit import entry, inlined, kernel, parallel_kernel
 from qpalette.backends.cpu.layout import SIDE
 from qpalette.backends.cpu.matmul import (
@@ -26,94 +37,25 @@ from qpalette.backends.cpu.matmul import (
     LEAST_PRODUCTS,
     TILE,
     blocks_across,
-    prefetch_codes,
     rotate_input,
 )
 from qpalette.backends.cpu.operands import address_after, launch_at, matrix_at, pointer, write_values
 
 TOKENS = 4  # multiplied at once: with as many rows of tiles, sixteen sums in registers
 LONGEST_PASS = 512  # tokens: their bytes of a chunk and their sums of four rows stay in the second cache
-_ROWS = 4  # rows of tiles that are decoded together: r, r + 8, r + 1, r + 9
 _CHUNK = 8  # pairs of blocks: 16 KB of weights and as much of signs stay in the first cache
-_LINE = 4 * LANES  # bytes of a vector
-_SUMS = TILE * LANES  # of a token
 
 
-@lru_cache(maxsize=8)
+def row_kernels(way: str) -> RowKernels:
+    """Of a `ByteDecoder`."""
+    return make_fields(way) if way in FIELDS else make_trellis(way)
+
+
+@lru_cache(maxsize=16)
 def make_byte_kernel(way: str) -> Any:
     """linear, for a way of decoding."""
-    decode, middle = WAYS[way]
-    has_signs = middle == 0
-
-    @inlined
-    def times(total, before, after, first, second, numbers, table, x_bytes):  # type: ignore[no-untyped-def]
-        weights, signs = decode(before, after, first, second, numbers, table)
-        return simd.dot_bytes(total, weights, simd.negate_where_negative(signs, x_bytes))
-
-    @kernel
-    def multiply_one(codes, block_row, columns, size, vectors, sums, arrays):  # type: ignore[no-untyped-def]
-        """The products of a row of blocks and one token, into `sums`."""
-        words, turns, ends, numbers, entries = arrays
-        activations, scales, offsets = vectors
-        splat, table = registers(ends, entries)
-        quads = len(ends) // 2  # no constant: unrolled, all loads of a row come first, and registers do not suffice
-        sums[:] = np.float32(0)
-        for pair in range((columns + 1) // 2):
-            left, right = _blocks(block_row, columns, pair, size)
-            for row in range(TILE // 2):
-                prefetch_codes(codes, left, 2 * size, row)
-                upper = simd.load_quarteri(offsets, pair * SIDE)
-                lower = upper
-                for quad in range(quads):
-                    half, at = 8 * row + 2 * quad, (pair * COLUMNS + quad) * SIDE
-                    before, after = byte_half_lane(codes, left, right, half, words, turns)
-                    x_bytes = simd.load_quarterb(activations, at)
-                    upper = times(upper, before, after, splat[0], splat[1], numbers, table, x_bytes)
-                    lower = times(lower, before, after, splat[2], splat[3], numbers, table, x_bytes)
-                    before, after = byte_half_lane(codes, left, right, half + 1, words, turns)
-                    x_bytes = simd.load_quarterb(activations, at + COLUMNS // 2 * SIDE)
-                    upper = times(upper, before, after, splat[4], splat[5], numbers, table, x_bytes)
-                    lower = times(lower, before, after, splat[6], splat[7], numbers, table, x_bytes)
-                scale = simd.load_quarterf(scales, pair * SIDE)
-                at = _sums_of(row, 0, 1)
-                _add_scaled(sums, at, upper, scale)
-                _add_scaled(sums, at + LANES, lower, scale)
-
-    @inlined
-    def put(decoded, masks, at, start, before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
-        """-x is ~x + 1: what this leaves to the products is a bitwise operation, and the sum of the weights that are
-        negative is what a sum starts with."""
-        weights, signs = decode(before, after, first, second, numbers, table)
-        simd.store(decoded, at, weights)
-        if has_signs:
-            mask = simd.ones_where_negative(signs)
-            simd.store(masks, at, mask)
-            start = simd.dot_bytes(start, weights, simd.andb(mask, simd.splatb(np.int8(1))))
-        return start
-
-    @kernel
-    def decode_rows(codes, block_row, columns, size, first, pairs, row, decoded, masks, starts, arrays):  # type: ignore[no-untyped-def]
-        """Rows of tiles `row`, `row` + 8 and the next of each, of `pairs` pairs of blocks from `first` on."""
-        words, turns, ends, numbers, entries = arrays
-        splat, table = registers(ends, entries)
-        quads = len(ends) // 2
-        for pair in range(pairs):
-            left, right = _blocks(block_row, columns, first + pair, size)
-            for below in range(2):
-                prefetch_codes(codes, left, 2 * size, row + below)
-                upper, lower = simd.splati(np.int32(0)), simd.splati(np.int32(0))
-                for quad in range(quads):
-                    half = 8 * (row + below) + 2 * quad
-                    at = ((pair * COLUMNS + quad) * _ROWS + 2 * below) * _LINE
-                    before, after = byte_half_lane(codes, left, right, half, words, turns)
-                    upper = put(decoded, masks, at, upper, before, after, splat[0], splat[1], numbers, table)
-                    lower = put(decoded, masks, at + _LINE, lower, before, after, splat[2], splat[3], numbers, table)
-                    before, after = byte_half_lane(codes, left, right, half + 1, words, turns)
-                    at += COLUMNS // 2 * _ROWS * _LINE
-                    upper = put(decoded, masks, at, upper, before, after, splat[4], splat[5], numbers, table)
-                    lower = put(decoded, masks, at + _LINE, lower, before, after, splat[6], splat[7], numbers, table)
-                simd.store(starts, (pair * _ROWS + 2 * below) * LANES, upper)
-                simd.store(starts, (pair * _ROWS + 2 * below + 1) * LANES, lower)
+    multiply_one, decode_rows, order, has_signs = row_kernels(way)
+    middle = 0 if has_signs else MIDDLE
 
     @inlined
     def dot(total, decoded, masks, at, x_bytes):  # type: ignore[no-untyped-def]
@@ -126,9 +68,9 @@ def make_byte_kernel(way: str) -> Any:
         """Of four rows and one token."""
         return (
             dot(totals[0], decoded, masks, at, x_bytes),
-            dot(totals[1], decoded, masks, at + _LINE, x_bytes),
-            dot(totals[2], decoded, masks, at + 2 * _LINE, x_bytes),
-            dot(totals[3], decoded, masks, at + 3 * _LINE, x_bytes),
+            dot(totals[1], decoded, masks, at + LINE, x_bytes),
+            dot(totals[2], decoded, masks, at + 2 * LINE, x_bytes),
+            dot(totals[3], decoded, masks, at + 3 * LINE, x_bytes),
         )
 
     @kernel
@@ -138,22 +80,22 @@ def make_byte_kernel(way: str) -> Any:
         for token in range(0, tokens, TOKENS):
             for pair in range(pairs):
                 x = (first + pair) * tokens + token
-                begin, x_of_token = pair * _ROWS * LANES, COLUMNS * SIDE
+                begin, x_of_token = pair * ROWS * LANES, COLUMNS * SIDE
                 a = _begun(starts, begin, simd.load_quarteri(offsets, x * SIDE))
                 b = _begun(starts, begin, simd.load_quarteri(offsets, (x + 1) * SIDE))
                 c = _begun(starts, begin, simd.load_quarteri(offsets, (x + 2) * SIDE))
                 d = _begun(starts, begin, simd.load_quarteri(offsets, (x + 3) * SIDE))
                 for column in range(COLUMNS):
-                    at, at_x = (pair * COLUMNS + column) * _ROWS * _LINE, x * x_of_token + column * SIDE
+                    at, at_x = (pair * COLUMNS + column) * ROWS * LINE, x * x_of_token + column * SIDE
                     a = dots(a, decoded, masks, at, simd.load_quarterb(activations, at_x))
                     b = dots(b, decoded, masks, at, simd.load_quarterb(activations, at_x + x_of_token))
                     c = dots(c, decoded, masks, at, simd.load_quarterb(activations, at_x + 2 * x_of_token))
                     d = dots(d, decoded, masks, at, simd.load_quarterb(activations, at_x + 3 * x_of_token))
-                at = place + token * _ROWS * LANES
-                _add_four(sums, at, a, simd.load_quarterf(scales, x * SIDE))
-                _add_four(sums, at + _ROWS * LANES, b, simd.load_quarterf(scales, (x + 1) * SIDE))
-                _add_four(sums, at + 2 * _ROWS * LANES, c, simd.load_quarterf(scales, (x + 2) * SIDE))
-                _add_four(sums, at + 3 * _ROWS * LANES, d, simd.load_quarterf(scales, (x + 3) * SIDE))
+                at = place + token * ROWS * LANES
+                add_four(sums, at, a, simd.load_quarterf(scales, x * SIDE))
+                add_four(sums, at + ROWS * LANES, b, simd.load_quarterf(scales, (x + 1) * SIDE))
+                add_four(sums, at + 2 * ROWS * LANES, c, simd.load_quarterf(scales, (x + 2) * SIDE))
+                add_four(sums, at + 3 * ROWS * LANES, d, simd.load_quarterf(scales, (x + 3) * SIDE))
 
     @kernel
     def multiply_some(codes, block_row, columns, size, tokens, vectors, sums, space, arrays):  # type: ignore[no-untyped-def]
@@ -165,7 +107,7 @@ def make_byte_kernel(way: str) -> Any:
             count = min(_CHUNK, pairs - first)
             for row in range(0, TILE // 2, 2):
                 decode_rows(codes, block_row, columns, size, first, count, row, decoded, masks, starts, arrays)
-                place = _sums_of(row, 0, tokens)
+                place = place_of_sums(row, 0, tokens)
                 multiply_decoded(decoded, masks, starts, first, count, tokens, vectors, sums, place)
 
     @kernel
@@ -175,11 +117,11 @@ def make_byte_kernel(way: str) -> Any:
         columns, tokens = blocks_across(launch), padded(count)
         units = block_rows_of(launch)
         start, stop = units * worker // workers, units * (worker + 1) // workers
-        sums = aligned(tokens * _SUMS * 4).view(np.float32)
+        sums = aligned(tokens * SUMS * 4).view(np.float32)
         space = (
-            aligned(_CHUNK * COLUMNS * _ROWS * _LINE),
-            aligned(_CHUNK * COLUMNS * _ROWS * _LINE),
-            aligned(_CHUNK * _ROWS * _LINE).view(np.int32),
+            aligned(_CHUNK * COLUMNS * ROWS * LINE),
+            aligned(_CHUNK * COLUMNS * ROWS * LINE),
+            aligned(_CHUNK * ROWS * LINE).view(np.int32),
         )
         unit = 0
         for member in range(launch.members):
@@ -202,7 +144,7 @@ def make_byte_kernel(way: str) -> Any:
         first, last = count * worker // workers, count * (worker + 1) // workers
         source = address_after(x, (start_token + first) * launch.features, type_)
         rotated = rotate_input(launch, source, type_, last - first, PAIR)
-        put_bytes(rotated, middle, first, padded(count), vectors)
+        put_bytes(rotated, middle, order, first, padded(count), vectors)
 
     @parallel_kernel
     def multiply_in_parallel(address, vectors, type_, start_token, count, workers):  # type: ignore[no-untyped-def]
@@ -246,45 +188,11 @@ def padded(count):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def aligned(count):  # type: ignore[no-untyped-def]
-    """int8 [count], from the start of a cache line on: numba's own arrays would have every other vector on two."""
-    space = np.empty(count + _LINE, np.int8)
-    start = -space.ctypes.data % _LINE
-    return space[start : start + count]
-
-
-@inlined
 def block_rows_of(launch):  # type: ignore[no-untyped-def]
     total = 0
     for member in range(launch.members):
         total += matrix_at(launch, member).block_rows
     return total
-
-
-@inlined
-def byte_arrays_of(matrix):  # type: ignore[no-untyped-def]
-    """The fields of `Arrays`, as `ByteDecoder` has them."""
-    return (
-        carray(pointer(matrix.words), 2 * HALVES, np.int64),
-        carray(pointer(matrix.turns), HALVES, np.int32),
-        carray(pointer(matrix.ends), 8, np.int16),
-        carray(pointer(matrix.numbers), 2, np.int16),
-        carray(pointer(matrix.table), 8 * _LINE, np.int8),
-    )
-
-
-@inlined
-def _blocks(block_row, columns, pair, size):  # type: ignore[no-untyped-def]
-    """Where the two blocks of a pair start; the last may be one alone, which is then multiplied by zeros, too."""
-    left = (block_row * columns + 2 * pair) * size
-    return left, left + size if 2 * pair + 1 < columns else left
-
-
-@inlined
-def _sums_of(row, token, tokens):  # type: ignore[no-untyped-def]
-    """Where sums [4 of two rows each, tokens, rows r, r + 8, r + 1, r + 9, lanes] of a row of tiles lie."""
-    below = row % (TILE // 2)
-    return ((below // 2 * tokens + token) * _ROWS + 2 * (row % 2) + row // (TILE // 2)) * LANES
 
 
 @inlined
@@ -297,23 +205,10 @@ def _begun(starts, at, offset):  # type: ignore[no-untyped-def]
     )
 
 
-@inlined
-def _add_scaled(sums, at, integers, scale):  # type: ignore[no-untyped-def]
-    simd.store(sums, at, simd.fmaf(simd.to_float(integers), scale, simd.loadf(sums, at)))
-
-
-@inlined
-def _add_four(sums, at, integers, scale):  # type: ignore[no-untyped-def]
-    _add_scaled(sums, at, integers[0], scale)
-    _add_scaled(sums, at + LANES, integers[1], scale)
-    _add_scaled(sums, at + 2 * LANES, integers[2], scale)
-    _add_scaled(sums, at + 3 * LANES, integers[3], scale)
-
-
 @kernel
 def write_rows(matrix, block_row, sums, type_, start_token, count):  # type: ignore[no-untyped-def]
     """The results of a row of blocks: sums over the four columns of tiles, scaled, for each of the 64 rows."""
-    top, tokens = block_row * BLOCK, sums.size // _SUMS
+    top, tokens = block_row * BLOCK, sums.size // SUMS
     rows = min(BLOCK, matrix.rows - top)
     stored = carray(pointer(matrix.scales), matrix.rows, np.int16)
     scales, values = np.zeros(BLOCK, np.float32), np.empty(BLOCK, np.float32)
@@ -322,10 +217,10 @@ def write_rows(matrix, block_row, sums, type_, start_token, count):  # type: ign
     for token in range(count):
         for row in range(0, TILE, 4):
             added = simd.quad_sums(
-                simd.loadf(sums, _sums_of(row, token, tokens)),
-                simd.loadf(sums, _sums_of(row + 1, token, tokens)),
-                simd.loadf(sums, _sums_of(row + 2, token, tokens)),
-                simd.loadf(sums, _sums_of(row + 3, token, tokens)),
+                simd.loadf(sums, place_of_sums(row, token, tokens)),
+                simd.loadf(sums, place_of_sums(row + 1, token, tokens)),
+                simd.loadf(sums, place_of_sums(row + 2, token, tokens)),
+                simd.loadf(sums, place_of_sums(row + 3, token, tokens)),
             )
             simd.store_quarters(values, row, TILE, added)
         for i in range(BLOCK):

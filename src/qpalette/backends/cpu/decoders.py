@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qpalette.backends.cpu import simd
+from qpalette.backends.cpu.fields import in_fields, place_of, planes_of
 from qpalette.backends.cpu.jit import inlined
 from qpalette.codes import Quantizer
 
 HALVES = 64  # of a tile: four weights, 4 to 32 bits; two are a scan-order lane (`codes.description`)
+_MOST_PLANES = 3
 _SIGN = np.int32(-(1 << 31))
 
 
@@ -25,7 +27,7 @@ class Arrays(NamedTuple):
     words: int64 [64 * 3], where three neighbouring words start among those of sixteen tiles, for each half lane: the
     last bit before it is in the second one. turns: int32 [64], how far right this bit is from becoming the lowest.
     ends: int32 [steps of a lane], how far right the last bit of a step is from there, in the 32 bits from its half on.
-    numbers: int32 [4], and table: float32, as the way of decoding wants them.
+    numbers: int32, and table: float32, as the way of decoding wants them.
     """
 
     words: np.ndarray
@@ -55,6 +57,10 @@ def decoder_of(quantizer: Quantizer) -> CompiledDecoder:
     elif decoder.hashed:
         numbers = (33 - top, 1 << (32 - top), 32 - index, 1 << index)
         way, table = ("hashed", "hashed pair")[decoder.width - 1], quantizer.entries().T.flatten().numpy()
+    elif in_fields(quantizer):
+        planes = [*planes_of(index), *[(0, 0, 0)] * _MOST_PLANES][:_MOST_PLANES]
+        numbers = (index, 1 << index, *(number for plane in planes for number in plane))
+        way, table = ("fields", "fields pair")[decoder.width - 1], quantizer.entries().T.flatten().numpy()
     else:
         numbers = ((1 << index) - 1, 1 << index)
         way, table = ("plain", "plain pair")[decoder.width - 1], quantizer.entries().T.flatten().numpy()
@@ -131,13 +137,27 @@ def _plain_pair(window, numbers, table):  # type: ignore[no-untyped-def]
     return simd.gatherf(table, index), simd.gatherf(table, simd.addi(index, simd.load_splati(numbers, 1)))
 
 
+def _lane_of_stream(two_weights: Any) -> Any:
+    @inlined
+    def lane_weights(codes, base, lane, words, turns, ends, numbers, table):  # type: ignore[no-untyped-def]
+        before, after = half_lane(codes, base, 2 * lane, words, turns)
+        w0, w1 = two_weights(before, after, 0, ends, numbers, table)
+        w2, w3 = two_weights(before, after, 1, ends, numbers, table)
+        before, after = half_lane(codes, base, 2 * lane + 1, words, turns)
+        w4, w5 = two_weights(before, after, 2, ends, numbers, table)
+        w6, w7 = two_weights(before, after, 3, ends, numbers, table)
+        return w0, w1, w2, w3, w4, w5, w6, w7
+
+    return lane_weights
+
+
 def _two_of_singles(decode: Any) -> Any:
     @inlined
     def two_weights(before, after, pair, ends, numbers, table):  # type: ignore[no-untyped-def]
         first = decode(_window(before, after, 2 * pair, ends), numbers, table)
         return first, decode(_window(before, after, 2 * pair + 1, ends), numbers, table)
 
-    return two_weights
+    return _lane_of_stream(two_weights)
 
 
 def _two_of_pairs(decode: Any) -> Any:
@@ -145,14 +165,50 @@ def _two_of_pairs(decode: Any) -> Any:
     def two_weights(before, after, pair, ends, numbers, table):  # type: ignore[no-untyped-def]
         return decode(_window(before, after, pair, ends), numbers, table)
 
-    return two_weights
+    return _lane_of_stream(two_weights)
 
 
-# Each gives weights 2 `pair` and 2 `pair` + 1 of the eight of a lane, from the `half_lane` that they are in.
+def _lane_of_fields(weights: int) -> Any:
+    place = inlined(place_of)
+
+    @inlined
+    def index_at(codes, base, row, column, numbers):  # type: ignore[no-untyped-def]
+        unit, vector, byte = place(row, column, weights)
+        index = simd.splati(np.int32(0))
+        for plane in range(_MOST_PLANES):
+            bits, word, target = numbers[2 + 3 * plane], numbers[3 + 3 * plane], numbers[4 + 3 * plane]
+            at = base + (unit * numbers[0] + word + vector * bits // 8) * simd.LANES
+            field = simd.shri(simd.loadi(codes, at), simd.splati(np.int32(8 * byte + vector * bits % 8)))
+            field = simd.andi(field, simd.splati(np.int32((1 << bits) - 1)))
+            index = simd.ori(index, simd.shli(field, simd.splati(target)))
+        return index
+
+    @inlined
+    def two_weights(codes, base, row, column, numbers, table):  # type: ignore[no-untyped-def]
+        index = index_at(codes, base, row, column, numbers)
+        if weights == 2:
+            return simd.gatherf(table, index), simd.gatherf(table, simd.addi(index, simd.splati(numbers[1])))
+        return simd.gatherf(table, index), simd.gatherf(table, index_at(codes, base, row, column + 1, numbers))
+
+    @inlined
+    def lane_weights(codes, base, lane, words, turns, ends, numbers, table):  # type: ignore[no-untyped-def]
+        row, column = lane // 4, 2 * (lane % 4)
+        w0, w1 = two_weights(codes, base, row, column, numbers, table)
+        w2, w3 = two_weights(codes, base, row + 8, column, numbers, table)
+        w4, w5 = two_weights(codes, base, row, column + 8, numbers, table)
+        w6, w7 = two_weights(codes, base, row + 8, column + 8, numbers, table)
+        return w0, w1, w2, w3, w4, w5, w6, w7
+
+    return lane_weights
+
+
+# Each gives the eight weights of a scan-order lane: rows r and r + 8, columns c, c + 1, c + 8, c + 9 (codes.tiles).
 WAYS = {
     "computed": _two_of_singles(_computed),
     "hashed": _two_of_singles(_hashed),
     "hashed pair": _two_of_pairs(_hashed_pair),
     "plain": _two_of_singles(_plain),
     "plain pair": _two_of_pairs(_plain_pair),
+    "fields": _lane_of_fields(1),
+    "fields pair": _lane_of_fields(2),
 }

@@ -13,7 +13,7 @@ import numpy as np
 from numba import carray, get_num_threads, prange, set_num_threads
 
 from qpalette.backends.cpu import simd
-from qpalette.backends.cpu.decoders import HALVES, WAYS, half_lane
+from qpalette.backends.cpu.decoders import HALVES, WAYS
 from qpalette.backends.cpu.jit import entry, inlined, kernel, parallel_kernel
 from qpalette.backends.cpu.layout import SIDE
 from qpalette.backends.cpu.operands import launch_at, matrix_at, pointer, read_values, write_values
@@ -22,25 +22,14 @@ from qpalette.backends.cpu.transform import Factors, half_multiplier, sign_multi
 LANES = simd.LANES
 TILE = 16
 BLOCK = SIDE * TILE  # rows, and columns, of a block
-AHEAD = 1024  # words: 4 KB from what is read to what is asked for
+AHEAD = 4096  # words: 16 KB from what is read to what is asked for
 LEAST_PRODUCTS = 1 << 17  # per thread: some 12 microseconds of work, several times what waking a thread costs
 
 
 @lru_cache(maxsize=8)
 def make_kernels(way: str) -> tuple[Any, Any]:
     """(linear, dequantize) for a way of decoding; the latter ends with the fields of `Arrays`."""
-    two_weights = WAYS[way]
-
-    @inlined
-    def lane_weights(codes, base, lane, words, turns, ends, numbers, table):  # type: ignore[no-untyped-def]
-        """The eight weights of a scan-order lane: rows r and r + 8, columns c, c + 1, c + 8, c + 9 (codes.tiles)."""
-        before, after = half_lane(codes, base, 2 * lane, words, turns)
-        w0, w1 = two_weights(before, after, 0, ends, numbers, table)
-        w2, w3 = two_weights(before, after, 1, ends, numbers, table)
-        before, after = half_lane(codes, base, 2 * lane + 1, words, turns)
-        w4, w5 = two_weights(before, after, 2, ends, numbers, table)
-        w6, w7 = two_weights(before, after, 3, ends, numbers, table)
-        return w0, w1, w2, w3, w4, w5, w6, w7
+    lane_weights = WAYS[way]
 
     @kernel
     def multiply_block(codes, base, size, x, stride, column, sums, words, turns, ends, numbers, table):  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from qpalette.backends.cpu.backend import CpuBackend
-from qpalette.backends.cpu.layout import to_lanes
+from qpalette.backends.cpu.layout import to_layout
 from qpalette.backends.cpu.product import CpuProduct
 from qpalette.codes import parse_spec
 from qpalette.core.records import tiles_of
@@ -47,7 +47,7 @@ def _random_member(spec: str, rows: int, columns: int) -> PackedLinear:
     scales = torch.full((rows,), 0.02).half().view(torch.int16)
     signs = torch.zeros(-(-columns // 8), dtype=torch.uint8)
     rotation = full_rotation(columns).name
-    return PackedLinear(to_lanes(codes), scales, signs, spec, rotation, rows, columns, CpuBackend.layout)
+    return PackedLinear(to_layout(codes, spec), scales, signs, spec, rotation, rows, columns, CpuBackend.layout)
 
 
 def _copies(size: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from numba import carray
 
 from qpalette.backends.cpu import simd
-from qpalette.backends.cpu.decoders import WAYS, half_lane
+from qpalette.backends.cpu.decoders import WAYS
 from qpalette.backends.cpu.jit import entry, kernel
 from qpalette.backends.cpu.layout import SIDE
 from qpalette.backends.cpu.matmul import BLOCK, LANES, TILE, arrays_of, blocks_across
@@ -22,7 +22,7 @@ from qpalette.backends.cpu.transform import Factors, half_multiplier, sign_multi
 def make_rows(way: str) -> Any:
     """(launch, ids, count, fault, .): y[i] = d Q^T scale W'[ids[i]], float32, of the one matrix of the LAUNCH, whose
     factors are those of Q^T; ids int64. Where an id is no row's, 1 is written at the address `fault`."""
-    two_weights = WAYS[way]
+    lane_weights = WAYS[way]
 
     @kernel
     def decode_row(launch, matrix, row, out):  # type: ignore[no-untyped-def]
@@ -34,21 +34,12 @@ def make_rows(way: str) -> Any:
         for column in range(columns):
             base = (row // BLOCK * columns + column) * size
             for quad in range(4):
-                lane = inside % 8 * 4 + quad
-                before, after = half_lane(codes, base, 2 * lane, words, turns)
-                if inside < 8:
-                    w0, w1 = two_weights(before, after, 0, ends, numbers, table)
-                else:
-                    w0, w1 = two_weights(before, after, 1, ends, numbers, table)
-                before, after = half_lane(codes, base, 2 * lane + 1, words, turns)
-                if inside < 8:
-                    w4, w5 = two_weights(before, after, 2, ends, numbers, table)
-                else:
-                    w4, w5 = two_weights(before, after, 3, ends, numbers, table)
-                simd.store(lanes, 0, w0)
-                simd.store(lanes, LANES, w1)
-                simd.store(lanes, 2 * LANES, w4)
-                simd.store(lanes, 3 * LANES, w5)
+                w = lane_weights(codes, base, inside % 8 * 4 + quad, words, turns, ends, numbers, table)
+                upper = inside < 8
+                simd.store(lanes, 0, w[0] if upper else w[2])
+                simd.store(lanes, LANES, w[1] if upper else w[3])
+                simd.store(lanes, 2 * LANES, w[4] if upper else w[6])
+                simd.store(lanes, 3 * LANES, w[5] if upper else w[7])
                 for across in range(SIDE):
                     at, tile = column * BLOCK + across * TILE + 2 * quad, down + across
                     out[at] = lanes[tile]

@@ -298,7 +298,8 @@ def store_narrow(typing_context, array, index, value):  # type: ignore[no-untype
 
 @intrinsic
 def prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
-    """Ask for the cache line of array[index], which may lie outside."""
+    """Ask for the cache line of array[index], which may lie outside, in the second cache: the first one waits for too
+    few lines at a time."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         bytes_ = ir.IntType(8).as_pointer()
@@ -307,7 +308,7 @@ def prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
         function = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0i8"
         )
-        builder.call(function, [pointer, _INT(0), _INT(3), _INT(1)])  # to read, into all levels, data
+        builder.call(function, [pointer, _INT(0), _INT(2), _INT(1)])  # to read, into the second cache, data
         return context.get_dummy_value()
 
     return types.none(array, types.intp), codegen
@@ -413,6 +414,11 @@ def _high_bytes(builder: Any, even: Any, odd: Any) -> Any:
     return builder.bitcast(_select_bits(builder, _splat_constant(0xFF, H), kept, odd), B.vector)
 
 
+def _where_none(builder: Any, lanes: Any, bits: Any, x: Any, y: Any) -> Any:
+    zeros = ir.Constant(B.vector, [0] * B.vector.count)
+    return builder.select(builder.icmp_unsigned("==", builder.and_(lanes, bits), zeros), x, y)
+
+
 def _lookup64(builder: Any, table: Any, index: Any) -> Any:
     return _call("x86.avx512.permvar.qi.512", B.vector, builder, table, index)
 
@@ -456,15 +462,16 @@ high_halves = _define((H, I, I), _high_halves)
 low_halves = _define((H, I, I), _low_halves)
 high_bytes = _define((B, H, H), _high_bytes)
 low_bytes = _define((B, H, H), _low_bytes)
+where_none = _define((B, B, B, B, B), _where_none)  # (lanes, bits, x, y): x where a lane has none of the bits
 addh = _define((H, H, H), lambda b, x, y: b.add(x, y))
 mulh = _define((H, H, H), lambda b, x, y: b.mul(x, y))
 shlh = _define((H, H, H), lambda b, x, y: b.shl(x, y))
 shrh = _define((H, H, H), lambda b, x, y: b.lshr(x, y))
 shift_in_halves = _define((H, H, H, H), lambda b, hi, lo, n: _call("fshr.v32i16", H.vector, b, hi, lo, n))
 addb = _define((B, B, B), lambda b, x, y: b.add(x, y))
-bytes_of_halves = _define((B, H), lambda b, x: b.bitcast(x, B.vector))
+bytes_of_words = _define((B, I), lambda b, x: b.bitcast(x, B.vector))
 where_negative = _define((B, B, B, B), lambda b, sign, x, y: b.select(_is_negative(b, sign), x, y))
-negate_where_negative = _define((B, B, B), lambda b, sign, x: b.select(_is_negative(b, sign), b.neg(x), x))
+negateb = _define((B, B), lambda b, x: b.neg(x))
 lookup64 = _define((B, B, B), _lookup64)  # (entries, index): index mod 64
 lookup128 = _define((B, B, B, B), _lookup128)  # (entries 0-63, entries 64-127, index): index mod 128
 dot_bytes = _define((I, I, B, B), _dot_bytes)  # (total, unsigned, signed): each lane's total plus its four products

@@ -91,7 +91,7 @@ class CudaBackend(Backend):
             rows.copy_(from_tiles(tiles, *rows.shape))
         return weight.mul_(packed.scales.view(torch.float16).float()[:, None])
 
-    def to_layout(self, codes: torch.Tensor) -> torch.Tensor:
+    def to_layout(self, codes: torch.Tensor, spec: str) -> torch.Tensor:
         return to_chunks(codes)
 
     def expect(self, packed: PackedLinear) -> None:
@@ -99,10 +99,12 @@ class CudaBackend(Backend):
         assert decoder is not None, "supports() said no"
         decoder_sets.expect(packed.codes, decoder)
 
-    def tile_rows(self, codes: torch.Tensor, rows: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
+    def tile_rows(
+        self, codes: torch.Tensor, rows: torch.Tensor, spec: str, stored_shape: tuple[int, int, int]
+    ) -> torch.Tensor:
         return from_chunks(codes[rows], (len(rows), *stored_shape[1:]))
 
-    def from_layout(self, codes: torch.Tensor, stored_shape: tuple[int, int, int]) -> torch.Tensor:
+    def from_layout(self, codes: torch.Tensor, spec: str, stored_shape: tuple[int, int, int]) -> torch.Tensor:
         return from_chunks(codes, stored_shape)
 
 
