@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -215,3 +216,16 @@ def test_an_uncapturable_model_still_answers(caplog) -> None:
     torch.rand(2, device="cuda")  # the process can still draw
     sampled = {"do_sample": True, "max_new_tokens": 5, "pad_token_id": 0}
     assert fast(build()).generate(**prompt(1, 50), **sampled).shape == (1, 55)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_requests_of_several_threads_are_answered_in_one_batch(kind):
+    model = build(kind)
+    requests = [prompt(1, tokens, seed=tokens) | GREEDY for tokens in (9, 40, 3, 70, 22, 5)]
+    wanted = [model.generate(**request) for request in requests]
+    fast(model, slots=4)
+    for _ in range(2):
+        with ThreadPoolExecutor(len(requests)) as threads:
+            answers = list(threads.map(lambda request: model.generate(**request), requests))
+        assert all(torch.equal(one, other) for one, other in zip(answers, wanted, strict=True))
+    assert any(step.graph is not None for session in model.generate.loop.batches for step in session.steps.values())
