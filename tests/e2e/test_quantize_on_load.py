@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from test_cli import save_model
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import qpalette
 from qpalette.core.errors import CheckpointError, InputError, SpecError
@@ -81,6 +81,18 @@ def test_it_is_the_model_that_quantize_writes(source, tmp_path):
     assert model.dtype == expected.dtype == torch.float16
     assert torch.equal(logits(model), logits(expected))
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("also", [[], ["embed_tokens"]])
+def test_a_head_that_is_tied(tmp_path, also):
+    """Transformers ties nothing while it builds a model, and what is quantized meanwhile is to be complete."""
+    save_model(tmp_path / "tied", tied=True)
+    tie_weights = PreTrainedModel.tie_weights
+    model = load(tmp_path / "tied", also=also)
+    qpalette.quantize(tmp_path / "tied", tmp_path / "out", spec=SPEC, also=also)
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")))
+    assert PreTrainedModel.tie_weights is tie_weights
+    assert PreTrainedModel.tie_weights.__name__ == "tie_weights"
 
 
 def test_whoever_switched_bars_off_gets_the_same_model(source, tmp_path, monkeypatch):

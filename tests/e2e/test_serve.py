@@ -200,7 +200,9 @@ def test_a_port_that_is_taken_is_one_clear_line(packed, capsys):
 
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(serving, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match=r"fastapi, uvicorn, openai, prometheus_client: pip install 'qpalette\[serve\]'"):
+    with pytest.raises(
+        UnsupportedError, match=r"fastapi, uvicorn, openai, prometheus_client: pip install 'qpalette\[serve\]'"
+    ):
         serving.check_engine("transformers")
     with pytest.raises(UnsupportedError, match="needs vllm: pip install vllm"):
         serving.check_engine("vllm")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -110,14 +110,19 @@ def _encoder(devices: Collection[torch.device]) -> str:
 
 
 @contextmanager
-def ordinary_torch() -> Iterator[None]:
-    """For work in the midst of what transformers builds: tensors would be on the meta device, in the model's type."""
-    before = torch.get_default_dtype()
+def ordinary_surroundings(tie_weights: Callable[..., Any]) -> Iterator[None]:
+    """For work in the midst of what transformers builds: tensors would be on the meta device, in the model's type, and
+    no model would tie its weights. `tie_weights` is the method of PreTrainedModel from before that."""
+    from transformers import PreTrainedModel
+
+    before, replaced = torch.get_default_dtype(), PreTrainedModel.tie_weights
     torch.set_default_dtype(torch.float32)
+    setattr(PreTrainedModel, "tie_weights", tie_weights)  # noqa: B010 - a method
     try:
         with torch.device("cpu"):
             yield
     finally:
+        setattr(PreTrainedModel, "tie_weights", replaced)  # noqa: B010
         torch.set_default_dtype(before)
 
 

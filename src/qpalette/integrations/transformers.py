@@ -25,7 +25,7 @@ from qpalette.core.errors import ArtifactError
 from qpalette.core.records import LinearRecord
 from qpalette.formats.packed import FORMAT_VERSION, METHOD, QuantizationFormat
 from qpalette.formats.reader import open_artifact
-from qpalette.integrations.on_load import Config, devices_of, ordinary_torch, quantize_first
+from qpalette.integrations.on_load import Config, devices_of, ordinary_surroundings, quantize_first
 from qpalette.models.names import saved_names
 from qpalette.nn import (
     PackedModule,
@@ -66,7 +66,10 @@ class QPaletteQuantizer(HfQuantizer):
     _modules: dict[str, str]  # linear's name in the checkpoint -> its module
 
     def __init__(self, quantization_config: QPaletteConfig | Config, **kwargs: Any) -> None:
+        from transformers import PreTrainedModel
+
         super().__init__(quantization_config, **kwargs)
+        self._tie_weights = PreTrainedModel.tie_weights  # transformers takes it away while it builds the model
         if not self.pre_quantized and not isinstance(quantization_config, Config):
             raise ArtifactError(
                 "the model is not quantized, and this quantization_config is that of another: to quantize while "
@@ -86,7 +89,7 @@ class QPaletteQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> None:
         if isinstance(self.quantization_config, Config):
-            with ordinary_torch():
+            with ordinary_surroundings(self._tie_weights):
                 fields = quantize_first(self.quantization_config, checkpoint_files, device_map)
                 self.quantization_config, self.pre_quantized = QPaletteConfig(**fields), True
                 self.validate_environment(device_map=device_map)
