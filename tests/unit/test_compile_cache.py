@@ -10,11 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numba import prange
+from numba import prange, types
 
 from qpalette.backends.cpu import jit
+from qpalette.backends.cpu.byte_decoders import byte_decoder_of
+from qpalette.backends.cpu.byte_matmul import make_byte_kernel
+from qpalette.backends.cpu.decoders import decoder_of
+from qpalette.backends.cpu.matmul import make_kernels
 from qpalette.backends.cpu.step import ahead
 from qpalette.backends.cpu.step import scalars as scalars_of_steps
+from qpalette.codes import parse_spec
 
 RESULT = [20.0, 20.0]  # twice 0 + 1 + 2 + 3 + 4
 SIGNATURES = 3
@@ -81,6 +86,22 @@ def scalars() -> list[Any]:
     """Kernels of steps, of new dispatchers."""
     scalars_of_steps.compute_kernel.cache_clear()
     return [scalars_of_steps.compute_kernel(name, 0, False) for name in ("neg", "exp")]
+
+
+@pytest.mark.parametrize("in_bytes", [False, True])
+def test_products_are_kept_on_disk(cache: Path, in_bytes: bool) -> None:
+    """They choose a number of threads, by functions of which no address may be in the code."""
+    quantizer, signature = parse_spec("nuq-2"), (types.int64,) * 5
+    if in_bytes:
+        found = byte_decoder_of(quantizer)
+        if found is None:
+            pytest.skip("this processor multiplies no bytes")
+        linear = make_byte_kernel.__wrapped__(found.way)
+    else:
+        linear = make_kernels.__wrapped__(decoder_of(quantizer)[0])[0]
+    assert jit.is_missing(linear, signature)
+    linear.compile(signature)
+    assert not jit.is_missing(linear, signature)
 
 
 def test_kernels_of_steps_are_compiled_by_a_process_of_their_own(cache: Path, monkeypatch) -> None:

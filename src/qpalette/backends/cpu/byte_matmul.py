@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import carray, get_num_threads, prange, set_num_threads
+from numba import carray, prange
 
 from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.byte_activations import COLUMNS, PAIR, empty_bytes, put_bytes
@@ -29,7 +29,7 @@ from qpalette.backends.cpu.byte_rows import (
     place_of_sums,
 )
 from qpalette.backends.cpu.byte_trellis import make_trellis
-from qpalette.backends.cpu.jit import entry, inlined, kernel, parallel_kernel
+from qpalette.backends.cpu.jit import entry, get_num_threads, inlined, kernel, parallel_kernel, set_num_threads
 from qpalette.backends.cpu.layout import SIDE
 from qpalette.backends.cpu.matmul import (
     BLOCK,

@@ -25,7 +25,7 @@ from typing import Any
 import llvmlite
 import numba
 from llvmlite import binding
-from numba import njit
+from numba import njit, types
 from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
@@ -43,6 +43,11 @@ FunctionIdentity._unique_ids = iter(partial(secrets.randbits, 63), None)  # type
 kernel = njit(**_OPTIONS)
 parallel_kernel = njit(parallel=True, **_OPTIONS)
 inlined = njit(forceinline=True, **_OPTIONS)  # vectors as arguments and results would go through memory
+
+# Of numba's thread pool, by the names of their symbols: numba's own functions would put this process's addresses into
+# the code that calls them, and such code cannot be kept on disk.
+get_num_threads = types.ExternalFunction("get_num_threads", types.intp())
+set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.intp))
 
 KEPT = 8  # directories: environments and processors that share a home
 _DIGEST_BYTES = hashlib.sha256().digest_size

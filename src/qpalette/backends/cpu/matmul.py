@@ -10,11 +10,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import carray, get_num_threads, prange, set_num_threads
+from numba import carray, prange
 
 from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.decoders import HALVES, WAYS
-from qpalette.backends.cpu.jit import entry, inlined, kernel, parallel_kernel
+from qpalette.backends.cpu.jit import entry, get_num_threads, inlined, kernel, parallel_kernel, set_num_threads
 from qpalette.backends.cpu.layout import SIDE
 from qpalette.backends.cpu.operands import launch_at, matrix_at, pointer, read_values, write_values
 from qpalette.backends.cpu.transform import Factors, half_multiplier, sign_multiplier, transform_rows

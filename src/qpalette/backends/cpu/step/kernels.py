@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, get_num_threads, prange, set_num_threads
+from numba import carray, prange
 
 from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.calls import call
-from qpalette.backends.cpu.jit import entry, inlined, kernel
+from qpalette.backends.cpu.jit import entry, get_num_threads, inlined, kernel, set_num_threads
 from qpalette.backends.cpu.operands import TYPES, pointer, read_values, write_values
 
 _INT64, _INT32, _BOOL, _UINT8 = range(len(TYPES), len(TYPES) + 4)
