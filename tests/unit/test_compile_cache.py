@@ -15,10 +15,12 @@ from numba import prange, types
 from qpalette.backends.cpu import jit
 from qpalette.backends.cpu.byte_decoders import byte_decoder_of
 from qpalette.backends.cpu.byte_matmul import make_byte_kernel
+from qpalette.backends.cpu.calls import SIGNATURE
 from qpalette.backends.cpu.decoders import decoder_of
 from qpalette.backends.cpu.matmul import make_kernels
 from qpalette.backends.cpu.step import ahead
 from qpalette.backends.cpu.step import scalars as scalars_of_steps
+from qpalette.backends.cpu.step.dense import make_dense
 from qpalette.codes import parse_spec
 
 RESULT = [20.0, 20.0]  # twice 0 + 1 + 2 + 3 + 4
@@ -104,6 +106,13 @@ def test_products_are_kept_on_disk(cache: Path, in_bytes: bool) -> None:
     assert not jit.is_missing(linear, signature)
 
 
+def test_dense_products_of_steps_are_kept_on_disk(cache: Path) -> None:
+    """As those of packed matrices."""
+    for linear in make_dense.__wrapped__(0):
+        ahead.compile_kernels([linear])
+    assert not any(jit.is_missing(each, SIGNATURE) for each in make_dense.__wrapped__(0))
+
+
 def test_kernels_of_steps_are_compiled_by_a_process_of_their_own(cache: Path, monkeypatch) -> None:
     ahead.compile_apart(scalars())
     assert len(files(cache)) == 2
@@ -148,6 +157,7 @@ def test_a_process_that_compiles_nothing_leaves_it_to_this_one(cache: Path, monk
 def test_a_process_that_ends_while_another_compiles_ends_it_and_says_nothing(cache: Path) -> None:
     program = """
 import threading, time
+from qpalette.backends.cpu.calls import SIGNATURE
 from qpalette.backends.cpu.step import ahead
 from qpalette.generation.compilation import beside
 every = ahead.every_kernel()

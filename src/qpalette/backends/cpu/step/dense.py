@@ -7,10 +7,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import carray, get_num_threads, prange, set_num_threads
+from numba import carray, prange
 
 from qpalette.backends.cpu import simd
-from qpalette.backends.cpu.jit import entry, inlined, kernel, parallel_kernel
+from qpalette.backends.cpu.jit import entry, get_num_threads, inlined, kernel, parallel_kernel, set_num_threads
 from qpalette.backends.cpu.operands import TYPES, pointer, read_values, write_values
 from qpalette.backends.cpu.step.kernels import load_floats, softmax_in_place, words_at
 
