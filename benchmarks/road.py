@@ -4,7 +4,8 @@
                               [--windows 16] [--effort standard] [--tune "--steps 40 --window 512 ..."]
                               [--work out/road]
 
-Without `--calibration` the model writes the text that it is calibrated and tuned on. Processes start cold, as a user's
+Without `--calibration` the model writes the text that it is calibrated and tuned on. With `--one-command` it is
+`qpalette quantize MODEL OUT --bits B` alone, which chooses tokens, effort and steps. Processes start cold, as a user's
 do. KL is measured after each artifact, on text that nothing was fitted to, outside the time.
 """
 
@@ -34,6 +35,7 @@ def main(
     windows: int = 16,
     device: str = "cpu",
     tune: Annotated[str, typer.Option(help="More options of `qpalette tune`.")] = "",
+    one_command: Annotated[bool, typer.Option("--one-command", help="What `quantize --bits` does by itself.")] = False,
     work: Path = Path("out/road"),
     name: str = "road",
 ) -> None:
@@ -47,6 +49,11 @@ def main(
         "quantize": ["quantize", model, out, "--plan", plan, "--calibration", moments, *at],
         "tune": ["tune", out, "--reference", model, *source, "--out", tuned, *shlex.split(tune), *at],
     }
+    facts = {"model": Path(model).name, "text": text.name, "bits": bits, "windows": windows}
+    if one_command:
+        steps = {"quantize": ["quantize", model, out, "--bits", bits, *source, *at]}
+    else:
+        facts |= {"tokens": tokens, "effort": effort, "tune": tune}
     rows: list[dict[str, Any]] = []
     for step, command in steps.items():
         start = time.perf_counter()
@@ -57,9 +64,8 @@ def main(
             found = qpalette("eval", made, "--reference", model, "--text", text, "--windows", windows, *at, "--json")
             row |= {key: json.loads(found)[key] for key in FOUND}
         rows.append(row)
-        facts = {"model": Path(model).name, "text": text.name, "bits": bits, "tokens": tokens, "effort": effort}
         total = round(sum(row["seconds"] for row in rows), 1)
-        report(name, device_name(device), rows, **facts, windows=windows, seconds=total, tune=tune)
+        report(name, device_name(device), rows, **facts, seconds=total)
 
 
 def qpalette(*arguments: object) -> str:

@@ -287,10 +287,10 @@ def test_a_kernel_of_many_decoders_gives_the_same_bits(tokens: int, monkeypatch:
     all_of_them = [decoder_spec(spec) for spec in many]
 
     def products(sets: DecoderSets) -> list[torch.Tensor]:
-        segments._kernel_of.cache_clear()
+        segments.kernel_of.cache_clear()
         monkeypatch.setattr(segments, "_sets", lambda *_: sets)
         results = [cuda.linear(x, member) for member in found]
-        segments._kernel_of.cache_clear()
+        segments.kernel_of.cache_clear()
         return results
 
     shared = DecoderSets()
@@ -321,7 +321,7 @@ def test_damaged_kernels_on_disk_are_compiled_again(tmp_path: Path, monkeypatch:
         kept.append(compiler._loaded)
         monkeypatch.setattr(compiler, "_loaded", {})
         compiler.compile_cubin.cache_clear()
-        segments._kernel_of.cache_clear()
+        segments.kernel_of.cache_clear()
         return backends()["cuda"].linears(x, found)
 
     kept: list[object] = []
