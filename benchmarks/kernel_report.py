@@ -13,6 +13,7 @@ import re
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,12 @@ def disassembler() -> Path | None:
     return next((path for path in packages.glob("nvidia/**/nvdisasm") if path.is_file()), None)
 
 
-def loop_instructions(code: bytes) -> int | None:
-    """Of the shortest loop with a matrix product for every tile; None without the disassembler."""
+def loops_of(code: bytes) -> list[list[str]]:
+    """Instructions of the innermost loops with a matrix product for every tile of a chunk, one loop for each decoder;
+    none without the disassembler."""
     tool = disassembler()
     if tool is None:
-        return None
+        return []
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
@@ -64,14 +66,20 @@ def loop_instructions(code: bytes) -> int | None:
             labels[label[1]] = len(lines)
         elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             lines.append(found[1])
-    lengths = []
+    ranges = []
     for at, line in enumerate(lines):
         target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
         if target and labels.get(target[1], at) < at:
-            body = lines[labels[target[1]] : at + 1]
-            if sum("HMMA" in instruction for instruction in body) >= CHUNK:
-                lengths.append(len(body))
-    return min(lengths, default=None)
+            begin = labels[target[1]]
+            if sum("HMMA" in instruction for instruction in lines[begin : at + 1]) >= CHUNK:
+                ranges.append(range(begin, at + 1))
+    inner = [own for own in ranges if not any(o != own and own[0] <= o[0] and o[-1] <= own[-1] for o in ranges)]
+    return [lines[own.start : own.stop] for own in inner]
+
+
+def local_accesses(loop: Iterable[str]) -> int:
+    """Instructions that keep a register in memory."""
+    return sum(bool(re.search(r"\b(LDL|STL)\b", instruction)) for instruction in loop)
 
 
 def row_of(spec: str, arch: str, batch: int) -> dict[str, Any]:
@@ -80,14 +88,14 @@ def row_of(spec: str, arch: str, batch: int) -> dict[str, Any]:
     limits = DeviceLimits(1, SHARED[arch] * 1024, (int(arch[3:-1]), int(arch[-1])))
     macros = tuple(sorted(kernel_macros(limits, batch).items()))
     used = resources(source_for([decoder]), arch, macros)
-    loop = loop_instructions(compile_cubin(source_for([decoder]), arch, macros))
+    loops = loops_of(compile_cubin(source_for([decoder]), arch, macros))
     return {
         "spec": spec,
         "arch": arch,
         "batch": batch,
         "registers": used.registers,
         "spilled bytes": used.spilled_bytes,
-        "instructions per weight": "" if loop is None else loop / WEIGHTS_OF_LANE,
+        "instructions per weight": min(map(len, loops)) / WEIGHTS_OF_LANE if loops else "",
     }
 
 

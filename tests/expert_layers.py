@@ -16,9 +16,9 @@ GPT_OSS = Gate("silu", interleaved=True, limit=7.0, alpha=1.702, offset=1.0)
 GATES = [Gate("silu"), Gate("gelu"), Gate("gelu_tanh"), Gate("silu", limit=9.0), GPT_OSS, Gate("relu2", gated=False)]
 
 
-def matrix(rows: int, columns: int, seed: int, signs_of: int | None = None) -> PackedLinear:
+def matrix(rows: int, columns: int, seed: int, signs_of: int | None = None, spec: str | None = None) -> PackedLinear:
     """As `random_linear`, with codes, scales and signs of its own; `signs_of`: those of that seed."""
-    packed = random_linear(SPECS[seed % len(SPECS)], rows, columns)
+    packed = random_linear(spec or SPECS[seed % len(SPECS)], rows, columns)
     own, signs = (torch.Generator().manual_seed(1000 + each) for each in (seed, seed if signs_of is None else signs_of))
     return packed.with_(
         codes=torch.randint(-(2**31), 2**31 - 1, packed.codes.shape, generator=own, dtype=torch.int32),

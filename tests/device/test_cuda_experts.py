@@ -11,7 +11,7 @@ import torch
 from test_cuda_products import TOLERANCE
 
 from expert_layers import GATES, GPT_OSS, HIDDEN, INNER, definition, layer, matrix, on, routed
-from qpalette.backends.cuda.experts import MOST_SLOTS, CudaExperts, takes
+from qpalette.backends.cuda.experts import CudaExperts, takes
 from qpalette.runtime import Gate, PackedExperts, PackedLinear, PreparedExperts, backends, packed_experts
 
 pytestmark = [
@@ -93,8 +93,27 @@ def test_a_class_with_a_gate_of_its_own() -> None:
     check(own, *routed(6))
 
 
-def test_more_slots_than_a_pass_takes() -> None:
-    check(layer(), *routed(MOST_SLOTS // 3 + 100))
+def test_more_slots_than_a_pass_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qpalette.backends.cuda.experts.ROOM_BYTES", 1 << 20)
+    most = CudaExperts(on_cuda(layer())).most_slots
+    assert 1 < most < 1000
+    check(layer(), *routed(most // 3 + 100))
+
+
+def test_more_slots_than_the_plan_keeps_at_once() -> None:
+    check(layer(), *routed(2000))
+
+
+MANY = ("nuq-3", "nuq-4", "tcq-2.125", "tcq-3.25", "tcq2-2", "tcq2-3.25", "vq-1.5", "vq-3")
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 64])
+def test_every_expert_has_a_code_of_its_own(tokens: int) -> None:
+    parts = [[matrix(96, 256, 10 * e + part, 0, spec) for part in range(2)] for e, spec in enumerate(MANY)]
+    experts = PackedExperts(parts, [matrix(256, 96, 10 * e + 9, spec=spec) for e, spec in enumerate(MANY)], GATES[0])
+    own = torch.Generator().manual_seed(tokens)
+    index = torch.rand(tokens, len(MANY), generator=own).topk(3).indices
+    check(experts, torch.randn(tokens, 256, generator=own), index, torch.rand(tokens, 3, generator=own))
 
 
 def test_no_token_and_no_expert() -> None:

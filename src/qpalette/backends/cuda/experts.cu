@@ -26,8 +26,10 @@ struct Projection {
     const float *x_scales;   // [rows] what each was divided by
     const int *x_rows;       // of each position; null: the same
     float *y;                // [positions][y_stride]
+    const u32 *entries;      // the table of most matrices
     int parts, chunks, y_stride;
     int index;          // 0: what experts multiply by first, 1: last
+    int decoder;        // of `entries`
     int most_rows;      // row tiles whose sums have room
     float fixed_point;  // see multiply.py
 };
@@ -43,7 +45,8 @@ struct Piece {
 // the table, ahead of the sums: all of it may be asked for, so that there is none for variables.
 struct State {
     Piece piece;
-    long long begin;  // the cost of what is before this matrix
+    int begin, end;  // of the block's part, as a cost of all before it
+    int before;      // the cost of what is before this matrix
     int run, part, tile;
     const u32 *table_there;
 };
@@ -52,34 +55,39 @@ static_assert(sizeof(State) <= STATE_BYTES, "room for one row tile's sums is eno
 
 __device__ __forceinline__ State &state() { return *(State *)(shared + TABLE_BYTES); }
 
-__device__ __forceinline__ long long share(const Projection &projection, int block) {
-    return projection.plan->cost[projection.index] * block / gridDim.x;
+// Of `cost`, what is ahead of a block's part: in 32 bits, a division of 64 is a call.
+__device__ __forceinline__ int share(int cost, int block) {
+    const int blocks = gridDim.x;
+    return cost / blocks * block + cost % blocks * block / blocks;
 }
 
-// Before the first piece: the run in which the block's part begins. By one thread, like what follows.
-__device__ void find_first_run(const Projection &projection) {
-    const long long begin = share(projection, blockIdx.x);
-    int low = 0, high = projection.plan->runs;  // the last run that does not begin later
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (projection.runs[middle].begin[projection.index] <= begin) low = middle;
-        else high = middle;
-    }
+// Before the first piece: the block's part, and the run in which it begins. By all threads, each a run: one after the other
+// they would wait for memory at every step of a search.
+__device__ __forceinline__ void find_first_run(const Projection &projection) {
+    const int runs = projection.plan->runs, cost = projection.plan->cost[projection.index];
+    const int begin = share(cost, blockIdx.x);
     State &at = state();
-    at.run = low, at.part = at.tile = 0, at.table_there = nullptr;
-    at.begin = high ? projection.runs[low].begin[projection.index] : 0;
+    if (threadIdx.x == 0) {
+        at.begin = begin, at.end = share(cost, blockIdx.x + 1);
+        at.part = at.tile = 0, at.table_there = projection.entries;
+        if (runs == 0) at.run = at.before = 0;
+    }
+    for (int run = threadIdx.x; run < runs; run += THREADS) {
+        const int before = projection.runs[run].begin[projection.index];
+        const int until = run + 1 < runs ? projection.runs[run + 1].begin[projection.index] : cost;
+        if (before <= begin && begin < until) at.run = run, at.before = before;  // one of them
+    }
 }
 
-// A row tile is the block's in whose part it begins.
-__device__ void find_next_piece(const Projection &projection) {
-    const long long begin = share(projection, blockIdx.x), end = share(projection, blockIdx.x + 1);
+// A row tile is the block's in whose part it begins. By one thread.
+__device__ __forceinline__ void find_next_piece(const Projection &projection) {
     State &at = state();
     Piece &piece = at.piece;
-    for (piece.rows = 0; at.run < projection.plan->runs && at.begin < end; at.begin += piece.matrix.row_tiles * (long long)piece.matrix.cost) {
+    for (piece.rows = 0; at.run < projection.plan->runs && at.before < at.end; at.before += piece.matrix.row_tiles * piece.matrix.cost) {
         const Run &run = projection.runs[at.run];
         const Matrix matrix = projection.matrices[run.expert * projection.parts + at.part];
-        const long long before = (begin - at.begin + matrix.cost - 1) / matrix.cost, until = (end - at.begin + matrix.cost - 1) / matrix.cost;
-        const int tile = max(at.tile, (int)max(before, 0ll)), tiles = (int)min((long long)matrix.row_tiles, until);
+        const int first = (at.begin - at.before + matrix.cost - 1) / matrix.cost, until = (at.end - at.before + matrix.cost - 1) / matrix.cost;
+        const int tile = max(at.tile, first), tiles = min(matrix.row_tiles, until);
         piece.matrix = matrix;
         if (tile < tiles) {
             piece.row = tile, piece.rows = min(projection.most_rows, tiles - tile);
@@ -93,9 +101,10 @@ __device__ void find_next_piece(const Projection &projection) {
     }
 }
 
-// Not inlined: of a loop around it the compiler would keep more than there are registers for (128 bytes spilled).
+// Inlined: as a function that is called it has fewer registers for itself, once there are two decoders, and its loop goes
+// through local memory (2.5, 3.25 and 4 bits: 62 loads and 28 stores among 643 instructions, where alone it has 465).
 template <class D>
-__device__ __noinline__ void multiply_piece(const Projection &projection) {
+__device__ __forceinline__ void multiply_piece(const Projection &projection) {
     const Piece &piece = state().piece;
     const u32 lane = threadIdx.x % 32;
     const u32 warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // tells the compiler that it is uniform
@@ -136,10 +145,16 @@ struct MultiplyPiece {
     static __device__ __forceinline__ void run(const Projection &projection) { multiply_piece<D>(projection); }
 };
 
+struct FillTable {
+    template <class D>
+    static __device__ __forceinline__ void run(const Projection &projection) { D::fill(shared, projection.entries); }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) multiply_experts(const __grid_constant__ Projection projection) {
+    dispatch<FillTable, 0, COUNT_OF<DECODERS>>(projection.decoder, projection);  // which no kernel before has written
     wait_for_previous_kernel();
     let_next_kernel_start();
-    if (threadIdx.x == 0) find_first_run(projection);
+    find_first_run(projection);
     while (true) {
         __syncthreads();  // what was read of the piece before is read
         if (threadIdx.x == 0) find_next_piece(projection);

@@ -5,10 +5,10 @@ constexpr int RUN = 8;
 
 struct Run {
     int expert, first, count;  // of positions
-    long long begin[2];        // cost of all runs before it: of what an expert multiplies by first, and last
+    int begin[2];              // cost of all runs before it: of what an expert multiplies by first, and last
 };
 
 struct Plan {
-    long long cost[2];  // of all runs
+    int cost[2];  // of all runs
     int runs, positions;
 };

@@ -36,7 +36,8 @@ ROUTES_SOURCE = COMMON_SOURCE + SHARED_SOURCE + _HERE.with_name("routes.cu").rea
 RUN = 8  # slots, as in experts.cuh: columns of a matrix instruction
 MOST_EXPERTS = 1024  # threads of the block that plans
 GATE_THREADS = 256
-MOST_SLOTS = 1 << 13  # of a pass: what lies between the kernels is 100 MB for 1536 rows and 2048 columns of outputs
+ROOM_BYTES = 1 << 27  # of what lies between the kernels of a pass
+MOST_COST = (1 << 31) - 1  # of a pass: kernels count in 32 bits
 COSTS_OF_A_TILE = 4  # decode_cost in quarters: whole numbers
 FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 
@@ -49,15 +50,15 @@ MATRIX = np.dtype(
     ],
     align=True,
 )
-RUN_BYTES, PLAN_BYTES = 32, 24
+RUN_BYTES, PLAN_BYTES = 20, 16
 
 
 class Projection(ctypes.Structure):
     """As in experts.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("matrices", "runs", "plan", "x", "x_scales", "x_rows", "y")),
-        *((name, ctypes.c_int) for name in ("parts", "chunks", "y_stride", "index", "most_rows")),
+        *((name, ctypes.c_void_p) for name in ("matrices", "runs", "plan", "x", "x_scales", "x_rows", "y", "entries")),
+        *((name, ctypes.c_int) for name in ("parts", "chunks", "y_stride", "index", "decoder", "most_rows")),
         ("fixed_point", ctypes.c_float),
     )
 
@@ -93,6 +94,7 @@ class CudaExperts:
         self._last = _Products([[matrix] for matrix in experts.last], 1)
         costs = torch.tensor([self._first.costs, self._last.costs], dtype=torch.int32)
         self._costs = costs.to(self._device)
+        self.most_slots = _most_slots(self._first, self._last)
         self._gated = self._gate if isinstance(self._gate, Gate) else None
         self._launches: dict[torch.dtype, _Launches] = {}
 
@@ -105,7 +107,7 @@ class CudaExperts:
         y, ranks = torch.empty_like(x), index.shape[1]
         if index.numel() == 0:
             return y.zero_()
-        step = max(1, MOST_SLOTS // ranks)
+        step = max(1, self.most_slots // ranks)
         with torch.cuda.device(self._device), ONE_AT_A_TIME:
             stream = torch.cuda.current_stream(self._device).cuda_stream
             for start in range(0, len(x), step):
@@ -183,6 +185,8 @@ class _Products:
             row["row_tiles"], row["rows"], row["out_offset"] = len(matrix.codes), matrix.out_features, offset
             row["decoder"], row["cost"] = place_of[spec], round(COSTS_OF_A_TILE * decode_cost(spec))
             row["hash_unit"] = spec.hash_unit(limits.table_bytes)
+        tables, first_places, uses = np.unique(table["entries"], return_index=True, return_counts=True)
+        common = int(uses.argmax())
         by_expert = (table["row_tiles"].astype(np.int64) * table["cost"]).reshape(len(members), -1).sum(1)
         self.costs = by_expert.tolist()
         self._table = torch.from_numpy(table.view(np.uint8)).to(device)
@@ -195,6 +199,8 @@ class _Products:
             chunks=flat[0].codes.shape[1],
             y_stride=self.width,
             index=index,
+            entries=int(tables[common]),
+            decoder=int(table["decoder"][first_places[common]]),
             most_rows=min(rows, max(len(matrix.codes) for matrix in flat)),
             fixed_point=fixed_point(self.inputs),
         )
@@ -249,6 +255,24 @@ class _Launch:
         self._launch.start(stream)
 
 
+def _most_slots(first: _Products, last: _Products) -> int:
+    """Of a pass, one at least: a slot may be a run of its own."""
+    a_slot = _slot_bytes(first, last)
+    return max(1, min(ROOM_BYTES // sum(a_slot.values()), MOST_COST // max(*first.costs, *last.costs)))
+
+
+def _slot_bytes(first: _Products, last: _Products) -> dict[str, int]:
+    """What lies between the kernels for a slot."""
+    return {
+        **dict.fromkeys(("tokens", "owners", "positions"), 4),
+        "first": 4 * first.width,
+        "inner": 4 * last.inputs,
+        "inner_rotated": 2 * padded_columns(last.inputs),
+        "inner_scales": 4,
+        "last": 4 * last.width,
+    }
+
+
 class _Place(NamedTuple):
     start: int
     size: int
@@ -271,14 +295,9 @@ class _Room:
         sizes = {
             "plan": PLAN_BYTES,
             "runs": RUN_BYTES * runs,
-            **dict.fromkeys(("tokens", "owners", "positions"), 4 * slots),
             "x": 2 * tokens * padded_columns(first.inputs),
             "x_scales": 4 * tokens,
-            "first": 4 * slots * first.width,
-            "inner": 4 * slots * last.inputs,
-            "inner_rotated": 2 * slots * padded_columns(last.inputs),
-            "inner_scales": 4 * slots,
-            "last": 4 * slots * last.width,
+            **{name: slots * size for name, size in _slot_bytes(first, last).items()},
         }
         starts = accumulate((-(-size // 256) * 256 for size in sizes.values()), initial=0)
         self._places = {name: _Place(start, size) for (name, size), start in zip(sizes.items(), starts, strict=False)}

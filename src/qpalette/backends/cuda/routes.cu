@@ -3,7 +3,7 @@
 // Compile-time constants: THREADS; of `gate` also FUNCTION (0 silu, 1 gelu, 2 gelu of tanh, 3 relu squared), GATED, INTERLEAVED.
 
 // Sums of what the threads before have, of four values at once; `total` gets those of all. Of one block of THREADS.
-struct Sums { long long of[4]; };
+struct Sums { int of[4]; };
 
 __device__ Sums sums_before(Sums mine, Sums &total) {
     __shared__ Sums of_warps[THREADS / 32];
@@ -11,7 +11,7 @@ __device__ Sums sums_before(Sums mine, Sums &total) {
     Sums until = mine;
     for (int distance = 1; distance < 32; distance *= 2)
         for (int i = 0; i < 4; i++) {
-            const long long other = __shfl_up_sync(~0u, until.of[i], distance);
+            const int other = __shfl_up_sync(~0u, until.of[i], distance);
             if (lane >= distance) until.of[i] += other;
         }
     if (lane == 31) of_warps[warp] = until;
@@ -26,6 +26,21 @@ __device__ Sums sums_before(Sums mine, Sums &total) {
     return until;
 }
 
+constexpr int INDEX_PART = 2048;  // slots
+
+// Experts of a part of the slots from `start` on into shared memory, -1 for those that are not there; how many. By all
+// threads, who are done with the part before.
+__device__ __forceinline__ int load_part(int *part, const long long *index, int start, int slots, int experts) {
+    const int count = min(INDEX_PART, slots - start);
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        const long long expert = index[start + i];
+        part[i] = expert < 0 || expert >= experts ? -1 : (int)expert;
+    }
+    __syncthreads();
+    return count;
+}
+
 // index [slots] -> runs, in the order of experts, an expert's slots in their own: always the same for the same index. One
 // block; a thread has an expert, and reads the whole index twice: the block's threads read the same word at once.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -33,30 +48,38 @@ plan_runs(const long long *index, int slots, int ranks, int experts, const int *
           int *positions, Run *runs, Plan *plan) {
     wait_for_previous_kernel();
     let_next_kernel_start();
+    __shared__ int part[INDEX_PART];
     const int expert = threadIdx.x;
     int count = 0;
-    if (expert < experts)
-        for (int slot = 0; slot < slots; slot++) count += index[slot] == expert;
-    const long long cut = (count + RUN - 1) / RUN;
-    const long long cost[2] = {expert < experts ? costs[expert] : 0, expert < experts ? costs[experts + expert] : 0};
+    for (int start = 0; start < slots; start += INDEX_PART) {
+        const int there = load_part(part, index, start, slots, experts);
+#pragma unroll 8
+        for (int i = 0; i < there; i++) count += part[i] == expert;
+    }
+    const int cut = (count + RUN - 1) / RUN;
+    const int cost[2] = {expert < experts ? costs[expert] : 0, expert < experts ? costs[experts + expert] : 0};
     Sums total;
     const Sums before = sums_before({count, cut, cut * cost[0], cut * cost[1]}, total);
-    int position = (int)before.of[0];
+    int position = before.of[0];
     for (int i = 0; i < cut; i++) {
         Run run = {expert, position + i * RUN, min(RUN, count - i * RUN), {}};
         for (int p = 0; p < 2; p++) run.begin[p] = before.of[2 + p] + i * cost[p];
         runs[before.of[1] + i] = run;
     }
-    if (count)
-        for (int slot = 0; slot < slots; slot++)
-            if (index[slot] == expert) {
+    for (int start = 0; start < slots; start += INDEX_PART) {
+        const int there = load_part(part, index, start, slots, experts);
+#pragma unroll 8
+        for (int i = 0; i < there; i++)
+            if (part[i] == expert) {
+                const int slot = start + i;
                 tokens[position] = slot / ranks, owners[position] = expert;
                 positions[slot] = position++;
             }
+    }
     for (int slot = threadIdx.x; slot < slots; slot += THREADS)
         if (index[slot] < 0 || index[slot] >= experts) positions[slot] = -1;
-    for (int rest = (int)total.of[0] + threadIdx.x; rest < slots; rest += THREADS) tokens[rest] = owners[rest] = 0;  // of no slot
-    if (threadIdx.x == 0) *plan = {{total.of[2], total.of[3]}, (int)total.of[1], (int)total.of[0]};
+    for (int rest = total.of[0] + threadIdx.x; rest < slots; rest += THREADS) tokens[rest] = owners[rest] = 0;  // of no slot
+    if (threadIdx.x == 0) *plan = {{total.of[2], total.of[3]}, total.of[1], total.of[0]};
 }
 
 #ifdef FUNCTION
