@@ -1,16 +1,19 @@
 """Products in bytes beside those in float32, on the processor, in one run: speed, and what the rounding costs.
 
     python benchmarks/cpu_bytes.py [--spec tcq-3 ...] [--threads 1 --threads 2]
+    python benchmarks/cpu_bytes.py --part input [--spec nuq-4 ...] [--threads 1] [--name cpu_input]
     python benchmarks/cpu_bytes.py --model MODEL --artifact OUT [--artifact OUT ...] --text FILE
 
 Activations are float32. Times are of prepared products, rotation and Python included; both kinds take turns, and the
-least of each counts. KL is to the original in float32, on the same tokens.
+least of each counts. `--part input` tells the rotation and rounding of the input from the rest: what a product of no
+rows would take, on the line through the times of two heights. KL is to the original in float32, on the same tokens.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,16 +33,23 @@ SHAPES = [(576, 576), (1536, 576), (2048, 8192), (8192, 2048)]
 BATCHES = [1, 8, 512]
 KINDS = {"float32": "0", "bytes": "1"}
 TURNS = 30
+HEIGHTS = 64, 576
+INPUTS = [(576, "full"), (1536, "full"), (3072, "full"), (4096, "full"), (576, "block")]
 
 
-def random_product(spec: str, rows: int, columns: int) -> Product:
+class Part(StrEnum):
+    products = "products"
+    input = "input"
+
+
+def random_product(spec: str, rows: int, columns: int, rotation: str = "full") -> Product:
     shape = (-(-rows // 16), -(-columns // 16), parse_spec(spec).words_per_tile)
     packed = PackedLinear(
         codes=CPU.to_layout(torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32), spec),
         scales=torch.ones(rows).half().view(torch.int16),
         diagonal=pack_signs(random_signs(columns, 0, spec)),
         spec=spec,
-        rotation=rotation_for(columns, "full").name,
+        rotation=rotation_for(columns, rotation).name,
         out_features=rows,
         in_features=columns,
         layout=CPU.layout,
@@ -65,6 +75,24 @@ def timed(spec: str, rows: int, columns: int, batch: int, threads: int) -> dict[
     return facts | speeds | {"ratio": best["float32"] / best["bytes"]}
 
 
+def input_parts(spec: str, columns: int, rotation: str, batch: int, dtype: torch.dtype, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    products, x = [random_product(spec, rows, columns, rotation) for rows in HEIGHTS], torch.randn(batch, columns)
+    best = dict.fromkeys(HEIGHTS, float("inf"))
+    for _ in range(TURNS):
+        for rows, product in zip(HEIGHTS, products, strict=True):
+            best[rows] = min(best[rows], seconds(product, x.to(dtype), "bytes"))
+    low, high = HEIGHTS
+    of_a_row = (best[high] - best[low]) / (high - low)
+    facts = {"spec": spec, "columns": columns, "rotation": rotation, "batch": batch, "threads": threads}
+    return facts | {
+        "type": str(dtype).removeprefix("torch."),
+        "input ns an element": (best[low] - low * of_a_row) / (batch * columns) * 1e9,
+        **{f"{rows} rows, GMAC/s": rows * columns * batch / least / 1e9 for rows, least in best.items()},
+        "without the input, GMAC/s": columns * batch / of_a_row / 1e9,
+    }
+
+
 def losses(model: str, artifacts: list[Path], text: Path, windows: int, length: int) -> list[dict[str, Any]]:
     original, tokenizer = load_model(model)
     chosen, rows = token_windows(text, tokenizer, length, windows), []
@@ -86,8 +114,15 @@ def main(
     text: Path | None = None,
     windows: int = 4,
     length: int = 512,
+    part: Part = Part.products,
+    name: str = "cpu_input",
 ) -> None:
-    if model is None or text is None:
+    if part is Part.input:
+        types = [torch.float32, torch.bfloat16, torch.float16]
+        cases = [(*each, batch, dtype) for each in INPUTS for batch in (8, 512) for dtype in types]
+        rows = [input_parts(each, *case, n) for each in spec or ["nuq-4"] for case in cases for n in threads or [1]]
+        report(name, processor(), rows, turns=TURNS)
+    elif model is None or text is None:
         cases = [(*shape, batch, n) for shape in SHAPES for batch in BATCHES for n in threads or [1, 2]]
         rows = [timed(each, *case) for each in spec or SPECS for case in cases]
         report("cpu_bytes", processor(), rows, turns=TURNS)

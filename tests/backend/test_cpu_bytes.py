@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qpalette.backends.cpu import byte_decoders, simd
-from qpalette.backends.cpu.byte_activations import BLOCK, GROUP, PAIR, TILE, empty_bytes, put_bytes
+from qpalette.backends.cpu.byte_activations import BLOCK, GROUP, PAIR, TILE, empty_bytes, places_of, put_bytes
 from qpalette.backends.cpu.byte_decoders import ACTIVATION_ERROR, MOST_ADDED_ERROR, byte_decoder_of
 from qpalette.backends.cpu.byte_matmul import LONGEST_PASS, row_kernels
 from qpalette.backends.cpu.decoders import decoder_of
@@ -107,9 +107,9 @@ def test_activations_are_rounded_by_groups_of_columns(spec: str) -> None:
     rows, middle = row_kernels(byte_decoder_of(parse_spec(spec)).way), 0 if spec.startswith("tcq") else 128
     x = torch.randn(5, 3 * PAIR, generator=generator(3)) * torch.logspace(-30, 30, 5)[:, None]
     x[1, groups_of(3 * PAIR) == 2] = 0
-    vectors = empty_bytes(8, 3)
-    put_bytes(x[:2].numpy(), middle, rows.order, 1, 8, vectors)
-    put_bytes(x[2:].numpy(), middle, rows.order, 3, 8, vectors)
+    vectors, places = empty_bytes(8, 3), places_of(rows.order)
+    put_bytes(x[:2].numpy(), middle, places, 1, 8, vectors)
+    put_bytes(x[2:].numpy(), middle, places, 3, 8, vectors)
     words, scales, offsets = vectors
     pair_first = torch.from_numpy(words.view(np.int8)).reshape(3, 8, 8, 4, 4)  # token, word, tile, byte
     levels = torch.empty(8, 3, 4, 32, dtype=torch.int8)

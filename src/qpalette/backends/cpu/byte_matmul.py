@@ -15,7 +15,7 @@ import numpy as np
 from numba import carray, prange
 
 from qpalette.backends.cpu import simd
-from qpalette.backends.cpu.byte_activations import COLUMNS, PAIR, empty_bytes, put_bytes
+from qpalette.backends.cpu.byte_activations import COLUMNS, PAIR, empty_bytes, places_of, put_bytes
 from qpalette.backends.cpu.byte_decoders import FIELDS, MIDDLE
 from qpalette.backends.cpu.byte_fields import make_fields
 from qpalette.backends.cpu.byte_rows import (
@@ -37,9 +37,10 @@ from qpalette.backends.cpu.matmul import (
     LEAST_PRODUCTS,
     TILE,
     blocks_across,
-    rotate_input,
+    input_transform,
 )
-from qpalette.backends.cpu.operands import address_after, launch_at, matrix_at, pointer, write_values
+from qpalette.backends.cpu.operands import address_after, launch_at, matrix_at, pointer, read_values, write_values
+from qpalette.backends.cpu.transform import transform_row
 
 TOKENS = 4  # multiplied at once: with as many rows of tiles, sixteen sums in registers
 LONGEST_PASS = 512  # tokens: their bytes of a chunk and their sums of four rows stay in the second cache
@@ -55,7 +56,7 @@ def row_kernels(way: str) -> RowKernels:
 def make_byte_kernel(way: str) -> Any:
     """linear, for a way of decoding."""
     multiply_one, decode_rows, order, has_signs = row_kernels(way)
-    middle = 0 if has_signs else MIDDLE
+    middle, places = 0 if has_signs else MIDDLE, places_of(order)
 
     @inlined
     def dot(total, decoded, masks, at, x_bytes):  # type: ignore[no-untyped-def]
@@ -142,9 +143,15 @@ def make_byte_kernel(way: str) -> Any:
         """What one of `workers` does to make `vectors` of `count` tokens from `start_token` on."""
         launch = launch_at(address)
         first, last = count * worker // workers, count * (worker + 1) // workers
-        source = address_after(x, (start_token + first) * launch.features, type_)
-        rotated = rotate_input(launch, source, type_, last - first, PAIR)
-        put_bytes(rotated, middle, order, first, padded(count), vectors)
+        multiplier, factors = input_transform(launch)
+        scratch = np.empty(launch.features, np.float32)
+        rotated = np.zeros((1, (launch.features + PAIR - 1) // PAIR * PAIR), np.float32)
+        for token in range(first, last):  # each while it is in the nearest cache
+            source = address_after(x, (start_token + token) * launch.features, type_)
+            row = rotated[0, : launch.features]
+            read_values(source, type_, row)
+            transform_row(row, multiplier, factors, scratch)
+            put_bytes(rotated, middle, places, token, padded(count), vectors)
 
     @parallel_kernel
     def multiply_in_parallel(address, vectors, type_, start_token, count, workers):  # type: ignore[no-untyped-def]

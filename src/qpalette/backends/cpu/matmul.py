@@ -16,8 +16,8 @@ from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.decoders import HALVES, WAYS
 from qpalette.backends.cpu.jit import entry, get_num_threads, inlined, kernel, parallel_kernel, set_num_threads
 from qpalette.backends.cpu.layout import SIDE
-from qpalette.backends.cpu.operands import launch_at, matrix_at, pointer, read_values, write_values
-from qpalette.backends.cpu.transform import Factors, half_multiplier, sign_multiplier, transform_rows
+from qpalette.backends.cpu.operands import address_after, launch_at, matrix_at, pointer, read_values, write_values
+from qpalette.backends.cpu.transform import Factors, half_multiplier, sign_multiplier, transform_row
 
 LANES = simd.LANES
 TILE = 16
@@ -163,11 +163,9 @@ def arrays_of(matrix):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def rotate_input(launch, x, type_, batch, width):  # type: ignore[no-untyped-def]
-    """Q s x, float32 [batch, K up to a multiple of `width`]."""
+def input_transform(launch):  # type: ignore[no-untyped-def]
+    """The input's diagonal, float32 [K], and its Factors: as `transform_row` takes them."""
     size = launch.features
-    values = np.empty((batch, size), np.float32)
-    read_values(x, type_, values.reshape(-1))
     if launch.has_signs:
         multiplier = sign_multiplier(carray(pointer(launch.diagonal), (size + 7) // 8, np.uint8), size)
     else:
@@ -179,8 +177,19 @@ def rotate_input(launch, x, type_, batch, width):  # type: ignore[no-untyped-def
         carray(pointer(launch.matrices), launch.matrices_size, np.float32),
         np.float32(launch.scale),
     )
-    rotated = np.zeros((batch, (size + width - 1) // width * width), np.float32)
-    transform_rows(values, multiplier, factors, rotated)
+    return multiplier, factors
+
+
+@kernel
+def rotate_input(launch, x, type_, batch, width):  # type: ignore[no-untyped-def]
+    """Q s x, float32 [batch, K up to a multiple of `width`]."""
+    size = launch.features
+    multiplier, factors = input_transform(launch)
+    rotated, scratch = np.zeros((batch, (size + width - 1) // width * width), np.float32), np.empty(size, np.float32)
+    for b in range(batch):
+        row = rotated[b, :size]
+        read_values(address_after(x, b * size, type_), type_, row)
+        transform_row(row, multiplier, factors, scratch)
     return rotated
 
 

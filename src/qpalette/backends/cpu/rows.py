@@ -13,9 +13,9 @@ from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.decoders import WAYS
 from qpalette.backends.cpu.jit import entry, kernel
 from qpalette.backends.cpu.layout import SIDE
-from qpalette.backends.cpu.matmul import BLOCK, LANES, TILE, arrays_of, blocks_across
+from qpalette.backends.cpu.matmul import BLOCK, LANES, TILE, arrays_of, blocks_across, input_transform
 from qpalette.backends.cpu.operands import launch_at, matrix_at, pointer
-from qpalette.backends.cpu.transform import Factors, half_multiplier, sign_multiplier, transform_rows
+from qpalette.backends.cpu.transform import transform_rows
 
 
 @lru_cache(maxsize=8)
@@ -54,17 +54,7 @@ def make_rows(way: str) -> Any:
         scales = carray(pointer(matrix.scales), matrix.rows, np.int16)
         wanted = carray(pointer(ids), count, np.int64)
         results = carray(pointer(matrix.y), (count, features), np.float32)
-        if launch.has_signs:
-            multiplier = sign_multiplier(carray(pointer(launch.diagonal), (features + 7) // 8, np.uint8), features)
-        else:
-            multiplier = half_multiplier(carray(pointer(launch.diagonal), features, np.int16))
-        factors = Factors(
-            carray(pointer(launch.orders), launch.factors, np.int64),
-            carray(pointer(launch.inners), launch.factors, np.int64),
-            carray(pointer(launch.offsets), launch.factors, np.int64),
-            carray(pointer(launch.matrices), launch.matrices_size, np.float32),
-            np.float32(launch.scale),
-        )
+        multiplier, factors = input_transform(launch)
         decoded = np.empty((1, blocks_across(launch) * BLOCK), np.float32)
         same = np.ones(features, np.float32)
         for i in range(count):
