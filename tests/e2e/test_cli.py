@@ -145,6 +145,8 @@ def test_version(run):
         (("quantize", "{model}", "{tmp}/out", "--bits", "-1"), "'-1' is not a rate"),
         (("quantize", "{model}", "{tmp}/out", "--bits", "nan"), "'nan' is not a rate"),
         (("quantize", "{model}", "{tmp}/out", "--bits", "0.5"), "the least is"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "99"), "more than the 16"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "99", "--fast"), "more than the 16"),
         (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--exclude", "x"), "'x' leaves nothing out"),
         (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--effort", "x"), "'x' is not an effort"),
         (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--rotation", "x"), "'x' is not a rotation"),
@@ -209,6 +211,8 @@ def test_a_mistake_is_one_clear_line(run, model, packed, text, tmp_path, argumen
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("quantize", "{model}", "{model}-out", "--bits", "3", "--context", "4096"),
+        ("quantize", "{model}", "{model}-out", "--bits", "3", "--fast", "--batch", "2"),
         ("quantize", "{model}", "{model}-out"),
         ("quantize", "{model}", "{model}-out", "--bits", "4", "--spec", "nuq-4"),
         ("quantize", "{model}"),

@@ -260,9 +260,10 @@ def test_linears_encoded_together_equal_those_encoded_alone(source, hessians, mo
     monkeypatch.setattr(work, "BATCH_BYTES", 1)
     assert all(len(batch) == 1 for batch in work.batches_of(jobs, cpu))
     for batch in batches:
-        together = work.encode_batch(shared, checkpoint, batch, cpu)
-        for job, one in zip(batch, together, strict=True):
-            (other,) = work.encode_batch(shared, checkpoint, [job], cpu)
+        sources = work.read_sources(checkpoint, batch)
+        together = work.encode_batch(shared, batch, sources, cpu)
+        for job, one_source, one in zip(batch, sources, together, strict=True):
+            (other,) = work.encode_batch(shared, [job], [one_source], cpu)
             for field in ("codes", "scales", "diagonal", "weight_sha256"):
                 assert (
                     getattr(one, field) == getattr(other, field)

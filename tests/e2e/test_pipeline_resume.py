@@ -165,6 +165,11 @@ def stop_after(count: int):
     return progress
 
 
+def finished_linears(output: Path) -> list[Path]:
+    """That an interrupted run left: those that it told of, and what was under way."""
+    return sorted((output.parent / f"{output.name}.partial" / "linears").glob("*.safetensors"))
+
+
 def encoded_names(monkeypatch) -> list[str]:
     names: list[str] = []
     original = work.encode_linear
@@ -181,9 +186,11 @@ def test_finished_linears_are_not_encoded_again(source, uninterrupted, tmp_path,
     with pytest.raises(Stop):
         run(source, tmp_path / "out", progress=stop_after(5))
     assert not (tmp_path / "out").exists()
+    finished = finished_linears(tmp_path / "out")
+    assert 5 <= len(finished) < 14
     names = encoded_names(monkeypatch)
     run(source, tmp_path / "out")
-    assert len(names) == 14 - 5
+    assert len(names) == 14 - len(finished)
     assert files_of(tmp_path / "out") == uninterrupted
 
 
@@ -201,11 +208,12 @@ def test_another_plan_never_meets_old_results(source, uninterrupted, tmp_path, m
 def test_a_damaged_partial_file_is_made_again(source, uninterrupted, tmp_path, monkeypatch):
     with pytest.raises(Stop):
         run(source, tmp_path / "out", progress=stop_after(2))
-    damaged = sorted((tmp_path / "out.partial" / "linears").iterdir())[0]
+    finished = finished_linears(tmp_path / "out")
+    damaged = finished[0]
     damaged.write_bytes(damaged.read_bytes()[:-50])
     names = encoded_names(monkeypatch)
     run(source, tmp_path / "out")
-    assert len(names) == 13
+    assert len(names) == 14 - len(finished) + 1
     assert files_of(tmp_path / "out") == uninterrupted
 
 

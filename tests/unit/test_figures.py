@@ -14,6 +14,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import figure_page  # noqa: E402
 import figures  # noqa: E402
+import figures_quality  # noqa: E402
 
 BESIDE_THE_TABLES = re.compile(
     r"<!-- figures: .*?<!-- end -->|```.*?```|`[^`]*`|^    .*?$|\]\([^)]*\)", re.DOTALL | re.MULTILINE
@@ -96,5 +97,5 @@ def test_results_of_compare_make_a_table():
     ]
     for row in rows:
         row |= {"kl": row.get("kl"), "kl_median": row.get("kl"), "top1": 0.9 if "kl" in row else None}
-    table = figures.compared({"models": rows}).markdown()
+    table = figures_quality.compared({"models": rows}).markdown()
     assert "| ours | 0.5 | 4.000 | 0.0312 | 0.0312 | 90.0 | 21.50 |" in table

@@ -41,8 +41,12 @@ def quantize(
         str | None,
         typer.Option("--memory", metavar="SIZE", help="Or the device memory of all: weights, cache, activations."),
     ] = None,
-    context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens that --memory must hold.")] = 4096,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Sequences at once, with --memory.")] = 1,
+    context: Annotated[
+        int | None, typer.Option("--context", metavar="N", help="Tokens that --memory must hold.  [default: 4096]")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", metavar="N", help="Sequences at once, with --memory.  [default: 1]")
+    ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="Without calibration, plan and tuning: minutes, and several times the loss.")
     ] = False,
@@ -150,6 +154,8 @@ def quantize(
         raise typer.BadParameter(
             "give one of --bits (such as 3.25), --size (6GB) or --memory (8GB), --spec (tcq-3.25), and --plan FILE"
         )
+    if memory is None and (context is not None or batch is not None):
+        raise typer.BadParameter("--context and --batch are what --memory must hold: give it, such as --memory 8GB")
     by_steps = fast or spec is not None or plan is not None or sensitivity is not None or calibration is not None
     if not by_steps:
         manual = {"--include": include, "--also": also, "--ray": ray, "--workers": workers != 1}
@@ -160,7 +166,8 @@ def quantize(
         from qpalette.cli.recipe import run_recipe
 
         run_recipe(
-            model, out, budget, text, tokens, best, effort, dry_run, page, as_json, context=context, batch=batch,
+            model, out, budget, text, tokens, best, effort, dry_run, page, as_json,
+            context=4096 if context is None else context, batch=1 if batch is None else batch,
             prefer=prefer, target=target, rotation=rotation, seed=seed, exclude=exclude or (), device=device,
             overwrite=overwrite,
         )  # fmt: skip

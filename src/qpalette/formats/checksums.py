@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qpalette.core.errors import ArtifactError
@@ -17,7 +18,11 @@ _LINE = re.compile(rf"([0-9a-f]{{64}})  ({_NAME}(?:/{_NAME})?)")
 def write_checksums(directory: Path) -> None:
     """One line for each file in `directory` and its folders."""
     files = sorted(file for file in directory.rglob("*") if file.is_file() and file != directory / CHECKSUMS)
-    lines = [f"{_sha256(file)}  {file.relative_to(directory).as_posix()}\n" for file in files]
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_sha256, files)
+        lines = [
+            f"{digest}  {file.relative_to(directory).as_posix()}\n" for digest, file in zip(digests, files, strict=True)
+        ]
     (directory / CHECKSUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 

@@ -69,8 +69,9 @@ def encode_linear(
     rows = max(1, CHUNK_WEIGHTS // (TILE * record.in_features)) * TILE
     codes, scales, error, energy, faint = [], [], 0.0, 0.0, 0
     for chunk in weight.split(rows):
-        check_finite(name, chunk)
-        rotated = rotate_weight(chunk.to(device), rotation, signs.to(device))
+        there = chunk.to(device)
+        check_finite(name, there)
+        rotated = rotate_weight(there, rotation, signs.to(device))
         part = _encode_rows(name, rotated, record.spec, backend)
         codes.append(part.codes.cpu())
         scales.append(part.scales.cpu())

@@ -15,6 +15,7 @@ import torch
 from qpalette.calibration.hessians import HessianStore
 from qpalette.calibration.learned_signs import learn_seeds
 from qpalette.calibration.rounding import ROUNDING, Rounding
+from qpalette.core.ahead import ahead
 from qpalette.core.errors import InputError
 from qpalette.formats import PackedCheckpoint, model_card, open_artifact, write_checksums
 from qpalette.models import check_complete, transposed_modules
@@ -24,7 +25,7 @@ from qpalette.pipeline.output import Output
 from qpalette.pipeline.partial import PartialResults
 from qpalette.pipeline.rehearsal import rehearse
 from qpalette.pipeline.report import REPORT_FILE, LinearResult, QuantizeReport
-from qpalette.pipeline.work import Work, batches_of, encode_batch
+from qpalette.pipeline.work import Work, batches_of, encode_batch, read_sources
 from qpalette.pipeline.workers import Batch, Result, run_in_processes
 from qpalette.plan import PLAN_FILE, Plan
 from qpalette.rotate import Rotation
@@ -172,7 +173,8 @@ def _finished(
         return run_in_ray(work, batches, workers, device, ray)
     if workers > 1:
         return run_in_processes(work, batches, workers, device)
-    return ((batch, encode_batch(work, checkpoint, batch, device)) for batch in batches)
+    read = ahead(lambda batch: read_sources(checkpoint, batch), batches)
+    return ((batch, encode_batch(work, batch, sources, device)) for batch, sources in read)
 
 
 def _quantize_linears(
@@ -197,10 +199,14 @@ def _quantize_linears(
     for job in jobs:
         if (found := partial.quality(job)) is not None:
             finish(job, found)
-    results = finished(batches_of([job for job in jobs if job.name not in qualities], device))
-    for batch, encoded in results:
-        for job, packed in zip(batch, encoded, strict=True):
+
+    def save(result: Result) -> None:
+        for job, packed in zip(*result, strict=True):
             partial.save(job, packed)
+
+    to_do = batches_of([job for job in jobs if job.name not in qualities], device)
+    for (batch, encoded), _ in ahead(save, finished(to_do)):
+        for job, packed in zip(batch, encoded, strict=True):
             finish(job, packed.quality)
     return qualities
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qpalette.core.errors import InputError, QPaletteError
-from qpalette.pipeline.work import Work, encode_batch
+from qpalette.pipeline.work import Work, encode_batch, read_sources
 from qpalette.pipeline.workers import Batch, Result, from_plain, to_plain
 
 LOCAL = "local"  # in place of an address: a cluster of this host alone, for as long as the run
@@ -53,7 +53,8 @@ def run_in_ray(
 
 def _encode(work: Work, batch: Batch, device: str) -> list[dict[str, Any]]:
     torch.set_num_threads(1 if work.hessians is None else work.threads)  # Ray reserved one CPU
-    return [to_plain(encoded) for encoded in encode_batch(work, work.open(), batch, torch.device(device))]
+    sources = read_sources(work.open(), batch)
+    return [to_plain(encoded) for encoded in encode_batch(work, batch, sources, torch.device(device))]
 
 
 def _get(ray: Any, reference: Any, batch: Batch) -> list[dict[str, Any]]:

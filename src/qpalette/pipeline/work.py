@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -48,12 +49,27 @@ class Work:
         return checkpoint
 
 
-def encode_batch(work: Work, checkpoint: Checkpoint, jobs: Sequence[Job], device: torch.device) -> list[EncodedLinear]:
+class Source(NamedTuple):
+    """A linear's weight [M, K] as it was read, on the CPU."""
+
+    weight: torch.Tensor
+    sha256: str
+
+
+def read_sources(checkpoint: Checkpoint, jobs: Sequence[Job]) -> list[Source]:
+    """Raises CheckpointError as `read_weight`."""
+    weights = [read_weight(checkpoint, job.name) for job in jobs]
+    return [Source(weight, sha256_of(weight)) for weight in weights]
+
+
+def encode_batch(
+    work: Work, jobs: Sequence[Job], sources: Sequence[Source], device: torch.device
+) -> list[EncodedLinear]:
     """Jobs that belong together: calibrated ones of one shape and spec, or a single one.
 
     Raises as `encode_linear` and `encode_linears`, HessianError, and InputError when `device` has no room for them.
     """
-    weights = [read_weight(checkpoint, job.name) for job in jobs]
+    weights = [source.weight for source in sources]
     try:
         if jobs[0].calibrated:
             members = [_prepared(work, job, weight, device) for job, weight in zip(jobs, weights, strict=True)]
@@ -66,7 +82,7 @@ def encode_batch(work: Work, checkpoint: Checkpoint, jobs: Sequence[Job], device
             f"{device} has no memory left for {jobs[0].group.name} (inputs: {jobs[0].group.in_features}): free some "
             "of it, or use --device cpu; finished linears are kept"
         ) from error
-    return [replace(e, weight_sha256=sha256_of(w)) for e, w in zip(encoded, weights, strict=True)]
+    return [replace(e, weight_sha256=source.sha256) for e, source in zip(encoded, sources, strict=True)]
 
 
 def batches_of(jobs: Sequence[Job], device: torch.device) -> list[tuple[Job, ...]]:

@@ -24,7 +24,7 @@ import torch
 from qpalette.core.errors import InputError
 from qpalette.pipeline.encode import EncodedLinear
 from qpalette.pipeline.jobs import Job
-from qpalette.pipeline.work import Work, encode_batch
+from qpalette.pipeline.work import Work, encode_batch, read_sources
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,8 @@ def _end_with_parent() -> None:
 
 
 def _encode(batch: Batch) -> list[dict[str, Any]]:
-    return [to_plain(e) for e in encode_batch(_here["work"], _here["checkpoint"], batch, _here["device"])]
+    sources = read_sources(_here["checkpoint"], batch)
+    return [to_plain(e) for e in encode_batch(_here["work"], batch, sources, _here["device"])]
 
 
 def _result(future: Future[list[dict[str, Any]]]) -> list[EncodedLinear]:

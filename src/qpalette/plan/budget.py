@@ -15,6 +15,7 @@ from qpalette.plan.build import Candidate, Limits
 from qpalette.plan.plan import counted_rate
 
 SIZE, DEVICE = "a size", "a memory"
+MOST_BITS = 16  # of a weight before
 
 
 def spec_for_bits(
@@ -24,9 +25,10 @@ def spec_for_bits(
     everything stored counts.
 
     A row scale and the input's `diagonal` cost a few hundredths of a bit, so that a budget of 4 buys a code of 3.875.
-    Raises SpecError when `bits` is no rate, or when no quantizer fits, naming the least budget.
+    Raises SpecError when `bits` is no rate of at most 16, or when no quantizer fits, naming the least budget.
     """
     budget = parse_rate(bits) if isinstance(bits, str) else bits
+    _check(budget)
     if not any(group.linears for group in groups):
         raise SpecError("there is no linear to quantize: check include and exclude")
     counted = {rate: counted_rate(groups, rate, diagonal) for rate in {candidate.rate for candidate in palette}}
@@ -38,6 +40,11 @@ def spec_for_bits(
             f"{_rounded_up(counted[least.rate])}, {least.spec} with its scales and signs"
         )
     return min(fitting, key=lambda candidate: (candidate.distortion, candidate.rate)).spec
+
+
+def _check(bits: Fraction) -> None:
+    if bits > MOST_BITS:
+        raise SpecError(f"{float(bits):g} bits per weight are more than the {MOST_BITS} that there are: ask for fewer")
 
 
 def _rounded_up(rate: Fraction) -> str:
@@ -65,6 +72,8 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.bits, self.size, self.memory, self.tokens_per_second) == (None,) * 4:
             raise SpecError("give a budget: bits, a size, a memory or tokens per second")
+        if self.bits is not None:
+            _check(self.bits)
         if self.tokens_per_second is not None and not 0 < self.tokens_per_second < inf:
             raise SpecError(f"tokens per second must be a positive number, got {self.tokens_per_second}")
 

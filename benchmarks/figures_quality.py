@@ -1,0 +1,168 @@
+"""Tables of how close: codes, plans, calibration, tuning, and other people's files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from figure_cells import DATA_FREE, gap, kl_of, kl_text, over_bound, scaled
+from figure_page import Result, Row, Table, row_of, section
+from report import RESULTS
+
+PLANNED = {"plan": "planned, fisher"}
+BITS = ("1.5", "2", "2.5", "3", "3.25", "3.5", "4", "5", "6", "8")
+
+
+@section(
+    "Planned against uniform",
+    *("plan_model_2.5_h100", "plan_model_h100", "plan_model_4_uniform_cpu"),
+    *("plan_model_2.5_cpu", "plan_model_3.25_cpu", "plan_model_4_cpu", "plan_model_ldlq_cpu"),
+    command="""python benchmarks/plan_model.py MODEL --text FILE --calibration FILE
+qpalette quantize MODEL OUT --spec tcq-3.875       # uniform at 4 bits; then qpalette eval""",
+)
+def planned(low: Result, three: Result, four: Result, *plans: Result) -> Table:
+    """SmolLM2-135M-Instruct, KL in nats per token on the first 16 windows of the WikiText-2 test text. "Uniform" is the
+    best single code within the budget, data-free; calibrated is rounding with feedback from the inputs, no tuning.
+    Predictions are second-order: too low where the loss is large."""
+    *white, calibrated = plans
+    uniform = {
+        "2.5": row_of(low["rows"], **DATA_FREE)["KL"],
+        "3": row_of(three["rows"], budget="3", **DATA_FREE)["KL"],
+        "3.25": row_of(three["rows"], budget="3.25", **DATA_FREE)["KL"],
+        "4": four["kl"],
+    }
+    data_free = [row_of(three["rows"], budget="3", **PLANNED), *(row for result in white for row in result["rows"])]
+
+    def pair(rows: Sequence[Row], bits: str) -> tuple[str, ...]:
+        found = [(kl_text(row["KL"]), kl_text(row["predicted KL"])) for row in rows if row["budget"] == bits]
+        return found[0] if found else ("", "")
+
+    return Table(
+        ("bits per weight, everything counted", "uniform", "planned", "predicted", "planned, calibrated", "predicted"),
+        [(b, kl_text(kl), *pair(data_free, b), *pair(calibrated["rows"], b)) for b, kl in uniform.items()],
+    )
+
+
+@section(
+    "One code for all linears",
+    *("rates_h100", "rates_cpu"),
+    command="python benchmarks/rates.py MODEL --text FILE --hessians DIR --device cuda",
+)
+def rates(gpu: Result, cpu: Result) -> Table:
+    """SmolLM2-135M-Instruct, the same text; calibrated on 131072 tokens of the training text."""
+    rows = [*gpu["rows"], *cpu["rows"]]
+    original = ("16 bits", "", "", f"{gpu['rows'][0]['16-bit perplexity']:.2f}", "", "")
+
+    def line(free: Row) -> tuple[str, ...]:
+        calibrated = [row for row in rows if row["spec"] == free["spec"] and row["rounding"] == "calibrated"]
+        found = [text for row in calibrated for text in (kl_text(row["KL"]), f"{row['perplexity']:.2f}")] or ["", ""]
+        return (free["spec"], f"{free['bits']:.3f}", kl_text(free["KL"]), f"{free['perplexity']:.2f}", *found)
+
+    columns = ("code", "bits per weight, all counted", "KL, data-free", "perplexity", "KL, calibrated", "perplexity")
+    return Table(columns, [*(line(row) for row in rows if row["rounding"] == "data-free"), original])
+
+
+@section(
+    "Tuning", "tuning_small_cpu", command="qpalette tune OUT --reference MODEL --text FILE --out TUNED  # and so on"
+)
+def tuning(result: Result) -> Table:
+    """A few steps on one busy processor; measured on 4 windows of text that tuning never saw."""
+    rows = [{"name": "tcq-3-L12", **result["before"]}, {"name": "tuned", **result["after"]}]
+    bits, perplexity = "{bits_per_weight:.3f}", "{perplexity:.2f}"
+    return Table.of(rows, {"": "{name}", "bits per weight": bits, "KL": kl_of("kl"), "perplexity": perplexity})
+
+
+@section("Plans on published sensitivities", "plan_published_memory", command="python benchmarks/plan_published.py")
+def published_plans(result: Result) -> Table:
+    """Llama-3.1-8B, predicted loss over the information-theoretic bound; codes alone counted, as in the publication."""
+    palettes = {"this palette": "{ours:.3f}", "published palette, planned alike": "{published palette:.3f}"}
+    return Table.of(result["rows"], {"average bits": "{bits}", **palettes})
+
+
+@section(
+    "The palette",
+    *("palette_h100", "palette_published"),
+    command="qpalette palette --measure tcq-3 --weights 2097152 --device cuda       # and so for each",
+)
+def palette(measured: Result, published: Result) -> Table:
+    """Distortion over Shannon's bound on Gaussian weights. tcq has one weight per step of the trellis, tcq2 two."""
+    specs = {row["spec"] for row in measured["rows"]}
+
+    def ours(family: str) -> list[str]:
+        return [gap(measured, f"{family}-{bits}") if f"{family}-{bits}" in specs else "" for bits in BITS]
+
+    known = {f"{row['bits']:g}": over_bound(row) for row in published["rows"] if row["family"] == "tcq"}
+    theirs = [known.get(bits, "") for bits in BITS]
+    return Table(("bits", *BITS), [("tcq", *ours("tcq")), ("tcq2", *ours("tcq2")), ("published tcq", *theirs)])
+
+
+@section(
+    "The palette with a longer search",
+    "palette_best_h100",
+    command="qpalette palette --measure tcq-2-L20 --weights 2097152 --device cuda",
+)
+def palette_best(result: Result) -> Table:
+    """Distortion over Shannon's bound; `--effort best` is L = 18."""
+    return Table.of(result["rows"], {"code": "{spec}", "over Shannon's bound": "{gap:.3f}"})
+
+
+@section(
+    "Full or block-diagonal rotation",
+    "rotations",
+    command="python benchmarks/rates.py MODEL --text FILE --windows 4 --rotation full --rotation block",
+)
+def rotations(result: Result) -> Table:
+    """Within one standard error of each other: no difference that this run can see. Full is the default."""
+    figures = {"KL": kl_of("KL"), "standard error": "{KL stderr:.4f}", "perplexity": "{perplexity:.2f}"}
+    return Table.of(result["rows"], {"rotation": "{rotation}", "code": "{spec}", **figures})
+
+
+@section(
+    "Rounding on both sides",
+    "two_sided",
+    command="python benchmarks/two_sided.py MODEL --text TEST --calibration TRAIN --device cuda",
+)
+def both_sides(result: Result) -> Table:
+    """SmolLM2-135M-Instruct, one code for all linears, embeddings as they are, no plan and no tuning; KL on the first
+    16 windows of the WikiText-2 test text, calibrated on 131072 tokens of the training text."""
+    figures = {"bits per weight, all counted": "{bits:.3f}", "KL": kl_of("KL"), "standard error": "{KL stderr:.4f}"}
+    return Table.of(
+        sorted(result["rows"], key=lambda row: row["bits"]), {"code": "{choice}", "rounding": "{rounding}", **figures}
+    )
+
+
+@section(
+    "The one command",
+    "road_one_command_cpu",
+    command="python benchmarks/road.py MODEL --one-command --bits 3 --text TEST",
+)
+def one_command(result: Result) -> Table:
+    """`qpalette quantize MODEL OUT --bits 3`, SmolLM2-135M-Instruct on two cores, embeddings counted and packed. The
+    model writes the text that it is calibrated and tuned on; KL is of the WikiText-2 test text. While it tuned, others
+    worked on the machine."""
+    minutes, bits = scaled("seconds", 1 / 60, 1), "{bits_per_weight:.3f}"
+    kl = {"KL": kl_of("kl"), "predicted, on its own text": kl_of("predicted_kl")}
+    return Table.of(result["rows"], {"minutes": minutes, "bits per weight": bits, **kl})
+
+
+def compared(result: Result) -> Table:
+    """All bytes of the weight files over the weights of the original; KL in nats per token, its mean and its median.
+    llama.cpp's K types need rows of a multiple of 256 weights: for others its tool takes larger types."""
+    return Table.of(
+        result["models"],
+        {
+            "model": lambda row: Path(row["model"]).name,
+            "MB": scaled("file_bytes", 1e-6, 1),
+            "bits per weight": "{bits_per_weight:.3f}",
+            "KL": kl_of("kl"),
+            "median": kl_of("kl_median"),
+            "top-1, %": lambda row: f"{100 * row['top1']:.1f}" if row["top1"] is not None else "",
+            "perplexity": "{perplexity:.2f}",
+        },
+    )
+
+
+for _file in sorted(RESULTS.glob("compare_*.json")):
+    section(f"{_file.stem}", _file.stem, command="qpalette compare MODEL ... --text FILE --json", name=_file.stem)(
+        compared
+    )
