@@ -1,22 +1,25 @@
 """What tuning is worth: KL on test text before and after, for quantized models, with the time that it took.
 
 python benchmarks/tuning.py MODEL ARTIFACT [ARTIFACT ...] --text FILE --test FILE [--windows 16] [--device cuda]
-                            [--steps 150] [--batch 4] [--sampled] [--keep-size] [--cache] [--name tuning]
+                            [--steps 150] [--batch 4] [--profile] [--sampled] [--keep-size] [--cache] [--name tuning]
 
 `--text` is what is tuned on, `--test` what is measured on. With `--sampled` each is also tuned on text that the
-original writes, and measured on text that it writes with another seed. The peak counts a third model, for measuring.
+original writes, and measured on text that it writes with another seed. With `--profile` it is told where the seconds of
+tuning go (`where_time_goes.py`): take few steps then. The peak counts a third model, for measuring.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from report import device_name, report
+from where_time_goes import profiled
 
 from qpalette.evaluate import bits_per_weight, evaluate_models, load_model, model_windows
 from qpalette.tuning import Silent, Tuning, tune
@@ -58,6 +61,7 @@ def main(
     keep_size: bool = False,
     cache: bool = False,
     recompute: bool = True,
+    profile: Annotated[bool, typer.Option(help="Tell where the seconds go.")] = False,
     work: Annotated[Path, typer.Option(help="Where tuned models go; kept, so that a rerun is quick.")] = Path("out"),
     name: str = "tuning",
 ) -> None:
@@ -82,7 +86,7 @@ def main(
     for artifact in artifacts:
         before = kl_of(artifact)
         for tuned_on in [text, None] if sampled else [text]:
-            rows.append(_row(model, artifact, tuned_on, tuning, device, dtype, work, before, kl_of))
+            rows.append(_row(model, artifact, tuned_on, tuning, device, dtype, work, before, kl_of, profile))
             facts = {"model": Path(model).name, "text": text.name, "test": test.name, "tuning": vars(tuning)}
             report(name, device_name(device), rows, **facts, windows=windows)
 
@@ -97,6 +101,7 @@ def _row(
     work: Path,
     before: dict[str, float | None],
     kl_of: Callable[[Path], dict[str, float | None]],
+    profile: bool,
 ) -> dict[str, Any]:
     out = work / f"{Path(artifact).name}-tuned-{'sampled' if text is None else text.stem}"
     watcher, start = Timed(), time.perf_counter()
@@ -104,8 +109,9 @@ def _row(
         torch.cuda.reset_peak_memory_stats()
     made = not out.exists()
     if made:
-        tune(model=artifact, reference=model, text=text, out=out, tuning=tuning, device=device,
-             dtype=getattr(torch, dtype), watcher=watcher)  # fmt: skip
+        run = partial(tune, artifact, model, text, out, tuning=tuning, device=device, dtype=getattr(torch, dtype),
+                      watcher=watcher)  # fmt: skip
+        profiled("tune", run) if profile else run()
     seconds = time.perf_counter() - start
     after = kl_of(out)
     looks: Sequence[tuple[int, float]] = watcher.looks

@@ -3,13 +3,14 @@
     python benchmarks/two_sided.py MODEL --text TEST --calibration TRAIN --device cuda
 
     [--uniform 2 --uniform 3 ...] [--planned 2.5 --planned 3 ...] [--tokens 131072] [--window 2048] [--windows 16]
-    [--effort standard] [--sampled] [--work out/two_sided] [--name two_sided]
+    [--effort standard] [--sampled] [--profile] [--work out/two_sided] [--name two_sided]
 
 Uniform: `tcq-R` everywhere, rounded data-free, by LDLQ, by LDLQ with columns equalized, on both sides, and on both
 sides equalized. Planned: LDLQ and both sides, equalized, each by sensitivities to its own error, with the KL that was
 predicted and that of the best uniform plan within the same bits. With `--sampled` every KL is measured on text that the
 model writes, too, and the planned models of both sides are made once more from a calibration on such text (of another
-seed). Calibrations, sensitivities and models stay in `--work`, so that a rerun goes on.
+seed). With `--profile` it is told where the seconds of each step go (`where_time_goes.py`), and seconds are no result.
+Calibrations, sensitivities and models stay in `--work`, so that a rerun goes on.
 
     python benchmarks/two_sided.py --llama-8b [--bits 3.25] --device cuda --dtype bfloat16
 
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +34,7 @@ from memory import write_llama
 from report import device_name, report
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from where_time_goes import profiled
 
 import qpalette
 from qpalette.api import calibrated_sensitivities
@@ -54,6 +57,7 @@ ROUNDINGS = {  # name -> sides, columns equalized
     "both sides, equalized": (BOTH, True),
 }
 LLAMA_8B = {"hidden": 4096, "layers": 32, "inner": 14336, "kv": 1024, "vocabulary": 128256, "scale": 0.02}
+PROFILED = [False]
 WORDS = 4096  # of the random model's text
 
 
@@ -74,9 +78,11 @@ def main(
     sampled: Annotated[bool, typer.Option(help="Also measure, and calibrate, on text of the model's own.")] = False,
     llama_8b: Annotated[bool, typer.Option(help="A random model of these shapes, timed.")] = False,
     bits: Annotated[str, typer.Option(help="With --llama-8b: of its plan.")] = "3.25",
+    profile: Annotated[bool, typer.Option(help="Tell where the seconds go.")] = False,
     work: Path = Path("out/two_sided"),
     name: str = "two_sided",
 ) -> None:
+    PROFILED.append(profile)
     work.mkdir(parents=True, exist_ok=True)
     options = {"tokens": tokens, "window": window, "device": device, "dtype": parse_dtype(dtype)}
     if llama_8b:
@@ -126,7 +132,8 @@ class Trial:
         directory = self.work / file_name(sides)
         text = None if sides == SAMPLED else self.calibration
         seconds = timed(
-            lambda: qpalette.calibrate(self.model, directory, text, one_sided=sides == ONE, **self.options)
+            lambda: qpalette.calibrate(self.model, directory, text, one_sided=sides == ONE, **self.options),
+            "calibrate",
         )[0]
         self.facts.setdefault(f"seconds to calibrate, {sides}", round(seconds, 1))
         return directory
@@ -152,7 +159,7 @@ class Trial:
 
     def plan(self, budget: str, sides: str, directory: Path) -> BudgetPlan:
         options = {"device": self.device, "dtype": self.options["dtype"], "bands": self.bands}
-        seconds, known = timed(lambda: calibrated_sensitivities(self.model, directory, **options))
+        seconds, known = timed(lambda: calibrated_sensitivities(self.model, directory, **options), "sensitivities")
         self.facts.setdefault(f"seconds to measure sensitivities, {sides}", round(seconds, 1))
         space, checkpoint = Space(palette_of(self.effort)), open_checkpoint(self.model)
         return make_plan(known, Budget(Fraction(budget)), space, checkpoint, hessians=HessianStore.open(directory))
@@ -161,9 +168,12 @@ class Trial:
         out = self.work / "models" / file_name(name)
         seconds = 0.0
         if not out.exists():
-            seconds, _ = timed(lambda: qpalette.quantize(self.model, out, device=self.device, **options))
+            seconds, _ = timed(lambda: qpalette.quantize(self.model, out, device=self.device, **options), name)
         quantized = load_model(out, self.device)[0]
-        measured = {kind: evaluate_models(quantized, self.reference, windows) for kind, windows in self.tests.items()}
+        measured = {
+            kind: timed(partial(evaluate_models, quantized, self.reference, windows), kind)[1]
+            for kind, windows in self.tests.items()
+        }
         found = measured["KL"]
         self.rows.append(
             {
@@ -198,7 +208,7 @@ def time_llama_8b(work: Path, bits: str, effort: str, options: dict[str, Any], n
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        seconds, found = timed(run)
+        seconds, found = timed(run, what)
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.startswith("cuda") else None
         rows.append({"step": what, "seconds": round(seconds, 1), "peak GPU memory, GiB": peak})
         report(name, device_name(device), rows, bits=bits, effort=effort, **{k: str(v) for k, v in options.items()})
@@ -225,9 +235,9 @@ def file_name(words: str) -> str:
     return words.replace(" ", "_").replace(",", "")
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+def timed(run: Callable[[], Any], what: str) -> tuple[float, Any]:
     start = time.perf_counter()
-    found = run()
+    found = profiled(what, run) if PROFILED[-1] else run()
     return time.perf_counter() - start, found
 
 

@@ -51,6 +51,7 @@ TOKENS = 65_536
 CACHE_LENGTH = 4096  # tokens that a cache has room for, and its transforms are for, where nobody says more
 SENSITIVITIES = "sensitivities.json"  # in a calibration's directory
 HOW_WELL = ("qpalette", "windows", "bands", "dtype")  # of its provenance: not what was measured
+GPU_PARTS = 4  # of a GPU's free memory, one of which is for sums: 8B has 101 GB of them, and others may run there
 HELD_OUT = 8  # windows, at most, that are set aside
 SENSITIVITY_TOKENS = {"fisher": 16_384, "perturbation": 2048}  # one backward pass in all, against one pass per linear
 
@@ -173,8 +174,9 @@ def calibrate(
     forward only. Interrupted, the same call goes on where it stopped.
 
     Besides the model there are activations of one window and at most `memory_budget_bytes` of sums on the device (see
-    `collect_hessians`), by default 4 GiB, or half of what a GPU has left. `progress` is called with (windows done,
-    windows in all), `writing` with (tokens written, tokens in all). Returns what was measured on.
+    `collect_hessians`), by default 4 GiB, or a quarter of what a GPU has left, as a backward pass needs room beside
+    them. `progress` is called with (windows done, windows in all), `writing` with (tokens written, tokens in all).
+    Returns what was measured on.
 
     Raises InputError for a text or a number that cannot be used, CheckpointError for a model that cannot be read, and
     HessianError as `collect_hessians` does.
@@ -219,7 +221,7 @@ def _split(windows: Sequence[torch.Tensor], count: int) -> tuple[Sequence[torch.
 
 
 def _memory_budget(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else MEMORY_BUDGET
+    return torch.cuda.mem_get_info(device)[0] // GPU_PARTS if device.type == "cuda" else MEMORY_BUDGET
 
 
 def calibrated_sensitivities(

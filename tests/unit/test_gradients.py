@@ -11,7 +11,7 @@ from qpalette.core.records import FLOAT16, SIGNS, LinearRecord
 from qpalette.nn import QuantEmbedding, QuantLinear, TiedHead
 from qpalette.nn.quant_embedding import packed_rows
 from qpalette.rotate import Rotation, diagonal_of, rotation_for
-from qpalette.runtime import packed_linear
+from qpalette.runtime import keeping, packed_linear
 
 ROWS, COLUMNS = 80, 96
 BATCHES = (1, 9, 16, 17, 40, 64)
@@ -181,3 +181,44 @@ def test_an_id_out_of_range_is_an_error(ids: list[int]) -> None:
     with pytest.raises(InputError, match=r"ids of rows are int32 or int64, got torch\.float32"):
         module(torch.tensor([1.0]))
     assert torch.equal(module(torch.tensor([3], dtype=torch.int32)), module(torch.tensor([3])))
+
+
+@pytest.mark.parametrize(("device", "backend"), PLACES)
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_what_is_kept_while_it_is_fitted_gives_the_same_bits_and_is_decoded_once(
+    device, backend, budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QPALETTE_BACKEND", backend)
+    module = filled(record_of("nuq-4", FLOAT16), device=device)
+    parameters = module.fit("scales", "diagonal")
+    x = torch.randn(64, COLUMNS, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+    decoded = []
+    original = type(module.backend).rotated_weight
+
+    def counted(self, packed):
+        decoded.append(packed)
+        return original(self, packed)
+
+    monkeypatch.setattr(type(module.backend), "rotated_weight", counted)
+
+    def pass_through() -> list[torch.Tensor]:
+        y = module(x)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *parameters])]
+
+    def both() -> list[list[torch.Tensor]]:
+        """Before and after a step, which changes parameters in place."""
+        results = []
+        for values in start, [1.25 * value for value in start]:
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.data.copy_(value)
+            results.append(pass_through())
+        return results
+
+    start = [parameter.detach().clone() for parameter in parameters]
+    expected, times = both(), len(decoded)
+    with keeping(budget):
+        found = both()
+    assert times >= 2
+    assert len(decoded) == 2 * times - bool(budget)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(map(torch.equal, ours, theirs))

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qpalette.core.errors import CheckpointError
-from qpalette.storage import export_checkpoint, open_checkpoint
+from qpalette.storage import export_checkpoint, gguf_source, open_checkpoint
 from qpalette.storage.gguf_header import check_header
 from qpalette.storage.gguf_rope import scaled_rope
 
@@ -371,6 +371,25 @@ def test_headers_of_either_byte_order_are_walked(tmp_path, order):
 def test_files_that_are_refused(tmp_path, options, message):
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(write_gguf(tmp_path / "a.gguf", **options))
+
+
+def test_metadata_are_read_once_and_again_where_the_file_has_changed(tmp_path, monkeypatch):
+    readers = []
+
+    def counted(file: Path) -> gguf.GGUFReader:
+        readers.append(file)
+        return gguf.GGUFReader(file)
+
+    monkeypatch.setattr(gguf_source, "GGUFReader", counted)
+    file = write_gguf(tmp_path / "model.gguf")
+    first = open_checkpoint(file)
+    first.config["hidden_size"] = 1  # of this one alone
+    again = open_checkpoint(file)
+    assert len(readers) == 1
+    assert again.config["hidden_size"] == HIDDEN
+    write_gguf(file, tied=False)
+    assert "lm_head.weight" in open_checkpoint(file).tensors
+    assert len(readers) == 2
 
 
 def test_a_directory_with_several_files_asks_for_one(tmp_path):

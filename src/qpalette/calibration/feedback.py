@@ -31,6 +31,7 @@ STORED = 2**-23  # of the norm of H: what two roundings to float32, as it is sto
 ASYMMETRY = 1e-3  # of the largest entry: far above rounding, far below another matrix
 SINGULAR = 1e-9  # of the mean diagonal: what keeps rows that are decoded to zeros from having any scale
 
+TOGETHER = 16  # block columns of a factor that are solved in one call
 PANEL = 8  # tiles whose errors reach the others one step at a time
 WIDTH = PANEL * TILE
 
@@ -279,11 +280,18 @@ def _largest_eigenvalues(symmetric: Tensor, count: int) -> Tensor:
 
 
 def _unit_upper(factor: Tensor) -> Tensor:
-    """R upper triangular -> U with R R^T = (I + U) D (I + U)^T: each block column times its own block's inverse."""
-    count = len(factor) // TILE
+    """R upper triangular -> U with R R^T = (I + U) D (I + U)^T: each block column times its own block's inverse.
+
+    Several block columns at a time: one by one, a GPU waits for the host at each.
+    """
     upper = torch.zeros_like(factor)
-    for index in range(1, count):
-        block = slice(index * TILE, (index + 1) * TILE)
-        above = factor[: block.start, block]
-        upper[: block.start, block] = torch.linalg.solve_triangular(factor[block, block], above, upper=True, left=False)
+    blocks = factor.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    for first in range(0, len(blocks), TOGETHER):
+        own = blocks[first : first + TOGETHER]
+        columns = slice(TILE * first, TILE * (first + len(own)))
+        above = factor[: columns.stop, columns].unflatten(1, (-1, TILE)).transpose(0, 1)  # [columns, rows, 16]
+        solved = torch.linalg.solve_triangular(own, above, upper=True, left=False)
+        upper[: columns.stop, columns] = solved.transpose(0, 1).flatten(1)
+        corner = upper[columns, columns].unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE))
+        corner.masked_fill_(torch.ones_like(corner[:, 0, :, 0], dtype=torch.bool).tril()[:, None, :, None], 0)
     return upper

@@ -111,12 +111,12 @@ class Divergence:
 
     def measure(self) -> float:
         """Of the model as it is now, from the reference."""
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self._reference[0].device)
         for window, true in zip(self.windows, self._reference, strict=True):
             mine = self._log_probabilities(window)
             for rows in map(slice, range(0, len(mine), CHUNK), range(CHUNK, len(mine) + CHUNK, CHUNK)):
-                total += float((true[rows].exp() * (true[rows] - mine[rows])).sum(-1).double().sum())
-        return total / sum(len(window) - 1 for window in self.windows)
+                total += (true[rows].exp() * (true[rows] - mine[rows])).sum(-1).double().sum()
+        return float(total) / sum(len(window) - 1 for window in self.windows)
 
     @torch.inference_mode()
     def _log_probabilities(self, window: Tensor) -> Tensor:

@@ -94,11 +94,11 @@ def curvatures(
     tokens = sum(len(window) - 1 for window in windows)
     todo = [group for group in noise.groups if any(linear.name not in found for linear in group.linears)]
     for run in _runs(noise, todo, memory_budget_bytes):
-        sums = dict.fromkeys(run, 0.0)
+        sums = {name: torch.zeros((), dtype=torch.float64, device=shaping.rms.device) for name, shaping in run.items()}
         weights = {name: noise.weights[name] for name in run}
         for number, window in enumerate(windows):
             _add_curvature(model, window, torch.Generator().manual_seed(seed + number), weights, run, sums)
-        found |= {name: value / (2 * tokens) for name, value in sums.items()}
+        found |= {name: float(value) / (2 * tokens) for name, value in sums.items()}
         partial.save()
         done = sum(all(linear.name in found for linear in group.linears) for group in noise.groups)
         if progress is not None:
@@ -123,7 +123,7 @@ def _add_curvature(
     generator: torch.Generator,
     weights: Mapping[str, Weight],
     shapings: Mapping[str, Shaping],
-    sums: Values,
+    sums: Mapping[str, Tensor],
 ) -> None:
     parts: dict[nn.Parameter, list[str]] = {}
     for name, weight in weights.items():
@@ -134,7 +134,7 @@ def _add_curvature(
             assert parameter.grad is not None
             for name in names:
                 pulled = shapings[name].adjoint(weights[name].of(parameter.grad))
-                sums[name] += float(pulled.double().square().sum())
+                sums[name] += pulled.double().square().sum()  # on the device: nobody waits for it
             parameter.grad = None
 
         return reduce

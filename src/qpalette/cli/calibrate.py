@@ -30,7 +30,7 @@ def calibrate(
         typer.Option(
             "--memory",
             metavar="GIB",
-            help="For sums; with less, the text is read more often.  [default: 4, or half of what a GPU has left]",
+            help="For sums; with less, the text is read more often.  [default: 4, or a quarter of what a GPU has left]",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Of the model: float32, bfloat16 or float16.")] = "float32",

@@ -14,6 +14,7 @@ from qpalette.runtime.contract import (
 from qpalette.runtime.dispatch import backends, register, select
 from qpalette.runtime.experts import PreparedExperts, packed_experts
 from qpalette.runtime.gate import Gate, recognise
+from qpalette.runtime.kept import keeping
 from qpalette.runtime.ops import PreparedLinears, backend_for, packed_linear, packed_linears
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "backends",
     "in_one_basis",
     "in_runs",
+    "keeping",
     "packed_experts",
     "packed_linear",
     "packed_linears",

@@ -14,6 +14,7 @@ from qpalette.rotate import Rotation, diagonal_of
 from qpalette.runtime.contract import TILES, Backend, PackedLinear
 from qpalette.runtime.dispatch import backends, select
 from qpalette.runtime.door import check_packed, check_vectors
+from qpalette.runtime.kept import kept
 
 Tensors = list[torch.Tensor]
 
@@ -122,7 +123,12 @@ def _run(x: torch.Tensor, members: Sequence[PackedLinear]) -> torch.Tensor:
     check_vectors(x, first.in_features, first.codes.device)
     backend = _checked_backend(members)
     rows = x.reshape(-1, first.in_features)
-    result = backend.linear(rows, first) if len(members) == 1 else backend.linears(rows, members)
+    stays = kept()
+    product = None if stays is None or len(members) > 1 else stays.product(first, backend)
+    if product is not None:
+        (result,) = product(rows)
+    else:
+        result = backend.linear(rows, first) if len(members) == 1 else backend.linears(rows, members)
     return result.reshape(*x.shape[:-1], result.shape[-1])
 
 
@@ -137,16 +143,22 @@ def _checked_backend(members: Sequence[PackedLinear]) -> Backend:
 
 def _tuned(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
     """With scales or diagonal that are still being fitted: the product with neither, in float32, between the two."""
-    scales, diagonal = packed.scales, packed.diagonal
-    inner, work = packed, x.float()
-    if diagonal.is_floating_point():
-        work = work * diagonal
-        no_signs = torch.zeros(-(-packed.in_features // 8), dtype=torch.uint8, device=x.device)
-        inner = inner.with_(diagonal=no_signs)
-    if scales.is_floating_point():
-        inner = inner.with_(scales=torch.ones_like(scales, dtype=torch.float16).view(torch.int16))
-    product = packed_linear(work, inner)
+    scales, diagonal, stays = packed.scales, packed.diagonal, kept()
+    work = x.float() * diagonal if diagonal.is_floating_point() else x.float()
+    product = packed_linear(work, _inner(packed) if stays is None else stays.inner(packed, _inner))
     return (product * scales if scales.is_floating_point() else product).to(x.dtype)
+
+
+def _inner(packed: PackedLinear) -> PackedLinear:
+    """Without what is fitted: signs of +1, scales of 1."""
+    inner, device = packed, packed.codes.device
+    if packed.diagonal.is_floating_point():
+        no_signs = torch.zeros(-(-packed.in_features // 8), dtype=torch.uint8, device=device)
+        inner = inner.with_(diagonal=no_signs)
+    if packed.scales.is_floating_point():
+        ones = torch.ones_like(packed.scales, dtype=torch.float16, requires_grad=False)
+        inner = inner.with_(scales=ones.view(torch.int16))
+    return inner
 
 
 @torch.library.impl(LIBRARY, "linear", "CompositeExplicitAutograd")
@@ -187,7 +199,8 @@ def _linear_transposed(
     packed = PackedLinear(codes, scales, diagonal, spec, rotation, rows, columns, layout)
     check_vectors(y, rows, codes.device)
     check_packed(packed)
-    weight = backend_for(layout, spec, y.device).rotated_weight(packed)
+    backend, stays = backend_for(layout, spec, y.device), kept()
+    weight = backend.rotated_weight(packed) if stays is None else stays.rotated_weight(packed, backend)
     product = (y.reshape(-1, rows) @ weight.to(y.dtype)).to(torch.promote_types(y.dtype, torch.float32))
     result = Rotation.parse(rotation, columns).inverse(product) * diagonal_of(diagonal, columns)
     return result.to(y.dtype).reshape(*y.shape[:-1], columns)

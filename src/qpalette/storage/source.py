@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from copy import copy, deepcopy
+from functools import lru_cache
 from pathlib import Path
 
 from qpalette.core.errors import CheckpointError
@@ -53,7 +55,7 @@ def _open_directory(directory: Path) -> Checkpoint:
         return as_plain(SafetensorsCheckpoint(directory))
     ggufs = sorted(directory.glob("*.gguf"))
     if len(ggufs) == 1:
-        return GgufCheckpoint(ggufs[0])
+        return _open_gguf(ggufs[0])
     if ggufs:
         raise CheckpointError(f"{directory} has several GGUF files; name one: {', '.join(file.name for file in ggufs)}")
     if any(file for pattern in PICKLES for file in directory.glob(pattern)):
@@ -63,10 +65,24 @@ def _open_directory(directory: Path) -> Checkpoint:
 
 def _open_file(file: Path) -> Checkpoint:
     if file.suffix == ".gguf":
-        return GgufCheckpoint(file)
+        return _open_gguf(file)
     if any(file.match(pattern) for pattern in PICKLES):
         raise _pickle_error(file)
     raise CheckpointError(f"{file} is no GGUF file; for safetensors give the directory that holds config.json")
+
+
+def _open_gguf(file: Path) -> Checkpoint:
+    """Its metadata are read once in a process: a tokenizer of 49 thousand words took 10 s, and a run opens its source
+    several times. Whoever changes the config changes a copy."""
+    found = file.stat()
+    opened = copy(_gguf_as_it_is(file, found.st_ino, found.st_size, found.st_mtime_ns))
+    opened.config = deepcopy(opened.config)
+    return opened
+
+
+@lru_cache(maxsize=4)
+def _gguf_as_it_is(file: Path, inode: int, size: int, changed: int) -> GgufCheckpoint:
+    return GgufCheckpoint(file)
 
 
 def _pickle_error(path: Path) -> CheckpointError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qpalette.runtime import keeping
 from qpalette.tuning.options import Tuning, Watcher
 from qpalette.tuning.reference import Reference, divergence, logits_of
 from qpalette.tuning.state import State
@@ -21,6 +22,7 @@ from qpalette.tuning.vectors import TunedVectors
 
 FILLS: Any = torch.utils.deterministic  # its attribute is made as it is imported
 SEEDS = 1_000_003  # between those of two runs: more than a run has epochs
+KEPT_SHARE = 0.25
 BACKWARD = 2  # passes that a backward pass takes; one more where activations are computed again
 
 
@@ -55,14 +57,15 @@ class Descent:
         vectors.apply()
         for step, kl in state.looks:
             self.watcher.held_out(step, kl)
-        if not state.looks:
-            self._look()
-        while state.step < tuning.steps and state.looks_since_best < tuning.patience:
-            self._step(optimizer)
-            if state.step % tuning.every == 0 or state.step == tuning.steps:
+        with codes_kept(self.model.device):
+            if not state.looks:
                 self._look()
-            elif state.step % tuning.save_every == 0:
-                self._save()
+            while state.step < tuning.steps and state.looks_since_best < tuning.patience:
+                self._step(optimizer)
+                if state.step % tuning.every == 0 or state.step == tuning.steps:
+                    self._look()
+                elif state.step % tuning.save_every == 0:
+                    self._save()
         return state
 
     def _optimizer(self) -> torch.optim.Adam:
@@ -133,6 +136,13 @@ def passes(tuning: Tuning, windows: int) -> tuple[int, int]:
     original = 0 if tuning.cache else 1
     forward = 1 + original
     return tuning.batch * (forward + BACKWARD + tuning.recompute), tuning.held_out * forward
+
+
+def codes_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, a GPU decodes codes for the backward pass once, as far as KEPT_SHARE of its free memory has room."""
+    if device.type != "cuda":
+        return nullcontext()
+    return keeping(int(KEPT_SHARE * torch.cuda.mem_get_info(device)[0]))
 
 
 @contextmanager
