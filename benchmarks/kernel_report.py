@@ -1,10 +1,11 @@
-"""What the compiler makes of the fused products, for every architecture; needs no GPU.
+"""What the compiler makes of the fused products, and of experts', for every architecture; needs no GPU.
 
     python benchmarks/kernel_report.py
 
 Registers and spills are ptxas' own. Instructions per weight are counted in the disassembly (pip package
 nvidia-cuda-nvdisasm): those of the loop that decodes and multiplies a chunk of 16 tiles, over the 128 weights that a
-lane has of it. That loop holds some fifty instructions that seldom run.
+lane has of it (of several decoders the mean). That loop holds some fifty instructions that seldom run. Local accesses
+are what spills cost where it counts: loads and stores of the stack in those loops.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import re
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from report import report
 
 from qpalette.backends.cuda.compiler import compile_cubin, resources
 from qpalette.backends.cuda.decoder import decoder_spec
+from qpalette.backends.cuda.experts import RUN
+from qpalette.backends.cuda.experts import SOURCE as EXPERTS_SOURCE
 from qpalette.backends.cuda.layout import CHUNK
-from qpalette.backends.cuda.multiply import kernel_macros, source_for
-from qpalette.backends.cuda.segments import DeviceLimits
+from qpalette.backends.cuda.multiply import SOURCE, kernel_macros
+from qpalette.backends.cuda.segments import DeviceLimits, with_segments
 
 # Dynamic shared memory that a block may ask for, in KiB (CUDA C++ Programming Guide, technical specifications).
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
@@ -40,6 +44,11 @@ SPECS = (
     "vq-4",
     "nuq-3",
     "nuq-8",
+)
+SETS = (  # of decoders in one kernel
+    ("tcq2-2.5", "tcq2-3.25", "tcq2-4"),
+    ("nuq-3", "nuq-4", "tcq-2.125", "tcq-3.25", "tcq2-2", "tcq2-3.25", "vq-1.5", "vq-2"),
+    ("tcq2-2", "tcq2-2.5", "tcq2-2.75", "tcq2-3", "tcq2-3.25", "tcq2-3.5", "tcq2-4", "tcq2-4.5"),
 )
 WEIGHTS_OF_LANE = 8 * CHUNK
 
@@ -82,25 +91,27 @@ def local_accesses(loop: Iterable[str]) -> int:
     return sum(bool(re.search(r"\b(LDL|STL)\b", instruction)) for instruction in loop)
 
 
-def row_of(spec: str, arch: str, batch: int) -> dict[str, Any]:
-    decoder = decoder_spec(spec)
-    assert decoder is not None
+def row_of(kernel: str, source: str, specs: Sequence[str], arch: str, batch: int) -> dict[str, Any]:
+    decoders = sorted({decoder for decoder in map(decoder_spec, specs) if decoder})
     limits = DeviceLimits(1, SHARED[arch] * 1024, (int(arch[3:-1]), int(arch[-1])))
-    macros = tuple(sorted(kernel_macros(limits, batch).items()))
-    used = resources(source_for([decoder]), arch, macros)
-    loops = loops_of(compile_cubin(source_for([decoder]), arch, macros))
+    macros, unit = tuple(sorted(kernel_macros(limits, batch).items())), with_segments(source, decoders)
+    used, loops = resources(unit, arch, macros), loops_of(compile_cubin(unit, arch, macros))
     return {
-        "spec": spec,
+        "kernel": kernel,
+        "spec": " ".join(specs),
         "arch": arch,
         "batch": batch,
         "registers": used.registers,
         "spilled bytes": used.spilled_bytes,
-        "instructions per weight": min(map(len, loops)) / WEIGHTS_OF_LANE if loops else "",
+        "local accesses": sum(map(local_accesses, loops)) if loops else "",
+        "instructions per weight": mean(map(len, loops)) / WEIGHTS_OF_LANE if loops else "",
     }
 
 
 def main() -> None:
-    rows = [row_of(spec, arch, batch) for spec in SPECS for arch in SHARED for batch in (1, 16)]
+    rows = [row_of("product", SOURCE, [spec], arch, batch) for spec in SPECS for arch in SHARED for batch in (1, 16)]
+    one_each = [(spec,) for spec in SPECS]
+    rows += [row_of("experts", EXPERTS_SOURCE, specs, arch, RUN) for specs in (*one_each, *SETS) for arch in SHARED]
     report("kernel_report", "compiler alone", rows)
 
 

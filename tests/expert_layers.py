@@ -64,13 +64,14 @@ def dense(packed: PackedLinear) -> torch.Tensor:
 def definition(experts: PackedExperts, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Slot by slot, in float64."""
     y = torch.zeros_like(x, dtype=torch.float64)
-    weight = [
-        (torch.cat(list(map(dense, first))), dense(last))
-        for first, last in zip(experts.first, experts.last, strict=True)
-    ]
+    weight = {
+        expert: (torch.cat(list(map(dense, experts.first[expert]))), dense(experts.last[expert]))
+        for expert in range(len(experts.last))
+        if bool((index == expert).any())
+    }
     for token, slots in enumerate(index.tolist()):
         for rank, expert in enumerate(slots):
-            if 0 <= expert < len(weight):
+            if expert in weight:
                 inner = weight[expert][0] @ x[token].double()
                 inner = inner if experts.first_bias is None else inner + experts.first_bias[expert]
                 output = weight[expert][1] @ experts.gate(inner)

@@ -11,7 +11,7 @@ import torch
 from test_cuda_products import TOLERANCE
 
 from expert_layers import GATES, GPT_OSS, HIDDEN, INNER, definition, layer, matrix, on, routed
-from qpalette.backends.cuda.experts import CudaExperts, takes
+from qpalette.backends.cuda.experts import STATE_ROWS, CudaExperts, plan_threads, takes
 from qpalette.runtime import Gate, PackedExperts, PackedLinear, PreparedExperts, backends, packed_experts
 
 pytestmark = [
@@ -100,11 +100,22 @@ def test_more_slots_than_a_pass_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     check(layer(), *routed(most // 3 + 100))
 
 
-def test_more_slots_than_the_plan_keeps_at_once() -> None:
-    check(layer(), *routed(2000))
+def test_more_slots_than_the_plan_has_threads_and_more_pieces_than_a_block_finds_at_once() -> None:
+    check(layer(), *routed(6000))
 
 
-MANY = ("nuq-3", "nuq-4", "tcq-2.125", "tcq-3.25", "tcq2-2", "tcq2-3.25", "vq-1.5", "vq-3")
+def test_pieces_of_more_row_tiles_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qpalette.backends.cuda.experts.most_rows", lambda *_: STATE_ROWS + 1)
+    check(layer(), *routed(300))
+
+
+@pytest.mark.parametrize("experts", [33, 300])
+def test_many_experts(experts: int) -> None:
+    assert (plan_threads(experts) > plan_threads(1)) == (experts > 256)
+    check(layer(experts=experts), *routed(12, experts=experts))
+
+
+MANY = ("nuq-3", "nuq-4", "tcq-2.125", "tcq-3.25", "tcq2-2", "tcq2-3.25", "vq-1.5", "vq-2")
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 64])

@@ -34,7 +34,7 @@ SHARED_SOURCE = _HERE.with_name("experts.cuh").read_text(encoding="utf-8")
 SOURCE = TILES_SOURCE + SHARED_SOURCE + _HERE.with_name("experts.cu").read_text(encoding="utf-8")
 ROUTES_SOURCE = COMMON_SOURCE + SHARED_SOURCE + _HERE.with_name("routes.cu").read_text(encoding="utf-8")
 RUN = 8  # slots, as in experts.cuh: columns of a matrix instruction
-MOST_EXPERTS = 1024  # threads of the block that plans
+LEAST_PLAN_THREADS, MOST_EXPERTS = 256, 1024  # threads of the block that plans, one for each expert
 GATE_THREADS = 256
 ROOM_BYTES = 1 << 27  # of what lies between the kernels of a pass
 MOST_COST = (1 << 31) - 1  # of a pass: kernels count in 32 bits
@@ -45,12 +45,13 @@ FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 MATRIX = np.dtype(
     [
         *((name, np.uint64) for name in ("codes", "entries", "scales")),
-        *((name, np.int32) for name in ("row_tiles", "rows", "out_offset", "decoder", "cost")),
+        *((name, np.int32) for name in ("row_tiles", "rows", "out_offset", "decoder", "cost", "before")),
         ("hash_unit", np.uint32),
     ],
     align=True,
 )
 RUN_BYTES, PLAN_BYTES = 20, 16
+STATE_ROWS = 3  # row tiles in the place of whose sums is a block's state
 
 
 class Projection(ctypes.Structure):
@@ -187,12 +188,13 @@ class _Products:
             row["hash_unit"] = spec.hash_unit(limits.table_bytes)
         tables, first_places, uses = np.unique(table["entries"], return_index=True, return_counts=True)
         common = int(uses.argmax())
-        by_expert = (table["row_tiles"].astype(np.int64) * table["cost"]).reshape(len(members), -1).sum(1)
-        self.costs = by_expert.tolist()
+        costs = (table["row_tiles"].astype(np.int64) * table["cost"]).reshape(len(members), -1)
+        table["before"] = (costs.cumsum(1) - costs).reshape(-1)
+        self.costs = costs.sum(1).tolist()
         self._table = torch.from_numpy(table.view(np.uint8)).to(device)
         # What the addresses are of, also where a tensor's data is exchanged.
         self._kept = [tensor.detach() for matrix in flat for tensor in (matrix.codes, matrix.scales, matrix.diagonal)]
-        rows = most_rows(limits, RUN) - 1  # in whose place is the block's state
+        rows = most_rows(limits, RUN) - STATE_ROWS
         self._problem = Projection(
             matrices=self._table.data_ptr(),
             parts=len(members[0]),
@@ -204,7 +206,7 @@ class _Products:
             most_rows=min(rows, max(len(matrix.codes) for matrix in flat)),
             fixed_point=fixed_point(self.inputs),
         )
-        room = limits.table_bytes + (1 + self._problem.most_rows) * sum_bytes(RUN)
+        room = limits.table_bytes + (STATE_ROWS + self._problem.most_rows) * sum_bytes(RUN)
         self._launch = KernelLaunch(kernel, limits.multiprocessors, THREADS, room, [self._problem], limits.overlap)
 
     def start(self, room: _Room, x: str, rows: str | None, y: str, stream: int) -> None:
@@ -223,7 +225,7 @@ class _Launches:
         index = experts._device.index or 0
         overlap = device_limits(index).overlap
         self.dtype = dtype
-        self.plan = _Launch("plan_runs", {"THREADS": MOST_EXPERTS}, "pnnnp" + "ppppp", index, overlap)
+        self.plan = _Launch("plan_runs", {"THREADS": plan_threads(experts._count)}, "pnnnp" + "ppppp", index, overlap)
         self.combine = _Launch("combine", {"THREADS": GATE_THREADS}, "ppppnpnnnpn", index, overlap)
         self.gate = None
         if gate is not None:
@@ -253,6 +255,11 @@ class _Launch:
             argument.value = value
         self._launch.grid = (*grid, 1)
         self._launch.start(stream)
+
+
+def plan_threads(experts: int) -> int:
+    """Whole warps, no more than it takes: they wait for one another."""
+    return max(LEAST_PLAN_THREADS, -(-experts // 32) * 32)
 
 
 def _most_slots(first: _Products, last: _Products) -> int:

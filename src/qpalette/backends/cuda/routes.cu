@@ -26,60 +26,50 @@ __device__ Sums sums_before(Sums mine, Sums &total) {
     return until;
 }
 
-constexpr int INDEX_PART = 2048;  // slots
-
-// Experts of a part of the slots from `start` on into shared memory, -1 for those that are not there; how many. By all
-// threads, who are done with the part before.
-__device__ __forceinline__ int load_part(int *part, const long long *index, int start, int slots, int experts) {
-    const int count = min(INDEX_PART, slots - start);
-    __syncthreads();
-    for (int i = threadIdx.x; i < count; i += THREADS) {
-        const long long expert = index[start + i];
-        part[i] = expert < 0 || expert >= experts ? -1 : (int)expert;
-    }
-    __syncthreads();
-    return count;
-}
-
 // index [slots] -> runs, in the order of experts, an expert's slots in their own: always the same for the same index. One
-// block; a thread has an expert, and reads the whole index twice: the block's threads read the same word at once.
+// block; a thread has an expert, and slots, for which its warp takes its turn: so that their ranks are those of the slots' order.
 extern "C" __global__ void __launch_bounds__(THREADS)
 plan_runs(const long long *index, int slots, int ranks, int experts, const int *costs, int *tokens, int *owners,
           int *positions, Run *runs, Plan *plan) {
+    __shared__ int of_experts[THREADS];  // slots so far; then the first position
+    const int thread = threadIdx.x, lane = thread % 32;
+    const int cost[2] = {thread < experts ? costs[thread] : 0, thread < experts ? costs[experts + thread] : 0};
     wait_for_previous_kernel();
     let_next_kernel_start();
-    __shared__ int part[INDEX_PART];
-    const int expert = threadIdx.x;
-    int count = 0;
-    for (int start = 0; start < slots; start += INDEX_PART) {
-        const int there = load_part(part, index, start, slots, experts);
-#pragma unroll 8
-        for (int i = 0; i < there; i++) count += part[i] == expert;
+    of_experts[thread] = 0;
+    for (int start = 0; start < slots; start += THREADS) {
+        const int slot = start + thread;
+        const long long given = slot < slots ? index[slot] : -1;
+        const int expert = given < 0 || given >= experts ? -1 : (int)given;
+        const u32 alike = __match_any_sync(~0u, expert);
+        for (int turn = 0; turn < min(THREADS, slots - start); turn += 32) {
+            __syncthreads();
+            if (thread - lane != turn) continue;
+            const int before = expert < 0 ? 0 : of_experts[expert];
+            __syncwarp();
+            if (expert >= 0 && alike >> lane == 1) of_experts[expert] = before + __popc(alike);  // the last of them
+            if (slot < slots) positions[slot] = expert < 0 ? -1 : before + __popc(alike & ((1u << lane) - 1));
+        }
     }
-    const int cut = (count + RUN - 1) / RUN;
-    const int cost[2] = {expert < experts ? costs[expert] : 0, expert < experts ? costs[experts + expert] : 0};
+    __syncthreads();
+    const int count = of_experts[thread], cut = (count + RUN - 1) / RUN;
     Sums total;
     const Sums before = sums_before({count, cut, cut * cost[0], cut * cost[1]}, total);
-    int position = before.of[0];
     for (int i = 0; i < cut; i++) {
-        Run run = {expert, position + i * RUN, min(RUN, count - i * RUN), {}};
+        Run run = {thread, before.of[0] + i * RUN, min(RUN, count - i * RUN), {}};
         for (int p = 0; p < 2; p++) run.begin[p] = before.of[2 + p] + i * cost[p];
         runs[before.of[1] + i] = run;
     }
-    for (int start = 0; start < slots; start += INDEX_PART) {
-        const int there = load_part(part, index, start, slots, experts);
-#pragma unroll 8
-        for (int i = 0; i < there; i++)
-            if (part[i] == expert) {
-                const int slot = start + i;
-                tokens[position] = slot / ranks, owners[position] = expert;
-                positions[slot] = position++;
-            }
+    of_experts[thread] = before.of[0];
+    __syncthreads();
+    for (int slot = thread; slot < slots; slot += THREADS) {
+        const int rank = positions[slot];  // written by this thread
+        if (rank < 0) continue;
+        const int expert = (int)index[slot], position = of_experts[expert] + rank;
+        tokens[position] = slot / ranks, owners[position] = expert, positions[slot] = position;
     }
-    for (int slot = threadIdx.x; slot < slots; slot += THREADS)
-        if (index[slot] < 0 || index[slot] >= experts) positions[slot] = -1;
-    for (int rest = total.of[0] + threadIdx.x; rest < slots; rest += THREADS) tokens[rest] = owners[rest] = 0;  // of no slot
-    if (threadIdx.x == 0) *plan = {{total.of[2], total.of[3]}, total.of[1], total.of[0]};
+    for (int rest = total.of[0] + thread; rest < slots; rest += THREADS) tokens[rest] = owners[rest] = 0;  // of no slot
+    if (thread == 0) *plan = {{total.of[2], total.of[3]}, total.of[1], total.of[0]};
 }
 
 #ifdef FUNCTION
