@@ -380,7 +380,7 @@ def test_metadata_are_read_once_and_again_where_the_file_has_changed(tmp_path, m
         readers.append(file)
         return gguf.GGUFReader(file)
 
-    monkeypatch.setattr(gguf_source, "GGUFReader", counted)
+    monkeypatch.setattr(gguf_source, "_Reader", counted)
     file = write_gguf(tmp_path / "model.gguf")
     first = open_checkpoint(file)
     first.config["hidden_size"] = 1  # of this one alone

@@ -101,10 +101,23 @@ class GgufCheckpoint(Checkpoint):
             )
 
 
+class _Reader(GGUFReader):
+    """With a plain view of the file: numpy's memory map runs Python at every slice, of which a tokenizer of 49 thousand
+    words takes half a million (2.3 s, so 0.7)."""
+
+    @property  # type: ignore[override]
+    def data(self) -> np.ndarray:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.ndarray) -> None:
+        self._data = mapped.view(np.ndarray)
+
+
 def _open_reader(file: Path) -> GGUFReader:
     check_header(file)
     try:
-        return GGUFReader(file)
+        return _Reader(file)
     except Exception as error:  # the reader indexes a raw map: a damaged file may raise anything
         raise CheckpointError(
             f"{file} is truncated or no valid GGUF file ({type(error).__name__}: {error}); fetch it again"
