@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from qpalette.core.ahead import ahead
 from qpalette.core.errors import CheckpointError
 from qpalette.core.files import contents, is_mount_point, move_contents
 from qpalette.storage.base import Checkpoint, TensorInfo
@@ -82,8 +81,8 @@ def _write_weights(checkpoint: Checkpoint, directory: Path, max_shard_bytes: int
     weight_map: dict[str, str] = {}
     for name, infos in zip(_shard_names(len(shards)), shards, strict=True):
         with StreamingSafetensorsWriter(directory / name, infos, METADATA) as writer:
-            for info, tensor in ahead(lambda info: checkpoint.read(info.name), infos):
-                writer.write(info.name, tensor)
+            for info in infos:
+                writer.write(info.name, checkpoint.read(info.name))
         weight_map |= {info.name: name for info in infos}
     if len(shards) > 1:
         index = directory / "model.safetensors.index.json"
