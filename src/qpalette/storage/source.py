@@ -72,16 +72,16 @@ def _open_file(file: Path) -> Checkpoint:
 
 
 def _open_gguf(file: Path) -> Checkpoint:
-    """Its metadata are read once in a process: a tokenizer of 49 thousand words took 10 s, and a run opens its source
-    several times. Whoever changes the config changes a copy."""
+    """Its metadata are read once in a process: a large vocabulary takes seconds, and a run opens its source several
+    times. Whoever changes the config changes a copy. A file is the same for as long as `content_digest` says so."""
     found = file.stat()
-    opened = copy(_gguf_as_it_is(file, found.st_ino, found.st_size, found.st_mtime_ns))
+    opened = copy(_gguf_as_it_is(file, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
     opened.config = deepcopy(opened.config)
     return opened
 
 
 @lru_cache(maxsize=4)
-def _gguf_as_it_is(file: Path, inode: int, size: int, changed: int) -> GgufCheckpoint:
+def _gguf_as_it_is(file: Path, inode: int, size: int, modified: int, changed: int) -> GgufCheckpoint:
     return GgufCheckpoint(file)
 
 
