@@ -41,7 +41,10 @@ def glance(codes: Result, published: Result, plans: Result, free: Result, calibr
             f"{planned['KL']:.4f} planned, calibrated",
             f"{one_code['KL']:.3f} the best single code, data-free",
         ),
-        "SmolLM2-135M in one command, megabytes and KL": (f"{size_and_kl(models['-3bit'])} at 3 bits", files),
+        "SmolLM2-135M in one command, megabytes and KL": (
+            f"{size_and_kl(models['-3bit'])} at 3 bits",
+            f"{files} (whose K types are larger ones for its narrow rows)",
+        ),
         "linears of a Llama-3.1-8B layer on an H100, batch 1 / 8, microseconds": (
             f"{batches(gemv, 'tcq2-3.25', 1, 8)} at 3.25 bits",
             peers,

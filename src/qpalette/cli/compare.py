@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +43,7 @@ def compare(
     Example: [bold]qpalette compare MODEL OUT model.Q3_K_M.gguf --text wiki.test.raw --windows 16[/]
     """
     from qpalette.evaluate.compare import compare as measure
-    from qpalette.runtime.device import parse_device
+    from qpalette.runtime.device import device_name, parse_device
 
     where = parse_device(device)
     if plot is not None:
@@ -60,7 +61,8 @@ def compare(
 
         draw_comparison(rows, plot)
     if as_json:
-        print_json({"text": text, "windows": windows, "device": str(where), "models": rows})
+        facts = {"text": text, "windows": windows, "device": device_name(where), "date": str(date.today())}
+        print_json({**facts, "models": rows})
     else:
         _print(rows)
     for row in rows:
