@@ -1,0 +1,113 @@
+"""Every wrong input to the command line is answered in one clear line, before anything is written."""
+
+from __future__ import annotations
+
+import pytest
+from test_cli import _plain_output, model, packed, run, text  # noqa: F401 - fixtures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "{missing}"), "does not exist"),
+        (("palette", "--measure", "xyz-3"), "'xyz-3' is not a quantizer"),
+        (("palette", "--measure", "tcq-3.3"), "multiples of 0.125"),
+        (("palette", "--measure", "nuq-4", "--weights", "0"), "at least 1, got 0"),
+        (("palette", "--measure", "nuq-4", "--seed", str(1 << 64)), "64 bits"),
+        (("palette", "--effort", "heroic"), "choose fast, standard, best"),
+        (("palette", "--plot", "{tmp}/picture.xyz"), "must end in .png"),
+        (("palette", "--plot", "{tmp}/none/picture.png"), "does not exist"),
+        (("palette", "--compare", "{text}"), "give both"),
+        (("palette", "--compare", "{text}", "--plot", "{tmp}/p.png"), "has no column family"),
+        (("quantize", "{missing}", "{tmp}/out", "--bits", "4"), "does not exist"),
+        (("quantize", "{model}", "{tmp}/out", "--spec", "tcq-99"), "tcq-99"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "-1"), "'-1' is not a rate"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "nan"), "'nan' is not a rate"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "0.5"), "the least is"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "99"), "more than the 16"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "99", "--fast"), "more than the 16"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--exclude", "x"), "'x' leaves nothing out"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--effort", "x"), "'x' is not an effort"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--rotation", "x"), "'x' is not a rotation"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--rotation", "block-128"), "does not divide"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--seed", "-1"), "seed"),
+        (("quantize", "{model}", "{model}", "--spec", "nuq-4"), "exists already"),
+        (("quantize", "{model}", "{model}", "--spec", "nuq-4", "--overwrite"), "not overwritten"),
+        (("quantize", "{packed}", "{tmp}/out", "--spec", "nuq-4"), "quantized already"),
+        (("quantize", "{model}", "{tmp}/out", "--spec", "nuq-4", "--hessians", "{missing}"), "holds no Hessians"),
+        (("quantize", "{model}", "{tmp}/out", "--spec", "nuq-4", "--device", "abacus"), "'abacus' is not a device"),
+        (("calibrate", "{missing}", "{tmp}/out", "--text", "{text}"), "does not exist"),
+        (("calibrate", "{model}", "{tmp}/out", "--text", "{missing}"), "does not exist"),
+        (("calibrate", "{model}", "{tmp}/out", "--text", "{text}", "--tokens", "1"), "at least 2, got 1"),
+        (("calibrate", "{model}", "{tmp}/out", "--text", "{text}", "--window", "-1"), "at least 2"),
+        (("calibrate", "{model}", "{tmp}/out", "--text", "{text}", "--memory", "nan"), "memory"),
+        (("calibrate", "{model}", "{tmp}/out", "--text", "{text}", "--device", "abacus"), "'abacus' is not a device"),
+        (("eval", "{missing}", "--text", "{text}"), "does not exist"),
+        (("eval", "{packed}", "--reference", "{missing}", "--text", "{text}"), "does not exist"),
+        (("eval", "{packed}", "--text", "{missing}"), "does not exist"),
+        (("eval", "{packed}", "--text", "{tmp}"), "is a directory"),
+        (("eval", "{packed}", "--text", "{packed}/model.safetensors"), "is not text"),
+        (("eval", "{packed}", "--text", "{text}", "--windows", "0"), "at least 1, got 0"),
+        (("eval", "{packed}", "--text", "{text}", "--windows", "-2"), "at least 1, got -2"),
+        (("eval", "{packed}"), "a reference to sample one from"),
+        (("calibrate", "{model}", "{tmp}/out", "--text", "{tmp}/no.tokens.json"), "no file of sampled tokens"),
+        (("tune", "{missing}", "--reference", "{model}"), "does not exist"),
+        (("tune", "{model}", "--reference", "{model}"), "is not quantized"),
+        (("tune", "{packed}", "--reference", "{packed}"), "quantized already"),
+        (("tune", "{packed}", "--reference", "{model}", "--text", "{missing}"), "does not exist"),
+        (("tune", "{packed}", "--reference", "{model}", "--out", "{model}"), "exists already"),
+        (("tune", "{packed}", "--reference", "{model}", "--steps", "0"), "the steps must be at least 1, got 0"),
+        (("tune", "{packed}", "--reference", "{model}", "--learning-rate", "nan"), "a positive number, got nan"),
+        (("tune", "{packed}", "--reference", "{model}", "--dtype", "int4"), "choose float32 or bfloat16"),
+        (("tune", "{packed}", "--reference", "{model}", "--device", "abacus"), "'abacus' is not a device"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--tune", "--text", "{missing}"), "does not exist"),
+        (("generate", "{missing}", "hello"), "does not exist"),
+        (("generate", "{packed}", "  "), "the prompt is empty"),
+        (("generate", "{packed}", "hello", "--max-new-tokens", "0"), "at least 1, got 0"),
+        (("generate", "{packed}", "hello", "--temperature", "-1"), "at least 0, got -1"),
+        (("generate", "{packed}", "hello", "--temperature", "nan"), "at least 0, got nan"),
+        (("generate", "{packed}", "hello", "--compile", "soon"), "choose never, background, now"),
+        (("chat", "{packed}", "--compile", "soon"), "choose never, background, now"),
+        (("serve", "{packed}", "--compile", "soon"), "choose never, background, now"),
+        (("generate", "{packed}", "x" * 300), "the model's context is 256"),
+        (("chat", "{missing}"), "does not exist"),
+        (("chat", "{packed}", "--engine", "vllm"), "other engines have `qpalette serve`"),
+        (("generate", "{packed}", "hello", "--device", "gpu"), "'gpu' is not a device"),
+        (("generate", "{packed}", "hello", "--dtype", "int4"), "choose float16, bfloat16, float32"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(run, model, packed, text, tmp_path, arguments, message):  # noqa: F811
+    names = {"missing": tmp_path / "missing", "tmp": tmp_path, "model": model, "packed": packed, "text": text}
+    result = run(*(argument.format(**names) for argument in arguments))
+    assert result.code == 1
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1, result.err
+    assert message in result.err
+    assert not result.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quantize", "{model}", "{model}-out", "--bits", "3", "--context", "4096"),
+        ("quantize", "{model}", "{model}-out", "--bits", "3", "--fast", "--batch", "2"),
+        ("quantize", "{model}", "{model}-out"),
+        ("quantize", "{model}", "{model}-out", "--bits", "4", "--spec", "nuq-4"),
+        ("quantize", "{model}"),
+        ("quantize", "{model}", "{model}-out", "--bits", "4", "--fast", "--text", "{model}/config.json"),
+        ("quantize", "{model}", "{model}-out", "--bits", "4", "--fast", "--best"),
+        ("quantize", "{model}", "{model}-out", "--memory", "4MB", "--fast"),
+        ("quantize", "{model}", "{model}-out", "--bits", "4", "--sign-seeds", "2"),
+        ("quantize", "{model}", "{model}-out", "--bits", "4", "--also", "lm_head"),
+        ("tune", "{model}"),
+        ("palette", "--weights", "many"),
+        ("no-such-command",),
+        ("inspect", "{model}", "--no-such-option"),
+    ],
+)
+def test_wrong_usage_exits_with_2(run, model, arguments):  # noqa: F811
+    result = run(*(argument.format(model=model) for argument in arguments))
+    assert result.code == 2
+    assert "Usage: qpalette" in result.err
+    assert "Traceback" not in result.err
