@@ -68,6 +68,7 @@ def main(
     uniform: Annotated[list[str] | None, typer.Option(help="Rates of tcq, everywhere.")] = None,
     planned: Annotated[list[str] | None, typer.Option(help="Bits per weight, everything counted.")] = None,
     rounding: Annotated[list[str] | None, typer.Option(help="Of the uniform models; all by default.")] = None,
+    calibrated: Annotated[list[str] | None, typer.Option(help="How the planned ones are; all by default.")] = None,
     tokens: int = 131_072,
     window: int = 2048,
     windows: int = 16,
@@ -101,7 +102,7 @@ def main(
         for kind in rounding or ROUNDINGS:
             trial.run_uniform(rate, kind)
     for budget in planned or ["2.5", "3", "3.25", "4"]:
-        for sides in (ONE, BOTH, *([SAMPLED] if sampled else [])):
+        for sides in calibrated or (ONE, BOTH, *([SAMPLED] if sampled else [])):
             trial.run_planned(budget, sides)
 
 
