@@ -9,7 +9,6 @@ import shutil
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -164,12 +163,8 @@ def digest_of(*tensors: torch.Tensor) -> str:
     encodes that many."""
     flat = [tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data for tensor in tensors]
     blocks = (view[start : start + BLOCK_BYTES] for view in flat for start in range(0, len(view), BLOCK_BYTES))
-    return hashlib.sha256(b"".join(_threads().map(_sha256, blocks))).hexdigest()
-
-
-@lru_cache(maxsize=1)
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor()
+    with ThreadPoolExecutor() as pool:  # its own: a forked process has its parent's pools, without their threads
+        return hashlib.sha256(b"".join(pool.map(_sha256, blocks))).hexdigest()
 
 
 def _sha256(block: memoryview) -> bytes:
