@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from qpalette.core.errors import InputError
 from qpalette.evaluate import evaluate_models, model_windows, sample_windows, sampled_text
@@ -71,7 +71,7 @@ def test_it_repeats_and_is_what_the_model_finds_likely(model):
 def test_first_tokens_have_the_models_probabilities(model, monkeypatch):
     """Of 4000 draws, each token's share within five standard errors, or of a single draw."""
     draws = 4000
-    monkeypatch.setattr(sampled_text, "BLOCK_ON_CPU", draws)
+    monkeypatch.setattr(sampled_text, "LEAST", draws)
     first = torch.stack(sample_windows(model, tokenizer_of(), draws, 1))[:, 0]
     with torch.no_grad():
         wanted = model(torch.tensor([[0]])).logits[0, -1].double().softmax(-1)
@@ -106,12 +106,47 @@ def test_without_a_usable_template_it_is_running_text(model, template):
     )
 
 
+TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # keys and values of both layers, two heads of eight numbers
+
+
+@pytest.mark.parametrize(("room", "sides"), [(5, [5, 5, 5, 1]), (1, [2] * 8), (1000, [6, 6, 4])])
+def test_a_block_is_what_its_cache_has_room_for(model, monkeypatch, room, sides):
+    """No less than LEAST and no more than BLOCK; and those of one block, in which fewer are the first of more."""
+    tokenizer, seen = tokenizer_of(TEMPLATE), []
+    monkeypatch.setattr(sampled_text, "LEAST", 2)
+    monkeypatch.setattr(sampled_text, "BLOCK", 6)
+    monkeypatch.setattr(sampled_text, "CACHE_BYTES", room * LENGTH * TOKEN_BYTES)
+    watch = model.get_input_embeddings().register_forward_hook(lambda module, given, _: seen.append(given[0].shape))
+    try:
+        windows = sample_windows(model, tokenizer, 16, LENGTH)
+    finally:
+        watch.remove()
+    opening = len(chat_of(tokenizer).opening)
+    assert [rows for rows, tokens in seen if tokens == opening] == [1, *sides]
+    assert equal(sample_windows(model, tokenizer, 12, LENGTH)[: sides[0]], windows[: sides[0]])
+
+
+def test_a_model_of_states_writes_too():
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2)
+    model = MambaForCausalLM(config).eval()
+    (window,) = sample_windows(model, tokenizer_of(), 1, LENGTH)
+    (another,) = sample_windows(model, tokenizer_of(), 1, LENGTH, seed=1)
+    given = torch.cat([torch.tensor([0]), window[:-1]])[None]
+    draws = torch.rand(LENGTH, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = sampled_text._draw(model(given, use_cache=False).logits[0], draws)
+    assert window.tolist() == wanted
+    assert not torch.equal(window, another)
+
+
 class _Killed(Exception):
     pass
 
 
 def test_killed_it_goes_on_to_the_same_text(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampled_text, "BLOCK_ON_CPU", 2)
+    monkeypatch.setattr(sampled_text, "LEAST", 2)
+    monkeypatch.setattr(sampled_text, "BLOCK", 2)
     tokenizer, keep = tokenizer_of(TEMPLATE), tmp_path / "new" / "text.tokens.json"
     whole = sample_windows(model, tokenizer, 5, LENGTH)
     told: list[tuple[int, int]] = []
