@@ -13,11 +13,11 @@ from qpalette.core.errors import UnsupportedError
 CACHES = ("past_key_values", "cache_params", "state")  # what classes call theirs: most, Mamba's, RWKV's
 
 
-def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model hands from step to step, under the name that it takes it by. Raises UnsupportedError."""
+def cache_of(output: Mapping[str, Any]) -> tuple[str, Any]:
+    """What a model hands from step to step, after the name that it takes it by. Raises UnsupportedError."""
     for name in CACHES:
         if output.get(name) is not None:
-            return {name: output[name]}
+            return name, output[name]
     raise UnsupportedError(
         f"the model keeps nothing from token to token ({type(output).__name__}): it writes no text, give one (--text)"
     )
@@ -52,6 +52,9 @@ class ReservedLayer(DynamicLayer):
 
     transformers makes both anew at every token, which of SmolLM2's step of 36 windows is a fifth.
     """
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, layer: DynamicLayer, tokens: int) -> None:
         super().__init__()

@@ -162,19 +162,21 @@ class _Writers:
 @torch.inference_mode()
 def _window_bytes(model: Any, chat: Chat | None, length: int) -> int:
     opening = torch.tensor([_opening(model, chat)], device=model.device)
-    return bytes_of(*cache_of(model(opening, use_cache=True, **_last_logits(model))).values(), length)
+    _, cache = cache_of(model(opening, use_cache=True, **_last_logits(model)))
+    return bytes_of(cache, length)
 
 
 @torch.inference_mode()  # not around what is returned: it may be read where gradients are wanted
 def _write(model: Any, writers: _Writers, length: int, told: Callable[[int], None]) -> list[list[int]]:
     opening = _opening(model, writers.chat)
     windows = [list(opening) if writers.chat is not None else [] for _ in range(writers.count)]
-    step, known = torch.tensor([opening] * writers.count), {}
+    step, known = torch.tensor([opening] * writers.count), dict[str, Any]()
     while len(windows[0]) < length:
         output = model(step.to(model.device), use_cache=True, **known, **_last_logits(model))
-        is_first, known = not known, cache_of(output)
-        if is_first:
-            reserve(*known.values(), length)
+        name, cache = cache_of(output)
+        if not known:
+            reserve(cache, length)
+        known = {name: cache}
         chosen = writers.choose(_draw(output.logits[:, -1], writers.draws[:, len(windows[0])]))
         for window, token in zip(windows, chosen, strict=True):
             window.append(token)
