@@ -132,10 +132,9 @@ class Descent:
 
 
 def passes(tuning: Tuning, windows: int) -> tuple[int, int]:
-    """Forward passes over a window, or what takes as long, of a step and of a look."""
-    original = 0 if tuning.cache else 1
-    forward = 1 + original
-    return tuning.batch * (forward + BACKWARD + tuning.recompute), tuning.held_out * forward
+    """Forward passes over a window, or what takes as long, of a step and of a look. The original's are not counted: a
+    window takes one."""
+    return tuning.batch * (1 + BACKWARD + tuning.recompute), tuning.held_out
 
 
 def codes_kept(device: torch.device) -> AbstractContextManager[None]:

@@ -101,7 +101,7 @@ def memory_bytes(subject: Subject, tuning: Tuning, dtype: torch.dtype, device: t
 
 def _disk(subject: Subject, tuning: Tuning, dtype: torch.dtype) -> int:
     states = 0
-    if tuning.cache and tuning.windows is not None:
+    if tuning.windows is not None:
         windows = tuning.windows + tuning.held_out
         states = windows * _length(subject, tuning) * _size(subject, "hidden_size") * dtype.itemsize
     return states + subject.artifact.inspect().tensor_bytes
@@ -120,11 +120,14 @@ class _Trial:
         head, attention, compared = self._head(), self._attention(), self._divergence()
         again = 1 + self.tuning.recompute
         forward, backward = linears[0] + attention, linears[1] + BACKWARD_OF_ATTENTION * attention
-        original = head if self.tuning.cache else plain + attention + head
-        step = again * forward + backward + 2 * head + original + compared
-        look = forward + head + original + compared
+        step = again * forward + backward + 3 * head + compared  # the original's head is one of the three
+        look = forward + 2 * head + compared
         looks = 1 + -(-self.tuning.steps // self.tuning.every)
-        return self.tuning.steps * self.tuning.batch * step + looks * self.tuning.held_out * look
+        used, seen = self.tuning.steps * self.tuning.batch, looks * self.tuning.held_out
+        read = used + seen
+        if self.tuning.windows is not None:
+            read = min(read, self.tuning.windows + self.tuning.held_out)
+        return used * step + seen * look + read * (plain + attention)
 
     def _linears(self) -> tuple[tuple[float, float], float]:
         """Forward and backward of all packed linears, and forward of the original's."""
