@@ -62,6 +62,7 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
     tuning = recipe.tuning
     part = tuning.batch * min(tuning.window, window) / window
     looks = tuning.steps // tuning.every * tuning.held_out / tuning.batch
+    originals = min(tuning.steps + looks, recipe.tokens / tuning.window / tuning.batch)  # it reads a window once
     steps = [
         Step("calibrate", f"{recipe.tokens} tokens", read * forward * (1 + BACKWARD + moments)),
         Step(
@@ -70,7 +71,11 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
             held_out * forward * (1 + BACKWARD + 2 * moments) + bands * measured * forward,
         ),
         Step("quantize", f"{len(plan.specs)} linears", TWO_SIDED * forecast_seconds(checkpoint, plan, place)),
-        Step("tune", f"at most {tuning.steps} steps", part * forward * (tuning.steps * (3 + BACKWARD) + looks * 2)),
+        Step(
+            "tune",
+            f"at most {tuning.steps} steps",
+            part * forward * (tuning.steps * (2 + BACKWARD) + looks + originals),
+        ),
     ]
     if text is None:
         per_weight = partial(_seconds_per_weight, widest, device=place)
