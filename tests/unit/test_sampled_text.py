@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
-from qpalette.core.errors import InputError
+from qpalette.core.errors import InputError, UnsupportedError
 from qpalette.evaluate import evaluate_models, model_windows, sample_windows, sampled_text
 from qpalette.evaluate.sampled_text import Chat, chat_of, read_token_file
 
@@ -126,18 +136,38 @@ def test_a_block_is_what_its_cache_has_room_for(model, monkeypatch, room, sides)
     assert equal(sample_windows(model, tokenizer, 12, LENGTH)[: sides[0]], windows[: sides[0]])
 
 
-def test_a_model_of_states_writes_too():
+STATES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+OF_STATES = {
+    "mamba": lambda: MambaForCausalLM(MambaConfig(**STATES, state_size=4)),
+    "mamba2": lambda: Mamba2ForCausalLM(
+        Mamba2Config(**STATES, state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", OF_STATES.values(), ids=OF_STATES)
+def test_a_model_of_states_writes_what_it_finds_likely(make):
+    """The draws that the whole text's logits want, in a text that was written token by token."""
     torch.manual_seed(0)
-    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2)
-    model = MambaForCausalLM(config).eval()
-    (window,) = sample_windows(model, tokenizer_of(), 1, LENGTH)
-    (another,) = sample_windows(model, tokenizer_of(), 1, LENGTH, seed=1)
-    given = torch.cat([torch.tensor([0]), window[:-1]])[None]
-    draws = torch.rand(LENGTH, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        wanted = sampled_text._draw(model(given, use_cache=False).logits[0], draws)
-    assert window.tolist() == wanted
-    assert not torch.equal(window, another)
+    model = make().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    windows = sample_windows(model, tokenizer_of(), 2, LENGTH)
+    for index, window in enumerate(windows):
+        given = torch.cat([torch.tensor([0]), window[:-1]])[None]
+        draws = torch.rand(LENGTH, generator=torch.Generator().manual_seed(index))
+        with torch.inference_mode():
+            assert sampled_text._draw(model(given, use_cache=False).logits[0], draws) == window.tolist()
+    assert not torch.equal(*windows)
+
+
+def test_a_model_without_a_cache_is_told():
+    """RWKV's state is of one sequence."""
+    sizes = {"attention_hidden_size": 32, "intermediate_size": 48, "context_length": 64}
+    model = RwkvForCausalLM(RwkvConfig(**STATES, **sizes)).eval()
+    with pytest.raises(UnsupportedError, match="--text"):
+        sample_windows(model, tokenizer_of(), 1, LENGTH)
 
 
 class _Killed(Exception):

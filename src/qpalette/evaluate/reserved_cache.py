@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from qpalette.core.errors import UnsupportedError
 
-CACHES = ("past_key_values", "cache_params", "state")  # what classes call theirs: most, Mamba's, RWKV's
+CACHES = ("past_key_values", "cache_params")  # what classes call theirs; RWKV's "state" is of one sequence alone
 
 
 def cache_of(output: Mapping[str, Any]) -> tuple[str, Any]:
@@ -19,7 +19,8 @@ def cache_of(output: Mapping[str, Any]) -> tuple[str, Any]:
         if output.get(name) is not None:
             return name, output[name]
     raise UnsupportedError(
-        f"the model keeps nothing from token to token ({type(output).__name__}): it writes no text, give one (--text)"
+        f"the model has no cache that windows could be written with side by side ({type(output).__name__}): give a text "
+        "(--text)"
     )
 
 
