@@ -19,8 +19,7 @@ def cache_of(output: Mapping[str, Any]) -> tuple[str, Any]:
         if output.get(name) is not None:
             return name, output[name]
     raise UnsupportedError(
-        f"the model has no cache that windows could be written with side by side ({type(output).__name__}): give a text "
-        "(--text)"
+        f"the model has no cache to write windows side by side with ({type(output).__name__}): give a text (--text)"
     )
 
 
