@@ -284,7 +284,7 @@ def calibrated_sensitivities(
         budget = _memory_budget(loaded.device) if memory_budget_bytes is None else memory_budget_bytes
         noise = ShapedNoise(loaded, groups, store, rounding, rotation, seed)
         prior = curvatures(loaded, held_out, noise, memory_budget_bytes=budget, seed=seed, **options)
-        values, curve = measured_sensitivities(Divergence(loaded, few), noise, prior, bands=bands, **options)
+        values, curve = measured_sensitivities(Divergence(loaded, few, bands), noise, prior, bands=bands, **options)
         linears = (
             SensitiveLinear(shape, group.name, values[shape.name]) for group in groups for shape in group.linears
         )

@@ -161,7 +161,7 @@ def test_the_measurement_is_resumed(model, noise, tmp_path):
     with pytest.raises(Killed):
         measured_sensitivities(divergence, noise, prior, bands=1, partial=partial(tmp_path), progress=kill)
     calls: list[int] = []
-    measure, divergence.measure = divergence.measure, lambda: calls.append(1) or measure()
+    measure, divergence.measure = divergence.measure, lambda *changed: calls.append(1) or measure(*changed)
     again = measured_sensitivities(divergence, noise, prior, bands=1, partial=partial(tmp_path))
     assert again == whole
     assert len(calls) == 7 + len(CURVE_RATES) - 3, "seven kinds"

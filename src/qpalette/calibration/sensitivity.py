@@ -9,12 +9,13 @@ diagonal (Martens, "New insights and perspectives on the natural gradient method
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qpalette.calibration.continued import Continued
 from qpalette.calibration.equalize import row_mean_square
 from qpalette.calibration.gradients import backward_of_drawn_labels, frozen
 from qpalette.calibration.taps import Weight, weights_of
@@ -23,6 +24,7 @@ from qpalette.core.resume import PartialFigures
 
 CHUNK = 256  # positions whose log-probabilities are held in float32 at a time: 250 MB at a vocabulary of 256k
 METHODS = ("fisher", "perturbation")
+PARTS = 8  # of the layers, from which a measurement may begin
 DISTORTION = 0.01  # of the noise: small enough for the loss to be linear, large enough to stand out of rounding
 
 Progress = Callable[[int, int], None]
@@ -100,28 +102,29 @@ def _finite(name: str, value: float) -> float:
 class Divergence:
     """KL(reference || model) per token on some windows, where the reference is the model as it is now.
 
-    The reference's log-probabilities are kept, float32 [length - 1, vocabulary] per window, on the model's device.
+    The reference's log-probabilities are kept, float32 [length - 1, vocabulary] per window, on the model's device, and
+    what `Continued` keeps for `parts` runs of layers.
     """
 
-    def __init__(self, model: Any, windows: Sequence[Tensor]) -> None:
+    def __init__(self, model: Any, windows: Sequence[Tensor], parts: int = PARTS) -> None:
         if not windows:
             raise InputError("there is no text to measure sensitivities on")
-        self.model, self.windows = model, windows
-        self._reference = [self._log_probabilities(window) for window in windows]
+        self.windows, self._model = windows, Continued(model, windows, parts)
+        self._reference = [_log_probabilities(self._model.first(index)) for index in range(len(windows))]
 
-    def measure(self) -> float:
-        """Of the model as it is now, from the reference."""
+    def measure(self, changed: Collection[nn.Parameter] = ()) -> float:
+        """Of the model as it is now, from the reference, of which all parameters but `changed` are; () is all."""
         total = torch.zeros((), dtype=torch.float64, device=self._reference[0].device)
-        for window, true in zip(self.windows, self._reference, strict=True):
-            mine = self._log_probabilities(window)
+        for index, true in enumerate(self._reference):
+            mine = _log_probabilities(self._model.logits(index, changed))
             for rows in map(slice, range(0, len(mine), CHUNK), range(CHUNK, len(mine) + CHUNK, CHUNK)):
                 total += (true[rows].exp() * (true[rows] - mine[rows])).sum(-1).double().sum()
         return float(total) / sum(len(window) - 1 for window in self.windows)
 
-    @torch.inference_mode()
-    def _log_probabilities(self, window: Tensor) -> Tensor:
-        logits = self.model(window[None].to(self.model.device), use_cache=False).logits[0, :-1]
-        return logits.float().log_softmax(-1)
+
+@torch.inference_mode()
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits[:-1].float().log_softmax(-1)
 
 
 def perturbation_sensitivities(
@@ -146,7 +149,7 @@ def perturbation_sensitivities(
             divergence = divergence or Divergence(model, windows)
             original = weight.values.clone()
             add_noise(weight.values, distortion, noise_generator(seed, name))
-            figures[name] = _finite(name, max(0.0, divergence.measure()) / distortion)
+            figures[name] = _finite(name, max(0.0, divergence.measure([weight.parameter])) / distortion)
             weight.values.copy_(original)
             if partial is not None:
                 partial.save()

@@ -171,7 +171,7 @@ def measured_sensitivities(
         for done, (step, (rate, linears)) in enumerate(steps.items(), start=1):
             if step not in measured:
                 with _added(noise.weights, errors, linears, distortion_bound(rate) ** 0.5):
-                    measured[step] = divergence.measure()
+                    measured[step] = divergence.measure([noise.weights[linear].parameter for linear in linears])
                 partial.save()
             if progress is not None:
                 progress(done, len(steps))
