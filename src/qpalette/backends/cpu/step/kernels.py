@@ -168,7 +168,7 @@ def _itemsize(type_):  # type: ignore[no-untyped-def]
 
 @entry("step elementwise")
 def elementwise(address, scratch, unused_a, unused_b, threads):  # type: ignore[no-untyped-def]
-    """Values that are computed on in their own type, and lie behind each other, are read and written in their places."""
+    """Values of the type that is computed in, and which lie behind each other, are read and written in their places."""
     words = words_at(address, E_WORDS)
     integers, size, inputs = words[E_INTEGERS], words[E_SIZES + DIMENSIONS - 1], words[E_INPUTS]
     floats = carray(pointer(scratch), (OPERANDS, CHUNK), np.float32)
