@@ -9,16 +9,7 @@ import numpy as np
 from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.byte_activations import COLUMNS
 from qpalette.backends.cpu.byte_decoders import FIELDS
-from qpalette.backends.cpu.byte_rows import (
-    LINE,
-    ROWS,
-    RowKernels,
-    add_four,
-    blocks_of_pair,
-    load_four,
-    place_of_sums,
-    store_four,
-)
+from qpalette.backends.cpu.byte_rows import LINE, ROWS, RowKernels, add_four, blocks_of_pair, place_of_sums
 from qpalette.backends.cpu.fields import UNIT, planes_of
 from qpalette.backends.cpu.jit import inlined, kernel
 from qpalette.backends.cpu.layout import SIDE
@@ -122,8 +113,7 @@ def make_fields(way: str) -> RowKernels:
                     times(times(begin, codes, left + at, 2, x, table), codes, right + at, 2, y, table),
                     times(times(begin, codes, left + at, 3, x, table), codes, right + at, 3, y, table),
                 )
-                place = place_of_sums(row, 0, 1)
-                store_four(sums, place, add_four(load_four(sums, place), totals, scale))
+                add_four(sums, place_of_sums(row, 0, 1), totals, scale)
 
     @inlined
     def put(codes, start, pair, first, decoded, table):  # type: ignore[no-untyped-def]

@@ -2,7 +2,7 @@
 
 A unit of work is a row of blocks: 64 rows of a matrix over all its columns, two blocks at a time. Its sums are made in
 one order, by one thread, so that results are the same bits whatever the number of threads. One token is multiplied
-while weights are in registers. For more, four rows of tiles are decoded into the nearest cache and multiplied by two
+while weights are in registers. For more, four rows of tiles are decoded into the nearest cache and multiplied by four
 tokens at once; each sum is made in the same order, so that a token's results are the same bits in any batch.
 """
 
@@ -26,9 +26,7 @@ from qpalette.backends.cpu.byte_rows import (
     add_four,
     aligned,
     byte_arrays_of,
-    load_four,
     place_of_sums,
-    store_four,
 )
 from qpalette.backends.cpu.byte_trellis import make_trellis
 from qpalette.backends.cpu.jit import entry, get_num_threads, inlined, kernel, parallel_kernel, set_num_threads
@@ -44,8 +42,7 @@ from qpalette.backends.cpu.matmul import (
 from qpalette.backends.cpu.operands import address_after, launch_at, matrix_at, pointer, read_values, write_values
 from qpalette.backends.cpu.transform import transform_row
 
-TOKENS = 2  # multiplied at once: with four rows of tiles, their sums of integers and of floats stay in registers
-LEAST_ROUNDED = 1 << 12  # values: some 6 microseconds of work, about what a start of threads costs
+TOKENS = 4  # multiplied at once: with as many rows of tiles, sixteen sums of integers in registers
 LONGEST_PASS = 512  # tokens: their bytes of a chunk and their sums of four rows stay in the second cache
 _CHUNK = 8  # pairs of blocks: 16 KB of weights and as much of signs stay in the first cache
 
@@ -79,25 +76,29 @@ def make_byte_kernel(way: str) -> Any:
 
     @kernel
     def multiply_decoded(decoded, masks, starts, first, pairs, tokens, vectors, sums, place):  # type: ignore[no-untyped-def]
-        """Add the products of what `decode_rows` gave and all tokens to the sums from `place` on."""
+        """Add the products of what `decode_rows` gave and all tokens to the sums from `place` on. Tokens are the
+        inner loop: a compiler would hold a token's sums over several pairs, for which there are no registers."""
         activations, scales, offsets = vectors
-        for token in range(0, tokens, TOKENS):
-            of_first = place + token * ROWS * LANES
-            of_second = of_first + ROWS * LANES
-            p, q = load_four(sums, of_first), load_four(sums, of_second)
-            for pair in range(pairs):
+        x_of_token, of_token = COLUMNS * SIDE, ROWS * LANES
+        for pair in range(pairs):
+            begin = pair * ROWS * LANES
+            for token in range(0, tokens, TOKENS):
                 x = (first + pair) * tokens + token
-                begin, x_of_token = pair * ROWS * LANES, COLUMNS * SIDE
                 a = _begun(starts, begin, simd.load_quarteri(offsets, x * SIDE))
                 b = _begun(starts, begin, simd.load_quarteri(offsets, (x + 1) * SIDE))
+                c = _begun(starts, begin, simd.load_quarteri(offsets, (x + 2) * SIDE))
+                d = _begun(starts, begin, simd.load_quarteri(offsets, (x + 3) * SIDE))
                 for column in range(COLUMNS):
                     at, at_x = (pair * COLUMNS + column) * ROWS * LINE, x * x_of_token + column * SIDE
                     a = dots(a, decoded, masks, at, simd.load_quarterb(activations, at_x))
                     b = dots(b, decoded, masks, at, simd.load_quarterb(activations, at_x + x_of_token))
-                p = add_four(p, a, simd.load_quarterf(scales, x * SIDE))
-                q = add_four(q, b, simd.load_quarterf(scales, (x + 1) * SIDE))
-            store_four(sums, of_first, p)
-            store_four(sums, of_second, q)
+                    c = dots(c, decoded, masks, at, simd.load_quarterb(activations, at_x + 2 * x_of_token))
+                    d = dots(d, decoded, masks, at, simd.load_quarterb(activations, at_x + 3 * x_of_token))
+                at = place + token * of_token
+                add_four(sums, at, a, simd.load_quarterf(scales, x * SIDE))
+                add_four(sums, at + of_token, b, simd.load_quarterf(scales, (x + 1) * SIDE))
+                add_four(sums, at + 2 * of_token, c, simd.load_quarterf(scales, (x + 2) * SIDE))
+                add_four(sums, at + 3 * of_token, d, simd.load_quarterf(scales, (x + 3) * SIDE))
 
     @kernel
     def multiply_some(codes, block_row, columns, size, tokens, vectors, sums, space, arrays):  # type: ignore[no-untyped-def]
@@ -176,7 +177,7 @@ def make_byte_kernel(way: str) -> Any:
             if workers > 1:
                 before = get_num_threads()
                 set_num_threads(workers)
-                if count * launch.features < LEAST_ROUNDED:
+                if count < TOKENS:  # not worth a start of threads
                     round_units(address, x, type_, start, count, vectors, 0, 1)
                 else:
                     round_in_parallel(address, x, type_, start, count, vectors, workers)

@@ -67,34 +67,13 @@ def place_of_sums(row, token, tokens):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def load_four(sums, at):  # type: ignore[no-untyped-def]
-    """Of the rows that lie together."""
-    return (
-        simd.loadf(sums, at),
-        simd.loadf(sums, at + LANES),
-        simd.loadf(sums, at + 2 * LANES),
-        simd.loadf(sums, at + 3 * LANES),
-    )
-
-
-@inlined
-def store_four(sums, at, four):  # type: ignore[no-untyped-def]
-    simd.store(sums, at, four[0])
-    simd.store(sums, at + LANES, four[1])
-    simd.store(sums, at + 2 * LANES, four[2])
-    simd.store(sums, at + 3 * LANES, four[3])
-
-
-@inlined
-def add_four(four, integers, scale):  # type: ignore[no-untyped-def]
-    return (
-        simd.fmaf(simd.to_float(integers[0]), scale, four[0]),
-        simd.fmaf(simd.to_float(integers[1]), scale, four[1]),
-        simd.fmaf(simd.to_float(integers[2]), scale, four[2]),
-        simd.fmaf(simd.to_float(integers[3]), scale, four[3]),
-    )
-
-
-@inlined
 def add_scaled(sums, at, integers, scale):  # type: ignore[no-untyped-def]
     simd.store(sums, at, simd.fmaf(simd.to_float(integers), scale, simd.loadf(sums, at)))
+
+
+@inlined
+def add_four(sums, at, integers, scale):  # type: ignore[no-untyped-def]
+    add_scaled(sums, at, integers[0], scale)
+    add_scaled(sums, at + LANES, integers[1], scale)
+    add_scaled(sums, at + 2 * LANES, integers[2], scale)
+    add_scaled(sums, at + 3 * LANES, integers[3], scale)
