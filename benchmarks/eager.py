@@ -17,6 +17,7 @@ import torch
 import typer
 from report import device_name, report
 
+from qpalette.backends.cuda.graphs import capture_graph
 from qpalette.bench import from_config, read_config
 from qpalette.bench.decode import Decoder, release
 from qpalette.bench.models import groups_of
@@ -126,10 +127,7 @@ def prompt_tasks(model: Any, context: int) -> dict[str, Task]:
         return model(input_ids=prompt, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
 
     run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return {"eager": (run, True), "captured": (graph.replay, True)}
+    return {"eager": (run, True), "captured": (capture_graph(run).replay, True)}
 
 
 def busy_seconds(name: str, run: Callable[[], object]) -> float:

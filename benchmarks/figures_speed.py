@@ -31,6 +31,20 @@ def encode_gpu(result: Result) -> Table:
     return Table.of(result["rows"], {"code, shape": "{spec}, {shape}", "weights/s": million, "over data-free": share})
 
 
+@section(
+    "Quantized on load",
+    "quantize_on_load",
+    "quantize_on_load_h100",
+    command="python benchmarks/quantize_on_load.py MODEL [--device cuda]",
+)
+def on_load(*results: Result) -> Table:
+    """`from_pretrained(MODEL, quantization_config=qpalette.Config(bits=4, effort="fast"))`, in a process of its own
+    each time. llama-8b is a random model of Llama-3.1-8B's shapes, on an H100."""
+    rows = [{"model": result["model"], "load number": row[""], **row} for result in results for row in result["rows"]]
+    seconds = {"seconds to load": "{load:.1f}", "to the first token after that": "{one token:.1f}"}
+    return Table.of(rows, {"model": "{model}", "time": "{load number}", **seconds})
+
+
 @section("Memory while quantizing", "memory", command="python benchmarks/memory.py")
 def memory(result: Result) -> Table:
     """Megabytes, hidden size 1024: the peak does not grow with the model."""

@@ -46,9 +46,10 @@ def write_llama(
         for name in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"model.layers.{layer}.{name}.weight"] = (hidden,)
     infos = [TensorInfo(name, shape, torch.bfloat16) for name, shape in shapes.items()]
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a processor draws 8 billion in a minute
     with StreamingSafetensorsWriter(directory / "model.safetensors", infos) as writer:
         for info in infos:
-            writer.write(info.name, (scale * torch.randn(info.shape)).to(torch.bfloat16))
+            writer.write(info.name, (scale * torch.randn(info.shape, device=device)).to(torch.bfloat16))
 
 
 def peak_of_quantizing(source: Path, out: Path, spec: str, workers: int) -> int:

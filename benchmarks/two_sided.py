@@ -7,9 +7,10 @@
 
 Uniform: `tcq-R` everywhere, rounded data-free, by LDLQ, by LDLQ with columns equalized, on both sides, and on both
 sides equalized. Planned: LDLQ and both sides, equalized, each by sensitivities to its own error, with the KL that was
-predicted and that of the best uniform plan within the same bits. With `--sampled` every KL is measured on text that the
-model writes, too, and the planned models of both sides are made once more from a calibration on such text (of another
-seed). With `--profile` it is told where the seconds of each step go (`where_time_goes.py`), and seconds are no result.
+predicted, that on the windows that the prediction was measured on, and that of the best uniform plan within the same
+bits. With `--sampled` every KL is measured on text that the model writes, too, and the planned models of both sides are
+made once more from a calibration on such text (of another seed). With `--profile` it is told where the seconds of each
+step go (`where_time_goes.py`), and seconds are no result.
 Calibrations, sensitivities and models stay in `--work`, so that a rerun goes on.
 
     python benchmarks/two_sided.py --llama-8b [--bits 3.25] --device cuda --dtype bfloat16
@@ -176,6 +177,7 @@ class Trial:
             for kind, windows in self.tests.items()
         }
         found = measured["KL"]
+        apart = None if predicted is None else self.held_out_kl(quantized, options["calibration"])
         self.rows.append(
             {
                 **what,
@@ -183,7 +185,9 @@ class Trial:
                 **{kind: result.kl for kind, result in measured.items()},
                 "KL stderr": found.kl_stderr,
                 "predicted": predicted,
-                "KL / predicted": None if predicted is None or found.kl is None else found.kl / predicted,
+                "KL / predicted": _over(found.kl, predicted),
+                "KL, held-out text": apart,
+                "of it / predicted": _over(apart, predicted),
                 "top-1": found.top1,
                 "perplexity": found.perplexity,
                 "16-bit perplexity": found.reference_perplexity,
@@ -191,6 +195,10 @@ class Trial:
             }
         )
         report(self.name, device_name(self.device), self.rows, **self.facts)
+
+    def held_out_kl(self, quantized: Any, directory: Path) -> float | None:
+        """On the windows that the prediction was measured on: another text may cost more, or less."""
+        return evaluate_models(quantized, self.reference, HessianStore.open(directory).held_out).kl
 
 
 def time_llama_8b(work: Path, bits: str, effort: str, options: dict[str, Any], name: str) -> None:
@@ -223,6 +231,10 @@ def time_llama_8b(work: Path, bits: str, effort: str, options: dict[str, Any], n
     found = step("plan", lambda: make_plan(known, Budget(Fraction(bits)), space, checkpoint, hessians=store))
     plan = found.plan
     step("round", lambda: qpalette.quantize(source, out, plan=plan, calibration=directory, device=device))
+
+
+def _over(kl: float | None, predicted: float | None) -> float | None:
+    return None if kl is None or predicted is None else kl / predicted
 
 
 def _write_tokenizer(directory: Path) -> None:

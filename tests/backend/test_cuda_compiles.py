@@ -165,6 +165,26 @@ def test_what_is_around_the_products_of_experts_compiles(function: str) -> None:
         assert compile_cubin(ROUTES_SOURCE, "sm_80", tuple(sorted(macros.items()))).startswith(b"\x7fELF")
 
 
+CALLED = """
+__device__ __noinline__ float reversed(const float* x, int step) {
+    float all[64], sum = 0;
+    #pragma unroll
+    for (int i = 0; i < 64; ++i) all[i] = x[i * step];
+    __syncthreads();
+    #pragma unroll
+    for (int i = 0; i < 64; ++i) sum += all[i] * all[63 - i] * x[i];
+    return sum;
+}
+extern "C" __global__ void __launch_bounds__(1024, 2) kernel(float* x, int step) { x[0] = reversed(x, step); }
+"""  # 64 values in 32 registers, but not in the kernel itself
+
+
+def test_spills_of_what_a_kernel_calls_count() -> None:
+    usage = resources(CALLED, "sm_90", ())
+    assert 0 < usage.registers <= 32
+    assert usage.spilled_bytes > 0
+
+
 def test_rescaling_compiles() -> None:
     assert compile_cubin(RESCALE_SOURCE, "sm_80", tuple(sorted(RESCALE_MACROS.items()))).startswith(b"\x7fELF")
 

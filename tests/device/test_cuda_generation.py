@@ -14,9 +14,10 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from qpalette.backends.cuda.graphs import capture_graph
 from qpalette.bench import from_config
 from qpalette.bench.models import groups_of
-from qpalette.generation import attach, capture_graph, fast
+from qpalette.generation import attach, fast
 from qpalette.generation.choice import draw
 from qpalette.generation.session import CHOICES, SESSIONS
 from qpalette.plan import uniform_plan

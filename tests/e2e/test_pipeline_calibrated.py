@@ -264,10 +264,10 @@ def test_linears_encoded_together_equal_those_encoded_alone(source, hessians, mo
         together = work.encode_batch(shared, batch, sources, cpu)
         for job, one_source, one in zip(batch, sources, together, strict=True):
             (other,) = work.encode_batch(shared, [job], [one_source], cpu)
-            for field in ("codes", "scales", "diagonal", "weight_sha256"):
+            for field in ("codes", "scales", "diagonal", "weight_digest"):
                 assert (
                     getattr(one, field) == getattr(other, field)
-                    if field == "weight_sha256"
+                    if field == "weight_digest"
                     else torch.equal(getattr(one, field), getattr(other, field))
                 )
 

@@ -22,7 +22,9 @@ from qpalette.formats import check_checksums, open_artifact
 from qpalette.nn import PackedModule
 from qpalette.tuning import Silent, TuneReport, Tuning, forecast, quantize_and_tune, tune
 from qpalette.tuning.descent import recomputing
+from qpalette.tuning.forecast import memory_bytes
 from qpalette.tuning.reference import divergence, logits_of
+from qpalette.tuning.run import Subject
 from qpalette.tuning.vectors import TunedVectors
 
 WINDOW, WINDOWS = 32, 15
@@ -265,6 +267,24 @@ def test_forecast(original, quantized, text):
     assert found.seconds > 0
     kept = forecast(quantized, original, text, tuning=Tuning(**{**vars(QUICK), "recompute": False}))
     assert kept.memory_bytes > found.memory_bytes
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_the_forecast_counts_codes_that_stay_decoded(cache, original, quantized, monkeypatch):
+    """On a GPU, in float32, in a quarter of what is free when both models are there."""
+    subject, tuning = Subject.open(quantized, original, False), Tuning(**{**vars(QUICK), "cache": cache})
+
+    def needed(device: str) -> int:
+        return memory_bytes(subject, tuning, torch.float32, torch.device(device))
+
+    free = 1 << 40
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    weights = sum(record.weights for record in subject.artifact.records.values())
+    assert needed("cuda") == needed("cpu") + 4 * weights
+    free = needed("cpu")  # of which the models are a part
+    assert needed("cpu") < needed("cuda") < needed("cpu") + free // 4
+    free = 0
+    assert needed("cuda") == needed("cpu")
 
 
 def test_the_gradient_of_the_divergence():

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_generation import GREEDY, MAKERS, Programs, Puts, Replay, build, padded, prompt, tokenizer
+from generation_cases import GREEDY, MAKERS, Programs, Puts, Replay, build, padded, prompt, tokenizer
 from transformers import BloomConfig, BloomForCausalLM
 
 from qpalette.generation import attach, cache, loop

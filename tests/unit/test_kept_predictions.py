@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qpalette.core.errors import InputError
 from qpalette.evaluate.kept import LOGITS, STATES, KeptPredictions
 from qpalette.evaluate.metrics import evaluate_models
+from qpalette.tuning.options import Silent
+from qpalette.tuning.reference import Reference, logits_of
 
 VOCABULARY = 96
 SIZES = {
@@ -56,6 +58,28 @@ def test_the_same_logits_with_and_without_the_body(kind, tmp_path):
     assert all(map(torch.equal, first, true))
     assert all(map(torch.equal, again, true))
     assert stored_names(tmp_path) == {LOGITS if kind == "opt" else STATES}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_original_of_a_tuning_reads_once_or_keeps_nothing(kind, tmp_path):
+    """No class takes the disk that its logits would."""
+    model, texts, reads = model_of(kind), windows(), []
+    with torch.no_grad():
+        true = [logits_of(model, text) for text in texts]
+    watch = model.get_input_embeddings().register_forward_hook(lambda *call: reads.append(call))
+    reference = Reference(model, texts, tmp_path)
+    for _ in range(3):
+        assert all(torch.equal(reference.logits(index), true[index]) for index in range(2))
+    watch.remove()
+    if kind == "opt":
+        assert stored_names(tmp_path) == set()
+        with pytest.raises(InputError, match="leave --cache away"):
+            reference.release(Silent())
+        return
+    assert len(reads) == 2
+    assert stored_names(tmp_path) == {STATES}
+    reference.release(Silent())
+    assert all(torch.equal(reference.logits(index), true[index]) for index in range(2))
 
 
 def test_each_window_is_read_once_and_the_body_goes(tmp_path):

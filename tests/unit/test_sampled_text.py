@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
-from qpalette.core.errors import InputError
+from qpalette.core.errors import InputError, UnsupportedError
 from qpalette.evaluate import evaluate_models, model_windows, sample_windows, sampled_text
 from qpalette.evaluate.sampled_text import Chat, chat_of, read_token_file
 
@@ -71,7 +81,7 @@ def test_it_repeats_and_is_what_the_model_finds_likely(model):
 def test_first_tokens_have_the_models_probabilities(model, monkeypatch):
     """Of 4000 draws, each token's share within five standard errors, or of a single draw."""
     draws = 4000
-    monkeypatch.setattr(sampled_text, "BLOCK_ON_CPU", draws)
+    monkeypatch.setattr(sampled_text, "LEAST", draws)
     first = torch.stack(sample_windows(model, tokenizer_of(), draws, 1))[:, 0]
     with torch.no_grad():
         wanted = model(torch.tensor([[0]])).logits[0, -1].double().softmax(-1)
@@ -106,12 +116,67 @@ def test_without_a_usable_template_it_is_running_text(model, template):
     )
 
 
+TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # keys and values of both layers, two heads of eight numbers
+
+
+@pytest.mark.parametrize(("room", "sides"), [(5, [5, 5, 5, 1]), (1, [2] * 8), (1000, [6, 6, 4])])
+def test_a_block_is_what_its_cache_has_room_for(model, monkeypatch, room, sides):
+    """No less than LEAST and no more than BLOCK; and those of one block, in which fewer are the first of more."""
+    tokenizer, seen = tokenizer_of(TEMPLATE), []
+    monkeypatch.setattr(sampled_text, "LEAST", 2)
+    monkeypatch.setattr(sampled_text, "BLOCK", 6)
+    monkeypatch.setattr(sampled_text, "CACHE_BYTES", room * LENGTH * TOKEN_BYTES)
+    watch = model.get_input_embeddings().register_forward_hook(lambda module, given, _: seen.append(given[0].shape))
+    try:
+        windows = sample_windows(model, tokenizer, 16, LENGTH)
+    finally:
+        watch.remove()
+    opening = len(chat_of(tokenizer).opening)
+    assert [rows for rows, tokens in seen if tokens == opening] == [1, *sides]
+    assert equal(sample_windows(model, tokenizer, 12, LENGTH)[: sides[0]], windows[: sides[0]])
+
+
+STATES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+OF_STATES = {
+    "mamba": lambda: MambaForCausalLM(MambaConfig(**STATES, state_size=4)),
+    "mamba2": lambda: Mamba2ForCausalLM(
+        Mamba2Config(**STATES, state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", OF_STATES.values(), ids=OF_STATES)
+def test_a_model_of_states_writes_what_it_finds_likely(make):
+    """The draws that the whole text's logits want, in a text that was written token by token."""
+    torch.manual_seed(0)
+    model = make().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    windows = sample_windows(model, tokenizer_of(), 2, LENGTH)
+    for index, window in enumerate(windows):
+        given = torch.cat([torch.tensor([0]), window[:-1]])[None]
+        draws = torch.rand(LENGTH, generator=torch.Generator().manual_seed(index))
+        with torch.inference_mode():
+            assert sampled_text._draw(model(given, use_cache=False).logits[0], draws) == window.tolist()
+    assert not torch.equal(*windows)
+
+
+def test_a_model_without_a_cache_is_told():
+    """RWKV's state is of one sequence."""
+    sizes = {"attention_hidden_size": 32, "intermediate_size": 48, "context_length": 64}
+    model = RwkvForCausalLM(RwkvConfig(**STATES, **sizes)).eval()
+    with pytest.raises(UnsupportedError, match="--text"):
+        sample_windows(model, tokenizer_of(), 1, LENGTH)
+
+
 class _Killed(Exception):
     pass
 
 
 def test_killed_it_goes_on_to_the_same_text(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampled_text, "BLOCK_ON_CPU", 2)
+    monkeypatch.setattr(sampled_text, "LEAST", 2)
+    monkeypatch.setattr(sampled_text, "BLOCK", 2)
     tokenizer, keep = tokenizer_of(TEMPLATE), tmp_path / "new" / "text.tokens.json"
     whole = sample_windows(model, tokenizer, 5, LENGTH)
     told: list[tuple[int, int]] = []

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import gguf
@@ -390,6 +391,27 @@ def test_metadata_are_read_once_and_again_where_the_file_has_changed(tmp_path, m
     write_gguf(file, tied=False)
     assert "lm_head.weight" in open_checkpoint(file).tensors
     assert len(readers) == 2
+
+
+def test_transformers_reads_no_file_again_and_the_library_is_as_before(tmp_path, monkeypatch):
+    opened = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path, *rest):
+            opened.append(Path(path))
+            super().__init__(path, *rest)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    names_of = gguf.get_tensor_name_map
+    file, other = write_gguf(tmp_path / "model.gguf"), write_gguf(tmp_path / "other.gguf", tied=False)
+    checkpoint = open_checkpoint(file)
+    checkpoint.save_side_files(tmp_path)
+    assert opened == []
+    with suppress(KeyError), gguf_source._lent(file, checkpoint._reader):
+        assert len(gguf.GGUFReader(other).tensors) != len(gguf.GGUFReader(file).tensors)
+        raise KeyError
+    assert opened == [other]
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (Counted, names_of)
 
 
 def test_a_directory_with_several_files_asks_for_one(tmp_path):

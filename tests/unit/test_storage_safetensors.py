@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qpalette.core.errors import CheckpointError
-from qpalette.storage import StreamingSafetensorsWriter, TensorInfo, export_checkpoint, open_checkpoint
+from qpalette.storage import StreamingSafetensorsWriter, TensorInfo, export_checkpoint, held_bytes, open_checkpoint
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
 
@@ -176,6 +176,26 @@ def test_an_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "read", tracked)
     export_checkpoint(checkpoint, tmp_path / "out")
     monkeypatch.undo()
+    assert_same(open_checkpoint(tmp_path / "out"), tensors_of_a_model())
+
+
+def test_an_export_of_several_files_holds_no_more_than_it_says(tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(write_model(tmp_path / "in"))
+    shard = max(info.nbytes for info in checkpoint.tensors.values())
+    most = held_bytes(checkpoint, shard)
+    read, alive, held = checkpoint.read, weakref.WeakSet(), []
+
+    def tracked(name: str) -> torch.Tensor:
+        tensor = read(name)
+        alive.add(tensor)
+        held.append(sum(tensor.nbytes for tensor in alive))
+        return tensor
+
+    monkeypatch.setattr(checkpoint, "read", tracked)
+    export_checkpoint(checkpoint, tmp_path / "out", shard)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert 0 < max(held) <= most <= checkpoint.total_bytes
     assert_same(open_checkpoint(tmp_path / "out"), tensors_of_a_model())
 
 

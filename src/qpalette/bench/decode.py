@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from qpalette.backends.cuda.graphs import capture_graph
 from qpalette.core.errors import InputError, UnsupportedError
-from qpalette.generation import CAPTURE_WARMUP, capture_graph, compile_options, most_likely
+from qpalette.generation import CAPTURE_WARMUP, compile_options, most_likely
 from qpalette.kvcache import CachePlan
 from qpalette.nn.coded_cache import CodedCache
 

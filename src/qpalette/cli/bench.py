@@ -28,77 +28,94 @@ if TYPE_CHECKING:
 BATCHES = (1, 2, 4, 8, 16)
 
 
+Model = Annotated[str | None, typer.Argument(metavar="[OUT]", help="The quantized directory (or any other model).")]
+Config = Annotated[
+    str | None,
+    typer.Option("--config", metavar="C", help="Or random weights: llama-3.1-8b, another preset, a config.json."),
+]
+Specs = Annotated[
+    list[str] | None,
+    typer.Option("--spec", metavar="S", help="With --config: the quantizer, such as tcq-3.25. Repeatable."),
+]
+PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="With --config: or a plan.")]
+Head = Annotated[str | None, typer.Option("--head", metavar="S", help="With --config: quantize the output head, too.")]
+Rotation = Annotated[str, typer.Option("--rotation", help="With --spec: full, block or block-64.")]
+Layers = Annotated[
+    int | None,
+    typer.Option("--layers", metavar="N", help="With --config: the first N layers alone, of a model too large."),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option("--reference", metavar="MODEL", help="The original.  [default: random weights of its config]"),
+]
+Alone = Annotated[bool, typer.Option("--alone", help="Do not time the original.")]
+Batches = Annotated[
+    list[int] | None, typer.Option("--batch", metavar="N", help="Repeatable.  [default: 1, 2, 4, 8, 16]")
+]
+Context = Annotated[int, typer.Option("--context", metavar="N", help="Tokens in the cache.")]
+Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Timed steps; the median counts.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="Of the original and of what is not quantized.  [default: float16 on a GPU, bfloat16 on a CPU]"
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="Such as cpu or cuda.")]
+Runner = Annotated[
+    str | None,
+    typer.Option(
+        "--runner",
+        help="eager, graph, compile or compile-graph: steps alone; generate: what the command of that name runs.  "
+        "[default: compile on a GPU, eager on a CPU]",
+    ),
+]
+Compile = Annotated[
+    str, typer.Option("--compile", help="With --runner generate: never, background or now, as `qpalette generate`.")
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="SPEC",
+        help="Keep keys and values as codes, those of the original not: vq-3, white:nuq-4, a plan file.  [default: "
+        "as OUT says]",
+    ),
+]
+Attention = Annotated[
+    str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation, or grouped.")
+]
+Breakdown = Annotated[bool, typer.Option("--breakdown", help="Where the time of a step goes, at the first batch size.")]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="A .png, .svg or .pdf.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="Keep what --json prints there, after every measurement."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
+
+
 def bench(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[OUT]", help="The quantized directory (or any other model).")
-    ] = None,
-    config: Annotated[
-        str | None,
-        typer.Option("--config", metavar="C", help="Or random weights: llama-3.1-8b, another preset, a config.json."),
-    ] = None,
-    spec: Annotated[
-        list[str] | None,
-        typer.Option("--spec", metavar="S", help="With --config: the quantizer, such as tcq-3.25. Repeatable."),
-    ] = None,
-    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="With --config: or a plan.")] = None,
-    head: Annotated[
-        str | None, typer.Option("--head", metavar="S", help="With --config: quantize the output head, too.")
-    ] = None,
-    rotation: Annotated[str, typer.Option("--rotation", help="With --spec: full, block or block-64.")] = "full",
-    layers: Annotated[
-        int | None,
-        typer.Option("--layers", metavar="N", help="With --config: the first N layers alone, of a model too large."),
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option("--reference", metavar="MODEL", help="The original.  [default: random weights of its config]"),
-    ] = None,
-    alone: Annotated[bool, typer.Option("--alone", help="Do not time the original.")] = False,
-    batch: Annotated[
-        list[int] | None, typer.Option("--batch", metavar="N", help="Repeatable.  [default: 1, 2, 4, 8, 16]")
-    ] = None,
-    context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens in the cache.")] = 1024,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Timed steps; the median counts.")] = 64,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            help="Of the original and of what is not quantized.  [default: float16 on a GPU, bfloat16 on a CPU]",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="Such as cpu or cuda.")] = "cpu",
-    runner: Annotated[
-        str | None,
-        typer.Option(
-            "--runner",
-            help="eager, graph, compile or compile-graph: steps alone; generate: what the command of that name runs.  "
-            "[default: compile on a GPU, eager on a CPU]",
-        ),
-    ] = None,
-    compile: Annotated[
-        str, typer.Option("--compile", help="With --runner generate: never, background or now, as `qpalette generate`.")
-    ] = "never",
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            "--cache",
-            metavar="SPEC",
-            help="Keep keys and values as codes, those of the original not: vq-3, white:nuq-4, a plan file.  [default: "
-            "as OUT says]",
-        ),
-    ] = None,
-    attention: Annotated[
-        str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation, or grouped.")
-    ] = None,
-    with_breakdown: Annotated[
-        bool, typer.Option("--breakdown", help="Where the time of a step goes, at the first batch size.")
-    ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="A .png, .svg or .pdf.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE", help="Keep what --json prints there, after every measurement."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    model: Model = None,
+    config: Config = None,
+    spec: Specs = None,
+    plan: PlanFile = None,
+    head: Head = None,
+    rotation: Rotation = "full",
+    layers: Layers = None,
+    reference: Reference = None,
+    alone: Alone = False,
+    batch: Batches = None,
+    context: Context = 1024,
+    steps: Steps = 64,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    runner: Runner = None,
+    compile: Compile = "never",
+    cache: Cache = None,
+    attention: Attention = None,
+    with_breakdown: Breakdown = False,
+    plot: Plot = None,
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time decoding and prefill with a static cache, and the original the same way.
 
@@ -106,47 +123,67 @@ def bench(
 
     Example: [bold]qpalette bench --config llama-3.1-8b --spec tcq-3.25 --device cuda --breakdown[/]
     """
-    from qpalette.bench import default_runner, measure
+    from qpalette.bench import default_runner
     from qpalette.cli.answer import parse_dtype
     from qpalette.core.errors import InputError
     from qpalette.runtime.device import parse_device
 
     batches = tuple(batch or BATCHES)
-    if min(*batches, context, steps, 1) < 1:
-        raise InputError("batch sizes, --context and --steps must be at least 1")
+    _check_numbers(batches, context, steps)
     _check_runner(runner, compile, steps, with_breakdown)
-    if plot is not None:
-        from qpalette.report.pictures import check_picture
-
-        check_picture(plot)
-    if out is not None:
-        check_folder(out)
+    _check_files(plot, out)
+    if layers is not None and (config is None or reference is not None):
+        raise InputError("--layers goes with --config and random weights")
     quiet_transformers()
     where = parse_device(device)
     kind = dtype or ("float16" if where.type == "cuda" else "bfloat16")
-    common = (parse_dtype(kind), where, attention)
-    coded = _cache(cache, model)
-    if layers is not None and (config is None or reference is not None):
-        raise InputError("--layers goes with --config and random weights")
+    common, coded = (parse_dtype(kind), where, attention), _cache(cache, model)
     candidates = _quantized(model, config, spec or [], plan, head, rotation, layers, common)
     candidates = [replace(candidate, cache=coded) for candidate in candidates]
     if not alone:
         candidates.insert(0, _original(model, config, reference, kind, layers, common))
     if not candidates:
         raise InputError("--alone with a bare --config leaves nothing to time: add --spec or --plan")
-    chosen = runner or default_runner(where)
+    how = (batches, context, steps, runner or default_runner(where), with_breakdown, compile)
+    speeds, shares = _measure(candidates, how, where, out)
+    _tell(speeds, shares, where, plot, as_json)
+
+
+def _check_numbers(batches: tuple[int, ...], context: int, steps: int) -> None:
+    from qpalette.core.errors import InputError
+
+    if min(*batches, context, steps, 1) < 1:
+        raise InputError("batch sizes, --context and --steps must be at least 1")
+
+
+def _check_files(plot: Path | None, out: Path | None) -> None:
+    if plot is not None:
+        from qpalette.report.pictures import check_picture
+
+        check_picture(plot)
+    if out is not None:
+        check_folder(out)
+
+
+def _measure(
+    candidates: list[Candidate], how: tuple[Any, ...], device: Any, out: Path | None
+) -> tuple[list[Speed], dict[str, list[Share]]]:
+    """Speeds, and where a step's time goes by model; `how` is what `measure` takes after the candidates."""
+    from qpalette.bench import measure
+
     speeds: list[Speed] = []
     shares: dict[str, list[Share]] = {}
+    batches = how[0]
     with step_bar("models x batches") as bar:
-        for result, parts in measure(candidates, batches, context, steps, chosen, with_breakdown, compile):
+        for result, parts in measure(candidates, *how):
             speeds.append(result)
             if parts:
                 shares[result.model] = parts
             bar.show(len(speeds), len(candidates) * len(batches))
             print_note(f"{result.model}, batch {result.batch}: {result.tokens_per_second:.1f} tokens/s")
             if out is not None:
-                write_json(_report(speeds, shares, where), out)
-    _tell(speeds, shares, where, plot, as_json)
+                write_json(_report(speeds, shares, device), out)
+    return speeds, shares
 
 
 def _cache(spec: str | None, model: str | None) -> CachePlan | None:

@@ -14,50 +14,62 @@ if TYPE_CHECKING:
     from qpalette.evaluate.cache import CacheEvaluation
 
 
+Model = Annotated[str, typer.Argument(metavar="OUT", help="The quantized directory (or any other model).")]
+Reference = Annotated[
+    str | None,
+    typer.Option("--reference", metavar="MODEL", help="The original: KL and top-1 are measured against it."),
+]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--text", metavar="FILE", help="A UTF-8 text file, or sampled tokens.  [default: the reference writes it]"
+    ),
+]
+Windows = Annotated[
+    int | None,
+    typer.Option("--windows", metavar="N", help="Use the first N windows of 2048 tokens.  [default: all]"),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option("--tasks", metavar="T,T", help="Score tasks of lm-eval instead: names, or task files (.yaml)."),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="SPEC",
+        help="Read every token through this key-value cache: vq-3, vq-3/vq-2.5, white:nuq-4, sinks=N and window=N "
+        "after commas, a plan file; or fp8, q8_0, q4_0, nvfp4, kivi-2, turboquant-3, exl3-3.  Without --reference, "
+        "against the same model with its own cache.",
+    ),
+]
+CacheText = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-text",
+        metavar="FILE",
+        help="Calibrate --cache on this text.  [default: the model's own, or what it writes]",
+    ),
+]
+Lengths = Annotated[
+    list[int] | None,
+    typer.Option("--length", metavar="N", help="With --cache: windows of N tokens. Repeatable.  [default: 2048]"),
+]
+Device = Annotated[str, typer.Option("--device", help="Such as cpu or cuda.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
+
+
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="OUT", help="The quantized directory (or any other model).")],
-    reference: Annotated[
-        str | None,
-        typer.Option("--reference", metavar="MODEL", help="The original: KL and top-1 are measured against it."),
-    ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            "--text", metavar="FILE", help="A UTF-8 text file, or sampled tokens.  [default: the reference writes it]"
-        ),
-    ] = None,
-    windows: Annotated[
-        int | None,
-        typer.Option("--windows", metavar="N", help="Use the first N windows of 2048 tokens.  [default: all]"),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option("--tasks", metavar="T,T", help="Score tasks of lm-eval instead: names, or task files (.yaml)."),
-    ] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            "--cache",
-            metavar="SPEC",
-            help="Read every token through this key-value cache: vq-3, vq-3/vq-2.5, white:nuq-4, sinks=N and window=N "
-            "after commas, a plan file; or fp8, q8_0, q4_0, nvfp4, kivi-2, turboquant-3, exl3-3.  Without --reference, "
-            "against the same model with its own cache.",
-        ),
-    ] = None,
-    cache_text: Annotated[
-        Path | None,
-        typer.Option(
-            "--cache-text",
-            metavar="FILE",
-            help="Calibrate --cache on this text.  [default: the model's own, or what it writes]",
-        ),
-    ] = None,
-    length: Annotated[
-        list[int] | None,
-        typer.Option("--length", metavar="N", help="With --cache: windows of N tokens. Repeatable.  [default: 2048]"),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="Such as cpu or cuda.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    model: Model,
+    reference: Reference = None,
+    text: TextFile = None,
+    windows: Windows = None,
+    tasks: Tasks = None,
+    cache: Cache = None,
+    cache_text: CacheText = None,
+    length: Lengths = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, KL divergence from the original and top-1 agreement, or score tasks.
 

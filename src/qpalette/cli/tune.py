@@ -54,7 +54,7 @@ def tune(
         bool, typer.Option("--recompute/--no-recompute", help="Compute activations twice: slower, less memory.")
     ] = True,
     cache: Annotated[
-        bool, typer.Option("--cache", help="The original's hidden states on disk: one model in memory at a time.")
+        bool, typer.Option("--cache", help="The original reads all windows first: one model in memory at a time.")
     ] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16: of activations.")] = "float32",
     device: Annotated[str, typer.Option("--device", help="Such as cpu or cuda.")] = "cpu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,12 +14,16 @@ import torch
 
 from qpalette.core.errors import InputError
 from qpalette.core.resume import PartialFigures
+from qpalette.evaluate.reserved_cache import bytes_of, cache_of, reserve
 from qpalette.models.vocabulary import check_tokens
 
 TOKEN_FILE = ".tokens.json"  # how the name of a file of tokens ends
 KIND = "sampled text"
-# Windows written side by side. Two cores of a processor are busy with 16; a GPU waits for the host until about 64.
-BLOCK_ON_CPU, BLOCK = 16, 64
+# Windows written side by side. A GPU waits for the host until about 64. A processor's core takes 9.5 ms for a token of
+# SmolLM2 with 16, 7.4 with 36 and 6.8 with 64: as many as have keys and values in CACHE_BYTES, half of what the sums of
+# a calibration may take after it. Not what is free: the text would be another on another day.
+LEAST, BLOCK = 16, 64
+CACHE_BYTES = 2 << 30
 
 Progress = Callable[[int, int], None]  # (tokens written, tokens in all)
 
@@ -47,9 +52,11 @@ def sample_windows(
     headers stand between them, and a token that ends a turn ends it. Else it starts after the BOS token (EOS, or token
     0, in a model without one), which is not part of it, and goes on past an end of text, as running text does.
 
-    Windows are written a block at a time, all of a block in one batch. The same model, seed, device and torch give the
-    same windows, and fewer are the first of more, in whole blocks. `keep` is a token file, in which each block is kept
-    as soon as it is whole: what it has of this model, seed and length is not written again.
+    Windows are written a block at a time (`side_by_side`), all of a block in one batch. The same model, seed, device
+    and torch give the same windows, and fewer are the first of more, in whole blocks. `keep` is a token file, in which
+    each block is kept as soon as it is whole: what it has of this model, seed and length is not written again.
+
+    Raises UnsupportedError for a model without a cache.
     """
     chat = chat_of(tokenizer)
     if chat is not None:
@@ -57,7 +64,7 @@ def sample_windows(
     identity = {"kind": KIND, "model": mark_of(model), "length": str(length), "seed": str(seed)}
     kept = None if keep is None else PartialFigures(keep, identity)
     windows: list[list[int]] = [] if kept is None else kept.figures.setdefault("windows", [])
-    block = BLOCK_ON_CPU if model.device.type == "cpu" else BLOCK
+    block = LEAST if count <= LEAST else side_by_side(model.device, _window_bytes(model, chat, length))
     while len(windows) < count:
         indices = range(len(windows), min(len(windows) + block, count))
         done = len(windows) * length
@@ -71,6 +78,11 @@ def sample_windows(
             kept.file.parent.mkdir(parents=True, exist_ok=True)
             kept.save()
     return [torch.tensor(window, dtype=torch.int64) for window in windows[:count]]
+
+
+def side_by_side(device: torch.device, window_bytes: int) -> int:
+    """How many windows are a block, where keys and values of one take `window_bytes`."""
+    return BLOCK if device.type == "cuda" else max(LEAST, min(BLOCK, CACHE_BYTES // max(1, window_bytes)))
 
 
 def is_token_file(file: str | Path) -> bool:
@@ -147,20 +159,36 @@ class _Writers:
         return waiting.popleft() if waiting else token
 
 
+@torch.inference_mode()
+def _window_bytes(model: Any, chat: Chat | None, length: int) -> int:
+    opening = torch.tensor([_opening(model, chat)], device=model.device)
+    _, cache = cache_of(model(opening, use_cache=True, **_last_logits(model)))
+    return bytes_of(cache, length)
+
+
 @torch.inference_mode()  # not around what is returned: it may be read where gradients are wanted
 def _write(model: Any, writers: _Writers, length: int, told: Callable[[int], None]) -> list[list[int]]:
-    opening = list(writers.chat.opening) if writers.chat is not None else [_start_token(model.config)]
+    opening = _opening(model, writers.chat)
     windows = [list(opening) if writers.chat is not None else [] for _ in range(writers.count)]
-    step, cache = torch.tensor([opening] * writers.count), None
+    step, known = torch.tensor([opening] * writers.count), dict[str, Any]()
     while len(windows[0]) < length:
-        output = model(step.to(model.device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(step.to(model.device), use_cache=True, **known, **_last_logits(model))
+        name, cache = cache_of(output)
+        if not known:
+            reserve(cache, length)
+        known = {name: cache}
         chosen = writers.choose(_draw(output.logits[:, -1], writers.draws[:, len(windows[0])]))
         for window, token in zip(windows, chosen, strict=True):
             window.append(token)
         step = torch.tensor(chosen)[:, None]
         told(len(windows[0]) * writers.count)
     return [window[:length] for window in windows]
+
+
+def _last_logits(model: Any) -> dict[str, int]:
+    """The argument that leaves out those of all tokens but the last, where the class knows it."""
+    name = "logits_to_keep"
+    return {name: 1} if name in inspect.signature(model.forward).parameters else {}
 
 
 def _draw(logits: torch.Tensor, uniform: torch.Tensor) -> list[int]:
@@ -182,6 +210,11 @@ def mark_of(model: Any) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten()[:16].cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _opening(model: Any, chat: Chat | None) -> list[int]:
+    """What is read before the first token is drawn."""
+    return [_start_token(model.config)] if chat is None else list(chat.opening)
 
 
 def _start_token(config: Any) -> int:

@@ -4,7 +4,7 @@ from qpalette.generation.cache import CacheMaker, CodedTokenCache
 from qpalette.generation.choice import most_likely
 from qpalette.generation.compilation import MODES, check_mode
 from qpalette.generation.fast import Generate, attach, fast
-from qpalette.generation.step import CAPTURE_WARMUP, capture_graph, compile_options
+from qpalette.generation.step import CAPTURE_WARMUP, compile_options
 
 __all__ = [
     "CAPTURE_WARMUP",
@@ -13,7 +13,6 @@ __all__ = [
     "CodedTokenCache",
     "Generate",
     "attach",
-    "capture_graph",
     "check_mode",
     "compile_options",
     "fast",

@@ -20,7 +20,8 @@ from qpalette.runtime import Backend, select
 
 logger = logging.getLogger(__name__)
 
-CHUNK_WEIGHTS = 1 << 21  # encoded at a time, in whole tile rows: enough to fill a GPU, and it bounds the temporaries
+CHUNK_WEIGHTS = 1 << 21  # encoded at a time, in whole tile rows: it bounds the temporaries
+GPU_CHUNK_WEIGHTS = 1 << 23  # each chunk has some hundred small launches, and waits for the GPU eight times
 BATCH_BYTES = 1 << 28  # of temporaries while calibrated linears are rounded together on a CPU; one may take more
 GPU_SHARE = 3  # on a GPU a third of its memory: a step sees a few tiles of each linear, and must fill it
 
@@ -53,7 +54,7 @@ class EncodedLinear:
     scales: torch.Tensor
     diagonal: torch.Tensor
     quality: Quality
-    weight_sha256: str = ""  # of the weight as it was read
+    weight_digest: str = ""  # of the weight as it was read
 
 
 def encode_linear(
@@ -66,7 +67,8 @@ def encode_linear(
     """
     backend = select("encode", record.spec, device)
     rotation = Rotation.parse(record.rotation, record.in_features)
-    rows = max(1, CHUNK_WEIGHTS // (TILE * record.in_features)) * TILE
+    at_a_time = GPU_CHUNK_WEIGHTS if device.type == "cuda" else CHUNK_WEIGHTS
+    rows = max(1, at_a_time // (TILE * record.in_features)) * TILE
     codes, scales, error, energy, faint = [], [], 0.0, 0.0, 0
     for chunk in weight.split(rows):
         there = chunk.to(device)

@@ -24,7 +24,7 @@ from qpalette.models.multiplied import Shares
 from qpalette.pipeline.encode import BATCH_BYTES, feedback_bytes, working_bytes
 from qpalette.plan import Plan, select_linears
 from qpalette.rotate import random_signs, rotation_for
-from qpalette.storage import Checkpoint
+from qpalette.storage import Checkpoint, held_bytes
 
 HEADROOM_BYTES = 64 << 20  # tokenizer, headers, documents
 
@@ -188,14 +188,14 @@ def estimate(
         source_bytes=checkpoint.total_bytes,
         tensor_bytes=result.total_bytes,
         disk_bytes=result.total_bytes + result.packed_bytes + HEADROOM_BYTES,
-        peak_memory_bytes=_peak_memory(checkpoint, jobs),
+        peak_memory_bytes=_peak_memory(checkpoint, jobs, held_bytes(result)),
         shares=result.shares,
     )
 
 
-def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job]) -> int:
-    """The largest linear with its codes and one chunk in flight, and the largest tensor that is only copied: what one
-    has used stays with the allocator. With Hessians a whole batch is in flight.
+def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job], written: int) -> int:
+    """The largest linear with its codes and one chunk in flight, and the tensors that are `written` at the same time:
+    what one has used stays with the allocator. With Hessians a whole batch is in flight.
     """
 
     def of_job(job: Job) -> int:
@@ -203,8 +203,7 @@ def _peak_memory(checkpoint: Checkpoint, jobs: Sequence[Job]) -> int:
         together = max(BATCH_BYTES, feedback_bytes(job.linear)) if job.calibrated else 0
         return weight_bytes(checkpoint, job.linear) + 2 * job.packed_bytes + chunk + together
 
-    copied = max(info.nbytes for info in checkpoint.tensors.values())
-    return copied + max(map(of_job, jobs))
+    return written + max(map(of_job, jobs))
 
 
 def _left_alone(grouping: Grouping, plan: Plan) -> list[str]:

@@ -26,7 +26,7 @@ from qpalette.pipeline.encode import (
     feedback_bytes,
 )
 from qpalette.pipeline.jobs import Job
-from qpalette.pipeline.partial import sha256_of
+from qpalette.pipeline.partial import digest_of
 from qpalette.rotate import Rotation
 from qpalette.storage import Checkpoint, open_checkpoint
 
@@ -53,13 +53,13 @@ class Source(NamedTuple):
     """A linear's weight [M, K] as it was read, on the CPU."""
 
     weight: torch.Tensor
-    sha256: str
+    digest: str
 
 
 def read_sources(checkpoint: Checkpoint, jobs: Sequence[Job]) -> list[Source]:
     """Raises CheckpointError as `read_weight`."""
     weights = [read_weight(checkpoint, job.name) for job in jobs]
-    return [Source(weight, sha256_of(weight)) for weight in weights]
+    return [Source(weight, digest_of(weight)) for weight in weights]
 
 
 def encode_batch(
@@ -82,7 +82,7 @@ def encode_batch(
             f"{device} has no memory left for {jobs[0].group.name} (inputs: {jobs[0].group.in_features}): free some "
             "of it, or use --device cpu; finished linears are kept"
         ) from error
-    return [replace(e, weight_sha256=source.sha256) for e, source in zip(encoded, sources, strict=True)]
+    return [replace(e, weight_digest=source.digest) for e, source in zip(encoded, sources, strict=True)]
 
 
 def batches_of(jobs: Sequence[Job], device: torch.device) -> list[tuple[Job, ...]]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from qpalette.calibration.hessians import row_blocks
 from qpalette.core.errors import InputError
 from qpalette.core.records import LinearShape
-from qpalette.evaluate.sampled_text import BLOCK, BLOCK_ON_CPU
+from qpalette.evaluate.sampled_text import side_by_side
 from qpalette.models import find_groups, token_tables
 from qpalette.models.experts import EXPERT
 from qpalette.models.kinds import linear_kind
@@ -33,7 +33,7 @@ TRIALS = 10
 CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k")  # a config's names of it
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 SECONDS_PER_LAYER = 2e-4  # of a step: what transformers does beside the products, on one core of an EPYC
-CACHE_BYTES_PER_SECOND = 5e9  # of keys and values that a step reads there: 16 windows of SmolLM2
+CACHE_BYTES_PER_SECOND = 7e9  # of keys and values that a step reads there: 36 windows of SmolLM2
 TWO_SIDED = 1.5  # times plain rounding: what feedback costs beside the search
 
 
@@ -62,6 +62,7 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
     tuning = recipe.tuning
     part = tuning.batch * min(tuning.window, window) / window
     looks = tuning.steps // tuning.every * tuning.held_out / tuning.batch
+    originals = min(tuning.steps + looks, recipe.tokens / tuning.window / tuning.batch)  # it reads a window once
     steps = [
         Step("calibrate", f"{recipe.tokens} tokens", read * forward * (1 + BACKWARD + moments)),
         Step(
@@ -70,7 +71,11 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
             held_out * forward * (1 + BACKWARD + 2 * moments) + bands * measured * forward,
         ),
         Step("quantize", f"{len(plan.specs)} linears", TWO_SIDED * forecast_seconds(checkpoint, plan, place)),
-        Step("tune", f"at most {tuning.steps} steps", part * forward * (tuning.steps * (3 + BACKWARD) + looks * 2)),
+        Step(
+            "tune",
+            f"at most {tuning.steps} steps",
+            part * forward * (tuning.steps * (2 + BACKWARD) + looks + originals),
+        ),
     ]
     if text is None:
         per_weight = partial(_seconds_per_weight, widest, device=place)
@@ -84,15 +89,15 @@ def _writing(
 ) -> float:
     """Seconds for text in blocks of windows that get a token at each step: `products` of so many tokens, what
     transformers does beside them, and a cache of half a window on average to read."""
-    block = BLOCK_ON_CPU if device.type == "cpu" else BLOCK
     layers = text_config(checkpoint.config).get("num_hidden_layers", 0)
     try:
-        cache = 2 * device_bytes(checkpoint.config, max(1, window // 2), 1)[0]  # in float32
+        cache = 2 * device_bytes(checkpoint.config, window, 1)[0]  # in float32
     except InputError:  # of a config that says nothing of heads
         cache = 0
+    block = side_by_side(device, cache)
     sides = [block] * (windows // block) + [windows % block] * (windows % block > 0)
     known = {side: products(side) for side in set(sides)}
-    steps = (known[side] + layers * SECONDS_PER_LAYER + side * cache / CACHE_BYTES_PER_SECOND for side in sides)
+    steps = (known[side] + layers * SECONDS_PER_LAYER + side * cache / 2 / CACHE_BYTES_PER_SECOND for side in sides)
     return window * sum(steps)
 
 

@@ -1,6 +1,6 @@
 """Streams a source model tensor by tensor: bytes and names, nothing of what they mean."""
 
-from qpalette.storage.export import export_checkpoint
+from qpalette.storage.export import export_checkpoint, held_bytes
 from qpalette.storage.exported import plain_directory
 from qpalette.storage.safetensors_source import copy_side_files
 from qpalette.storage.safetensors_writer import StreamingSafetensorsWriter
@@ -12,6 +12,7 @@ __all__ = [
     "TensorInfo",
     "copy_side_files",
     "export_checkpoint",
+    "held_bytes",
     "local_path",
     "open_checkpoint",
     "plain_directory",

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qpalette.core.errors import CheckpointError
@@ -13,12 +14,14 @@ from qpalette.core.files import contents, is_mount_point, move_contents
 from qpalette.storage.base import Checkpoint, TensorInfo
 from qpalette.storage.safetensors_writer import StreamingSafetensorsWriter, header_bytes
 
-MAX_SHARD_BYTES = 5 * 2**30
+MAX_SHARD_BYTES = 2**30  # files enough for several threads to write, hash and load an 8B
+FILES_AT_ONCE = 4  # by as many threads
 METADATA = {"format": "pt"}
 
 
 def export_checkpoint(checkpoint: Checkpoint, directory: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write config.json, every tensor as it is read, and the tokenizer; one tensor in memory at a time.
+    """Write config.json, every tensor as it is read, and the tokenizer; of each file that is being written one tensor
+    is in memory (`held_bytes`).
 
     The directory must not exist, or be empty; it appears whole (a sibling is filled, then renamed) or not at all. A
     mount point cannot be renamed: a folder in it is filled, then all is moved up, config.json last. Raises
@@ -56,6 +59,12 @@ def exported_bytes(checkpoint: Checkpoint, max_shard_bytes: int = MAX_SHARD_BYTE
     return total
 
 
+def held_bytes(checkpoint: Checkpoint, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """Of tensors in memory at the same time while `export_checkpoint` writes, at most."""
+    largest = (max(info.nbytes for info in infos) for infos in _split(checkpoint.tensors.values(), max_shard_bytes))
+    return sum(sorted(largest)[-FILES_AT_ONCE:])
+
+
 def exported_names(checkpoint: Checkpoint, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[str]:
     """The files that `exported_bytes` counts."""
     shards = _shard_names(len(_split(checkpoint.tensors.values(), max_shard_bytes)))
@@ -78,13 +87,17 @@ def _shard_names(count: int) -> list[str]:
 
 def _write_weights(checkpoint: Checkpoint, directory: Path, max_shard_bytes: int) -> None:
     shards = _split(checkpoint.tensors.values(), max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    for name, infos in zip(_shard_names(len(shards)), shards, strict=True):
+    names = _shard_names(len(shards))
+
+    def write(name: str, infos: Iterable[TensorInfo]) -> None:
         with StreamingSafetensorsWriter(directory / name, infos, METADATA) as writer:
             for info in infos:
                 writer.write(info.name, checkpoint.read(info.name))
-        weight_map |= {info.name: name for info in infos}
+
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        list(pool.map(write, names, shards))
     if len(shards) > 1:
+        weight_map = {info.name: name for name, infos in zip(names, shards, strict=True) for info in infos}
         index = directory / "model.safetensors.index.json"
         index.write_text(_index_text(checkpoint, weight_map), encoding="utf-8", newline="\n")
 

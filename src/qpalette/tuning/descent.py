@@ -132,17 +132,22 @@ class Descent:
 
 
 def passes(tuning: Tuning, windows: int) -> tuple[int, int]:
-    """Forward passes over a window, or what takes as long, of a step and of a look."""
-    original = 0 if tuning.cache else 1
-    forward = 1 + original
-    return tuning.batch * (forward + BACKWARD + tuning.recompute), tuning.held_out * forward
+    """Forward passes over a window, or what takes as long, of a step and of a look. The original's are not counted: a
+    window takes one."""
+    return tuning.batch * (1 + BACKWARD + tuning.recompute), tuning.held_out
 
 
 def codes_kept(device: torch.device) -> AbstractContextManager[None]:
     """Inside, a GPU decodes codes for the backward pass once, as far as KEPT_SHARE of its free memory has room."""
+    room = room_for_codes(device)
+    return keeping(room) if room else nullcontext()
+
+
+def room_for_codes(device: torch.device, taken: int = 0) -> int:
+    """Bytes that decoded codes may take, once `taken` more are than now; 0 where they are decoded at each use."""
     if device.type != "cuda":
-        return nullcontext()
-    return keeping(int(KEPT_SHARE * torch.cuda.mem_get_info(device)[0]))
+        return 0
+    return int(KEPT_SHARE * max(0, torch.cuda.mem_get_info(device)[0] - taken))
 
 
 @contextmanager

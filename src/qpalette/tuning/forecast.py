@@ -18,6 +18,7 @@ from qpalette.models.model_class import text_config
 from qpalette.rotate import diagonal_of
 from qpalette.runtime import PackedLinear, packed_linear
 from qpalette.runtime.device import parse_device
+from qpalette.tuning.descent import room_for_codes
 from qpalette.tuning.options import Tuning
 from qpalette.tuning.reference import CHUNK, divergence
 from qpalette.tuning.run import Subject
@@ -64,7 +65,7 @@ def forecast(
         tokens_per_step=tuning.batch * _length(subject, tuning),
         bits_before=subject.artifact.bits().rate,
         bits_after=total_bits(records.values()).rate,
-        memory_bytes=_memory(subject, tuning, dtype),
+        memory_bytes=memory_bytes(subject, tuning, dtype, place),
         disk_bytes=_disk(subject, tuning, dtype),
         seconds=_Trial(subject, tuning, place, dtype).seconds(),
     )
@@ -81,24 +82,26 @@ def _size(subject: Subject, key: str) -> int:
     return value
 
 
-def _memory(subject: Subject, tuning: Tuning, dtype: torch.dtype) -> int:
-    """Both models, what a window leaves for the backward pass, and its logits."""
+def memory_bytes(subject: Subject, tuning: Tuning, dtype: torch.dtype, device: torch.device) -> int:
+    """Both models, what a window leaves for the backward pass, its logits, and the matrices that stay decoded."""
     length, hidden = _length(subject, tuning), _size(subject, "hidden_size")
     layers = _size(subject, "num_hidden_layers")
     original = sum(info.nbytes // info.dtype.itemsize for info in subject.original.tensors.values()) * dtype.itemsize
     head = _size(subject, "vocab_size") * hidden * dtype.itemsize
-    quantized = subject.artifact.inspect().tensor_bytes
+    quantized, records = subject.artifact.inspect().tensor_bytes, subject.artifact.records.values()
     # Of each linear the input times its diagonal and the product before its scales are kept, both in float32.
-    kept = sum(2 * record.in_features + 2 * record.out_features for record in subject.artifact.records.values())
+    kept = sum(2 * record.in_features + 2 * record.out_features for record in records)
     kept *= length * FLOAT32
     activations = kept // layers + layers * length * hidden * dtype.itemsize if tuning.recompute else kept
     working = quantized + activations + LOGITS * length * _size(subject, "vocab_size") * FLOAT32
-    return max(original, working + head) if tuning.cache else original + working
+    beside = head if tuning.cache else original
+    decoded = min(sum(record.weights for record in records) * FLOAT32, room_for_codes(device, quantized + beside))
+    return max(original, working + beside + decoded)
 
 
 def _disk(subject: Subject, tuning: Tuning, dtype: torch.dtype) -> int:
     states = 0
-    if tuning.cache and tuning.windows is not None:
+    if tuning.windows is not None:
         windows = tuning.windows + tuning.held_out
         states = windows * _length(subject, tuning) * _size(subject, "hidden_size") * dtype.itemsize
     return states + subject.artifact.inspect().tensor_bytes
@@ -117,11 +120,14 @@ class _Trial:
         head, attention, compared = self._head(), self._attention(), self._divergence()
         again = 1 + self.tuning.recompute
         forward, backward = linears[0] + attention, linears[1] + BACKWARD_OF_ATTENTION * attention
-        original = head if self.tuning.cache else plain + attention + head
-        step = again * forward + backward + 2 * head + original + compared
-        look = forward + head + original + compared
+        step = again * forward + backward + 3 * head + compared  # the original's head is one of the three
+        look = forward + 2 * head + compared
         looks = 1 + -(-self.tuning.steps // self.tuning.every)
-        return self.tuning.steps * self.tuning.batch * step + looks * self.tuning.held_out * look
+        used, seen = self.tuning.steps * self.tuning.batch, looks * self.tuning.held_out
+        read = used + seen
+        if self.tuning.windows is not None:
+            read = min(read, self.tuning.windows + self.tuning.held_out)
+        return used * step + seen * look + read * (plain + attention)
 
     def _linears(self) -> tuple[tuple[float, float], float]:
         """Forward and backward of all packed linears, and forward of the original's."""

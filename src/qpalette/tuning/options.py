@@ -26,8 +26,8 @@ class Tuning:
     save_every: int = 5  # steps between two states on disk
     seed: int = 0  # of the order of the windows, and of sampled text
     keep_size: bool = False  # signs stay signs: nothing grows
-    recompute: bool = True  # activations of a layer in the backward pass: less memory, one pass of five more
-    cache: bool = False  # the original's last hidden states on disk, so that only its head stays in memory
+    recompute: bool = True  # activations of a layer in the backward pass: less memory, one pass more of three
+    cache: bool = False  # the original reads all windows first, so that only its head stays in memory
 
     def __post_init__(self) -> None:
         least = {"window": 2}

@@ -37,7 +37,7 @@ from qpalette.runtime.device import parse_device
 from qpalette.storage import Checkpoint, export_checkpoint, local_path, open_checkpoint
 from qpalette.tuning.descent import Descent
 from qpalette.tuning.options import Silent, Tuning, Watcher
-from qpalette.tuning.reference import InMemory, OnDisk, Reference
+from qpalette.tuning.reference import Reference
 from qpalette.tuning.state import State
 from qpalette.tuning.vectors import TunedVectors, revised_records, vector_tensors
 
@@ -143,11 +143,11 @@ def _descend(
     original, tokenizer = load_model(subject.original.location, device, dtype)
     windows = _windows(text, original, tokenizer, tuning, _token_file(output), watcher)
     tokens = _sha256(*windows)
-    reference: Reference = InMemory(original, windows)
-    if tuning.cache:
-        name = _digest([subject.original.fingerprint, tokens, str(dtype), device.type])[:16]
-        reference = OnDisk.fill(original, windows, output.work / f"{ORIGINAL}{name}", watcher)
+    name = _digest([subject.original.fingerprint, tokens, str(dtype), device.type])[:16]
+    reference = Reference(original, windows, output.work / f"{ORIGINAL}{name}")
     del original
+    if tuning.cache:
+        reference.release(watcher)
     model, _ = load_model(subject.artifact.directory, device, dtype)
     vectors = TunedVectors(model, subject.artifact, tuning.keep_size)
     options = {key: value for key, value in asdict(tuning).items() if key not in SAME_BYTES}

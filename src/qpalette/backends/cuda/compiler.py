@@ -46,21 +46,22 @@ def _compile(
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas reports of a kernel, per thread."""
+    """What ptxas reports of a source, per thread."""
 
     registers: int
     spilled_bytes: int
 
 
 def resources(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -> Resources:
-    """Registers and spills of the only kernel in `source`, compiled for `arch`. Raises as `compile_cubin`."""
+    """Registers of the largest kernel in `source`, compiled for `arch`, and spills of all its functions, those that are
+    called among them. Raises as `compile_cubin`."""
     log = io.StringIO()
     _compile(source, arch, macros, log, ptxas_options=["-v"])
-    registers = re.search(r"Used (\d+) registers", log.getvalue())
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
-    if registers is None or not spills:
+    registers = re.findall(r"Used (\d+) registers", log.getvalue())
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
+    if not registers or not spills:
         raise UnsupportedError(f"ptxas reports no resources for {arch}: {log.getvalue()[:200]!r}")
-    return Resources(int(registers[1]), sum(map(int, spills[0])))
+    return Resources(max(map(int, registers)), sum(map(int, spills)))
 
 
 def load_kernel(source: str, name: str, macros: Mapping[str, int], device: int, shared_bytes: int = 0) -> Any:

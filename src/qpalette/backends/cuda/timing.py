@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qpalette.backends.cuda.graphs import capture_graph
+
 COLD_BYTES = 230e6  # of different weights in rotation: several times the second-level cache of any GPU
 LEAST_LAUNCHES = 60  # in a graph, so that starting it (some microseconds) does not count
 REPEATS = 7
@@ -24,9 +26,8 @@ def graph_seconds(launches: Sequence[Callable[[], object]]) -> float:
         for launch in launches:
             launch()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [launch() for _ in range(passes) for launch in launches]
+    kept: list[object] = []  # results, whose memory a replay writes to
+    graph = capture_graph(lambda: kept.extend(launch() for _ in range(passes) for launch in launches))
     seconds = []
     for _ in range(REPEATS + 1):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
