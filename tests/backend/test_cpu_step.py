@@ -172,6 +172,20 @@ def test_rows(name, dtype):
     check(lambda: of(x.transpose(0, 1)), lambda: x.mul_(-1.3), units, native=name != "of two")
 
 
+@pytest.mark.parametrize("size", [5, 16, 37, 700])
+def test_the_place_of_the_largest_is_torchs_wherever_it_is(size):
+    """Also of equal ones in other lanes, of infinities, and of a NaN, which is above all."""
+    rows = torch.randint(-3, 4, (60, size)).float()
+    rows[:20, size // 3] = 9
+    rows[10:20, size - 1] = 9
+    rows[20:30] = -torch.inf
+    rows[25:30, size - 2] = -1e30
+    rows[30:40, size // 2] = torch.nan
+    rows[35:40, size - 1] = torch.nan
+    rows[40:45, size // 4] = torch.inf
+    check(lambda: rows.argmax(-1), lambda: rows.neg_())
+
+
 def test_equal_numbers_and_nan_in_a_row():
     x = torch.tensor([[1.0, 5.0, 5.0, 2.0], [1.0, torch.nan, 9.0, torch.nan], [-torch.inf] * 4])
     check(lambda: x.argmax(-1))
@@ -267,6 +281,41 @@ def test_attention(sizes, dtype):
         exact = (scores if mask is None else scores + mask).softmax(-1) @ value.double()
         assert error(result, exact) <= 4 * float32_error(width + 50) + torch.finfo(dtype).eps / 2
         query.neg_()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_attention_of_a_sequence_is_the_same_bits_in_any_company(dtype):
+    """With any number of threads; whatever hidden keys hold, also where queries of a sequence see different ones."""
+    batch, heads, queries, keys, width = 5, 6, 3, 400, 72
+    query = torch.randn(batch, heads, queries, width).to(dtype)
+    key, value = (torch.randn(batch, heads, keys, width).to(dtype) for _ in range(2))
+    mask = torch.zeros(batch, 1, queries, keys, dtype=dtype)
+    for sequence in range(batch):
+        mask[sequence, ..., : 30 * sequence] = mask[sequence, :, 1, 40 * sequence + 90 :] = -torch.inf
+        key[sequence, :, : 30 * sequence] = value[sequence, :, : 30 * sequence] = torch.nan
+
+    def attended(chosen: slice, threads: int) -> torch.Tensor:
+        result, before = torch.zeros_like(query[chosen]), torch.get_num_threads()
+
+        def work() -> None:
+            operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            found = operator(query[chosen], key[chosen], value[chosen], 0.0, False, attn_mask=mask[chosen])
+            result.copy_(found[0])
+
+        program = Program(instructions_of(work))
+        torch.set_num_threads(threads)
+        program.replay()
+        torch.set_num_threads(before)
+        return result
+
+    together = attended(slice(None), 1)
+    assert torch.equal(together, attended(slice(None), 2))
+    for sequence in range(batch):
+        assert torch.equal(together[sequence : sequence + 1], attended(slice(sequence, sequence + 1), 1))
+        seen = slice(30 * sequence, None)
+        scores = query[sequence].double() @ key[sequence, :, seen].double().mT * width**-0.5
+        exact = (scores + mask[sequence, ..., seen]).softmax(-1) @ value[sequence, :, seen].double()
+        assert error(together[sequence], exact) <= 4 * float32_error(width + keys) + torch.finfo(dtype).eps / 2
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -403,6 +452,21 @@ def test_memory_that_is_changed_on_the_way():
         return before + y + z + again
 
     check(work, lambda: x.neg_(), native=False)
+
+
+def test_what_layers_make_of_the_same_is_computed_once():
+    """Also of numbers that each makes anew, as the mask of each layer's attention is."""
+    hidden, mask = torch.rand(2, 50) > 0.5, torch.zeros(6, 2, 50)
+
+    def work() -> None:
+        for layer in range(6):
+            shown, less = torch.scalar_tensor(0.0), torch.full((), -torch.inf)
+            mask[layer].copy_(torch.where(hidden, less, shown))
+
+    instructions = instructions_of(work)
+    assert len(instructions) == 1 + 6
+    Program(instructions).replay()
+    assert torch.equal(mask, torch.where(hidden, -torch.inf, 0.0).expand(6, 2, 50))
 
 
 def test_what_does_not_change_is_computed_once():

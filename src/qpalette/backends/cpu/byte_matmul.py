@@ -42,7 +42,7 @@ from qpalette.backends.cpu.matmul import (
 from qpalette.backends.cpu.operands import address_after, launch_at, matrix_at, pointer, read_values, write_values
 from qpalette.backends.cpu.transform import transform_row
 
-TOKENS = 4  # multiplied at once: with as many rows of tiles, sixteen sums in registers
+TOKENS = 4  # multiplied at once: with as many rows of tiles, sixteen sums of integers in registers
 LONGEST_PASS = 512  # tokens: their bytes of a chunk and their sums of four rows stay in the second cache
 _CHUNK = 8  # pairs of blocks: 16 KB of weights and as much of signs stay in the first cache
 
@@ -76,12 +76,14 @@ def make_byte_kernel(way: str) -> Any:
 
     @kernel
     def multiply_decoded(decoded, masks, starts, first, pairs, tokens, vectors, sums, place):  # type: ignore[no-untyped-def]
-        """Add the products of what `decode_rows` gave and all tokens to the sums from `place` on."""
+        """Add the products of what `decode_rows` gave and all tokens to the sums from `place` on. Tokens are the
+        inner loop: a compiler would hold a token's sums over several pairs, for which there are no registers."""
         activations, scales, offsets = vectors
-        for token in range(0, tokens, TOKENS):
-            for pair in range(pairs):
+        x_of_token, of_token = COLUMNS * SIDE, ROWS * LANES
+        for pair in range(pairs):
+            begin = pair * ROWS * LANES
+            for token in range(0, tokens, TOKENS):
                 x = (first + pair) * tokens + token
-                begin, x_of_token = pair * ROWS * LANES, COLUMNS * SIDE
                 a = _begun(starts, begin, simd.load_quarteri(offsets, x * SIDE))
                 b = _begun(starts, begin, simd.load_quarteri(offsets, (x + 1) * SIDE))
                 c = _begun(starts, begin, simd.load_quarteri(offsets, (x + 2) * SIDE))
@@ -92,11 +94,11 @@ def make_byte_kernel(way: str) -> Any:
                     b = dots(b, decoded, masks, at, simd.load_quarterb(activations, at_x + x_of_token))
                     c = dots(c, decoded, masks, at, simd.load_quarterb(activations, at_x + 2 * x_of_token))
                     d = dots(d, decoded, masks, at, simd.load_quarterb(activations, at_x + 3 * x_of_token))
-                at = place + token * ROWS * LANES
+                at = place + token * of_token
                 add_four(sums, at, a, simd.load_quarterf(scales, x * SIDE))
-                add_four(sums, at + ROWS * LANES, b, simd.load_quarterf(scales, (x + 1) * SIDE))
-                add_four(sums, at + 2 * ROWS * LANES, c, simd.load_quarterf(scales, (x + 2) * SIDE))
-                add_four(sums, at + 3 * ROWS * LANES, d, simd.load_quarterf(scales, (x + 3) * SIDE))
+                add_four(sums, at + of_token, b, simd.load_quarterf(scales, (x + 1) * SIDE))
+                add_four(sums, at + 2 * of_token, c, simd.load_quarterf(scales, (x + 2) * SIDE))
+                add_four(sums, at + 3 * of_token, d, simd.load_quarterf(scales, (x + 3) * SIDE))
 
     @kernel
     def multiply_some(codes, block_row, columns, size, tokens, vectors, sums, space, arrays):  # type: ignore[no-untyped-def]

@@ -132,56 +132,115 @@ def make_dense(type_: int) -> tuple[Any, Any]:
                 place = w[P_RESULT] + (item * w[P_RESULT + 1] + vector * w[P_RESULT + 2]) * itemsize
                 write_values(row, type_, place)
 
+    @inlined
+    def put_scores(x, rows, seen, count, apart, size, out):  # type: ignore[no-untyped-def]
+        """Products of float32 x with the rows that are seen, sixteen at a time, each summed as it would be alone."""
+        whole, quads = size // LANES * LANES, np.empty(4 * LANES, np.float32)
+        for first in range(0, count, LANES):
+            for quad in range(4):
+                i, zero = first + 4 * quad, simd.splatf(np.float32(0))
+                p, q, r, s = seen[i] * apart, seen[i + 1] * apart, seen[i + 2] * apart, seen[i + 3] * apart
+                a, b, c, d = zero, zero, zero, zero
+                for k in range(0, whole, LANES):
+                    part = simd.loadf(x, k)
+                    a, b = simd.fmaf(part, load(rows, p + k), a), simd.fmaf(part, load(rows, q + k), b)
+                    c, d = simd.fmaf(part, load(rows, r + k), c), simd.fmaf(part, load(rows, s + k), d)
+                simd.store(quads, quad * LANES, simd.quad_sums(a, b, c, d))
+            a, b = simd.loadf(quads, 0), simd.loadf(quads, LANES)
+            c, d = simd.loadf(quads, 2 * LANES), simd.loadf(quads, 3 * LANES)
+            simd.store(out, first, simd.quarter_sums(a, b, c, d))
+        for i in range(count if whole < size else 0):
+            for k in range(whole, size):
+                out[i] += x[k] * widen(rows[seen[i] * apart + k])
+
+    @inlined
+    def put_sums(shares, rows, seen, count, apart, size, out):  # type: ignore[no-untyped-def]
+        """The rows that are seen times their shares, summed in their order in registers."""
+        whole, four = size // LANES * LANES, size // (4 * LANES) * 4 * LANES
+        for k in range(0, four, 4 * LANES):
+            zero = simd.splatf(np.float32(0))
+            a, b, c, d = zero, zero, zero, zero
+            for i in range(count):
+                at, share = seen[i] * apart + k, simd.load_splatf(shares, i)
+                a = simd.fmaf(share, load(rows, at), a)
+                b = simd.fmaf(share, load(rows, at + LANES), b)
+                c = simd.fmaf(share, load(rows, at + 2 * LANES), c)
+                d = simd.fmaf(share, load(rows, at + 3 * LANES), d)
+            simd.store(out, k, a)
+            simd.store(out, k + LANES, b)
+            simd.store(out, k + 2 * LANES, c)
+            simd.store(out, k + 3 * LANES, d)
+        for k in range(four, whole, LANES):
+            a = simd.splatf(np.float32(0))
+            for i in range(count):
+                a = simd.fmaf(simd.load_splatf(shares, i), load(rows, seen[i] * apart + k), a)
+            simd.store(out, k, a)
+        for k in range(whole, size):
+            out[k] = np.float32(0)
+            for i in range(count):
+                out[k] += shares[i] * widen(rows[seen[i] * apart + k])
+
     @kernel
-    def attend_head(w, batch, head):  # type: ignore[no-untyped-def]
-        queries, keys, width, value_width = w[A_SHAPES + 2], w[A_SHAPES + 3], w[A_SHAPES + 4], w[A_SHAPES + 5]
-        scale = np.float32(carray(pointer(_address_of(w) + 8 * A_SCALE), 1, np.float64)[0])
-        query, bias = np.empty((queries, width), np.float32), np.zeros((queries, keys), np.float32)
-        for q in range(queries):
-            read_values(_at(w, A_QUERY, batch, head, q, itemsize), type_, query[q])
-            for i in range(width):
-                query[q, i] *= scale
-            if w[A_MASK]:
-                place = _at(w, A_MASK, batch, head, q, 4 if w[A_MASK_TYPE] == 0 else 2)
-                load_floats(place, w[A_MASK_TYPE], w[A_MASK + 4], bias[q])
-        seen, count = np.empty(keys, np.int64), 0
+    def see(w, batch, head, bias, seen):  # type: ignore[no-untyped-def]
+        """Fill `bias`, [queries or 1, keys], with the mask, and `seen` with the keys that it leaves to some query, then
+        the last of them sixteen times; how many they are."""
+        queries, keys, count = bias.shape[0], bias.shape[1], 0
+        for q in range(queries if w[A_MASK] else 0):
+            place = _at(w, A_MASK, batch, head, q, 4 if w[A_MASK_TYPE] == 0 else 2)
+            load_floats(place, w[A_MASK_TYPE], w[A_MASK + 4], bias[q])
         for key in range(keys):
+            hidden = True
             for q in range(queries):
-                if bias[q, key] > -np.inf or bias[q, key] != bias[q, key]:
-                    seen[count] = key
-                    count += 1
-                    break
-        scores, sums = np.empty((queries, count), np.float32), np.zeros((queries, value_width), np.float32)
-        apart, first = w[A_KEY + 3], _at(w, A_KEY, batch, head, 0, itemsize)
-        rows = carray(pointer(first), (keys - 1) * apart + width, element)
-        for i in range(count):
+                hidden &= bias[q, key] == -np.inf
+            seen[count] = key
+            count += 1 - hidden
+        for place in range(count, count + LANES if count else 0):
+            seen[place] = seen[count - 1]
+        return count
+
+    @kernel
+    def attend_heads(w, worker, workers):  # type: ignore[no-untyped-def]
+        """Neighbouring heads, over all sequences: most of them have the same mask."""
+        heads, queries, keys = w[A_SHAPES + 1], w[A_SHAPES + 2], w[A_SHAPES + 3]
+        width, value_width = w[A_SHAPES + 4], w[A_SHAPES + 5]
+        scale = np.float32(carray(pointer(_address_of(w) + 8 * A_SCALE), 1, np.float64)[0])
+        biases = 1 if w[A_MASK + 3] == 0 else queries
+        bias, seen, count, masked = np.zeros((biases, keys), np.float32), np.empty(keys + LANES, np.int64), 0, -1
+        query, sums = np.empty(width, np.float32), np.empty(value_width, np.float32)
+        scores = np.empty(keys + LANES, np.float32)
+        items = w[A_SHAPES] * heads
+        for item in range(items * worker // workers, items * (worker + 1) // workers):
+            batch, head = item // heads, item % heads
+            mask = _at(w, A_MASK, batch, head, 0, 4 if w[A_MASK_TYPE] == 0 else 2)
+            if mask != masked:
+                count, masked = see(w, batch, head, bias, seen), mask
+            of_keys, of_values = w[A_KEY + 3], w[A_VALUE + 3]
+            key_rows = carray(pointer(_at(w, A_KEY, batch, head, 0, itemsize)), (keys - 1) * of_keys + width, element)
+            place = _at(w, A_VALUE, batch, head, 0, itemsize)
+            value_rows = carray(pointer(place), (keys - 1) * of_values + value_width, element)
             for q in range(queries):
-                scores[q, i] = dot(query[q], rows, seen[i] * apart, width) + bias[q, seen[i]]
-        if count:
-            for q in range(queries):
-                softmax_in_place(scores[q])
-        apart, first = w[A_VALUE + 3], _at(w, A_VALUE, batch, head, 0, itemsize)
-        rows = carray(pointer(first), (keys - 1) * apart + value_width, element)
-        for i in range(count):
-            for q in range(queries):
-                add_scaled(rows, seen[i] * apart, value_width, scores[q, i], sums[q])
-        for q in range(queries):
-            write_values(sums[q], type_, _at(w, A_RESULT, batch, head, q, itemsize))
+                read_values(_at(w, A_QUERY, batch, head, q, itemsize), type_, query)
+                for i in range(width):
+                    query[i] *= scale
+                put_scores(query, key_rows, seen, count, of_keys, width, scores)
+                for i in range(count):
+                    scores[i] += bias[min(q, biases - 1), seen[i]]
+                if count:
+                    softmax_in_place(scores[:count])
+                put_sums(scores, value_rows, seen, count, of_values, value_width, sums)
+                write_values(sums, type_, _at(w, A_RESULT, batch, head, q, itemsize))
 
     @parallel_kernel
     def attend_in_parallel(w, workers):  # type: ignore[no-untyped-def]
-        heads = w[A_SHAPES + 1]
         for worker in prange(workers):
-            for item in range(worker, w[A_SHAPES] * heads, workers):
-                attend_head(w, item // heads, item % heads)
+            attend_heads(w, worker, workers)
 
     @entry(f"step attention {type_}")
     def attention(address, scratch, unused_a, unused_b, threads):  # type: ignore[no-untyped-def]
         """softmax(scale q k^T + mask) v, in float32 but for what comes and goes. Keys that the mask hides from all
         queries are not read; a query that sees none gets zeros."""
         w = words_at(address, A_WORDS)
-        heads = w[A_SHAPES + 1]
-        items = w[A_SHAPES] * heads
+        items = w[A_SHAPES] * w[A_SHAPES + 1]
         workers = min(threads, items)
         if workers > 1 and items * w[A_SHAPES + 2] * w[A_SHAPES + 3] * w[A_SHAPES + 4] > workers * LEAST_PRODUCTS * 4:
             before = get_num_threads()
@@ -189,8 +248,7 @@ def make_dense(type_: int) -> tuple[Any, Any]:
             attend_in_parallel(w, workers)
             set_num_threads(before)
         else:
-            for item in range(items):
-                attend_head(w, item // heads, item % heads)
+            attend_heads(w, 0, 1)
 
     return product, attention
 

@@ -22,7 +22,7 @@ NUMBERS = TYPES | {torch.int64: _INT64, torch.int32: _INT32, torch.bool: _BOOL, 
 DIMENSIONS = 4  # of a walk, after those that lie behind each other are one
 CHUNK = 512  # values that are computed on at once
 OPERANDS = 4  # of an elementwise operation: its result, then what it reads
-SCRATCH = 8 * CHUNK * OPERANDS  # bytes
+SCRATCH = 8 * (CHUNK + 1) * OPERANDS  # bytes: values, and where they are
 
 # The words of an elementwise operation.
 E_KERNEL, E_INTEGERS, E_INPUTS, E_SIZES, E_OPERANDS = 0, 1, 2, 3, 3 + DIMENSIONS
@@ -92,7 +92,7 @@ def load_floats(address, type_, stride, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def store_floats(values, type_, stride, address):  # type: ignore[no-untyped-def]
-    """Write float32 `values`, which it may spoil, as `type_`."""
+    """Write float32 `values` as `type_`."""
     count = values.size
     last = (count - 1) * stride + 1
     if type_ <= 2:
@@ -168,32 +168,50 @@ def _itemsize(type_):  # type: ignore[no-untyped-def]
 
 @entry("step elementwise")
 def elementwise(address, scratch, unused_a, unused_b, threads):  # type: ignore[no-untyped-def]
+    """Values of the type that is computed in, and which lie behind each other, are read and written in their places."""
     words = words_at(address, E_WORDS)
-    integers, size = words[E_INTEGERS], words[E_SIZES + DIMENSIONS - 1]
+    integers, size, inputs = words[E_INTEGERS], words[E_SIZES + DIMENSIONS - 1], words[E_INPUTS]
     floats = carray(pointer(scratch), (OPERANDS, CHUNK), np.float32)
     longs = carray(pointer(scratch), (OPERANDS, CHUNK), np.int64)
-    scalars = address + 8 * E_SCALARS
+    places = carray(pointer(scratch + 8 * OPERANDS * CHUNK), OPERANDS, np.int64)
+    for operand in range(OPERANDS):
+        places[operand] = scratch + operand * CHUNK * (8 if integers else 4)
+    computed, scalars = 0 if words[E_KERNEL] else 1, address + 8 * E_SCALARS
+    of_result, stride = words[E_OPERANDS + 1], words[E_OPERANDS + 5]
     for a in range(words[E_SIZES]):
         for b in range(words[E_SIZES + 1]):
             for c in range(words[E_SIZES + 2]):
                 for start in range(0, size, CHUNK):
                     count = min(CHUNK, size - start)
-                    for operand in range(1, 1 + words[E_INPUTS]):
-                        at = E_OPERANDS + operand * E_OPERAND
-                        place = _place(words, operand, a, b, c, start)
-                        if integers:
-                            load_integers(place, words[at + 1], words[at + 5], longs[operand, :count])
+                    for operand in range(1, 1 + inputs):
+                        place, type_ = _place(words, operand, a, b, c, start), words[_type_of(operand)]
+                        if _is_direct(words, operand):
+                            places[operand] = place
+                        elif integers:
+                            load_integers(place, type_, words[_type_of(operand) + 4], longs[operand, :count])
                         else:
-                            load_floats(place, words[at + 1], words[at + 5], floats[operand, :count])
-                    if words[E_KERNEL]:
-                        call(words[E_KERNEL], scratch, count, scalars, 0, 0)
-                    into = _place(words, 0, a, b, c, start)
-                    result = 0 if words[E_KERNEL] else 1
-                    type_, stride = words[E_OPERANDS + 1], words[E_OPERANDS + 5]
-                    if integers:
-                        store_integers(longs[result, :count], type_, stride, into)
-                    else:
-                        store_floats(floats[result, :count], type_, stride, into)
+                            load_floats(place, type_, words[_type_of(operand) + 4], floats[operand, :count])
+                    into, direct = _place(words, 0, a, b, c, start), computed == 0 and _is_direct(words, 0)
+                    if direct:
+                        places[0] = into
+                    if computed == 0:
+                        call(words[E_KERNEL], scratch + 8 * OPERANDS * CHUNK, count, scalars, 0, 0)
+                    if integers and not direct:
+                        store_integers(carray(pointer(places[computed]), count, np.int64), of_result, stride, into)
+                    elif not direct:
+                        store_floats(carray(pointer(places[computed]), count, np.float32), of_result, stride, into)
+
+
+@inlined
+def _type_of(operand):  # type: ignore[no-untyped-def]
+    """Where its number is."""
+    return E_OPERANDS + operand * E_OPERAND + 1
+
+
+@inlined
+def _is_direct(words, operand):  # type: ignore[no-untyped-def]
+    at = _type_of(operand)
+    return words[at + 4] == 1 and words[at] == (_INT64 if words[E_INTEGERS] else 0)
 
 
 def scalar_kernel(name: str, function: Any, integers: bool) -> Any:
@@ -203,9 +221,11 @@ def scalar_kernel(name: str, function: Any, integers: bool) -> Any:
     scalar: Any = np.int64 if integers else np.float64
 
     @entry(f"step {'integers' if integers else 'floats'} {name}")
-    def compute(scratch, count, scalars, unused_a, unused_b):  # type: ignore[no-untyped-def]
-        values = carray(pointer(scratch), (OPERANDS, CHUNK), dtype)
-        x, y, z, out = values[1], values[2], values[3], values[0]
+    def compute(places, count, scalars, unused_a, unused_b):  # type: ignore[no-untyped-def]
+        """places: of the result and three values, each of `count`."""
+        at = carray(pointer(places), OPERANDS, np.int64)
+        out, x = carray(pointer(at[0]), count, dtype), carray(pointer(at[1]), count, dtype)
+        y, z = carray(pointer(at[2]), count, dtype), carray(pointer(at[3]), count, dtype)
         numbers = carray(pointer(scalars), 2, scalar)
         s, t = dtype(numbers[0]), dtype(numbers[1])
         for i in range(count):
@@ -276,10 +296,35 @@ def total_of(values):  # type: ignore[no-untyped-def]
 @kernel
 def place_of_largest(values):  # type: ignore[no-untyped-def]
     """Of equal ones the first; a NaN is above all."""
-    place = 0
-    for i in range(values.size):
+    place, whole = 0, values.size // 16 * 16
+    if whole:
+        place = _place_in_lanes(values, whole)
+    for i in range(whole, values.size):
         if values[i] > values[place] or (values[i] != values[i] and values[place] == values[place]):
             place = i
+    return place
+
+
+@kernel
+def _place_in_lanes(values, whole):  # type: ignore[no-untyped-def]
+    """Of the first `whole` values, sixteen side by side."""
+    largest, where, odd = simd.splatf(np.float32(-np.inf)), simd.splati(np.int32(0)), simd.splati(np.int32(0))
+    for i in range(0, whole, 16):
+        lanes = simd.loadf(values, i)
+        where = simd.where_lessi(largest, lanes, simd.splati(np.int32(i)), where)
+        largest = simd.where_lessf(largest, lanes, lanes, largest)
+        odd = simd.maxi(odd, simd.andi(simd.bits_of_float(lanes), simd.splati(np.int32(0x7FFFFFFF))))
+    if simd.largest(odd) > 0x7F800000:  # a NaN
+        for i in range(whole):
+            if values[i] != values[i]:
+                return i
+    starts = np.empty(16, np.int32)
+    simd.store(starts, 0, where)
+    place = np.int64(starts[0])
+    for lane in range(1, 16):
+        other = np.int64(starts[lane]) + lane
+        if values[other] > values[place] or (values[other] == values[place] and other < place):
+            place = other
     return place
 
 

@@ -15,7 +15,7 @@ from qpalette.backends.cpu.step.record import Memory, Operand, Operation
 
 def simplified(operations: Sequence[Operation]) -> list[Operation]:
     """Without what nobody reads, what is the same at every step, and what has been computed already."""
-    return _read(_once(_varying(_read(operations))))
+    return _read(_varying(_once(_read(operations))))
 
 
 def _read(operations: Sequence[Operation]) -> list[Operation]:

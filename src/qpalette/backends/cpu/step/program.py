@@ -76,9 +76,9 @@ def kernels_of(instructions: Sequence[Instruction]) -> set[Any]:
 
 class Program:
     """Does what was recorded, again and again, on the memory that was there; its own is one piece. For one thread at a
-    time."""
+    time. With `apart` each instruction is one of `parts`, which can be timed, instead of as many as run together."""
 
-    def __init__(self, instructions: Sequence[Instruction]) -> None:
+    def __init__(self, instructions: Sequence[Instruction], apart: bool = False) -> None:
         self._kept: list[Any] = [each.kept for one in instructions for each in one.memories if each.kept is not None]
         self._fault, self._scratch = np.zeros(1, np.int64), np.zeros(kernels.SCRATCH // 8, np.int64)
         self._places, size = _placed(instructions)
@@ -91,6 +91,8 @@ class Program:
                 self.parts.append(self._call_of(instruction.operation))
             else:
                 rows += self._rows_of(instruction)
+            if apart:
+                self._close(rows)
         self._close(rows)
         self._places.clear()
 
