@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qpalette.calibration import MEMORY_BUDGET, Progress, collect_hessians
-from qpalette.calibration.hessians import AMONG, Calibration, HessianStore
+from qpalette.calibration.hessians import Calibration, HessianStore
 from qpalette.calibration.rounding import ROUNDING, Rounding
 from qpalette.calibration.sensitivity import (
     DISTORTION,
@@ -169,9 +169,9 @@ def calibrate(
 
     `model` is a directory, a .gguf file or a Hub id; `text` a UTF-8 file, of which the first `tokens` are read in
     windows of `window` tokens (less in a model of shorter context), or a file of sampled tokens. With `text` None the
-    model writes it, into such a file in `hessians`. An eighth more windows, at most 8, are set aside, evenly among
-    the others, to measure sensitivities on. With two sides each window takes a backward pass, its labels drawn by
-    `seed`; `one_sided` is forward only. Interrupted, the same call goes on where it stopped.
+    model writes it, into such a file in `hessians`. An eighth more windows, at most 8, are set aside to measure
+    sensitivities on. With two sides each window takes a backward pass, its labels drawn by `seed`; `one_sided` is
+    forward only. Interrupted, the same call goes on where it stopped.
 
     Besides the model there are activations of one window and at most `memory_budget_bytes` of sums on the device (see
     `collect_hessians`), by default 4 GiB, or a quarter of what a GPU has left, as a backward pass needs room beside
@@ -203,7 +203,6 @@ def calibrate(
         window=len(windows[0]),
         sides=1 if one_sided else 2,
         seed=0 if one_sided else seed,
-        held_out=AMONG,
     )
     store = HessianStore(hessians, calibration)
     groups = find_groups(checkpoint).groups
@@ -215,13 +214,10 @@ def calibrate(
 
 
 def _split(windows: Sequence[torch.Tensor], count: int) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """`count` windows to calibrate on, and the rest, which stand evenly among them; of a text that ends before, an
-    eighth. A text of one window is both."""
-    rest = len(windows) - min(count, len(windows) - max(1, len(windows) // HELD_OUT))
-    apart = {(2 * number + 1) * len(windows) // (2 * rest) for number in range(rest)}
-    if len(apart) == len(windows):
-        return windows, windows
-    return [w for i, w in enumerate(windows) if i not in apart], [windows[i] for i in sorted(apart)]
+    """The first `count` windows, to calibrate on, and those after them; of a text that ends before, its last eighth. A
+    text of one window is both. Tuning on the same text holds out its end, too: what decides there is to be new here."""
+    first = min(count, len(windows) - max(1, len(windows) // HELD_OUT)) or 1
+    return windows[:first], windows[first:] or windows
 
 
 def _memory_budget(device: torch.device) -> int:

@@ -29,7 +29,6 @@ VERSION = 2  # of the files; 1 had one tensor, the whole of H_I
 SUM = "sum"  # its name
 INPUT = "input"
 HELD_OUT = "held_out.json"
-AFTER, AMONG = "after", "among"  # all others; evenly: windows that are neighbours are of one subject
 EXPERT_TOKENS = "expert_tokens.json"
 STRIP = 256  # rows: a symmetric matrix is stored as strips, each from its own diagonal on
 BLOCK_TILES = 128  # rows of tiles, at most, that share an H_O: 2048 rows
@@ -45,7 +44,6 @@ class Calibration:
     window: int
     sides: int = 1  # 2: output moments as well, and every token weighed by the other side
     seed: int = 0  # of the labels that are drawn for the gradients
-    held_out: str = AFTER  # where in the text those windows stand that it was not measured on
 
 
 class HessianStore:
@@ -326,8 +324,7 @@ def _calibration(file: Path, metadata: dict[str, str]) -> Calibration:
             )
         tokens, window = int(metadata["tokens"]), int(metadata["window"])
         sides, seed = int(metadata.get("sides", "1")), int(metadata.get("seed", "0"))
-        held_out = metadata.get("held_out", AFTER)
-        return Calibration(metadata["source"], metadata["text_sha256"], tokens, window, sides, seed, held_out)
+        return Calibration(metadata["source"], metadata["text_sha256"], tokens, window, sides, seed)
     except (KeyError, ValueError) as error:
         raise _damaged(file, f"no {error} in its metadata") from error
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qpalette.api import calibrate, calibrated_sensitivities
-from qpalette.calibration.hessians import AMONG, HessianStore
+from qpalette.calibration.hessians import HessianStore
 from qpalette.core.cache import limit_bytes, mark_used, private_folder
 from qpalette.core.errors import CheckpointError, HessianError, SpecError
 from qpalette.core.files import locked
@@ -189,7 +189,7 @@ def moments_of(checkpoint: Checkpoint, text: str | Path | None, recipe: Recipe, 
     if text is not None:
         with open(Path(text).expanduser(), "rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
-    what = [checkpoint.fingerprint, content, recipe.tokens, recipe.window, seed, AMONG]
+    what = [checkpoint.fingerprint, content, recipe.tokens, recipe.window, seed]
     return private_folder(MOMENTS) / hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
