@@ -182,7 +182,7 @@ def test_an_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
 def test_an_export_of_several_files_holds_no_more_than_it_says(tmp_path, monkeypatch):
     checkpoint = open_checkpoint(write_model(tmp_path / "in"))
     shard = max(info.nbytes for info in checkpoint.tensors.values())
-    most = held_bytes(checkpoint, shard)
+    most = held_bytes(checkpoint, 3, shard)
     read, alive, held = checkpoint.read, weakref.WeakSet(), []
 
     def tracked(name: str) -> torch.Tensor:
@@ -192,7 +192,7 @@ def test_an_export_of_several_files_holds_no_more_than_it_says(tmp_path, monkeyp
         return tensor
 
     monkeypatch.setattr(checkpoint, "read", tracked)
-    export_checkpoint(checkpoint, tmp_path / "out", shard)
+    export_checkpoint(checkpoint, tmp_path / "out", shard, threads=3)
     monkeypatch.undo()
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert 0 < max(held) <= most <= checkpoint.total_bytes

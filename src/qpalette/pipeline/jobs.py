@@ -26,6 +26,7 @@ from qpalette.plan import Plan, select_linears
 from qpalette.rotate import random_signs, rotation_for
 from qpalette.storage import Checkpoint, held_bytes
 
+WRITING_THREADS = 4  # files of the result at once
 HEADROOM_BYTES = 64 << 20  # tokenizer, headers, documents
 
 
@@ -188,7 +189,7 @@ def estimate(
         source_bytes=checkpoint.total_bytes,
         tensor_bytes=result.total_bytes,
         disk_bytes=result.total_bytes + result.packed_bytes + HEADROOM_BYTES,
-        peak_memory_bytes=_peak_memory(checkpoint, jobs, held_bytes(result)),
+        peak_memory_bytes=_peak_memory(checkpoint, jobs, held_bytes(result, WRITING_THREADS)),
         shares=result.shares,
     )
 

@@ -20,7 +20,7 @@ from qpalette.core.errors import InputError
 from qpalette.formats import PackedCheckpoint, model_card, open_artifact, write_checksums
 from qpalette.models import check_complete, transposed_modules
 from qpalette.pipeline.encode import Quality, tell_of_faint_rows
-from qpalette.pipeline.jobs import HEADROOM_BYTES, Job, format_of, make_jobs, planned_result
+from qpalette.pipeline.jobs import HEADROOM_BYTES, WRITING_THREADS, Job, format_of, make_jobs, planned_result
 from qpalette.pipeline.output import Output
 from qpalette.pipeline.partial import PartialResults
 from qpalette.pipeline.rehearsal import rehearse
@@ -123,7 +123,7 @@ def quantize_checkpoint(
                 *(packed.shares, calibration),
             )
             write_documents(packed, report, plan, base_model)
-            export_checkpoint(packed, partial.assembled, max_shard_bytes)
+            export_checkpoint(packed, partial.assembled, max_shard_bytes, WRITING_THREADS)
             open_artifact(partial.assembled)  # what was written is read back before anything is replaced
             write_checksums(partial.assembled)
         output.put(partial.assembled)

@@ -15,13 +15,14 @@ from qpalette.storage.base import Checkpoint, TensorInfo
 from qpalette.storage.safetensors_writer import StreamingSafetensorsWriter, header_bytes
 
 MAX_SHARD_BYTES = 2**30  # files enough for several threads to write, hash and load an 8B
-FILES_AT_ONCE = 4  # by as many threads
 METADATA = {"format": "pt"}
 
 
-def export_checkpoint(checkpoint: Checkpoint, directory: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write config.json, every tensor as it is read, and the tokenizer; of each file that is being written one tensor
-    is in memory (`held_bytes`).
+def export_checkpoint(
+    checkpoint: Checkpoint, directory: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES, threads: int = 1
+) -> None:
+    """Write config.json, every tensor as it is read, and the tokenizer; one tensor in memory for each of the `threads`,
+    which write a file each (`held_bytes`). Several are for a checkpoint whose `read` may run in several at once.
 
     The directory must not exist, or be empty; it appears whole (a sibling is filled, then renamed) or not at all. A
     mount point cannot be renamed: a folder in it is filled, then all is moved up, config.json last. Raises
@@ -36,7 +37,7 @@ def export_checkpoint(checkpoint: Checkpoint, directory: str | Path, max_shard_b
     try:
         checkpoint.save_side_files(temporary)
         (temporary / "config.json").write_text(_config_text(checkpoint), encoding="utf-8", newline="\n")
-        _write_weights(checkpoint, temporary, max_shard_bytes)
+        _write_weights(checkpoint, temporary, max_shard_bytes, threads)
         if is_volume:
             move_contents(temporary, target)
         else:
@@ -59,10 +60,10 @@ def exported_bytes(checkpoint: Checkpoint, max_shard_bytes: int = MAX_SHARD_BYTE
     return total
 
 
-def held_bytes(checkpoint: Checkpoint, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+def held_bytes(checkpoint: Checkpoint, threads: int, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
     """Of tensors in memory at the same time while `export_checkpoint` writes, at most."""
     largest = (max(info.nbytes for info in infos) for infos in _split(checkpoint.tensors.values(), max_shard_bytes))
-    return sum(sorted(largest)[-FILES_AT_ONCE:])
+    return sum(sorted(largest)[-threads:])
 
 
 def exported_names(checkpoint: Checkpoint, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[str]:
@@ -85,7 +86,7 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def _write_weights(checkpoint: Checkpoint, directory: Path, max_shard_bytes: int) -> None:
+def _write_weights(checkpoint: Checkpoint, directory: Path, max_shard_bytes: int, threads: int) -> None:
     shards = _split(checkpoint.tensors.values(), max_shard_bytes)
     names = _shard_names(len(shards))
 
@@ -94,7 +95,7 @@ def _write_weights(checkpoint: Checkpoint, directory: Path, max_shard_bytes: int
             for info in infos:
                 writer.write(info.name, checkpoint.read(info.name))
 
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         list(pool.map(write, names, shards))
     if len(shards) > 1:
         weight_map = {info.name: name for name, infos in zip(names, shards, strict=True) for info in infos}
