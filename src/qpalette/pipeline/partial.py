@@ -159,8 +159,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
 
 
 def digest_of(*tensors: torch.Tensor) -> str:
-    """SHA-256 of the SHA-256s of blocks of BLOCK_BYTES of some CPU tensors: one thread hashes some 700 MB/s, and a GPU
-    encodes that many."""
+    """SHA-256 of the SHA-256s of blocks of BLOCK_BYTES of some CPU tensors, so that threads share a large one."""
     flat = [tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data for tensor in tensors]
     blocks = (view[start : start + BLOCK_BYTES] for view in flat for start in range(0, len(view), BLOCK_BYTES))
     with ThreadPoolExecutor() as pool:  # its own: a forked process has its parent's pools, without their threads

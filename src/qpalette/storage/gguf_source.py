@@ -132,7 +132,7 @@ def _open_reader(file: Path) -> GGUFReader:
 @contextmanager
 def _lent(file: Path, reader: GGUFReader) -> Iterator[None]:
     """Transformers takes this reader of `file` meanwhile. It would read the file anew for every config and tokenizer,
-    and make the table of names anew for each of the model's modules: 5 s of 8 for a vocabulary of 49,152."""
+    and make the table of names anew for each of the model's modules: most of what opening a file takes."""
     read, names_of = gguf.GGUFReader, gguf.get_tensor_name_map
 
     def open_reader(path: Any, *rest: Any) -> GGUFReader:
