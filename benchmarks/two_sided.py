@@ -3,7 +3,7 @@
     python benchmarks/two_sided.py MODEL --text TEST --calibration TRAIN --device cuda
 
     [--uniform 2 --uniform 3 ...] [--planned 2.5 --planned 3 ...] [--tokens 131072] [--window 2048] [--windows 16]
-    [--effort standard] [--sampled] [--profile] [--work out/two_sided] [--name two_sided]
+    [--effort standard] [--draws 1] [--sampled] [--profile] [--work out/two_sided] [--name two_sided]
 
 Uniform: `tcq-R` everywhere, rounded data-free, by LDLQ, by LDLQ with columns equalized, on both sides, and on both
 sides equalized. Planned: LDLQ and both sides, equalized, each by sensitivities to its own error, with the KL that was
@@ -73,6 +73,7 @@ def main(
     tokens: int = 131_072,
     window: int = 2048,
     windows: int = 16,
+    draws: Annotated[int, typer.Option(help="Of labels, by calibration on both sides.")] = 1,
     bands: int = 6,
     effort: str = "standard",
     device: str = "cpu",
@@ -86,7 +87,7 @@ def main(
 ) -> None:
     PROFILED.append(profile)
     work.mkdir(parents=True, exist_ok=True)
-    options = {"tokens": tokens, "window": window, "device": device, "dtype": parse_dtype(dtype)}
+    options = {"tokens": tokens, "window": window, "draws": draws, "device": device, "dtype": parse_dtype(dtype)}
     if llama_8b:
         time_llama_8b(work, bits, effort, options, "two_sided_8b" if name == "two_sided" else name)
         return
@@ -98,7 +99,7 @@ def main(
     if sampled:
         trial.tests["KL, sampled text"] = model_windows(None, original, tokenizer, window, windows, seed=TEST_SEED)
     trial.facts = {"model": Path(model).name, "text": text.name, "windows": windows, "window": window}
-    trial.facts |= {"calibration": calibration.name, "tokens": tokens, "effort": effort}
+    trial.facts |= {"calibration": calibration.name, "tokens": tokens, "draws": draws, "effort": effort}
     for rate in uniform or ["2", "3", "4"]:
         for kind in rounding or ROUNDINGS:
             trial.run_uniform(rate, kind)
@@ -220,7 +221,8 @@ def time_llama_8b(work: Path, bits: str, effort: str, options: dict[str, Any], n
         seconds, found = timed(run, what)
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.startswith("cuda") else None
         rows.append({"step": what, "seconds": round(seconds, 1), "peak GPU memory, GiB": peak})
-        report(name, device_name(device), rows, bits=bits, effort=effort, **{k: str(v) for k, v in options.items()})
+        facts = {key: str(value) for key, value in options.items() if key != "device"}
+        report(name, device_name(device), rows, bits=bits, effort=effort, **facts)
         return found
 
     step("calibrate", lambda: qpalette.calibrate(source, directory, text, **options))

@@ -32,6 +32,7 @@ from qpalette.core.records import LinearShape
 from qpalette.core.resume import PartialFigures
 from qpalette.evaluate import loading
 from qpalette.evaluate.cache import directory_of, plan_for, stored_plan, stream_sensitivities, transforms_for
+from qpalette.evaluate.held_out import split, usual, windows_around
 from qpalette.evaluate.loading import load_model
 from qpalette.evaluate.sampled_text import TOKEN_FILE
 from qpalette.evaluate.text_source import check_text, model_windows, text_sha256
@@ -52,7 +53,6 @@ CACHE_LENGTH = 4096  # tokens that a cache has room for, and its transforms are 
 SENSITIVITIES = "sensitivities.json"  # in a calibration's directory
 HOW_WELL = ("qpalette", "windows", "bands", "dtype")  # of its provenance: not what was measured
 GPU_PARTS = 4  # of a GPU's free memory, one of which is for sums: 8B has 101 GB of them, and others may run there
-HELD_OUT = 8  # windows, at most, that are set aside
 SENSITIVITY_TOKENS = {"fisher": 16_384, "perturbation": 2048}  # one backward pass in all, against one pass per linear
 
 
@@ -159,6 +159,7 @@ def calibrate(
     tokens: int = TOKENS,
     window: int = WINDOW,
     seed: int = 0,
+    draws: int = 1,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     memory_budget_bytes: int | None = None,
@@ -169,20 +170,22 @@ def calibrate(
 
     `model` is a directory, a .gguf file or a Hub id; `text` a UTF-8 file, of which the first `tokens` are read in
     windows of `window` tokens (less in a model of shorter context), or a file of sampled tokens. With `text` None the
-    model writes it, into such a file in `hessians`. An eighth more windows, at most 8, are set aside to measure
-    sensitivities on. With two sides each window takes a backward pass, its labels drawn by `seed`; `one_sided` is
-    forward only. Interrupted, the same call goes on where it stopped.
+    model writes it, into such a file in `hessians`. An eighth more windows is set aside (`evaluate/held_out.py`), at
+    most 8 of them to measure sensitivities on. With two sides each window takes `draws` backward passes, its labels
+    drawn by `seed`; `one_sided` is forward only. Interrupted, the same call goes on where it stopped.
 
     Besides the model there are activations of one window and at most `memory_budget_bytes` of sums on the device (see
     `collect_hessians`), by default 4 GiB, or a quarter of what a GPU has left, as a backward pass needs room beside
-    them. `progress` is called with (windows done, windows in all), `writing` with (tokens written, tokens in all).
-    Returns what was measured on.
+    them. `progress` is called with (windows read, windows to read, each as often as labels are drawn), `writing` with
+    (tokens written, tokens in all). Returns what was measured on.
 
     Raises InputError for a text or a number that cannot be used, CheckpointError for a model that cannot be read, and
     HessianError as `collect_hessians` does.
     """
     if tokens < 2 or window < 2:
         raise InputError(f"tokens and window must be at least 2, got {tokens} and {window}")
+    if draws < 1:
+        raise InputError(f"the number of draws must be at least 1, got {draws}")
     where = str(parse_device(device))
     if Path(hessians).expanduser().is_file():
         raise InputError(f"{hessians} is a file: Hessians go into a directory of their own")
@@ -192,10 +195,10 @@ def calibrate(
     keep = Path(hessians).expanduser() / f"text{TOKEN_FILE}"
     length = min(window, context_of(loaded) or window, tokens)
     count = tokens // length
-    more = length * max(1, min(HELD_OUT, count // HELD_OUT))
-    windows, held_out = _split(
-        _windows(loaded, tokenizer, text, length * count + more, length, 0, keep, writing), count
-    )
+    most = usual(count)
+    read = windows_around(count, length, most)
+    fitted, held_out = split(_windows(loaded, tokenizer, text, length * read, length, 0, keep, writing), most)
+    windows = fitted[:count]
     calibration = Calibration(
         source=checkpoint.fingerprint,
         text_sha256=text_sha256(text, windows),
@@ -203,6 +206,7 @@ def calibrate(
         window=len(windows[0]),
         sides=1 if one_sided else 2,
         seed=0 if one_sided else seed,
+        draws=1 if one_sided else draws,
     )
     store = HessianStore(hessians, calibration)
     groups = find_groups(checkpoint).groups
@@ -211,13 +215,6 @@ def calibrate(
     budget = _memory_budget(loaded.device) if memory_budget_bytes is None else memory_budget_bytes
     collect_hessians(loaded, windows, groups, store, memory_budget_bytes=budget, progress=progress)
     return calibration
-
-
-def _split(windows: Sequence[torch.Tensor], count: int) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """The first `count` windows, to calibrate on, and those after them; of a text that ends before, its last eighth. A
-    text of one window is both. Tuning on the same text holds out its end, too: what decides there is to be new here."""
-    first = min(count, len(windows) - max(1, len(windows) // HELD_OUT)) or 1
-    return windows[:first], windows[first:] or windows
 
 
 def _memory_budget(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -128,6 +129,11 @@ def explicit(model: nn.Module, windows: list[torch.Tensor], groups: tuple[Linear
     return inputs, outputs
 
 
+def seen(directory, of: LinearGroup) -> int:
+    metadata = [safe_open(file, "pt").metadata() for file in directory.glob("*.safetensors")]
+    return next(int(facts["seen"]) for facts in metadata if facts["group"] == of.name)
+
+
 def files(directory) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir()}
 
@@ -144,6 +150,23 @@ def test_moments_are_the_sums_of_weighed_inputs_and_gradients(model, windows, tm
             expected = outputs[linear.name]
             torch.testing.assert_close(block.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_with_more_draws_of_labels_the_sums_are_of_all_of_them(model, windows, tmp_path):
+    """And a token that is read again is no other token."""
+    one, two = (HessianStore(tmp_path / str(draws), calibration(draws=draws)) for draws in (1, 2))
+    collect_hessians(model, windows, GROUPS, one)
+    collect_hessians(model, windows, GROUPS, two)
+    inputs, outputs = explicit(model, [*windows, *windows], GROUPS)
+    for g in GROUPS:
+        expected = inputs[g.name]
+        torch.testing.assert_close(two.read(g).double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        assert not torch.allclose(two.read(g), 2 * one.read(g), rtol=1e-3)
+        for linear in g.linears:
+            (block,) = two.read_outputs(g, linear.name)
+            expected = outputs[linear.name]
+            torch.testing.assert_close(block.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        assert seen(tmp_path / "2", g) == seen(tmp_path / "1", g) == sum(map(len, windows))
 
 
 def test_no_token_drowns_the_others():

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 MEMORY_BUDGET = 4 << 30  # bytes
 PARTIAL = "sums.partial"  # in the directory of a store
 
-Progress = Callable[[int, int], None]  # (windows done, windows in all), over all passes
+Progress = Callable[[int, int], None]  # (windows done, windows in all), over all passes and draws
 
 
 def collect_hessians(
@@ -46,7 +46,8 @@ def collect_hessians(
 ) -> None:
     """Write the Hessians of each group that `store` does not have yet, of as many sides as its calibration says.
 
-    `model` is a transformers model in evaluation mode on any device; `windows` are int64 [length] each. The sums are
+    `model` is a transformers model in evaluation mode on any device; `windows` are int64 [length] each, and each is
+    read as often as the store's calibration has draws: with new labels its gradients are other samples. The sums are
     kept in float64 on the model's device, `memory_budget_bytes` of them at a time (or those of one group, or of a
     layer's experts, if they are more): a large model takes several passes over the text, each for a run of consecutive
     groups. Forward alone, a pass leaves the model after the last of them; with gradients it keeps activations from the
@@ -70,14 +71,16 @@ def collect_hessians(
         sums = [GroupSums(group, weights[group.name], store.two_sided) for group in run]
         partial = PartialSums(store.directory / PARTIAL, identity, sums)
         reader = Reader(model, sums, {name: weight for each in weights.values() for name, weight in each.items()})
-        for number in range(partial.load(), len(windows)):
+        visits = len(windows) * store.calibration.draws
+        for number in range(partial.load(), visits):
+            draw, place = divmod(number, len(windows))
             if store.two_sided:
-                reader.both_sides(windows[number], store.calibration.seed + number)
+                reader.both_sides(windows[place], store.calibration.seed + number, again=draw > 0)
             else:
-                reader.inputs(windows[number])
+                reader.inputs(windows[place])
             partial.keep(number + 1)
             if progress is not None:
-                progress(index * len(windows) + number + 1, len(passes) * len(windows))
+                progress(index * visits + number + 1, len(passes) * visits)
         if counts := expert_tokens(sums):
             store.count_experts(counts)
             _tell_of_idle_experts(counts)
@@ -130,13 +133,14 @@ class Reader:
         with torch.inference_mode(), one_expert_at_a_time(self.model), Taps(self.weights, seen), suppress(_AllReached):
             self.model(window[None].to(self.model.device), use_cache=False)
 
-    def both_sides(self, window: Tensor, seed: int) -> None:
-        """Forward and backward; no gradient goes below the first of the linears, nor into a parameter."""
+    def both_sides(self, window: Tensor, seed: int, again: bool = False) -> None:
+        """Forward and backward; no gradient goes below the first of the linears, nor into a parameter. Tokens that are
+        read `again`, for other labels, are not counted again."""
 
         def seen(linear: str, x: Tensor, y: Tensor, rows: slice) -> None:
             if not y.requires_grad:
                 y.requires_grad_()
-            y.register_hook(lambda gradient: self._sums_of[linear].add(linear, x, gradient[..., rows]))
+            y.register_hook(lambda gradient: self._sums_of[linear].add(linear, x, gradient[..., rows], again))
 
         with frozen(self.model), one_expert_at_a_time(self.model), Taps(self.weights, seen):
             backward_of_drawn_labels(self.model, window, torch.Generator().manual_seed(seed))

@@ -44,6 +44,7 @@ class Calibration:
     window: int
     sides: int = 1  # 2: output moments as well, and every token weighed by the other side
     seed: int = 0  # of the labels that are drawn for the gradients
+    draws: int = 1  # of labels for each token
 
 
 class HessianStore:
@@ -324,7 +325,8 @@ def _calibration(file: Path, metadata: dict[str, str]) -> Calibration:
             )
         tokens, window = int(metadata["tokens"]), int(metadata["window"])
         sides, seed = int(metadata.get("sides", "1")), int(metadata.get("seed", "0"))
-        return Calibration(metadata["source"], metadata["text_sha256"], tokens, window, sides, seed)
+        draws = int(metadata.get("draws", "1"))
+        return Calibration(metadata["source"], metadata["text_sha256"], tokens, window, sides, seed, draws)
     except (KeyError, ValueError) as error:
         raise _damaged(file, f"no {error} in its metadata") from error
 

@@ -65,11 +65,11 @@ class GroupSums:
         if linear in self.leaders:
             self.inputs[self._input_of[linear]] += rows.T @ rows
 
-    def add(self, linear: str, x: Tensor, gradient: Tensor) -> None:
+    def add(self, linear: str, x: Tensor, gradient: Tensor, again: bool = False) -> None:
         """x [..., K] and the gradient [..., M] at the output, each weighed by the other (see `collect.py`)."""
         x = x.detach().reshape(-1, self.group.in_features).float()
         gradient = gradient.detach().reshape(len(x), -1).float()
-        self.seen[linear] += len(x)
+        self.seen[linear] += 0 if again else len(x)
         weighed = x * clipped(gradient.square() @ self._rows[linear]).sqrt()[:, None]
         self.inputs[self._input_of[linear]] += weighed.T @ weighed
         weighed = gradient * clipped(x.square() @ self._columns).sqrt()[:, None]

@@ -24,6 +24,9 @@ def calibrate(
     one_sided: Annotated[
         bool, typer.Option("--one-sided", help="Inputs alone: forward passes, a third of the time, less gain.")
     ] = False,
+    draws: Annotated[
+        int, typer.Option("--draws", metavar="N", help="Backward passes of a window: that many labels for each token.")
+    ] = 1,
     seed: Annotated[int, typer.Option("--seed", help="Of the labels drawn from the model's predictions.")] = 0,
     memory: Annotated[
         float | None,
@@ -63,6 +66,7 @@ def calibrate(
             dtype=parse_dtype(dtype),
             one_sided=one_sided,
             seed=seed,
+            draws=draws,
             progress=bar.show,
             writing=writing.show,
         )

@@ -39,7 +39,10 @@ def tune(
         typer.Option("--windows", metavar="N", help="Tune on the first N windows.  [default: all not held out; 24]"),
     ] = None,
     held_out: Annotated[
-        int, typer.Option("--held-out", metavar="N", help="The last N windows decide when to stop and what is kept.")
+        int,
+        typer.Option(
+            "--held-out", metavar="N", help="At most N windows from all of the text decide when to stop, what is kept."
+        ),
     ] = 8,
     every: Annotated[int, typer.Option("--every", metavar="N", help="Look at them after every N steps.")] = 10,
     patience: Annotated[

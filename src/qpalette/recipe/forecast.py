@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from qpalette.calibration.hessians import row_blocks
 from qpalette.core.errors import InputError
 from qpalette.core.records import LinearShape
+from qpalette.evaluate.held_out import usual, windows_around
 from qpalette.evaluate.sampled_text import side_by_side
 from qpalette.models import find_groups, token_tables
 from qpalette.models.experts import EXPERT
@@ -27,7 +28,6 @@ from qpalette.runtime.device import parse_device
 from qpalette.storage import Checkpoint, open_checkpoint
 
 BACKWARD = 2  # times a forward, where weights need no gradient: once through the activations, once more as recomputed
-HELD_OUT = 8  # windows of the calibration, at most, that sensitivities are measured on
 CURVE = 5  # measurements with noise in all linears
 TRIALS = 10
 CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k")  # a config's names of it
@@ -52,8 +52,8 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
     weights = sum(map(_multiplied(checkpoint), linears)) + _head(checkpoint)
     window = min(recipe.window, recipe.tokens)
     forward = _seconds_per_weight(widest, window, place) * weights  # of a window
-    held_out = max(1, min(HELD_OUT, recipe.tokens // window // HELD_OUT))
     read = recipe.tokens // window
+    held_out = usual(read)
     measured = held_out if place.type == "cuda" else 1
     kinds = {linear_kind(linear.name) for linear in linears}
     bands = len(kinds) * recipe.bands + CURVE + len(token_tables(checkpoint))
@@ -79,8 +79,9 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
     ]
     if text is None:
         per_weight = partial(_seconds_per_weight, widest, device=place)
-        seconds = _writing(checkpoint, read + held_out, window, place, lambda tokens: per_weight(tokens) * weights)
-        steps.insert(0, Step("text", f"{(read + held_out) * window} tokens, written by the model", seconds))
+        written = windows_around(read, window, held_out)
+        seconds = _writing(checkpoint, written, window, place, lambda tokens: per_weight(tokens) * weights)
+        steps.insert(0, Step("text", f"{written * window} tokens, written by the model", seconds))
     return steps
 
 

@@ -20,7 +20,7 @@ class Tuning:
     learning_rate: float = 1e-3  # of scales and diagonals in proportion to themselves; falls by a cosine to zero
     window: int = 2048  # tokens; less in a model of shorter context
     windows: int | None = None  # to tune on: the first so many of the text; None: all but those held out
-    held_out: int = 8  # windows at the end of the text, which decide when to stop and which step is kept
+    held_out: int = 8  # windows, at most, which decide when to stop and which step is kept (`evaluate/held_out.py`)
     every: int = 10  # steps between two looks at them
     patience: int = 4  # looks in a row without gain after which it stops
     save_every: int = 5  # steps between two states on disk

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from qpalette.core.errors import ArtifactError, CheckpointError, InputError
 from qpalette.core.records import LinearRecord
 from qpalette.evaluate import load_model, model_windows
+from qpalette.evaluate.held_out import split, windows_around
 from qpalette.evaluate.sampled_text import TOKEN_FILE
 from qpalette.evaluate.text_source import check_text
 from qpalette.formats import (
@@ -31,6 +32,7 @@ from qpalette.formats import (
     total_bits,
     write_checksums,
 )
+from qpalette.models.vocabulary import context_of
 from qpalette.pipeline.output import Output
 from qpalette.pipeline.report import REPORT_FILE, revised_report
 from qpalette.runtime.device import parse_device
@@ -118,7 +120,7 @@ def tune(
     subject = Subject.open(model, reference, tuning.keep_size)
     output = _output(model, out, subject, overwrite)
     with output.claimed():
-        state, vectors, windows = _descend(subject, output, text, tuning, place, dtype, watcher)
+        state, vectors, windows, tuning = _descend(subject, output, text, tuning, place, dtype, watcher)
         report = _report(subject, output, state, vectors, windows, tuning)
         _write(subject, output, state, vectors, report)
     return report
@@ -139,9 +141,11 @@ def _descend(
     device: torch.device,
     dtype: torch.dtype,
     watcher: Watcher,
-) -> tuple[State, TunedVectors, list[Tensor]]:
+) -> tuple[State, TunedVectors, list[Tensor], Tuning]:
+    """Also the windows, those held out at the end, and the tuning with their number, of which a text may have less."""
     original, tokenizer = load_model(subject.original.location, device, dtype)
-    windows = _windows(text, original, tokenizer, tuning, _token_file(output), watcher)
+    fitted, held_out = _windows(text, original, tokenizer, tuning, _token_file(output), watcher)
+    windows, tuning = fitted + held_out, replace(tuning, held_out=len(held_out))
     tokens = _sha256(*windows)
     name = _digest([subject.original.fingerprint, tokens, str(dtype), device.type])[:16]
     reference = Reference(original, windows, output.work / f"{ORIGINAL}{name}")
@@ -155,7 +159,7 @@ def _descend(
     source = subject.original.fingerprint
     identity = _digest([version("qpalette"), source, start, tokens, options, str(dtype), device.type])
     descent = Descent(model, vectors, windows, reference, tuning, output.work / STATE, identity, watcher)
-    return descent.run(), vectors, windows
+    return descent.run(), vectors, windows, tuning
 
 
 def _token_file(output: Output) -> Path:
@@ -166,15 +170,16 @@ def _token_file(output: Output) -> Path:
 
 def _windows(
     text: str | Path | None, model: Any, tokenizer: Any, tuning: Tuning, keep: Path, watcher: Watcher
-) -> list[Tensor]:
-    """Those to tune on, then those held out, which come from the end of the text."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Those to tune on, and those held out."""
     wanted = tuning.windows if text is not None else tuning.windows or SAMPLED_WINDOWS
+    length = min(tuning.window, context_of(model) or tuning.window)
     windows = model_windows(
         text,
         model,
         tokenizer,
-        tuning.window,
-        None if text is not None else (wanted or 0) + tuning.held_out,
+        length,
+        None if wanted is None else windows_around(wanted, length, tuning.held_out),
         seed=tuning.seed,
         keep=keep,
         progress=lambda done, total: watcher.progress("text", done, total),
@@ -184,7 +189,8 @@ def _windows(
             f"the text has {len(windows)} windows of {len(windows[0])} tokens, and {tuning.held_out} are held out: "
             "give a longer text, or fewer to hold out (--held-out), or shorter ones (--window)"
         )
-    return windows[: -tuning.held_out][:wanted] + windows[-tuning.held_out :]
+    fitted, held_out = split(windows, tuning.held_out)
+    return fitted[:wanted], held_out
 
 
 def _report(
