@@ -34,6 +34,7 @@ struct Projection {
     int expert_count, slot_count;
     int slots_of_row;  // slots that share a row of x
     int parts, chunks, y_stride;
+    int half_chunk;     // the last, where no input is in its second half; else -1
     int index;          // 0: what experts multiply by first, 1: last
     int decoder;        // of `entries`
     int most_rows;      // row tiles whose sums have room
@@ -215,7 +216,8 @@ __device__ __forceinline__ void multiply_piece(const Projection &projection, con
         if (item.chunk != x_chunk) load_x<X_PAIR, 0>(x, x_lane + (size_t)(x_chunk = item.chunk) * X_CHUNK);
         Walk<D> next = item;
         next.advance();
-        multiply_item<D>(sums + item.tile * SUMS, projection.fixed_point, words, next, x, lane, unit);
+        const bool whole = item.chunk != projection.half_chunk;
+        multiply_item<D, true>(sums + item.tile * SUMS, projection.fixed_point, words, next, x, lane, unit, whole);
         item = next;
     }
     __syncthreads();  // the sums are there, and nobody reads the table any more

@@ -18,6 +18,7 @@ from qpalette.backends.cuda.layout import check_layout
 from qpalette.backends.cuda.multiply import TILES_SOURCE, fixed_point, kernel_macros, most_rows, sum_bytes
 from qpalette.backends.cuda.rotate import (
     ALIGNMENT,
+    CHUNK_COLUMNS,
     MOST_OF_A_FEW_TOKENS,
     TYPES,
     RotationLaunch,
@@ -63,11 +64,8 @@ class Projection(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("matrices", "experts", "slots", "runs", "plan", "order")),
         *((name, ctypes.c_void_p) for name in ("x", "x_scales", "y", "entries")),
-        *(
-            (name, ctypes.c_int)
-            for name in ("expert_count", "slot_count", "slots_of_row", "parts", "chunks", "y_stride")
-        ),
-        *((name, ctypes.c_int) for name in ("index", "decoder", "most_rows")),
+        *((name, ctypes.c_int) for name in ("expert_count", "slot_count", "slots_of_row", "parts", "chunks")),
+        *((name, ctypes.c_int) for name in ("y_stride", "half_chunk", "index", "decoder", "most_rows")),
         ("fixed_point", ctypes.c_float),
     )
 
@@ -204,12 +202,13 @@ class _Products:
         self._table = torch.from_numpy(table.view(np.uint8)).to(device)
         # What the addresses are of, also where a tensor's data is exchanged.
         self._kept = [tensor.detach() for matrix in flat for tensor in (matrix.codes, matrix.scales, matrix.diagonal)]
-        rows = most_rows(limits, RUN) - STATE_ROWS
+        rows, chunks = most_rows(limits, RUN) - STATE_ROWS, flat[0].codes.shape[1]
         self._problem = Projection(
             matrices=self._table.data_ptr(),
             parts=len(members[0]),
-            chunks=flat[0].codes.shape[1],
+            chunks=chunks,
             y_stride=self.width,
+            half_chunk=chunks - 1 if self.inputs <= (chunks - 1) * CHUNK_COLUMNS + CHUNK_COLUMNS // 2 else -1,
             index=index,
             entries=int(tables[common]),
             decoder=int(table["decoder"][first_places[common]]),
