@@ -1,6 +1,6 @@
 """A layer of experts on a GPU, beside torch's own in 16 bits and the time to read what is touched, in one run.
 
-    python benchmarks/experts_cuda.py [--model qwen3-30b-a3b ...] [--spec tcq2-3.25] [--batch 1 ...]
+    python benchmarks/experts_cuda.py [--model qwen3-30b-a3b ...] [--spec tcq2-3.25] [--batch 1 ...] [--no-with-plain]
 
 Shapes are those of public models' experts, weights are random, gates all silu. Routes are uniform, several of them in
 turn, so that weights come from memory. Graph replay; microseconds. R: over reading; S: the best 16-bit time over ours.
@@ -99,10 +99,12 @@ def microseconds(
     return graph_seconds([partial(run, x, index, weights) for index in indices]) * 1e6
 
 
-def rows_of(name: str, shape: Shape, spec: str, batches: Sequence[int], with_mixed: bool) -> list[dict[str, Any]]:
+def rows_of(
+    name: str, shape: Shape, spec: str, batches: Sequence[int], with_mixed: bool, with_plain: bool
+) -> list[dict[str, Any]]:
     uniform = packed_layer(shape, [spec])
     mixed = packed_layer(shape, MIXED) if with_mixed else None
-    plain = plain_layer(shape)
+    plain = plain_layer(shape) if with_plain else None
     rows = []
     for tokens in batches:
         indices = routes(shape, tokens)
@@ -112,12 +114,17 @@ def rows_of(name: str, shape: Shape, spec: str, batches: Sequence[int], with_mix
             theirs = {
                 way: microseconds(partial(ALL_EXPERTS_FUNCTIONS[way], plain), shape, indices)
                 for way in ("grouped_mm", "batched_mm")
-                if way == "grouped_mm" or tokens * shape.ranks * shape.weights < 1 << 33  # it copies each slot's
+                if plain is not None
+                and (way == "grouped_mm" or tokens * shape.ranks * shape.weights < 1 << 33)  # it copies each slot's
             }
             other = None if mixed is None else microseconds(mixed, shape, indices)
         reading = read_only(int(touched * shape.weights * float(parse_spec(spec).rate) / 8)) * 1e6
         row = {"model": name, "tokens": tokens, "touched": round(touched, 1), "us": ours, "R": ours / reading}
-        row |= {"S": min(theirs.values()) / ours, "read us": reading, "mixed": None if other is None else other / ours}
+        row |= {
+            "S": min(theirs.values()) / ours if theirs else None,
+            "read us": reading,
+            "mixed": None if other is None else other / ours,
+        }
         rows.append(row | {f"{way} us": theirs.get(way) for way in ("grouped_mm", "batched_mm")})
         print(rows[-1], flush=True)
     return rows
@@ -128,10 +135,11 @@ def main(
     spec: str = "tcq2-3.25",
     batch: Annotated[list[int] | None, typer.Option()] = None,
     with_mixed: bool = True,
+    with_plain: bool = True,
 ) -> None:
     rows: list[dict[str, Any]] = []
     for name in model or MODELS:
-        rows += rows_of(name, MODELS[name], spec, batch or BATCHES, with_mixed)
+        rows += rows_of(name, MODELS[name], spec, batch or BATCHES, with_mixed, with_plain)
         torch.cuda.empty_cache()
         report(f"experts_{spec}_h100", device_name("cuda"), rows, spec=spec, mixed=list(MIXED))
 
