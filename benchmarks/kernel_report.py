@@ -1,11 +1,11 @@
-"""What the compiler makes of the fused products, and of experts', for every architecture; needs no GPU.
+"""What the compiler makes of the fused products, for few tokens and for many, and of experts'; needs no GPU.
 
     python benchmarks/kernel_report.py
 
 Registers and spills are ptxas' own. Instructions per weight are counted in the disassembly (pip package
 nvidia-cuda-nvdisasm): those of the loop that decodes and multiplies a chunk of 16 tiles, over the 128 weights that a
-lane has of it (of several decoders the mean). That loop holds some fifty instructions that seldom run. Local accesses
-are what spills cost where it counts: loads and stores of the stack in those loops.
+lane has of it, or of each of its row tiles (of several decoders the mean). That loop holds some fifty instructions that
+seldom run. Local accesses are what spills cost where it counts: loads and stores of the stack in those loops.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,6 +28,8 @@ from qpalette.backends.cuda.experts import SOURCE as EXPERTS_SOURCE
 from qpalette.backends.cuda.layout import CHUNK
 from qpalette.backends.cuda.multiply import SOURCE, kernel_macros
 from qpalette.backends.cuda.segments import DeviceLimits, with_segments
+from qpalette.backends.cuda.tiles import COLUMNS, most_columns, shape_of
+from qpalette.backends.cuda.tiles import SOURCE as TILES_SOURCE
 
 # Dynamic shared memory that a block may ask for, in KiB (CUDA C++ Programming Guide, technical specifications).
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
@@ -91,10 +93,16 @@ def local_accesses(loop: Iterable[str]) -> int:
     return sum(bool(re.search(r"\b(LDL|STL)\b", instruction)) for instruction in loop)
 
 
-def row_of(kernel: str, source: str, specs: Sequence[str], arch: str, batch: int) -> dict[str, Any]:
+def limits_of(arch: str) -> DeviceLimits:
+    return DeviceLimits(1, SHARED[arch] * 1024, (int(arch[3:-1]), int(arch[-1])))
+
+
+def row_of(
+    kernel: str, source: str, specs: Sequence[str], arch: str, batch: int, constants: Mapping[str, int]
+) -> dict[str, Any]:
     decoders = sorted({decoder for decoder in map(decoder_spec, specs) if decoder})
-    limits = DeviceLimits(1, SHARED[arch] * 1024, (int(arch[3:-1]), int(arch[-1])))
-    macros, unit = tuple(sorted(kernel_macros(limits, batch).items())), with_segments(source, decoders)
+    macros, unit = tuple(sorted(constants.items())), with_segments(source, decoders)
+    weights = WEIGHTS_OF_LANE * constants.get("ROW_TILES", 1)
     used, loops = resources(unit, arch, macros), loops_of(compile_cubin(unit, arch, macros))
     return {
         "kernel": kernel,
@@ -104,14 +112,30 @@ def row_of(kernel: str, source: str, specs: Sequence[str], arch: str, batch: int
         "registers": used.registers,
         "spilled bytes": used.spilled_bytes,
         "local accesses": sum(map(local_accesses, loops)) if loops else "",
-        "instructions per weight": mean(map(len, loops)) / WEIGHTS_OF_LANE if loops else "",
+        "instructions per weight": mean(map(len, loops)) / weights if loops else "",
     }
 
 
 def main() -> None:
-    rows = [row_of("product", SOURCE, [spec], arch, batch) for spec in SPECS for arch in SHARED for batch in (1, 16)]
-    one_each = [(spec,) for spec in SPECS]
-    rows += [row_of("experts", EXPERTS_SOURCE, specs, arch, RUN) for specs in (*one_each, *SETS) for arch in SHARED]
+    limits = {arch: limits_of(arch) for arch in SHARED}
+    rows = [
+        row_of("product", SOURCE, [spec], arch, batch, kernel_macros(limits[arch], batch))
+        for spec in SPECS
+        for arch in SHARED
+        for batch in (1, 16)
+    ]
+    rows += [
+        row_of("tiles", TILES_SOURCE, [spec], arch, columns, shape_of(limits[arch], columns).macros)
+        for spec in SPECS
+        for arch in SHARED
+        for columns in COLUMNS
+        if columns <= most_columns(limits[arch])
+    ]
+    rows += [
+        row_of("experts", EXPERTS_SOURCE, specs, arch, RUN, kernel_macros(limits[arch], RUN))
+        for specs in (*[(spec,) for spec in SPECS], *SETS)
+        for arch in SHARED
+    ]
     report("kernel_report", "compiler alone", rows)
 
 

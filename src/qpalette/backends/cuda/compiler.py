@@ -99,7 +99,8 @@ class KernelLaunch:
 
     `arguments` are ctypes values, structures among them; what changes from start to start is written into them before
     it. They are read during `start` alone, which two threads must not do at once. With `overlap` the kernel may start
-    before the one before it has ended, and must wait for it itself (programmatic dependent launch).
+    before the one before it has ended, and must wait for it itself (programmatic dependent launch). `cluster`:
+    neighbouring blocks that run at once and read one another's shared memory; above 1 from compute capability 9 on.
     """
 
     def __init__(
@@ -110,20 +111,17 @@ class KernelLaunch:
         shared_bytes: int,
         arguments: Sequence[Any],
         overlap: bool = False,
+        cluster: int = 1,
     ) -> None:
         driver = _driver()
         self._start, self._success = driver.cuLaunchKernelEx, driver.CUresult.CUDA_SUCCESS
         self._function, self._arguments = driver.CUfunction(int(kernel.handle)), arguments
         self._places = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         self._address = ctypes.addressof(self._places)
-        self._config = config = driver.CUlaunchConfig()
         x, y, z = (*(grid if isinstance(grid, tuple) else (grid,)), 1, 1)[:3]
-        config.gridDimX, config.gridDimY, config.gridDimZ = self._grid = x, y, z
-        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
-        config.sharedMemBytes = shared_bytes
-        config.attrs = _attributes(overlap)
-        config.numAttrs = len(config.attrs)
-        self._stream = config.hStream = 0
+        self._grid = x, y, z
+        self._config = _configuration(self._grid, block, shared_bytes, _attributes(overlap, cluster))
+        self._stream = 0
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -143,13 +141,38 @@ class KernelLaunch:
             raise UnsupportedError(f"a CUDA kernel does not start: {status.name} (grid {self._grid})")
 
 
-@lru_cache(maxsize=2)
-def _attributes(overlap: bool) -> list[Any]:
+@cache
+def clusters_at_once(kernel: int, cluster: int, block: int, shared_bytes: int) -> int:
+    """How many clusters of so many blocks of the kernel with this handle the current device runs at once, 0 where it
+    has none: its multiprocessors lie in groups of unlike size, which no cluster leaves."""
+    driver = _driver()
+    config = _configuration((cluster, 1, 1), block, shared_bytes, _attributes(False, cluster))
+    status, count = driver.cuOccupancyMaxActiveClusters(driver.CUfunction(kernel), config)
+    return int(count) if status == driver.CUresult.CUDA_SUCCESS else 0
+
+
+def _configuration(grid: tuple[int, int, int], block: int, shared_bytes: int, attributes: list[Any]) -> Any:
+    config = _driver().CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, 0
+    config.attrs = attributes
+    config.numAttrs = len(attributes)
+    return config
+
+
+@lru_cache(maxsize=16)
+def _attributes(overlap: bool, cluster: int) -> list[Any]:
     driver, attributes = _driver(), []
     if overlap:
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(attribute)
+    if cluster > 1:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
         attributes.append(attribute)
     return attributes
 

@@ -86,6 +86,11 @@ struct Decoder {
     // The eight weights of this lane in tile `tile` of the chunk, as four half2. `unit` is 1 << HASH_SHIFT (1 if negative),
     // and must come from memory: a factor that the compiler knows becomes a shift, on the pipe that is the bottleneck.
     static __device__ __forceinline__ void decode(u32 (&out)[4], const u32 (&words)[WORDS], int tile, u32 lane, u32 unit, const u8 *table) {
+        decode(out, words, tile, lane, unit, table, lane % COPIES * 4);
+    }
+
+    // The same, where the lane's copies begin so many bytes into the table.
+    static __device__ __forceinline__ void decode(u32 (&out)[4], const u32 (&words)[WORDS], int tile, u32 lane, u32 unit, const u8 *table, u32 copy) {
         const int begin = tile * EIGHTHS;
         const u32 first = bits(words, begin, EIGHTHS);
         const u32 second = EIGHTHS > 32 ? bits(words, begin + 32, EIGHTHS - 32) : 0;
@@ -107,7 +112,7 @@ struct Decoder {
             } else {
                 offset = window(before, first, second, end(step) + ENTRY_SHIFT);
             }
-            value[step] = *(const u32 *)(table + ((offset & INDEX_MASK) | (lane % COPIES * 4)));
+            value[step] = *(const u32 *)(table + ((offset & INDEX_MASK) | copy));
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) out[i] = VALUES == 2 ? value[i] : value[2 * i % STEPS] + value[(2 * i + 1) % STEPS] * 65536u;

@@ -16,12 +16,6 @@ constexpr int SUMS = 16 * BATCH;                // of a row tile, [column][row]
 
 extern __shared__ __align__(16) u8 shared[];  // table, then sums [row tiles][SUMS]
 
-__device__ __forceinline__ void multiply_tile(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Adds a lane's four sums of a fragment to the block's; lanes whose columns are not there leave them alone. No branch: code
 // behind a divergent one loses the uniform registers, which cost every look-up an instruction.
 __device__ __forceinline__ void add(int *sums, const float (&sum)[4], float fixed_point, u32 lane) {

@@ -16,6 +16,7 @@ from qpalette.backends.cuda.segments import (
     THREADS,
     DeviceLimits,
     all_rows,
+    block_by_block,
     device_limits,
     prepare_segments,
     with_segments,
@@ -76,7 +77,8 @@ class ProductLaunch:
         macros = tuple(kernel_macros(limits, batch).items())
         offsets = list(accumulate((member.out_features for member in members), initial=first))
         rows = [all_rows(member) for member in members]
-        segments = prepare_segments(rows, offsets, SOURCE, "multiply", macros, most_rows(limits, batch))
+        planner = block_by_block(limits, most_rows(limits, batch))
+        segments = prepare_segments(rows, offsets, SOURCE, "multiply", macros, limits.table_bytes, planner)
         self._problem = problem = segments.problem
         problem.batch, problem.out_type, problem.y_stride = tokens, TYPES[dtype], width
         problem.fixed_point = fixed_point(members[0].in_features)

@@ -9,9 +9,11 @@ import torch
 
 from qpalette.backends.cuda.backend import CudaBackend
 from qpalette.backends.cuda.layout import to_chunks
-from qpalette.backends.cuda.multiply import MOST_BATCH, ProductLaunch, batch_columns
-from qpalette.backends.cuda.product import CudaProduct
+from qpalette.backends.cuda.multiply import ProductLaunch
+from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct, launch_of
 from qpalette.backends.cuda.rotate import RotationLaunch, padded_columns, rotate
+from qpalette.backends.cuda.segments import device_limits
+from qpalette.backends.cuda.tiles import TileLaunch, columns_of
 from qpalette.backends.cuda.timing import cold_copies, graph_seconds
 from qpalette.codes import parse_spec
 from qpalette.core.records import tiles_of
@@ -36,23 +38,25 @@ def random_member(spec: str, rows: int, columns: int, device: torch.device) -> P
 
 def launch_seconds(parts: Sequence[Part], batch: int, device: torch.device, with_rotation: bool = False) -> float:
     """Seconds of one fused launch over `parts`, which read one input, cold weights; the rotation of the input apart, or
-    counted. Above the largest fused batch the matrices are decoded and multiplied by cuBLAS, rotation included."""
+    counted, as it is above MOST_FUSED_TOKENS, where the matrices are decoded and multiplied by cuBLAS."""
     members = [random_member(spec, rows, columns, device) for spec, rows, columns in parts]
     size = sum(4 * member.codes.numel() for member in members)
     copies = [members]
     for _ in range(min(MOST_COPIES, cold_copies(size)) - 1):
         copies.append([_copy(member) for member in members])
     x = torch.randn(batch, parts[0][2], dtype=torch.float16, device=device)
-    if with_rotation or batch > MOST_BATCH:
+    if with_rotation or batch > MOST_FUSED_TOKENS:
         return graph_seconds([partial(CudaProduct(these), x) for these in copies])
-    rotated = rotate(x, members[0].diagonal, members[0].rotation, batch_columns(batch))
+    _, columns = columns_of(batch, device_limits(device.index or 0))
+    rotated = rotate(x, members[0].diagonal, members[0].rotation, columns)
     width = sum(member.out_features for member in members)
     y = x.new_empty(batch, width)
 
-    def start(launch: ProductLaunch) -> None:
+    def start(launch: ProductLaunch | TileLaunch) -> None:
         launch.start(rotated.values.data_ptr(), rotated.scales.data_ptr(), y.data_ptr(), _stream(device))
 
-    return graph_seconds([partial(start, ProductLaunch(these, batch, x.dtype, 0, width)) for these in copies])
+    make = launch_of(batch)
+    return graph_seconds([partial(start, make(these, batch, x.dtype, 0, width)) for these in copies])
 
 
 def plain_seconds(rows: int, columns: int, batch: int, device: torch.device) -> float:
@@ -65,13 +69,16 @@ def plain_seconds(rows: int, columns: int, batch: int, device: torch.device) -> 
 
 
 def rotation_seconds(columns: int, batch: int, device: torch.device) -> float:
-    """Seconds to rotate `batch` tokens of `columns` values."""
+    """Seconds to rotate `batch` tokens of `columns` values, as their product reads them."""
     member = random_member("nuq-2", 16, columns, device)
-    width = batch_columns(batch) if batch <= MOST_BATCH else None
+    width: int | None
+    lots, width = columns_of(batch, device_limits(device.index or 0))
+    if batch > MOST_FUSED_TOKENS:
+        lots, width = batch, None
     launch = RotationLaunch(member.rotation, member.diagonal, columns, batch, width, torch.float16)
     inputs = [torch.randn(batch, columns, dtype=torch.float16, device=device) for _ in range(20)]
-    values = torch.empty(width or batch, padded_columns(columns), dtype=torch.float16, device=device)
-    scales = torch.empty(width or batch, dtype=torch.float32, device=device)
+    values = torch.empty(lots * (width or 1), padded_columns(columns), dtype=torch.float16, device=device)
+    scales = torch.empty(len(values), dtype=torch.float32, device=device)
 
     def start(x: torch.Tensor) -> None:
         launch.start(batch, x.data_ptr(), values.data_ptr(), scales.data_ptr(), _stream(device))

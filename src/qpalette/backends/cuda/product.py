@@ -8,18 +8,17 @@ from itertools import accumulate
 import torch
 
 from qpalette.backends.cuda.layout import check_layout
-from qpalette.backends.cuda.multiply import MOST_BATCH, ProductLaunch, batch_columns
+from qpalette.backends.cuda.multiply import MOST_BATCH, ProductLaunch
 from qpalette.backends.cuda.rotate import ALIGNMENT, TYPES, RotationLaunch, aligned, padded_columns, type_of_values
 from qpalette.backends.cuda.scratch import ONE_AT_A_TIME, scratch
-from qpalette.backends.cuda.segments import MOST_SEGMENTS
+from qpalette.backends.cuda.segments import MOST_SEGMENTS, device_limits
+from qpalette.backends.cuda.tiles import TileLaunch, columns_of
 from qpalette.backends.cuda.unpack import SLAB_BYTES, RescaleLaunch, UnpackLaunch, cut_into_slabs
 from qpalette.core.records import TILE
 from qpalette.runtime import PackedLinear
 
-# Above so many tokens matrices are decoded and multiplied by cuBLAS; below, MOST_BATCH tokens a launch. On an H100, a
-# matrix of 4096 x 4096 at 3.25 bits: 9.8 us a launch of 16 tokens; decoded 30.4 us for 32 tokens, 31.0 for 64, 43.5 for
-# 256 (benchmarks/results/gemv.json).
-MOST_FUSED_TOKENS = 48
+# Above so many tokens matrices are decoded and multiplied by cuBLAS.
+MOST_FUSED_TOKENS = 128
 MANY = 1 << 16  # tokens: a rotation is cut alike for any number above MOST_BATCH
 
 
@@ -80,11 +79,9 @@ class CudaProduct:
             with ONE_AT_A_TIME:
                 return library_product(x, tokens, y, stream)
         assert y is not None
-        for start in range(0, tokens, MOST_BATCH):
-            product = self._fused_product(min(MOST_BATCH, tokens - start), x.dtype)
-            size = start * x.itemsize
-            with ONE_AT_A_TIME:
-                product(x.data_ptr() + size * self.inputs, y.data_ptr() + size * self.width, stream)
+        product = self._fused_product(tokens, x.dtype)
+        with ONE_AT_A_TIME:
+            product(x.data_ptr(), y.data_ptr(), stream)
         return []
 
     def _present_addresses(self) -> list[int]:
@@ -102,20 +99,28 @@ class CudaProduct:
         return self._by_library[dtype]
 
 
+def launch_of(tokens: int) -> type[ProductLaunch | TileLaunch]:
+    """What multiplies up to MOST_FUSED_TOKENS tokens."""
+    return ProductLaunch if tokens <= MOST_BATCH else TileLaunch
+
+
 class _FusedProduct:
-    """A rotation and its products, for one number of tokens and one type: weights exist in registers alone."""
+    """A rotation and its products, for one number of tokens and one type: weights exist in registers alone. Up to
+    MOST_BATCH tokens lie in registers, too."""
 
     def __init__(self, members: Sequence[PackedLinear], tokens: int, dtype: torch.dtype, overlap: bool) -> None:
-        first, batch = members[0], batch_columns(tokens)
+        first = members[0]
         self.tokens, self.device = tokens, first.codes.device
-        self.value_bytes = 2 * batch * padded_columns(first.in_features)
-        self.scratch_bytes = self.value_bytes + 4 * batch
+        launch = launch_of(tokens)
+        lots, batch = columns_of(tokens, device_limits(self.device.index or 0))
+        self.value_bytes = 2 * lots * batch * padded_columns(first.in_features)
+        self.scratch_bytes = self.value_bytes + 4 * lots * batch
         self.rotation = RotationLaunch(
             first.rotation, first.diagonal, first.in_features, tokens, batch, dtype, overlap=overlap
         )
         starts = list(accumulate((member.out_features for member in members), initial=0))
         self.products = [
-            ProductLaunch(members[i : i + MOST_SEGMENTS], tokens, dtype, starts[i], starts[-1])
+            launch(members[i : i + MOST_SEGMENTS], tokens, dtype, starts[i], starts[-1])
             for i in range(0, len(members), MOST_SEGMENTS)
         ]
 

@@ -108,12 +108,13 @@ __device__ __forceinline__ float load_input(const Gate &gate, const void *x, siz
 
 constexpr int ALL_COLUMNS = BATCH ? BATCH : 1;
 
-// Where input `k` of token `column` lies in x', in halves; 32 inputs further on it is 32 * ALL_COLUMNS.
-__device__ __forceinline__ size_t place(int k, int column, int padded) {
+// Where input `k` of a token lies in x', in halves; 32 inputs further on it is 32 * ALL_COLUMNS. Tokens come ALL_COLUMNS at a
+// time, each lot with all its inputs.
+__device__ __forceinline__ size_t place(int k, int token, int padded) {
     constexpr int columns = ALL_COLUMNS > 8 ? 8 : ALL_COLUMNS;
-    const int lane = k % 8 / 2, element = k % 32 / 16 * 4 + k % 16 / 8 * 2 + k % 2;
-    const size_t first = (size_t)(k / 32) * 32 * ALL_COLUMNS + lane * 8 + element;
-    return first + (BATCH > 1 ? column / 8 * 32 * columns + column % 8 * 32 : (size_t)column * padded);
+    const int lane = k % 8 / 2, element = k % 32 / 16 * 4 + k % 16 / 8 * 2 + k % 2, column = token % ALL_COLUMNS;
+    const size_t first = (size_t)(token / ALL_COLUMNS) * ALL_COLUMNS * padded + (size_t)(k / 32) * 32 * ALL_COLUMNS;
+    return first + lane * 8 + element + column / 8 * 32 * columns + column % 8 * 32;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

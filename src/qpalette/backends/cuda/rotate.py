@@ -190,8 +190,8 @@ def _arguments_of(gate: Gate | None, bias: torch.Tensor | None) -> GateArguments
 
 
 class RotationLaunch:
-    """`rotate` for one diagonal and rotation, and for one number of tokens (any above 16, where `batch` is None; any,
-    each in an order of its own, where it is 1).
+    """`rotate` for one diagonal and rotation, and for one number of tokens: any above 16, in lots of `batch`, or each
+    in an order of its own, where that is None; any where it is 1.
 
     `table`: addresses of diagonals like `diagonal`, int64, of which a token has its owner's. `gate`, `bias`: what x
     passes through first, float32 rows of what experts computed first, and their biases. `leads`: the kernel that
@@ -261,8 +261,9 @@ def rotate(
 ) -> Rotated:
     """Q diag(d) x for x [N, K]; d as packed signs, uint8 [ceil(K/8)], or as the bits of float16 values, int16 [K].
 
-    For `batch` columns (N or more: 1, 2, 4, 8 or 16) in the order of `multiply.cu`; None gives [N, padded K], each row
-    in the order of a single column. `norm` is (weight [K], epsilon) of an RMSNorm to apply first.
+    For `batch` columns (1, 2, 4, or a multiple of 8) in the order of `multiply.cu`, more tokens in lots of so many;
+    None gives [N, padded K], each row in the order of a single column. `norm` is (weight [K], epsilon) of an RMSNorm to
+    apply first.
     Raises ValueError when the weight's type is not x's, or the diagonal's none of the two.
     """
     tokens, inputs = x.shape
@@ -271,8 +272,9 @@ def rotate(
     if diagonal.dtype not in (torch.uint8, torch.int16):
         raise ValueError(f"an input diagonal of {diagonal.dtype}: uint8 (packed signs) or int16 (bits of float16)")
     x, diagonal = aligned(x.contiguous()), aligned(diagonal)
-    values = x.new_empty(batch or tokens, padded_columns(inputs), dtype=type_of_values(x.dtype, batch))
-    scales = torch.empty(batch or tokens, dtype=torch.float32, device=x.device)
+    columns = -(-tokens // batch) * batch if batch else tokens
+    values = x.new_empty(columns, padded_columns(inputs), dtype=type_of_values(x.dtype, batch))
+    scales = torch.empty(columns, dtype=torch.float32, device=x.device)
     launch = RotationLaunch(rotation, diagonal, inputs, tokens, batch, x.dtype, norm, overlap=False)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     launch.start(tokens, x.data_ptr(), values.data_ptr(), scales.data_ptr(), stream)

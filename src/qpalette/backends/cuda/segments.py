@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import count
@@ -86,10 +86,15 @@ def all_rows(packed: PackedLinear) -> Rows:
 
 @dataclass(frozen=True)
 class Grid:
-    """`blocks[i]` blocks take `rows_per_block[i]` row tiles each of segment i."""
+    """`blocks[i]` blocks, or clusters of `cluster` blocks, take `rows_per_block[i]` row tiles each of segment i."""
 
     rows_per_block: tuple[int, ...]
     blocks: tuple[int, ...]
+    cluster: int = 1
+
+
+# Of a kernel, the row tiles of each segment and the cost of each one's.
+Planner = Callable[[Any, tuple[int, ...], tuple[float, ...]], Grid]
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,11 @@ def plan_grid(row_tiles: tuple[int, ...], costs: tuple[float, ...], multiprocess
     raise AssertionError("unreachable: with enough blocks a row tile each will do")
 
 
+def block_by_block(limits: DeviceLimits, most_rows: int) -> Planner:
+    """A block of one multiprocessor has whole rows, at most so many tiles."""
+    return lambda kernel, row_tiles, costs: plan_grid(row_tiles, costs, limits.multiprocessors, most_rows)
+
+
 def _cut(row_tiles: tuple[int, ...], costs: tuple[float, ...], load: float, most_rows: int) -> Grid:
     rows = tuple(max(1, min(most_rows, int(load / cost))) for cost in costs)
     return Grid(rows, tuple(-(-tiles // per_block) for tiles, per_block in zip(row_tiles, rows, strict=True)))
@@ -160,7 +170,7 @@ class Segments:
 
     @property
     def blocks(self) -> int:
-        return sum(self.grid.blocks)
+        return sum(self.grid.blocks) * self.grid.cluster
 
 
 def prepare_segments(
@@ -169,16 +179,15 @@ def prepare_segments(
     source: str,
     name: str,
     macros: tuple[tuple[str, int], ...],
-    most_rows: int,
+    table_bytes: int,
+    planner: Planner,
 ) -> Segments:
     """Of at most MOST_SEGMENTS matrices that read one input, for the kernel `name` of `source`: where each writes, in
-    elements of y, and how many row tiles a block may take."""
+    elements of y, and how their rows are cut."""
     device = rows[0].packed.codes.device
-    limits = device_limits(device.index or 0)
     specs = tuple(part.spec for part in rows)
     kernel, indices = kernel_of(source, name, macros, specs, device.index or 0)
-    costs = tuple(map(decode_cost, specs))
-    grid = plan_grid(tuple(part.tiles for part in rows), costs, limits.multiprocessors, most_rows)
+    grid = planner(kernel, tuple(part.tiles for part in rows), tuple(map(decode_cost, specs)))
     problem = Problem(segment_count=len(rows), chunks=rows[0].packed.codes.shape[1])
     first_block = 0
     for i, (part, spec) in enumerate(zip(rows, specs, strict=True)):
@@ -193,9 +202,9 @@ def prepare_segments(
             first_block=first_block,
             out_offset=offsets[i],
             decoder=indices[i],
-            hash_unit=spec.hash_unit(limits.table_bytes),
+            hash_unit=spec.hash_unit(table_bytes),
         )
-        first_block += grid.blocks[i]
+        first_block += grid.blocks[i] * grid.cluster
     return Segments(tuple(rows), kernel, problem, grid)
 
 

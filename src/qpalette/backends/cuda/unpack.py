@@ -19,6 +19,7 @@ from qpalette.backends.cuda.segments import (
     THREADS,
     DeviceLimits,
     Rows,
+    block_by_block,
     device_limits,
     prepare_segments,
 )
@@ -57,7 +58,8 @@ class UnpackLaunch:
         macros = tuple(unpack_macros(limits).items())
         columns = rows[0].packed.codes.shape[1] * CHUNK * TILE
         offsets = [columns * height for height in accumulate((part.rows for part in rows), initial=0)]
-        segments = prepare_segments(rows, offsets, SOURCE, "unpack", macros, max(part.tiles for part in rows))
+        planner = block_by_block(limits, max(part.tiles for part in rows))
+        segments = prepare_segments(rows, offsets, SOURCE, "unpack", macros, limits.table_bytes, planner)
         self._problem = segments.problem
         self._problem.out_type, self._problem.y_stride = TYPES[dtype], columns
         self._launch = KernelLaunch(segments.kernel, segments.blocks, THREADS, limits.table_bytes, [self._problem])

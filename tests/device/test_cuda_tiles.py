@@ -1,0 +1,91 @@
+"""Products of 17 to 128 tokens on a GPU against the reference, within the bounds of test_cuda_products.py; and that a
+token's bits depend neither on how the work is cut nor on the tokens beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_cuda_products import check, members
+
+from qpalette.backends.cuda import tiles
+from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct
+from qpalette.backends.cuda.segments import DeviceLimits, device_limits
+from qpalette.backends.cuda.tiles import CLUSTERS, Shape, clusters_there, shape_of
+from qpalette.runtime import PackedLinear, backends
+
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SPECS = ("tcq-3.25", "tcq-8", "tcq2-1", "tcq2-3.25", "tcq2-3.125-L18", "tcq2-5", "vq-1.5", "vq-6", "nuq-3", "nuq-8")
+SHAPES = ((48, 576, 17), (1000, 5376, 33), (2064, 4096, 64), (333, 250, 48), (4096, 1024, 128), (16, 18944, 70))
+EXACT = ("tcq2-3.25", "nuq-4", "tcq-2.125")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_equal_the_reference(spec: str, shape: tuple[int, int, int]) -> None:
+    rows, columns, tokens = shape
+    check([spec], [rows], columns, tokens, torch.bfloat16 if rows % 3 else torch.float16)
+
+
+@pytest.mark.parametrize("tokens", [*range(17, MOST_FUSED_TOKENS, 16), MOST_FUSED_TOKENS])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_number_of_tokens_and_type(tokens: int, dtype: torch.dtype) -> None:
+    check(list(EXACT), [1000, 333, 4096], 2880, tokens, dtype)
+
+
+def test_more_segments_than_a_launch_takes() -> None:
+    check(["tcq2-3.25"] * 10, [256] * 10, 1024, 40, torch.bfloat16)
+
+
+def product(found: list[PackedLinear], x: torch.Tensor) -> torch.Tensor:
+    return CudaProduct(found).joined(x)
+
+
+@pytest.mark.parametrize("rows", [(16, 4096, 1000), (48, 64, 33)], ids=str)
+@pytest.mark.parametrize("columns", [250, 2880, 4096])
+@pytest.mark.parametrize("tokens", [20, 40, 64, 100])
+def test_the_same_bits_in_any_cut(
+    rows: tuple[int, ...], columns: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = members(list(EXACT), list(rows), columns)
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.float16)
+    wanted, there = product(found, x), clusters_there
+    for cluster in CLUSTERS if device_limits(0).capability >= (9, 0) else CLUSTERS[:1]:
+        monkeypatch.setattr(tiles, "clusters_there", lambda *how, only=cluster: {only: there(*how)[only]})
+        assert torch.equal(product(found, x), wanted), f"{cluster} blocks share rows"
+    monkeypatch.setattr(tiles, "clusters_there", there)
+
+    def other(limits: DeviceLimits, columns: int) -> Shape:
+        shape = shape_of(limits, columns)
+        return replace(shape, row_tiles=3 - shape.row_tiles, stages=1, threads=128, table_bytes=shape.table_bytes // 2)
+
+    monkeypatch.setattr(tiles, "shape_of", other)
+    assert torch.equal(product(found, x), wanted), "other warps, stages, tables"
+
+
+def test_a_token_is_the_same_bits_in_any_company() -> None:
+    found = members(list(EXACT), [1000, 48, 256], 4096)
+    x = torch.randn(MOST_FUSED_TOKENS, 4096, device="cuda", dtype=torch.float16)
+    wanted = backends()["cuda"].linears(x, found)
+    for tokens in (17, 33, 64, 65, 97):
+        assert torch.equal(backends()["cuda"].linears(x[:tokens], found), wanted[:tokens])
+        assert torch.equal(backends()["cuda"].linears(x[-tokens:], found), wanted[-tokens:])
+
+
+@pytest.mark.parametrize("tokens", [17, 64, 100])
+def test_a_captured_product_replays_with_what_is_there_then(tokens: int) -> None:
+    found = members(list(EXACT), [1000, 48, 256], 4096)
+    prepared, x = CudaProduct(found), torch.randn(tokens, 4096, device="cuda", dtype=torch.float16)
+    prepared(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [prepared(x) for _ in range(3)]
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    for results in captured:
+        for y, wanted in zip(results, prepared(x), strict=True):
+            assert torch.equal(y, wanted)
