@@ -2,9 +2,9 @@
 
 Tolerance of attention. Coordinates of queries, entries of the tables and weights of the softmax are rounded to float16,
 each by at most 2^-11 of itself, 2^-11 / sqrt(3) in the root mean square; sums are float32. Errors of the terms of a
-score are independent: it is off by sqrt(2) times that of the root of the sum of the squares of its terms, in nats, and so is
-its weight, relatively. Weights and values add two more roundings, the result one of its type, eps / sqrt(12). Twice all
-of them together is allowed; operands in bfloat16 would have eight times as much.
+score are independent: it is off by sqrt(2) times that of the root of the sum of the squares of its terms, in nats, and
+so is its weight, relatively. Weights and values add two more roundings, the result one of its type, eps / sqrt(12).
+Twice all of them together is allowed; operands in bfloat16 would have eight times as much.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from qpalette.kvcache import (
     cache_palette,
     parse_cache,
     parse_code,
-    shaped,
     white,
 )
+from qpalette.kvcache.transform import made_of
+from qpalette.kvcache.vectors import BLOCK
 from qpalette.nn.coded_states import CodedStates
 from qpalette.runtime import select
 
@@ -42,15 +43,17 @@ NONE = Exact(0, 0)
 Pair = tuple[Stream, Stream]  # the definition, and the kernels
 
 
-def transform_of(kind: str, heads: int, dim: int, distortion: float) -> Transform:
+def transform_of(kind: str, heads: int, dim: int) -> Transform:
+    """ "fed back": as `shaped` makes them, a matrix, a mean, and errors that later blocks make good; but of no moments,
+    which would take seconds a head."""
     if kind == "white":
         return white(dim)
     generator = torch.Generator().manual_seed(1)
-    moments = []
-    for _ in range(2):
-        x = torch.randn(heads, 4 * dim, dim, generator=generator) @ torch.randn(heads, dim, dim, generator=generator)
-        moments.append(x.mT @ x / (4 * dim))
-    return shaped(torch.randn(heads, dim, generator=generator), *moments, distortion)
+    basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator))[0]
+    plain = made_of(basis * torch.linspace(0.5, 2, dim), torch.randn(heads, dim, generator=generator))
+    number = torch.arange(dim) // BLOCK
+    below = (number[:, None] > number) * torch.randn(heads, dim, dim, generator=generator) / dim**0.5
+    return Transform(plain.matrix, plain.inverse, plain.mean, below, 1 + torch.rand(heads, generator=generator))
 
 
 def pair(
@@ -65,7 +68,7 @@ def pair(
     code = parse_code(name)
     own = select("cache", name, DEVICE).stream
     assert own is not Stream
-    given = (VectorFormat(code, dim, unbiased), transform_of(kind, shape[1], dim, code.distortion), exact)
+    given = (VectorFormat(code, dim, unbiased), transform_of(kind, shape[1], dim), exact)
     return Stream(*given, shape, dtype, DEVICE), own(*given, shape, dtype, DEVICE)
 
 
@@ -104,10 +107,10 @@ def test_bytes_are_those_of_the_definition(name: str, unbiased: bool) -> None:
 
 @pytest.mark.parametrize(("name", "dim"), [("nuq-3", 128), ("vq-2.5", 96), ("vq4-2", 128), ("vq4-1.75", 80)])
 @pytest.mark.parametrize("step", [1, 40])
-def test_shaped_keys_are_coded_as_well(name: str, dim: int, step: int) -> None:
+def test_keys_with_errors_fed_back_are_coded_as_well(name: str, dim: int, step: int) -> None:
     """Coordinates summed in another order change an index where two points are equally near, seldom, and what is fed
     back after it; not how much the errors cost, (e + L e)^2, in the mean."""
-    plain, mine = pair(name, dim, (2, 3, 90), "shaped")
+    plain, mine = pair(name, dim, (2, 3, 90), "fed back")
     x = vectors(2, 3, 80, dim)
     write(plain, x)
     for first in range(0, 80, step):
@@ -194,7 +197,7 @@ CASES = [  # codes of keys and values, their widths, (batch, key heads, queries 
 def test_attention_over_codes(case: tuple, exact: Exact) -> None:
     key_code, value_code, key_dim, value_dim, (batch, heads, rows), count, length = case
     starts = tuple(17 * i for i in range(batch))
-    keys = pair(key_code, key_dim, (batch, heads, length), "shaped", exact)[1]
+    keys = pair(key_code, key_dim, (batch, heads, length), "fed back", exact)[1]
     values = pair(value_code, value_dim, (batch, heads, length), "white", exact, False)[1]
     for stream, dim in ((keys, key_dim), (values, value_dim)):
         write(stream, vectors(batch, heads, count, dim, dim), 0, starts)
@@ -258,9 +261,9 @@ def test_what_kernels_do_not_do_is_read() -> None:
 
 
 def test_one_graph_serves_every_length() -> None:
-    keys = pair("nuq-3", 128, (1, 2, 300), "shaped", Exact(4, 3))[1]
+    keys = pair("nuq-3", 128, (1, 2, 300), "fed back", Exact(4, 3))[1]
     values = pair("vq-2.5", 128, (1, 2, 300), "white", Exact(4, 3), False)[1]
-    alike = pair("nuq-3", 128, (1, 2, 300), "shaped", Exact(4, 3))[1]
+    alike = pair("nuq-3", 128, (1, 2, 300), "fed back", Exact(4, 3))[1]
     others = pair("vq-2.5", 128, (1, 2, 300), "white", Exact(4, 3), False)[1]
     count, starts = torch.zeros((), dtype=torch.int64, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     token, place = torch.zeros(1, 2, 1, 128, device=DEVICE).half(), torch.arange(300, device=DEVICE)
