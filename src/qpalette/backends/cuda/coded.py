@@ -199,7 +199,7 @@ def warps_of(keys: Coded, values: Coded) -> int:
 
 def plan_attend(keys: Coded, values: Coded, shape: tuple[int, int, int], length: int, dtype: torch.dtype,
                 limits: DeviceLimits, tuning: dict[str, int] | None = None) -> AttendPlan:  # fmt: skip
-    """shape: batch, key heads, queries of each. A block a multiprocessor, as long as every warp has a tile."""
+    """shape: batch, key heads, queries of each; tuning: macros to try instead of TUNING. A block a multiprocessor, as long as every warp has a tile."""
     batch, heads, rows = shape
     row_blocks = -(-rows // COLUMNS)
     macros = {
@@ -212,11 +212,9 @@ def plan_attend(keys: Coded, values: Coded, shape: tuple[int, int, int], length:
         **TUNING,
         **(tuning or {}),
     }
-    macros.pop("SPLITS", None)
     warps, own_rows = macros["WARPS"], macros["ROWS"]
     tiles = ceil(length / (TILE * macros["TILES"] * warps))
     splits = max(1, min(limits.multiprocessors // (batch * heads * row_blocks), tiles))
-    splits = (tuning or {}).get("SPLITS", splits)
     tables = keys.table_bytes + (0 if macros["SAME"] else values.table_bytes)
     parts = warps * 4 * (16 + own_rows * (values.padded + 4))
     sums = own_rows * 4 * max(32 * warps, keys.dim, values.dim)
