@@ -6,8 +6,8 @@
 Microseconds of one layer of Llama-3.1-8B (32 queries, 8 key heads, 128 numbers), in a CUDA graph over as many layers as
 hold more than the second cache does, so that each is read from memory; the lower quartile of replays. "read" counts
 stored bytes of keys and values once. Keys are coded as shaped ones are, four sinks are exact, a cache is as long as its
-context. Beside it torch's attention over 16 bits, given whole groups as transformers does it, and `attend.cu`; each with
-what writes a token. --variants tries other sizes of the kernel instead.
+context. Beside it torch's attention over 16 bits, given whole groups as transformers does it, and `attend.cu`; each
+with what writes a token. --variants tries other sizes of the kernel instead.
 """
 
 from __future__ import annotations

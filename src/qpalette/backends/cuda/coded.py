@@ -199,7 +199,8 @@ def warps_of(keys: Coded, values: Coded) -> int:
 
 def plan_attend(keys: Coded, values: Coded, shape: tuple[int, int, int], length: int, dtype: torch.dtype,
                 limits: DeviceLimits, tuning: dict[str, int] | None = None) -> AttendPlan:  # fmt: skip
-    """shape: batch, key heads, queries of each; tuning: macros to try instead of TUNING. A block a multiprocessor, as long as every warp has a tile."""
+    """shape: batch, key heads, queries of each; tuning: macros to try instead of TUNING. A block a multiprocessor, as
+    long as every warp has a tile."""
     batch, heads, rows = shape
     row_blocks = -(-rows // COLUMNS)
     macros = {

@@ -191,7 +191,7 @@ __device__ __forceinline__ void write(const Problem &problem, const Stream &stre
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) cache_write(const __grid_constant__ Problem problem) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_write(const __grid_constant__ Problem problem) {
     if (blockIdx.y == 0) write<Format<KEY_DIM, KEY_WIDTH, KEY_BITS>, KEY_UNBIASED>(problem, problem.streams[0]);
     else write<Format<VALUE_DIM, VALUE_WIDTH, VALUE_BITS>, VALUE_UNBIASED>(problem, problem.streams[1]);
 }
