@@ -5,13 +5,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
 from qpalette.codes import parse_spec
 from qpalette.codes.trellis import Trellis
 from qpalette.core.errors import UnsupportedError
+from qpalette.kvcache import parse_code
 
 pytest.importorskip("cuda.core", reason="needs qpalette[cuda]")
 
+from qpalette.backends.cuda import coded
 from qpalette.backends.cuda.attend import SOURCE as ATTEND_SOURCE
 from qpalette.backends.cuda.attend import warps_of
 from qpalette.backends.cuda.compiler import compile_cubin, resources
@@ -161,6 +164,34 @@ def test_attention_compiles_without_spills(dim: int, group: int, arch: str) -> N
     for blocks in (64, 512):
         macros = {"DIM": dim, "GROUP": group, "TYPE": 1, "WARPS": warps_of(dim, blocks, 132)}
         assert resources(ATTEND_SOURCE, arch, tuple(sorted(macros.items()))).spilled_bytes == 0
+
+
+CACHES = [  # codes of keys and values, their widths, queries of a key head: of each family, all ways to look codes up
+    *(("nuq-3", "nuq-3", 128, 128, 4), ("vq-2.5", "vq-2", 128, 128, 8), ("vq4-2", "nuq-4", 64, 64, 7)),
+    *(("vq4-1.25", "vq-1.5", 80, 80, 1), ("nuq-7", "nuq-5", 128, 96, 4), ("vq-3", "vq-4", 256, 256, 8)),
+]
+
+
+def check_cache(keys: tuple[str, int], values: tuple[str, int], rows: int, arch: str) -> None:
+    key, value = (coded.Coded(parse_code(name), dim, False) for name, dim in (keys, values))
+    plan = coded.plan_attend(key, value, (1, 8, rows), 4096, torch.bfloat16, LIMITS[arch])
+    assert plan.shared_bytes <= (SHARED[arch] - 20) * 1024
+    units = [(coded.ATTEND_SOURCE, plan.macros), (coded.READ_SOURCE, key.macros("KEY"))]
+    units += [(coded.WRITE_SOURCE, coded.write_macros(key, value, torch.float16, turned)) for turned in (False, True)]
+    for source, macros in units:
+        assert resources(source, arch, tuple(sorted(macros.items()))).spilled_bytes == 0
+
+
+@pytest.mark.parametrize(("keys", "values", "key_dim", "value_dim", "rows"), CACHES)
+def test_caches_of_codes_compile_without_spills(
+    keys: str, values: str, key_dim: int, value_dim: int, rows: int
+) -> None:
+    check_cache((keys, key_dim), (values, value_dim), rows, "sm_90")
+
+
+@pytest.mark.parametrize("arch", SHARED)
+def test_caches_of_codes_compile_for_every_architecture(arch: str) -> None:
+    check_cache(("vq-3", 128), ("nuq-4", 128), 4, arch)
 
 
 def loops_of_experts(specs: Iterable[str], arch: str) -> list[list[str]]:

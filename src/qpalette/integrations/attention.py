@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from qpalette.backends.cuda.attend import attend, attends
 from qpalette.core.errors import UnsupportedError
+from qpalette.nn.coded_states import CodedStates
 
 
 def grouped(
@@ -36,7 +37,9 @@ def grouped(
     """
     if options.get("s_aux") is not None:
         raise UnsupportedError("grouped attention knows no attention sinks: use attn_implementation='eager'")
-    if not _groups(query, key, attention_mask, options):
+    if isinstance(key, CodedStates) or not _groups(
+        query, key, attention_mask, options
+    ):  # sdpa gives codes whole groups
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     assert attention_mask is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -58,7 +58,12 @@ class Stream:
 
     @property
     def is_fused(self) -> bool:
-        """Whether it refuses tokens that have no room by itself, and may `attend`."""
+        """Whether it may `attend`."""
+        return False
+
+    @property
+    def refuses(self) -> bool:
+        """Whether `write` itself raises for tokens that have no room."""
         return False
 
     @property
@@ -89,6 +94,11 @@ class Stream:
             places = tokens[-self.exact.window :]
             self.ring.index_copy_(2, places % self.exact.window, newest.to(self.ring.dtype))
             self.ring_tokens.index_copy_(0, places % self.exact.window, places)
+
+    def write_both(self, values: Stream, keys: Tensor, own: Tensor, tokens: Tensor, starts: Tensor) -> None:
+        """`write` of these `keys`, and of `own`, the values of the same tokens, to `values`."""
+        self.write(keys, tokens, starts)
+        values.write(own, tokens, starts)
 
     def read(self, count: Tensor, starts: Tensor) -> Tensor:
         """All `length` tokens, float32 [batch, heads, length, dim], of which the first `count` mean something."""

@@ -88,12 +88,11 @@ class CodedLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[-2]
-        if not self.key_stream.is_fused:
+        if not self.key_stream.refuses:
             self._check_room(count)
         tokens = torch.arange(count, device=self.device) + self.cumulative_length
         both = (self.key_stream, key_states), (self.value_stream, value_states)
-        for stream, states in both:
-            stream.write(states, tokens, self.starts)
+        self.key_stream.write_both(self.value_stream, key_states, value_states, tokens, self.starts)
         self.cumulative_length.add_(count)
         if count == 1 and self.key_stream.is_fused:
             return CodedStates.of(self.key_stream, self.value_stream, self.cumulative_length, self.starts)

@@ -50,6 +50,11 @@ class CpuStream(Stream):
         """As `Stream.is_fused`. torch.compile gets the definition, of which it makes code of its own."""
         return self.sinks.dtype in TYPES and not torch.compiler.is_compiling()
 
+    @property
+    def refuses(self) -> bool:
+        """As `Stream.refuses`."""
+        return self.is_fused
+
     def write(self, vectors: Tensor, tokens: Tensor, starts: Tensor) -> None:
         """As `Stream.write`. Raises InputError where there is no room."""
         if not self.is_fused:

@@ -16,6 +16,7 @@ from qpalette.backends.cuda.experts import CudaExperts, takes
 from qpalette.backends.cuda.layout import LAYOUT, from_chunks, laid_out, to_chunks
 from qpalette.backends.cuda.product import CudaProduct
 from qpalette.backends.cuda.rotate import ALIGNMENT, aligned
+from qpalette.backends.cuda.streams import CudaStream
 from qpalette.backends.cuda.trellis_encoder import encode_states
 from qpalette.codes import parse_spec
 from qpalette.codes.tiles import from_tiles
@@ -32,6 +33,7 @@ class CudaBackend(Backend):
     priority = 20
     layout = LAYOUT
     fuses = True
+    stream = CudaStream
 
     def supports(self, operation: str, spec: str, device: torch.device) -> Verdict:
         if device.type != "cuda":

@@ -1,0 +1,256 @@
+"""The kernels of a cache of codes: what they are compiled for, what they are told, how many blocks they get."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, e, log2
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpalette.backends.cuda.compiler import KernelLaunch, load_kernel
+from qpalette.backends.cuda.decoder import COMMON_SOURCE
+from qpalette.backends.cuda.rotate import TYPES
+from qpalette.backends.cuda.segments import DeviceLimits, device_limits
+from qpalette.kvcache import PAGE, CacheCode, parse_code
+from qpalette.kvcache.vectors import planes
+
+_HERE = Path(__file__).parent
+_SHARED = COMMON_SOURCE + (_HERE / "coded.cuh").read_text(encoding="utf-8")
+WRITE_SOURCE, READ_SOURCE, ATTEND_SOURCE = (
+    _SHARED + (_HERE / f"coded_{name}.cu").read_text(encoding="utf-8") for name in ("write", "read", "attend")
+)
+MOST_DIM = 256
+MOST_ROWS = 64  # queries of a key head in one call
+COLUMNS = 8  # queries of a block: the columns of a matrix instruction
+TILE = 16  # tokens of a matrix instruction
+TURNED_FROM = 9  # tokens from which on torch multiplies them by the transform
+PIECE = 4096  # tokens that are float32 at a time
+TURNED_THREADS, READ_THREADS = 256, 256
+TUNING = {"TILES": 1, "AHEAD": 2}  # as in coded_attend.cu
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A stream's code for its kernels."""
+
+    code: CacheCode
+    dim: int
+    unbiased: bool
+
+    def macros(self, name: str) -> dict[str, int]:
+        return {f"{name}_DIM": self.dim, f"{name}_WIDTH": self.code.width, f"{name}_BITS": self.code.index_bits}
+
+    @property
+    def pairs(self) -> bool:
+        """Whether two indexes are looked up at once."""
+        return self.code.width == 1 and self.code.index_bits <= 4
+
+    @property
+    def table_bytes(self) -> int:
+        """In shared memory, with a copy for each bank."""
+        return 128 << self.code.index_bits * (2 if self.pairs else 1)
+
+    @property
+    def padded(self) -> int:
+        return -(-self.dim // 64) * 64
+
+
+@lru_cache(maxsize=64)
+def lookups_of(name: str, device: torch.device) -> Tensor:
+    """What each look-up of a code gives: float16 [entries, 2 or 4]; one number alone is followed by 0."""
+    with torch.inference_mode(False):
+        code = parse_code(name)
+        points = code.points(torch.device("cpu"))
+        if Coded(code, 64, False).pairs:
+            pairs, index = torch.arange(1 << 2 * code.index_bits), torch.zeros(2, 1 << 2 * code.index_bits).long()
+            shift = 0
+            for width in planes(code.index_bits):  # each plane has the fields of both, the first one's lower
+                for number in range(2):
+                    field = pairs >> (2 * shift + number * width) & ((1 << width) - 1)
+                    index[number] |= field << shift
+                shift += width
+            points = points[:, 0][index].mT
+        elif code.width == 1:
+            points = torch.nn.functional.pad(points, (0, 1))
+        return points.half().contiguous().to(device)
+
+
+class WriteStream(ctypes.Structure):
+    """As in coded_write.cu."""
+
+    _fields_ = (
+        ("vectors", ctypes.c_void_p),
+        *((f"vector_{name}", ctypes.c_longlong) for name in ("batch", "head", "token")),
+        *((name, ctypes.c_void_p) for name in ("turned", "matrix", "mean", "feedback", "gain", "points")),
+        *((name, ctypes.c_void_p) for name in ("pages", "sinks", "ring", "ring_tokens")),
+        *((name, ctypes.c_int) for name in ("page_count", "is_shared")),
+    )
+
+
+class WriteProblem(ctypes.Structure):
+    """As in coded_write.cu."""
+
+    _fields_ = (
+        ("streams", WriteStream * 2),
+        *((name, ctypes.c_void_p) for name in ("tokens", "starts")),
+        *((name, ctypes.c_int) for name in ("batch", "heads", "count", "length", "sink_count", "window")),
+    )
+
+
+class ReadProblem(ctypes.Structure):
+    """As in coded_read.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("pages", "points", "out")),
+        *((name, ctypes.c_int) for name in ("page_count", "first", "count")),
+    )
+
+
+class AttendStream(ctypes.Structure):
+    """As in coded_attend.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("pages", "sinks", "ring", "ring_tokens", "table", "matrix", "mean")),
+        *((name, ctypes.c_int) for name in ("page_count", "is_shared")),
+    )
+
+
+class AttendProblem(ctypes.Structure):
+    """As in coded_attend.cu."""
+
+    _fields_ = (
+        *(("keys", AttendStream), ("values", AttendStream)),
+        *((name, ctypes.c_void_p) for name in ("query", "mask", "count", "starts", "out", "parts", "arrived")),
+        *((name, ctypes.c_longlong) for name in ("query_batch", "query_head", "query_row", "mask_batch")),
+        *((name, ctypes.c_int) for name in ("heads", "rows", "length", "sink_count", "window")),
+        ("scale", ctypes.c_float),
+    )
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_threads(keys: Coded, values: Coded, turned: bool) -> int:
+    """Of a block: as many as the registers are enough for, where they share a transform."""
+    return TURNED_THREADS if turned or max(keys.padded, values.padded) > 128 else 512
+
+
+def write_macros(keys: Coded, values: Coded, dtype: torch.dtype, turned: bool) -> dict[str, int]:
+    unbiased = {"KEY_UNBIASED": int(keys.unbiased), "VALUE_UNBIASED": int(values.unbiased)}
+    own = {"TYPE": TYPES[dtype], "TURNED": int(turned), "THREADS": write_threads(keys, values, turned)}
+    return keys.macros("KEY") | values.macros("VALUE") | unbiased | own
+
+
+def start_write(streams: list[tuple[WriteStream, Coded]], problem: WriteProblem, dtype: torch.dtype, turned: bool,
+                device: int) -> None:  # fmt: skip
+    """One launch for one stream or for two."""
+    coded = [streams[0][1], streams[-1][1]]
+    for at, (stream, _) in enumerate(streams):
+        problem.streams[at] = stream
+    threads = write_threads(coded[0], coded[1], turned)
+    vectors = problem.batch * problem.heads * problem.count
+    if turned:
+        blocks, floats = -(-vectors // (threads // 32)), threads // 32 * max(each.dim for each in coded)
+    else:
+        blocks, floats = vectors, 2 * max(each.dim for each in coded) + threads
+    macros = write_macros(coded[0], coded[1], dtype, turned)
+    _start(WRITE_SOURCE, "cache_write", macros, device, (blocks, len(streams)), threads, 4 * floats, problem)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def start_read(stream: Coded, problem: ReadProblem, vectors: int, device: int) -> None:
+    blocks = -(-problem.count * (stream.dim // stream.code.width) // READ_THREADS)
+    _start(READ_SOURCE, "cache_read", stream.macros("KEY"), device, (blocks, vectors), READ_THREADS, 0, problem)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttendPlan:
+    """How attention of some queries is launched."""
+
+    macros: dict[str, int]
+    grid: tuple[int, int, int]
+    shared_bytes: int
+
+    @property
+    def part_numbers(self) -> int:
+        """float32 that lie between blocks."""
+        splits, heads, batch = self.grid
+        return batch * heads * splits * 2 * self.of_part
+
+    @property
+    def of_part(self) -> int:
+        return 16 + COLUMNS * (-(-self.macros["VALUE_DIM"] // 64) * 64)
+
+
+def warps_of(keys: Coded, values: Coded) -> int:
+    """Of a block: as many as the registers are enough for."""
+    return 8 if max(keys.padded, values.padded) > 128 else 12
+
+
+def plan_attend(keys: Coded, values: Coded, shape: tuple[int, int, int], length: int, dtype: torch.dtype,
+                limits: DeviceLimits, tuning: dict[str, int] | None = None) -> AttendPlan:  # fmt: skip
+    """shape: batch, key heads, queries of each; tuning: macros to try instead of TUNING. A block a multiprocessor, as
+    long as every warp has a tile."""
+    batch, heads, rows = shape
+    row_blocks = -(-rows // COLUMNS)
+    macros = {
+        **keys.macros("KEY"),
+        **values.macros("VALUE"),
+        "SAME": int(keys.code == values.code),
+        "ROWS": -(-rows // row_blocks),
+        "TYPE": TYPES[dtype],
+        "WARPS": warps_of(keys, values),
+        **TUNING,
+        **(tuning or {}),
+    }
+    warps, own_rows = macros["WARPS"], macros["ROWS"]
+    tiles = ceil(length / (TILE * macros["TILES"] * warps))
+    splits = max(1, min(limits.multiprocessors // (batch * heads * row_blocks), tiles))
+    tables = keys.table_bytes + (0 if macros["SAME"] else values.table_bytes)
+    parts = warps * 4 * (16 + own_rows * (values.padded + 4))
+    sums = own_rows * 4 * max(32 * warps, keys.dim, values.dim)
+    return AttendPlan(macros, (splits, heads * row_blocks, batch), max(tables, parts, sums))
+
+
+def start_attend(plan: AttendPlan, problem: AttendProblem, device: int) -> None:
+    threads = 32 * plan.macros["WARPS"]
+    name = "cache_attend"
+    _start(ATTEND_SOURCE, name, plan.macros, device, plan.grid, threads, plan.shared_bytes, problem)
+
+
+def log2_scale(scale: float) -> float:
+    return scale * log2(e)
+
+
+def _start(
+    source: str,
+    name: str,
+    macros: dict[str, int],
+    device: int,
+    grid: tuple[int, ...],
+    threads: int,
+    shared_bytes: int,
+    problem: Any,
+) -> None:
+    with torch.cuda.device(device):
+        kernel = load_kernel(source, name, macros, device, shared_bytes)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        KernelLaunch(kernel, grid, threads, shared_bytes, [problem], device_limits(device).overlap).start(stream)
+
+
+def limits_of(device: torch.device) -> DeviceLimits:
+    return device_limits(device.index or 0)
+
+
+def page_count(length: int) -> int:
+    return -(-length // PAGE)

@@ -1,0 +1,515 @@
+// Attention over a cache of codes, which are read as they are: out = softmax(scale q k + mask) v for ROWS queries of a key
+// head that share a mask.
+//
+// With y' what is stored of x = A^-1 y' + m, a score is (A^-T q).y' + q.m, and a sum of values A^-1 (sum p y') + (sum p) m:
+// transforms are applied to queries and to sums, never to a token. Warps take tiles of 16 tokens in turn. Codes become
+// float16 by look-ups in shared memory, where every bank has a copy of the table, and both products are mma.m16n8k16:
+// queries times keys, then values times softmax weights, whose layout is already that of the second operand. A lane has a
+// quarter of a key and an eighth of a value, which is contiguous in every plane of the codes: the order of numbers within
+// a product does not matter, as long as queries have the same.
+// Scales touch no number: that of a key multiplies its score, that of a value is added to the exponent of its weight.
+// Tokens that are kept exact come apart, in float32. Warps, then the splits of the tokens, are added up in a fixed order,
+// by the block of a head that ends last.
+//
+// Compile-time constants: KEY_ and VALUE_ DIM, WIDTH, BITS; SAME (both have one table), ROWS (1 to 8), TYPE (0 float16,
+// 1 bfloat16), WARPS, TILES (loaded at once), AHEAD (steps that are fetched into the second cache).
+
+constexpr int THREADS = 32 * WARPS, KEYS = 16, EXACT = 32;  // exact tokens at a time
+constexpr float LOWEST = -1e30f;                            // below every score; finite, so that differences are
+constexpr float LEAST_SCALE = -14;                          // its logarithm, below that of every byte but 0
+
+typedef Format<KEY_DIM, KEY_WIDTH, KEY_BITS> Keys;
+typedef Format<VALUE_DIM, VALUE_WIDTH, VALUE_BITS> Values;
+
+struct Stream {
+    const u8 *pages;
+    const u16 *sinks, *ring;
+    const long long *ring_tokens;
+    const u32 *table;                // of look-ups: [entries] or, of four numbers, [entries][2]
+    const float *matrix, *mean;      // [heads or 1]: of keys A^-1, of values its transpose
+    int page_count, is_shared;
+};
+
+struct Problem {
+    Stream keys, values;
+    const u16 *query;                // [batch][heads][rows][KEY_DIM]
+    const u8 *mask;                  // [batch][length]: which tokens count
+    const long long *count, *starts; // how many tokens there are; [batch]
+    u16 *out;                        // [batch][heads][rows][VALUE_DIM]
+    float *parts;                    // [batch][heads][row blocks][splits][2] of PART numbers
+    int *arrived;                    // [batch][heads][row blocks], zeros between launches
+    long long query_batch, query_head, query_row, mask_batch;
+    int heads, rows, length, sink_count, window;
+    float scale;                     // times log2(e)
+};
+
+// --- codes ----------------------------------------------------------------------------------------------------------
+
+// One look-up is of LOOK numbers: two neighbours that have an index each are looked up together where that is 8 bits.
+template <class F>
+struct Looks {
+    static constexpr bool PAIRS = F::WIDTH == 1 && F::BITS <= 4;
+    static constexpr int FACTOR = PAIRS ? 2 : 1, LOOK = F::WIDTH * FACTOR, BITS = F::BITS * FACTOR;
+    static constexpr int PADDED = (F::DIM + 63) / 64 * 64;  // numbers beyond DIM are of other bytes; nothing comes of them
+    static constexpr int COPIES = LOOK == 4 ? 16 : 32, WORDS = LOOK == 4 ? 2 : 1;  // so that a lane has its own bank
+    static constexpr int TABLE_BYTES = (1 << BITS) * COPIES * WORDS * 4;
+};
+
+__host__ __device__ constexpr int common(int a, int b) { return b ? common(b, a % b) : a; }
+
+// `BYTES` at an address of that ALIGNMENT (of as much as both divide), into the low bytes of words.
+template <int BYTES, int ALIGNMENT>
+__device__ __forceinline__ void load_bytes(const u8 *from, u32 *words) {
+    if constexpr (BYTES % 16 == 0 && ALIGNMENT % 16 == 0) {
+#pragma unroll
+        for (int i = 0; i < BYTES / 16; i++) {
+            const uint4 four = ((const uint4 *)from)[i];
+            words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+        }
+    } else if constexpr (BYTES % 8 == 0 && ALIGNMENT % 8 == 0) {
+#pragma unroll
+        for (int i = 0; i < BYTES / 8; i++) {
+            const uint2 two = ((const uint2 *)from)[i];
+            words[2 * i] = two.x, words[2 * i + 1] = two.y;
+        }
+    } else if constexpr (BYTES % 4 == 0 && ALIGNMENT % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < BYTES / 4; i++) words[i] = ((const u32 *)from)[i];
+    } else if constexpr (BYTES % 2 == 0 && ALIGNMENT % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < BYTES / 2; i++) words[i / 2] = i % 2 ? words[i / 2] | (u32)((const u16 *)from)[i] << 16 : ((const u16 *)from)[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < BYTES; i++) words[i / 4] = i % 4 ? words[i / 4] | (u32)from[i] << i % 4 * 8 : from[i];
+    }
+}
+
+// One of PARTS equal parts of a vector's indexes, as they lie.
+template <class F, int PARTS>
+struct Piece {
+    typedef Looks<F> L;
+    static constexpr int NUMBERS = L::PADDED / PARTS, UNITS = NUMBERS / L::LOOK, FIELDS = NUMBERS / F::WIDTH;
+    __host__ __device__ static constexpr int bits(int plane) { return FIELDS * plane_width(F::BITS, plane); }
+    __host__ __device__ static constexpr int first_word(int plane) { return plane ? first_word(plane - 1) + (bits(plane - 1) + 31) / 32 : 0; }
+    u32 words[first_word(F::PLANES)];
+
+    template <int PLANE = 0>
+    __device__ __forceinline__ void load(const u8 *codes, int part) {
+        if constexpr (PLANE < F::PLANES) {
+            constexpr int START = plane_start(F::BITS, F::UNITS, PLANE), BITS = bits(PLANE);
+            if constexpr (BITS % 8 == 0) load_bytes<BITS / 8, common(common(F::CODE_BYTES, START), BITS / 8 % 16 ? BITS / 8 : 16)>(codes + START + part * (BITS / 8), words + first_word(PLANE));
+            else words[first_word(PLANE)] = codes[START + part * BITS / 8] >> part * BITS % 8;
+            load<PLANE + 1>(codes, part);
+        }
+    }
+
+    // Where look-up `unit` is, in bytes behind that of index 0.
+    template <int PLANE = 0>
+    __device__ __forceinline__ u32 offset(int unit) const {
+        if constexpr (PLANE < F::PLANES) {
+            constexpr int WIDTH = plane_width(F::BITS, PLANE) * L::FACTOR, UP = plane_shift(F::BITS, PLANE) * L::FACTOR + 7;
+            const int bit = unit * WIDTH, down = bit % 32 - UP;
+            const u32 word = words[first_word(PLANE) + bit / 32], shifted = down >= 0 ? word >> (down & 31) : word << (-down & 31);
+            return shifted & ((1u << WIDTH) - 1) << UP | offset<PLANE + 1>(unit);
+        } else return 0;
+    }
+
+    // Four numbers from 4 * four on, float16. `table` is the lane's.
+    __device__ __forceinline__ void look_up(const u8 *table, int four, u32 (&out)[2]) const {
+        if constexpr (L::LOOK == 4) {
+            const uint2 found = *(const uint2 *)(table + offset(four));
+            out[0] = found.x, out[1] = found.y;
+        } else
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int unit = (4 * four + 2 * i) / L::LOOK;
+                out[i] = *(const u32 *)(table + offset(unit));
+                if constexpr (L::LOOK == 1) out[i] = __byte_perm(out[i], *(const u32 *)(table + offset(unit + 1)), 0x5410);
+            }
+    }
+};
+
+template <class F>
+__device__ __forceinline__ void spread_table(const u32 *from, u32 *table) {
+    typedef Looks<F> L;
+    for (int at = threadIdx.x; at < L::TABLE_BYTES / 4; at += THREADS)
+        table[at] = from[at / (L::COPIES * L::WORDS) * L::WORDS + at % L::WORDS];
+}
+
+// --- products -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ float exp2_of(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+__device__ __forceinline__ void fetch(const u8 *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
+constexpr int WIDE = Looks<Values>::PADDED, PART = 16 + 8 * WIDE;  // of a partial result: `highest`, `sum`, `out`
+
+// What a warp makes of its tokens: outputs are relative to `highest`, and still to be divided by `sum`. Number
+// g * WIDE / 8 + i is at i * 8 + g; the four more keep the lanes that store them in different banks.
+struct Part {
+    float highest[8], sum[8], out[ROWS][WIDE + 4];
+};
+
+struct Where {
+    int head, row, batch, item;  // item: of the batch's heads
+    long long start;
+    int tokens;                  // that there are
+    const u8 *mask;
+};
+
+__device__ __forceinline__ bool in_ring(const Problem &problem, const Where &where, int token) {
+    return problem.window && token >= where.tokens - problem.window && problem.keys.ring_tokens[token % problem.window] == token;
+}
+
+__device__ __forceinline__ bool is_coded(const Problem &problem, const Where &where, int token) {
+    const long long place = token - where.start;
+    return !(place >= 0 && place < problem.sink_count) && !in_ring(problem, where, token);
+}
+
+struct Tile {
+    Piece<Keys, 4> key[2];
+    Piece<Values, 8> value[2][2];
+    u32 key_scales[2], value_scales[2];  // of two tokens
+    bool counts;                         // lane % 16's token
+
+    __device__ __forceinline__ void load(const Problem &problem, const Where &where, int begin) {
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = begin + lane % KEYS;
+        const size_t page = begin / PAGE;
+        const u8 *keys = problem.keys.pages + ((size_t)where.item * problem.keys.page_count + page) * Keys::PAGE_BYTES;
+        const u8 *values = problem.values.pages + ((size_t)where.item * problem.values.page_count + page) * Values::PAGE_BYTES;
+        const int place = begin % PAGE;
+        counts = token < where.tokens && where.mask[token] && is_coded(problem, where, token);
+#pragma unroll
+        for (int half = 0; half < 2; half++) key[half].load(keys + (place + half * 8 + g) * Keys::CODE_BYTES, t);
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int odd = 0; odd < 2; odd++) value[half][odd].load(values + (place + half * 8 + 2 * t + odd) * Values::CODE_BYTES, g);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            key_scales[half] = *(const u16 *)(keys + PAGE * Keys::CODE_BYTES + place + half * 8 + 2 * t);
+            value_scales[half] = *(const u16 *)(values + PAGE * Values::CODE_BYTES + place + half * 8 + 2 * t);
+        }
+    }
+};
+
+// Lanes ask for the lines of a tile's codes.
+__device__ __forceinline__ void fetch_tile(const Problem &problem, const Where &where, int begin) {
+    const int lane = threadIdx.x % 32, page = begin / PAGE, place = begin % PAGE;
+    const u8 *keys = problem.keys.pages + ((size_t)where.item * problem.keys.page_count + page) * Keys::PAGE_BYTES;
+    const u8 *values = problem.values.pages + ((size_t)where.item * problem.values.page_count + page) * Values::PAGE_BYTES;
+    for (int at = lane * 128; at < KEYS * Keys::CODE_BYTES + 127; at += 32 * 128) fetch(keys + place * Keys::CODE_BYTES + min(at, KEYS * Keys::CODE_BYTES - 1));
+    for (int at = lane * 128; at < KEYS * Values::CODE_BYTES + 127; at += 32 * 128) fetch(values + place * Values::CODE_BYTES + min(at, KEYS * Values::CODE_BYTES - 1));
+}
+
+struct Sums {
+    float highest, sum, out[WIDE / 16][4];  // of query g; of query 2 t + c % 2
+};
+
+__device__ __forceinline__ float log2_of_scale(u32 byte) { return ((int)byte - SCALE_ONE) * (1.f / SCALE_STEPS); }
+
+// `turned` are the queries of this lane; factor and offset of query g: a score is factor * product + offset.
+__device__ __forceinline__ void attend_tile(const Tile &tile, u32 wanted, const u32 (&turned)[Piece<Keys, 4>::NUMBERS / 2], float factor,
+                                            float offset, const u8 *key_table, const u8 *value_table, Sums &sums) {
+    const int t = threadIdx.x % 4;
+    float score[2][4] = {};  // [tokens 0 to 7, 8 to 15][query g: tokens 2 t and 2 t + 1; then rows that are not there]
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int i = 0; i < Piece<Keys, 4>::NUMBERS / 4; i++) {
+            u32 k[2];
+            tile.key[half].look_up(key_table, i, k);
+            multiply_tile(score[half], turned[2 * i], 0, turned[2 * i + 1], 0, k[0], k[1]);
+        }
+    }
+    float exponent[2][2], top = sums.highest;
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) {
+            const u32 byte = tile.key_scales[half] >> 8 * odd & 255, value_byte = tile.value_scales[half] >> 8 * odd & 255;
+            const float scale = byte ? exp2_of(log2_of_scale(byte)) : 0, s = score[half][odd] * scale * factor + offset;
+            score[half][odd] = wanted >> (half * 8 + 2 * t + odd) & 1 ? s : -__int_as_float(0x7f800000);
+            exponent[half][odd] = score[half][odd] + (value_byte ? log2_of_scale(value_byte) : LEAST_SCALE);
+            top = fmaxf(top, exponent[half][odd]);
+        }
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    const float shrink = exp2_of(sums.highest - top);
+    sums.highest = top, sums.sum *= shrink;
+    u32 weights[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float weight[2];
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) {
+            sums.sum += exp2_of(score[half][odd] - top);
+            weight[odd] = tile.value_scales[half] >> 8 * odd & 255 ? exp2_of(exponent[half][odd] - top) : 0;
+        }
+        weights[half] = pack(weight[0], weight[1]);
+    }
+    const float shrinks[2] = {__shfl_sync(~0u, shrink, 8 * t), __shfl_sync(~0u, shrink, 8 * t + 4)};  // of queries 2 t, 2 t + 1
+    if (__any_sync(~0u, shrink != 1))
+#pragma unroll
+        for (int j = 0; j < WIDE / 16; j++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) sums.out[j][c] *= shrinks[c % 2];
+#pragma unroll
+    for (int i = 0; i < WIDE / 32; i++) {
+        u32 v[2][2][2];
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int odd = 0; odd < 2; odd++) tile.value[half][odd].look_up(value_table, i, v[half][odd]);
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+            multiply_tile(sums.out[2 * i + j], __byte_perm(v[0][0][j], v[0][1][j], 0x5410), __byte_perm(v[0][0][j], v[0][1][j], 0x7632),
+                          __byte_perm(v[1][0][j], v[1][1][j], 0x5410), __byte_perm(v[1][0][j], v[1][1][j], 0x7632), weights[0], weights[1]);
+    }
+}
+
+// A warp's tiles, every (WARPS * splits)th, TILES next to each other at a time.
+__device__ __forceinline__ void attend_tiles(const Problem &problem, const Where &where, const float *queries, const float *factors,
+                                             const float *offsets, const u8 *key_table, const u8 *value_table, Part &part) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, query = min(g, ROWS - 1);
+    constexpr int STEP = TILES * KEYS, NUMBERS = Piece<Keys, 4>::NUMBERS;
+    const int stride = WARPS * gridDim.x * STEP;
+    u32 turned[NUMBERS / 2];
+#pragma unroll
+    for (int i = 0; i < NUMBERS / 2; i++) {
+        const int at = t * NUMBERS + 2 * i;
+        const float *own = queries + query * KEY_DIM;
+        turned[i] = pack(at < KEY_DIM ? own[at] : 0, at + 1 < KEY_DIM ? own[at + 1] : 0);
+    }
+    const float factor = factors[query], offset = offsets[query];
+    Sums sums = {LOWEST, 0, {}};
+    int begin = (threadIdx.x / 32 * gridDim.x + blockIdx.x) * STEP;
+    if (begin < where.tokens) {
+        Tile next[TILES];
+#pragma unroll
+        for (int i = 0; i < TILES; i++) next[i].load(problem, where, begin + i * KEYS);
+        for (; begin < where.tokens; begin += stride) {
+            Tile tile[TILES];
+#pragma unroll
+            for (int i = 0; i < TILES; i++) tile[i] = next[i];
+            if (begin + stride < where.tokens)
+#pragma unroll
+                for (int i = 0; i < TILES; i++) next[i].load(problem, where, begin + stride + i * KEYS);
+            if (AHEAD && begin + (AHEAD + 1) * stride < where.tokens)
+#pragma unroll
+                for (int i = 0; i < TILES; i++) fetch_tile(problem, where, begin + (AHEAD + 1) * stride + i * KEYS);
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+                if (const u32 wanted = __ballot_sync(~0u, tile[i].counts))
+                    attend_tile(tile[i], wanted, turned, factor, offset, key_table, value_table, sums);
+        }
+    }
+    sums.sum += __shfl_xor_sync(~0u, sums.sum, 1);
+    sums.sum += __shfl_xor_sync(~0u, sums.sum, 2);
+    __syncthreads();  // tables are no longer read: parts lie there
+    if (t == 0) part.highest[g] = sums.highest, part.sum[g] = sums.sum;
+#pragma unroll
+    for (int j = 0; j < WIDE / 16; j++)
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            if (2 * t + c % 2 < ROWS) part.out[2 * t + c % 2][(2 * j + c / 2) * 8 + g] = sums.out[j][c];
+}
+
+// --- exact tokens -----------------------------------------------------------------------------------------------------
+
+// Every gridDim.x-th exact token from blockIdx.x on, by the whole block, into `part`, numbers in their order.
+__device__ __forceinline__ void attend_exact(const Problem &problem, const Where &where, const float *query, float *scores, float *part) {
+    const int all = problem.sink_count + problem.window, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    constexpr int EACH = (ROWS * VALUE_DIM + THREADS - 1) / THREADS;
+    float highest[ROWS], sum[ROWS] = {}, out[EACH] = {};
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) highest[row] = LOWEST;
+    const size_t sinks = (size_t)where.item * problem.sink_count, ring = (size_t)where.item * problem.window;
+    for (int first = blockIdx.x; first < all; first += EXACT * gridDim.x) {
+        const int here = min(EXACT, (all - first + (int)gridDim.x - 1) / (int)gridDim.x);
+        __syncthreads();
+        for (int i = warp; i < here; i += WARPS) {
+            const int exact = first + i * gridDim.x;
+            const bool is_sink = exact < problem.sink_count;
+            const long long token = is_sink ? where.start + exact : problem.keys.ring_tokens[exact - problem.sink_count];
+            const bool is_there = token >= 0 && token < where.tokens && in_ring(problem, where, token) != is_sink;
+            const bool counts = is_there && where.mask[token];
+            const u16 *key = is_sink ? problem.keys.sinks + (sinks + exact) * KEY_DIM : problem.keys.ring + (ring + exact - problem.sink_count) * KEY_DIM;
+#pragma unroll
+            for (int row = 0; row < ROWS; row++) {
+                float product = 0;
+                for (int d = lane; d < KEY_DIM; d += 32) product += query[row * KEY_DIM + d] * load(key, d, TYPE);
+#pragma unroll
+                for (int step = 16; step; step /= 2) product += __shfl_xor_sync(~0u, product, step);
+                if (lane == 0) scores[row * EXACT + i] = counts ? product * problem.scale : -__int_as_float(0x7f800000);
+            }
+        }
+        __syncthreads();
+        float shrink[ROWS];
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) {
+            float top = highest[row];
+            for (int i = 0; i < here; i++) top = fmaxf(top, scores[row * EXACT + i]);
+            shrink[row] = exp2_of(highest[row] - top), highest[row] = top, sum[row] *= shrink[row];
+            for (int i = 0; i < here; i++) sum[row] += exp2_of(scores[row * EXACT + i] - top);
+        }
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int at = threadIdx.x + e * THREADS, row = at / VALUE_DIM, d = at % VALUE_DIM;
+            float top = LOWEST, smaller = 1;
+#pragma unroll
+            for (int r = 0; r < ROWS; r++)
+                if (r == row) top = highest[r], smaller = shrink[r];
+            out[e] *= smaller;
+            if (row < ROWS)
+                for (int i = 0; i < here; i++) {
+                    const int exact = first + i * gridDim.x;
+                    const u16 *value = exact < problem.sink_count ? problem.values.sinks + (sinks + exact) * VALUE_DIM
+                                                                  : problem.values.ring + (ring + exact - problem.sink_count) * VALUE_DIM;
+                    const float weight = exp2_of(scores[row * EXACT + i] - top);
+                    if (weight != 0) out[e] += weight * load(value, d, TYPE);
+                }
+        }
+    }
+#pragma unroll
+    for (int row = 0; row < ROWS; row++)
+        if (threadIdx.x == row) part[row] = highest[row], part[8 + row] = sum[row];
+#pragma unroll
+    for (int e = 0; e < EACH; e++)
+        if (const int at = threadIdx.x + e * THREADS; at < ROWS * VALUE_DIM) part[16 + at / VALUE_DIM * WIDE + at % VALUE_DIM] = out[e];
+}
+
+// --- the kernel -------------------------------------------------------------------------------------------------------
+
+// The parts of all splits become a result: coded ones are turned back and get the mean, exact ones are added.
+__device__ __forceinline__ void finish(const Problem &problem, const Where &where, const float *parts, float *memory, float *coded, float *plain,
+                                       float (&totals)[ROWS], float (&coded_totals)[ROWS]) {
+    const int splits = gridDim.x, exact = min(splits, problem.sink_count + problem.window);
+    float highest[ROWS];
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+        highest[row] = LOWEST, totals[row] = coded_totals[row] = 0;
+        for (int s = 0; s < splits; s++) {
+            highest[row] = fmaxf(highest[row], __ldcg(parts + s * 2 * PART + row));
+            if (s < exact) highest[row] = fmaxf(highest[row], __ldcg(parts + (s * 2 + 1) * PART + row));
+        }
+        for (int s = 0; s < splits; s++) {
+            coded_totals[row] += exp2_of(__ldcg(parts + s * 2 * PART + row) - highest[row]) * __ldcg(parts + s * 2 * PART + 8 + row);
+            if (s < exact) totals[row] += exp2_of(__ldcg(parts + (s * 2 + 1) * PART + row) - highest[row]) * __ldcg(parts + (s * 2 + 1) * PART + 8 + row);
+        }
+        totals[row] += coded_totals[row];
+    }
+    for (int at = threadIdx.x; at < ROWS * VALUE_DIM; at += THREADS) {
+        const int row = at / VALUE_DIM, d = at % VALUE_DIM;
+        float top = LOWEST, of_codes = 0, of_exact = 0;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            if (r == row) top = highest[r];
+#pragma unroll 4
+        for (int s = 0; s < splits; s++) of_codes += exp2_of(__ldcg(parts + s * 2 * PART + row) - top) * __ldcg(parts + s * 2 * PART + 16 + row * WIDE + d);
+        for (int s = 0; s < exact; s++) of_exact += exp2_of(__ldcg(parts + (s * 2 + 1) * PART + row) - top) * __ldcg(parts + (s * 2 + 1) * PART + 16 + row * WIDE + d);
+        coded[at] = of_codes, plain[at] = of_exact;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_attend(const __grid_constant__ Problem problem) {
+    extern __shared__ __align__(16) u8 memory[];  // tables, then parts of the warps; sums of a transform
+    __shared__ float query[ROWS * KEY_DIM], turned[ROWS * KEY_DIM], factors[ROWS], offsets[ROWS], scores[ROWS * EXACT];
+    __shared__ float coded[ROWS * VALUE_DIM], plain[ROWS * VALUE_DIM];
+    __shared__ bool is_last;
+    const int blocks = (problem.rows + ROWS - 1) / ROWS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Where where;
+    where.head = blockIdx.y / blocks, where.row = blockIdx.y % blocks * ROWS, where.batch = blockIdx.z;
+    where.item = where.batch * problem.heads + where.head;
+    const float *matrix = problem.keys.matrix + (problem.keys.is_shared ? 0 : (size_t)where.head * KEY_DIM * KEY_DIM);
+    const float *mean = problem.keys.mean + (problem.keys.is_shared ? 0 : where.head * KEY_DIM);
+    Transform<KEY_DIM, THREADS, ROWS> transform;
+    transform.load(matrix, 0);  // of the model, as tables are: it waits for no kernel
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    where.tokens = min((long long)problem.length, problem.count[0]), where.start = problem.starts[where.batch];
+    where.mask = problem.mask + where.batch * problem.mask_batch;
+    for (int i = 0; i < AHEAD; i++)
+        for (int tile = 0; tile < TILES; tile++)
+            if (const int begin = ((i * WARPS + warp) * gridDim.x + blockIdx.x) * TILES * KEYS + tile * KEYS; begin < where.tokens) fetch_tile(problem, where, begin);
+    for (int at = threadIdx.x; at < ROWS * KEY_DIM; at += THREADS) {
+        const int row = min(where.row + at / KEY_DIM, problem.rows - 1);
+        query[at] = load(problem.query + where.batch * problem.query_batch + where.head * problem.query_head + row * problem.query_row, at % KEY_DIM, TYPE);
+    }
+    __syncthreads();
+    transform.apply(matrix, query, (float *)memory, turned);
+    for (int row = warp; row < ROWS; row += WARPS) {
+        float largest = 0, product = 0;
+        for (int d = lane; d < KEY_DIM; d += 32) largest = fmaxf(largest, fabsf(turned[row * KEY_DIM + d])), product += query[row * KEY_DIM + d] * mean[d];
+#pragma unroll
+        for (int step = 16; step; step /= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step)), product += __shfl_xor_sync(~0u, product, step);
+        // By a power of two, so that float16 cannot overflow.
+        const float unit = largest > 0 && isfinite(largest) ? exp2f(floorf(log2f(largest))) : 1;
+        if (lane == 0) factors[row] = unit * problem.scale, offsets[row] = product * problem.scale;
+        for (int d = lane; d < KEY_DIM; d += 32) turned[row * KEY_DIM + d] /= unit;
+    }
+    u8 *key_table = memory, *value_table = memory + (SAME ? 0 : Looks<Keys>::TABLE_BYTES);
+    spread_table<Keys>(problem.keys.table, (u32 *)key_table);
+    if (!SAME) spread_table<Values>(problem.values.table, (u32 *)value_table);
+    __syncthreads();
+    Part *parts = (Part *)memory;
+    attend_tiles(problem, where, turned, factors, offsets, key_table + lane * 4 * Looks<Keys>::WORDS % 128, value_table + lane * 4 * Looks<Values>::WORDS % 128, parts[warp]);
+    __syncthreads();
+    const int place = blockIdx.z * gridDim.y + blockIdx.y;
+    float *all = problem.parts + (size_t)place * gridDim.x * 2 * PART, *mine = all + blockIdx.x * 2 * PART;
+    for (int at = threadIdx.x; at < ROWS * WIDE; at += THREADS) {
+        const int row = at / WIDE, i = at % WIDE;
+        float highest = LOWEST, sum = 0, value = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, parts[w].highest[row]);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float shrink = exp2_of(parts[w].highest[row] - highest);
+            sum += shrink * parts[w].sum[row], value += shrink * parts[w].out[row][i];
+        }
+        mine[16 + row * WIDE + i % 8 * (WIDE / 8) + i / 8] = value;
+        if (i == 0) mine[row] = highest, mine[8 + row] = sum;
+    }
+    if (blockIdx.x < problem.sink_count + problem.window) attend_exact(problem, where, query, scores, mine + PART);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = atomicAdd(problem.arrived + place, 1) == gridDim.x - 1;
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    const float *inverse = problem.values.matrix + (problem.values.is_shared ? 0 : (size_t)where.head * VALUE_DIM * VALUE_DIM);
+    const float *value_mean = problem.values.mean + (problem.values.is_shared ? 0 : where.head * VALUE_DIM);
+    Transform<VALUE_DIM, THREADS, ROWS> back;
+    back.load(inverse, 0);
+    float totals[ROWS], coded_totals[ROWS];
+    finish(problem, where, all, (float *)memory, coded, plain, totals, coded_totals);
+    __syncthreads();
+    back.apply(inverse, coded, (float *)memory, coded);
+    for (int at = threadIdx.x; at < ROWS * VALUE_DIM; at += THREADS) {
+        const int row = at / VALUE_DIM, d = at % VALUE_DIM;
+        float total = 0, of_codes = 0;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            if (r == row) total = totals[r], of_codes = coded_totals[r];
+        const float value = coded[at] + of_codes * value_mean[d] + plain[at];
+        const size_t out = ((size_t)where.item * problem.rows + where.row + row) * VALUE_DIM + d;
+        if (where.row + row < problem.rows) store(problem.out, out, TYPE, total == 0 ? 0 : value / total);
+    }
+    if (threadIdx.x == 0) problem.arrived[place] = 0;
+}
