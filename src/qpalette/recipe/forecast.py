@@ -64,7 +64,7 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
     looks = tuning.steps // tuning.every * tuning.held_out / tuning.batch
     originals = min(tuning.steps + looks, recipe.tokens / tuning.window / tuning.batch)  # it reads a window once
     steps = [
-        Step("calibrate", f"{recipe.tokens} tokens", read * forward * (1 + BACKWARD + moments)),
+        Step("calibrate", f"{recipe.tokens} tokens", recipe.draws * read * forward * (1 + BACKWARD + moments)),
         Step(
             "sensitivities",
             f"{bands} measurements",

@@ -145,6 +145,7 @@ def compress(
                 text,
                 tokens=recipe.tokens,
                 window=recipe.window,
+                draws=recipe.draws,
                 seed=seed,
                 device=device,
                 progress=_stage(watcher, "calibrate"),
@@ -189,7 +190,7 @@ def moments_of(checkpoint: Checkpoint, text: str | Path | None, recipe: Recipe, 
     if text is not None:
         with open(Path(text).expanduser(), "rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
-    what = [checkpoint.fingerprint, content, recipe.tokens, recipe.window, seed]
+    what = [checkpoint.fingerprint, content, recipe.tokens, recipe.window, recipe.draws, seed]
     return private_folder(MOMENTS) / hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
