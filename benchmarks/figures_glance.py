@@ -12,7 +12,7 @@ LLAMA_CPP = ("Q2_K", "Q4_0", "Q3_K_M")
 
 @section(
     "At a glance",
-    *("palette_h100", "palette_published", "plan_published_memory", "plan_model_h100", "plan_model_ldlq_cpu"),
+    *("palette_h100", "palette_published", "plan_published_memory", "plan_model_h100", "two_sided"),
     *("compare_smollm2", "gemv", GENERATE, "decode_speed"),
     command="# of each line: see its section",
 )
@@ -22,7 +22,7 @@ def glance(codes: Result, published: Result, plans: Result, free: Result, calibr
     theirs = row_of(published["rows"], family="tcq", bits=3.0)
     plan = row_of(plans["rows"], bits="3.25")
     one_code = row_of(free["rows"], budget="3.25", **DATA_FREE)
-    planned = row_of(calibrated["rows"], budget="3.25")
+    planned = row_of(calibrated["rows"], choice="planned", **{"bits asked": "3.25"})
     original, packed = generate["speeds"]
     plain, ours = (row_of(decode["rows"], model=f"{name} bfloat16") for name in ("original", "tcq-4"))
     peers = "; ".join(f"{batches(gemv, kernel, 1, 8)} {name}" for kernel, name in PEERS.items())
@@ -38,7 +38,7 @@ def glance(codes: Result, published: Result, plans: Result, free: Result, calibr
             f"{plan['published palette']:.3f} with Q-Palette's codes",
         ),
         "SmolLM2-135M at 3.25 bits, KL from the original, nats per token": (
-            f"{planned['KL']:.4f} planned, calibrated",
+            f"{planned['KL']:.4f} planned, calibrated on both sides",
             f"{one_code['KL']:.3f} the best single code, data-free",
         ),
         "SmolLM2-135M in one command, megabytes and KL": (
