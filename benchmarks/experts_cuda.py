@@ -141,7 +141,9 @@ def main(
     for name in model or MODELS:
         rows += rows_of(name, MODELS[name], spec, batch or BATCHES, with_mixed, with_plain)
         torch.cuda.empty_cache()
-        report(f"experts_{spec}_h100", device_name("cuda"), rows, spec=spec, mixed=list(MIXED))
+        device = device_name("cuda")
+        short = next(word for word in device.lower().split() if any(map(str.isdigit, word)))  # h100
+        report(f"experts_{spec}_{short}", device, rows, spec=spec, mixed=list(MIXED))
 
 
 if __name__ == "__main__":

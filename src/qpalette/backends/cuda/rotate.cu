@@ -117,7 +117,9 @@ __device__ __forceinline__ size_t place(int k, int token, int padded) {
     return first + lane * 8 + element + column / 8 * 32 * columns + column % 8 * 32;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// With a gate ptxas is to take the registers that it needs: of itself it stops at 32 or 40 of 128, for one more block on a
+// multiprocessor, and keeps others in local memory. (0: it chooses.)
+extern "C" __global__ void __launch_bounds__(THREADS, GATES ? 1 : 0)
 rotate(const void *x, long long x_stride, const void *diagonals, const float *dense, const void *weight, float epsilon, int inputs,
        int padded, u16 *out, float *scales, const long long *owners, int owner_count, const __grid_constant__ Gate gate) {
     extern __shared__ __align__(16) float room[];  // [GROUP * H]
