@@ -22,10 +22,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from qpalette.backends.cpu.step import Program
-from qpalette.generation import cache, loop
+from qpalette.generation import loop
 from qpalette.generation.native import ProgramCapture
 from qpalette.generation.session import Session
 from qpalette.generation.step import Capture
+from qpalette.kvcache import lengths
 
 VOCABULARY = 96
 SIZES = {
@@ -98,7 +99,7 @@ def capture(request) -> Capture | None:
 @pytest.fixture
 def short_caches(monkeypatch):
     """Buckets of 32 tokens, so that requests of the tests outgrow them."""
-    monkeypatch.setattr(cache, "STEP", 32)
+    monkeypatch.setattr(lengths, "STEP", 32)
     monkeypatch.setattr(loop, "AHEAD", 32)
 
 

@@ -14,8 +14,9 @@ import torch
 from generation_cases import GREEDY, MAKERS, Programs, Puts, Replay, build, padded, prompt, tokenizer
 from transformers import BloomConfig, BloomForCausalLM
 
-from qpalette.generation import attach, cache, loop
+from qpalette.generation import attach, loop
 from qpalette.generation.batch import Batch
+from qpalette.kvcache import lengths
 
 __all__ = ["tokenizer"]
 
@@ -30,7 +31,7 @@ LENGTHS = [9, 20, 3, 31, 14, 7, 25]  # more than slots
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_short_caches(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(cache, "STEP", 32)
+    monkeypatch.setattr(lengths, "STEP", 32)
     for module in (loop, __import__("qpalette.generation.batch", fromlist=["AHEAD"])):
         monkeypatch.setattr(module, "AHEAD", 32)
     before = torch.get_num_threads()
