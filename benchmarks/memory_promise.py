@@ -52,7 +52,7 @@ def main(
             base = measured(Path(folder, f"base-{coded}"), 64, 1, context, room, coded)
             row = measured(Path(folder, f"model-{coded}"), hidden, layers, context, room, coded)
             row["peak"] -= base["peak"]
-            rows.append({"cache": "codes" if coded else "16 bits", **row})
+            rows.append({"keys and values": "codes" if coded else "16 bits", **row})
             report("memory_promise", processor(), rows, hidden=hidden, layers=layers, context=context, unit="bytes")
 
 
