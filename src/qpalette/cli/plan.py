@@ -83,18 +83,7 @@ def plan(
         known, store = of_calibration(model, calibration, rotation, seed, device)
     make = partial(_made, known, budget, space, checkpoint, store, also or (), solver, rotation, seed)
     found = make(tokens) if tokens is not None else _longest(make, checkpoint, max_loss)
-    if cache_out is not None:
-        if found.plan.cache is None:
-            raise typer.BadParameter(
-                "--cache-out: no cache was planned; it needs --memory, and sensitivities of --cache"
-            )
-        write_text(cache_out, found.plan.cache.to_json())
-    if out is not None:
-        write_text(out, found.plan.to_json())
-    if plot is not None:
-        from qpalette.report.plan_plot import draw_plan
-
-        draw_plan(found, plot, FRONT_POINTS)
+    _write(found, out, cache_out, plot)
     if report is not None:
         from qpalette.report.plan_page import plan_page
 
@@ -108,6 +97,21 @@ def plan(
     else:
         show_plan(found, str(budget))
         _say_next(model, out, calibration)
+
+
+def _write(found: BudgetPlan, out: Path | None, cache_out: Path | None, plot: Path | None) -> None:
+    if cache_out is not None:
+        if found.plan.cache is None:
+            raise typer.BadParameter(
+                "--cache-out: no cache was planned; it needs --memory, and sensitivities of --cache"
+            )
+        write_text(cache_out, found.plan.cache.to_json())
+    if out is not None:
+        write_text(out, found.plan.to_json())
+    if plot is not None:
+        from qpalette.report.plan_plot import draw_plan
+
+        draw_plan(found, plot, FRONT_POINTS)
 
 
 def budget_of(bits: str | None, disk: str | None, memory: str | None, tokens_per_second: float | None = None) -> Budget:

@@ -79,7 +79,7 @@ def quantize(
         manual = {"--include": include, "--also": also, "--ray": ray, "--workers": workers != 1}
         manual |= {"--sign-seeds": sign_seeds != 1, "--no-equalize": not equalize}
         manual |= {"--damping": damping != DAMPING, "--output-damping": output_damping != OUTPUT_DAMPING}
-        if given := next((option for option, value in manual.items() if value), None):
+        if given := next((name for name, value in manual.items() if value), None):
             raise typer.BadParameter(f"{given} is of the rounding alone: add --fast, or --calibration DIR")
         from qpalette.cli.recipe import run_recipe
 
@@ -107,22 +107,27 @@ def quantize(
         )
     if sensitivity is not None and bits is None and disk is None:
         raise typer.BadParameter("--sensitivity decides how --bits or --size are spent: give one of them")
-    from qpalette.pipeline import Estimate
-    from qpalette.pipeline import quantize as run
-
     options: dict[str, Any] = {"bits": bits, "spec": spec, "effort": effort, "rotation": rotation, "seed": seed}
     options |= {"plan": plan, "size": disk, "sensitivity": sensitivity, "prefer": prefer, "target": target}
     options |= {"calibration": calibration, "damping": damping, "also": also or (), "device": device}
     options |= {"output_damping": output_damping, "equalize": equalize}
     options |= {"include": include or (), "exclude": exclude or ()}
     options |= {"sign_seeds": sign_seeds, "workers": workers, "ray": ray}
+    if tune and not dry_run:
+        _quantize_and_tune(model, out, text, options, overwrite, as_json)
+    else:
+        _quantize(model, out, options, dry_run, overwrite, as_json)
+
+
+def _quantize(model: str, out: Path, options: dict[str, Any], dry_run: bool, overwrite: bool, as_json: bool) -> None:
+    from qpalette.pipeline import Estimate
+    from qpalette.pipeline import quantize as run
+
     if dry_run:
         estimate = run(model, out, **options, dry_run=True)
         assert isinstance(estimate, Estimate)
         _show_estimate(model, estimate, as_json)
         return
-    if tune:
-        return _quantize_and_tune(model, out, text, options, overwrite, as_json)
     start = time.perf_counter()
     with weight_bar("quantizing") as bar:
         report = run(model, out, **options, overwrite=overwrite, progress=_Timed(bar))
