@@ -11,38 +11,22 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from generation_cases import GREEDY, MAKERS, Programs, Puts, Replay, build, padded, prompt, tokenizer
+from generation_cases import GREEDY, MAKERS, Puts, build, capture, padded, prompt, short_caches, tokenizer
 from transformers import BloomConfig, BloomForCausalLM
 
-from qpalette.generation import attach, loop
+from qpalette.generation import attach
 from qpalette.generation.batch import Batch
-from qpalette.kvcache import lengths
 
-__all__ = ["tokenizer"]
+__all__ = ["capture", "short_caches", "tokenizer"]
 
 KINDS = MAKERS | {
     "bloom": lambda: BloomForCausalLM(
         BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4, eos_token_id=None)
     )
 }
+pytestmark = pytest.mark.usefixtures("one_thread", "short_caches")
 SLOTS = 4
 LENGTHS = [9, 20, 3, 31, 14, 7, 25]  # more than slots
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_short_caches(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(lengths, "STEP", 32)
-    for module in (loop, __import__("qpalette.generation.batch", fromlist=["AHEAD"])):
-        monkeypatch.setattr(module, "AHEAD", 32)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=[None, Replay, Programs], ids=["eager", "captured", "program"])
-def capture(request):
-    return Programs() if request.param is Programs else request.param
 
 
 @contextmanager
