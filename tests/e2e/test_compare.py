@@ -8,15 +8,18 @@ import shutil
 import weakref
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from test_cli import model, packed, run, save_model, text  # noqa: F401 - fixtures
 from test_quantized_models import FP8, in_fp8
 from tiny_model import edit_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qpalette.core.cache import private_folder
 from qpalette.evaluate import compare as comparing
 from qpalette.evaluate import evaluate
 from qpalette.evaluate.compare import Compared, compare
+from quantized_sources import packed_rows
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +29,46 @@ def fp8(model):  # noqa: F811
     tensors = in_fp8(load_file(directory / "model.safetensors"))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
     edit_config(directory, quantization_config=FP8)
+    return directory
+
+
+GROUP = 32
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
+
+
+def in_gptq(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every linear of a layer rounded to the nearest of 16 levels, as AutoGPTQ and GPTQModel lay them out."""
+    result = dict(tensors)
+    for name, weight in tensors.items():
+        if weight.ndim == 2 and "layers" in name:
+            rows, columns = weight.shape
+            groups = weight.float().view(rows, columns // GROUP, GROUP)
+            grid = (groups.abs().amax(-1) / 7).half()
+            codes = (groups / grid.float()[..., None]).round().clamp(-8, 7).long().view(rows, columns) + 8
+            part = name.removesuffix(".weight")
+            del result[name]
+            result[f"{part}.qweight"] = packed_rows(codes, 4).T
+            result[f"{part}.qzeros"] = packed_rows(torch.full((columns // GROUP, rows), 7), 4)  # one less, in version 1
+            result[f"{part}.scales"] = grid.T
+    return result
+
+
+def by_bitsandbytes(model, directory):  # noqa: F811
+    """nf4, written by transformers and bitsandbytes themselves."""
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, device_map="cpu")
+    theirs.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(model).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def gptq(model):  # noqa: F811
+    directory = shutil.copytree(model, model.parent / "gptq")
+    tensors = in_gptq(load_file(directory / "model.safetensors"))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    edit_config(directory, quantization_config=GPTQ)
     return directory
 
 
@@ -58,6 +101,21 @@ def test_rows_are_what_eval_measures_and_what_lies_on_disk(run, model, packed, f
             assert row[name] == getattr(alone, name), name
         assert 0 < row["kl_median"] < row["kl_999"]
         assert original["perplexity"] == alone.reference_perplexity
+
+
+def test_peers_of_four_bits_are_measured(run, model, gptq, text, tmp_path):  # noqa: F811
+    """Of a model of random weights, each loses about what four bits a weight lose, and no more than twice the other."""
+    theirs = by_bitsandbytes(model, tmp_path / "nf4")
+    result = run("compare", model, gptq, theirs, "--text", text, "--json", "--no-speed")
+    assert result.code == 0, result.err
+    original, *peers = json.loads(result.out)["models"]
+    assert [row["format"] for row in peers] == ["GPTQ", "bitsandbytes"]
+    for row, directory in zip(peers, (gptq, theirs), strict=True):
+        assert row["failure"] is None
+        assert row["file_bytes"] == (directory / "model.safetensors").stat().st_size < original["file_bytes"]
+        assert row["kl"] == evaluate(directory, model, text).kl
+    one, other = (row["kl"] for row in peers)
+    assert 0 < one < 2 * other < 4 * one
 
 
 def test_a_mishap_is_one_row_and_the_others_go_on(run, model, packed, stranger, text, tmp_path):  # noqa: F811

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from qpalette.cli.app import app
 from qpalette.core.errors import BudgetError, InputError
 from qpalette.evaluate.cache import stored_plan, stream_sensitivities
-from qpalette.kvcache import PAGE, CachePlan, parse_code
+from qpalette.kvcache import PAGE, CachePlan, lengths, parse_code
 from qpalette.pipeline.planning import longest_context, make_plan
 from qpalette.plan import (
     Budget,
@@ -30,6 +30,12 @@ from qpalette.storage import open_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT = 512
+
+
+@pytest.fixture(autouse=True)
+def _caches_of_any_length(monkeypatch):
+    """In pages, in place of 1024 tokens at least."""
+    monkeypatch.setattr(lengths, "STEP", PAGE)
 
 
 @pytest.fixture(scope="module")

@@ -320,3 +320,14 @@ def test_what_a_budget_takes_depends_on_the_target(run, model, sensitivity, monk
     assert planned["cpu"]["predicted_loss"] < planned["cuda"]["predicted_loss"] < 1.1 * planned["cpu"]["predicted_loss"]
     assert "no target" in run(*rounded, "--target", "tpu").err
     assert "no preference" in run("plan", model, *options, "cpu", "--prefer", "fast").err
+
+
+def test_the_tokenizer_is_written_once_to_be_counted(model, monkeypatch):
+    """However many plans are made for a checkpoint."""
+    checkpoint, saved = open_checkpoint(model), []
+    save = type(checkpoint).save_side_files
+    monkeypatch.setattr(type(checkpoint), "save_side_files", lambda self, at: (saved.append(at), save(self, at)))
+    names = [linear.name for group in find_groups(checkpoint).groups for linear in group.linears]
+    plans = [Plan(dict.fromkeys(names, spec)) for spec in ("nuq-2", "nuq-3")]
+    assert len({disk_bytes(checkpoint, plan) for plan in plans}) == 2
+    assert len(saved) == 1

@@ -22,10 +22,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from qpalette.backends.cpu.step import Program
-from qpalette.generation import cache, loop
+from qpalette.generation import batch, loop
 from qpalette.generation.native import ProgramCapture
 from qpalette.generation.session import Session
 from qpalette.generation.step import Capture
+from qpalette.kvcache import lengths
 
 VOCABULARY = 96
 SIZES = {
@@ -98,8 +99,9 @@ def capture(request) -> Capture | None:
 @pytest.fixture
 def short_caches(monkeypatch):
     """Buckets of 32 tokens, so that requests of the tests outgrow them."""
-    monkeypatch.setattr(cache, "STEP", 32)
-    monkeypatch.setattr(loop, "AHEAD", 32)
+    monkeypatch.setattr(lengths, "STEP", 32)
+    for module in (loop, batch):
+        monkeypatch.setattr(module, "AHEAD", 32)
 
 
 def build(kind: str = "llama") -> torch.nn.Module:

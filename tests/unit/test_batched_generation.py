@@ -11,37 +11,22 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from generation_cases import GREEDY, MAKERS, Programs, Puts, Replay, build, padded, prompt, tokenizer
+from generation_cases import GREEDY, MAKERS, Puts, build, capture, padded, prompt, short_caches, tokenizer
 from transformers import BloomConfig, BloomForCausalLM
 
-from qpalette.generation import attach, cache, loop
+from qpalette.generation import attach
 from qpalette.generation.batch import Batch
 
-__all__ = ["tokenizer"]
+__all__ = ["capture", "short_caches", "tokenizer"]
 
 KINDS = MAKERS | {
     "bloom": lambda: BloomForCausalLM(
         BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4, eos_token_id=None)
     )
 }
+pytestmark = pytest.mark.usefixtures("one_thread", "short_caches")
 SLOTS = 4
 LENGTHS = [9, 20, 3, 31, 14, 7, 25]  # more than slots
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_short_caches(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(cache, "STEP", 32)
-    for module in (loop, __import__("qpalette.generation.batch", fromlist=["AHEAD"])):
-        monkeypatch.setattr(module, "AHEAD", 32)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=[None, Replay, Programs], ids=["eager", "captured", "program"])
-def capture(request):
-    return Programs() if request.param is Programs else request.param
 
 
 @contextmanager
@@ -92,7 +77,7 @@ def test_each_gets_what_it_gets_alone(kind, capture):
     attach(model, "never", capture, slots=SLOTS)
     for _ in range(2):  # the second time sessions are there
         assert agree(all_at_once(model, requests), wanted)
-    assert sizes_of(model) == {2, SLOTS}
+    assert SLOTS in sizes_of(model)
 
 
 def test_a_batch_that_shrinks_is_laid_anew(capture):
@@ -220,7 +205,7 @@ def test_idle_batches_give_their_memory_to_the_one_at_work(monkeypatch, capture)
     lay, refused = Batch._lay, []
 
     def refuse_once(self, joining) -> None:
-        if len(self.rows) == 2 and not refused:
+        if not refused:
             refused.append(sizes_of(model))
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         lay(self, joining)
@@ -281,7 +266,7 @@ def test_where_there_is_memory_for_two_the_third_waits(monkeypatch, capture):
     lay, sizes = Batch._lay, set()
 
     def refuse_more(self, joining) -> None:
-        if len(self.rows) + (joining is not None) > 2:
+        if len(self.rows) + len(joining) > 2:
             raise torch.OutOfMemoryError
         lay(self, joining)
         sizes.add(self.session.batch)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from generation_cases import GREEDY, Puts, build, capture, prompt, sessions_of, short_caches, whole
 
-from qpalette.generation import attach, cache
-from qpalette.generation.cache import bucket
+from qpalette.generation import attach
 from qpalette.generation.session import CHOICES, SESSIONS, Session
+from qpalette.kvcache import bucket, lengths
 
 __all__ = ["capture", "short_caches"]
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "short_caches")
 
 
 def test_lengths_of_caches(monkeypatch):
-    monkeypatch.setattr(cache, "STEP", 1024)
+    monkeypatch.setattr(lengths, "STEP", 1024)
     assert [bucket(tokens, None) for tokens in (1, 1024, 1025, 8192, 8193, 10241, 16384, 16385)] == [
         1024,
         1024,

@@ -287,7 +287,11 @@ def test_device_memory_of_known_architectures():
     assert cache == 2 * 2 * 32 * 8 * 128 * 8192  # 1 GiB, the usual figure
     assert device_bytes(llama, 8192, 4)[0] == 4 * cache
     sliding = llama | {"sliding_window": 1024, "layer_types": ["sliding_attention"] * 24 + ["full_attention"] * 8}
-    assert device_bytes(sliding, 8192, 1)[0] == cache // 4 + (cache * 3 // 4) // 8
+    assert device_bytes(sliding, 8192, 1)[0] == cache, "so that it can be cut back"
+    linear = llama | {"layer_types": ["linear_attention"] * 24 + ["full_attention"] * 8}
+    assert device_bytes(linear, 8192, 1)[0] == cache // 4
+    assert device_bytes(llama, 7169, 1)[0] == cache, "a cache of 8192 tokens is what generate takes"
+    assert device_bytes(llama | {"max_position_embeddings": 7200}, 7169, 1)[0] == cache * 7200 // 8192
     latent = llama | {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
     assert device_bytes(latent, 8192, 1)[0] == 2 * 32 * 576 * 8192
     with pytest.raises(InputError, match="no 'vocab_size'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import generation_cases
 import pytest
 import torch
 from transformers import (
@@ -23,16 +24,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from qpalette.core.errors import UnsupportedError
 from qpalette.evaluate.reserved_cache import ReservedLayer, cache_of, reserve
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.4,
-}
+SIZES = generation_cases.SIZES | {"vocab_size": 64}
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 LINEAR = {
     "layer_types": ["linear_attention", "full_attention"],

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from generation_cases import SIZES
 
 from qpalette.backends.cpu.step import Program, instructions_of
 from qpalette.backends.cpu.step.program import Called
@@ -20,20 +21,6 @@ from qpalette.generation.choice import choice_of
 from qpalette.generation.session import Session
 from qpalette.kvcache import parse_cache
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.4,
-    "bos_token_id": 0,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
 # A padded prompt's mask is looked up by two indices, once a step: torch is called for that.
 MASK = {"aten.index.Tensor"}

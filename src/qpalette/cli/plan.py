@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from qpalette.cli import plan_options as option
 from qpalette.cli.output import check_folder, print_facts, print_json, print_note, print_table, write_text
 from qpalette.core.text import count
 
@@ -25,113 +26,34 @@ MOST_CONTEXT = 1 << 20  # of a model that does not say
 
 
 def plan(
-    model: Annotated[
-        str | None, typer.Argument(help="A Hugging Face directory, a .gguf file or a Hub id; not needed for --bits.")
-    ] = None,
-    sensitivity: Annotated[
-        Path | None,
-        typer.Option(
-            "--sensitivity",
-            metavar="FILE",
-            help="JSON of qpalette sensitivity, or CSV: layer,linear,out_features,in_features,sensitivity.",
-        ),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration",
-            metavar="DIR",
-            help="Plan for calibrated rounding: what its error costs is measured once, and kept in DIR.",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="Where to measure that, such as cuda.")] = "cpu",
-    bits: Annotated[
-        str | None, typer.Option("--bits", metavar="R", help="At most R bits per weight, everything counted.")
-    ] = None,
-    disk: Annotated[
-        str | None, typer.Option("--size", metavar="SIZE", help="At most so many bytes on disk in all, such as 6GB.")
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", metavar="SIZE", help="At most so much device memory: weights, KV cache, activations."),
-    ] = None,
-    context: Annotated[
-        str,
-        typer.Option(
-            "--context",
-            metavar="N",
-            help="Tokens that --memory must hold, in a cache that is planned with the weights where --sensitivity has "
-            "measured it (--cache); max: as many as fit.",
-        ),
-    ] = "4096",
-    max_loss: Annotated[
-        float | None, typer.Option("--max-loss", metavar="L", help="With --context max: at most this predicted loss.")
-    ] = None,
-    cache_out: Annotated[
-        Path | None, typer.Option("--cache-out", metavar="FILE", help="Write the plan of the cache alone, for --cache.")
-    ] = None,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Sequences at once.")] = 1,
-    tokens_per_second: Annotated[
-        float | None,
-        typer.Option("--tokens-per-second", metavar="N", help="At least so fast, by --profile, each sequence."),
-    ] = None,
-    profile: Annotated[
-        str | None,
-        typer.Option(
-            "--profile",
-            metavar="FILE",
-            help="Measured seconds of launches (docs/plan.md): a file, or h100-llama-3.1-8b.",
-        ),
-    ] = None,
-    fusion: Annotated[
-        str, typer.Option("--fusion", help="Siblings in one launch: none, same (one spec), free (each its own).")
-    ] = "free",
-    effort: Annotated[str, typer.Option("--effort", help="fast, standard or best.")] = "standard",
-    family: Annotated[
-        list[str] | None,
-        typer.Option("--family", metavar="F", help="Only this family; may be repeated.  [default: all]"),
-    ] = None,
-    prefer: Annotated[
-        str | None,
-        typer.Option(
-            "--prefer",
-            help="quality: any quantizer; or, at each rate, the fastest on --target of at most 10 % (balanced) or 20 % "
-            "(speed) more distortion.  [default: balanced; with --tokens-per-second quality]",
-        ),
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            help="What the model is to run on, cpu or cuda; --profile says more.  [default: cuda if it is here]",
-        ),
-    ] = None,
-    also: Annotated[
-        list[str] | None,
-        typer.Option("--also", metavar="NAME", help="Plan this too: lm_head or embed_tokens. May be repeated."),
-    ] = None,
-    experts: Annotated[
-        str,
-        typer.Option("--experts", help="Specs of a layer's experts: shared, tiers (by sensitivity) or free (own)."),
-    ] = "tiers",
-    rotation: Annotated[str, typer.Option("--rotation", help="full, block or block-N.")] = "full",
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the rotation's signs.")] = 0,
-    solver: Annotated[str, typer.Option("--solver", help="exact or lagrangian.")] = "exact",
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write the plan, for quantize --plan.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw bits per linear and the Pareto front (.png).")
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="FILE", help="Write one HTML page: this plan, and those of other budgets."),
-    ] = None,
-    peers: Annotated[
-        Path | None,
-        typer.Option("--peers", metavar="FILE", help="In --report: models that qpalette compare --json has measured."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    model: option.Model = None,
+    sensitivity: option.Sensitivity = None,
+    calibration: option.Calibration = None,
+    device: option.Device = "cpu",
+    bits: option.Bits = None,
+    disk: option.Disk = None,
+    memory: option.Memory = None,
+    context: option.Context = "4096",
+    max_loss: option.MaxLoss = None,
+    cache_out: option.CacheOut = None,
+    batch: option.Batch = 1,
+    tokens_per_second: option.TokensPerSecond = None,
+    profile: option.Profile = None,
+    fusion: option.Fusion = "free",
+    effort: option.Effort = "standard",
+    family: option.Family = None,
+    prefer: option.Prefer = None,
+    target: option.Target = None,
+    also: option.Also = None,
+    experts: option.Experts = "tiers",
+    rotation: option.Rotation = "full",
+    seed: option.Seed = 0,
+    solver: option.Solver = "exact",
+    out: option.Out = None,
+    plot: option.Plot = None,
+    report: option.Report = None,
+    peers: option.Peers = None,
+    as_json: option.AsJson = False,
 ) -> None:
     """Choose a quantizer for every linear: the least predicted loss within hard limits, any combination of them.
 
@@ -161,18 +83,7 @@ def plan(
         known, store = of_calibration(model, calibration, rotation, seed, device)
     make = partial(_made, known, budget, space, checkpoint, store, also or (), solver, rotation, seed)
     found = make(tokens) if tokens is not None else _longest(make, checkpoint, max_loss)
-    if cache_out is not None:
-        if found.plan.cache is None:
-            raise typer.BadParameter(
-                "--cache-out: no cache was planned; it needs --memory, and sensitivities of --cache"
-            )
-        write_text(cache_out, found.plan.cache.to_json())
-    if out is not None:
-        write_text(out, found.plan.to_json())
-    if plot is not None:
-        from qpalette.report.plan_plot import draw_plan
-
-        draw_plan(found, plot, FRONT_POINTS)
+    _write(found, out, cache_out, plot)
     if report is not None:
         from qpalette.report.plan_page import plan_page
 
@@ -186,6 +97,21 @@ def plan(
     else:
         show_plan(found, str(budget))
         _say_next(model, out, calibration)
+
+
+def _write(found: BudgetPlan, out: Path | None, cache_out: Path | None, plot: Path | None) -> None:
+    if cache_out is not None:
+        if found.plan.cache is None:
+            raise typer.BadParameter(
+                "--cache-out: no cache was planned; it needs --memory, and sensitivities of --cache"
+            )
+        write_text(cache_out, found.plan.cache.to_json())
+    if out is not None:
+        write_text(out, found.plan.to_json())
+    if plot is not None:
+        from qpalette.report.plan_plot import draw_plan
+
+        draw_plan(found, plot, FRONT_POINTS)
 
 
 def budget_of(bits: str | None, disk: str | None, memory: str | None, tokens_per_second: float | None = None) -> Budget:

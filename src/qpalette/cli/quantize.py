@@ -6,140 +6,58 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from qpalette.cli import quantize_options as option
 from qpalette.cli.output import print_facts, print_json, print_note, print_table, weight_bar
+from qpalette.cli.quantize_options import DAMPING, OUTPUT_DAMPING
 from qpalette.core.text import count, size
 
 if TYPE_CHECKING:
     from qpalette.cli.output import Bar
     from qpalette.pipeline import Estimate, LinearResult, QuantizeReport
 
-DAMPING, OUTPUT_DAMPING = 0.03, 0.3  # those of `qpalette.quantize`, whose module takes seconds to import
 AT_ONCE = 0.005  # seconds; a linear that takes less was finished by an earlier run
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a .gguf file or a Hub id.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write; it must not exist.")],
-    bits: Annotated[
-        str | None,
-        typer.Option("--bits", metavar="R", help="Budget in bits per weight, such as 3.25; scales and signs count."),
-    ] = None,
-    spec: Annotated[
-        str | None, typer.Option("--spec", metavar="S", help="Or the quantizer itself, such as tcq-3.25.")
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option("--plan", metavar="FILE", help="Or a plan, as qpalette plan --out writes it.")
-    ] = None,
-    disk: Annotated[
-        str | None, typer.Option("--size", metavar="SIZE", help="Or the size of OUT on disk, at most, such as 6GB.")
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", metavar="SIZE", help="Or the device memory of all: weights, cache, activations."),
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option("--context", metavar="N", help="Tokens that --memory must hold.  [default: 4096]")
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", metavar="N", help="Sequences at once, with --memory.  [default: 1]")
-    ] = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Without calibration, plan and tuning: minutes, and several times the loss.")
-    ] = False,
-    best: Annotated[bool, typer.Option("--best", help="The longest search, more text, more tuning.")] = False,
-    sensitivity: Annotated[
-        Path | None,
-        typer.Option(
-            "--sensitivity", metavar="FILE", help="With --bits or --size: spend them by plan, on what matters."
-        ),
-    ] = None,
-    effort: Annotated[
-        str | None,
-        typer.Option(
-            "--effort", help="fast, standard or best: how long to search.  [default: standard, or as the spec says]"
-        ),
-    ] = None,
-    prefer: Annotated[
-        str,
-        typer.Option(
-            "--prefer",
-            help="With --bits or --size: quality; or, at each rate, the fastest on --target of at most 10 % (balanced) "
-            "or 20 % (speed) more distortion.",
-        ),
-    ] = "balanced",
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            help="What the model is to run on, cpu or cuda.  [default: cuda where --device or the machine is]",
-        ),
-    ] = None,
-    rotation: Annotated[str, typer.Option("--rotation", help="full, block or block-N.")] = "full",
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the rotation's signs.")] = 0,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration",
-            "--hessians",
-            metavar="DIR",
-            help="Calibrated rounding, with what qpalette calibrate has measured.",
-        ),
-    ] = None,
-    damping: Annotated[
-        float, typer.Option("--damping", help="Added to an input's Hessian, times its mean eigenvalue.")
-    ] = DAMPING,
-    output_damping: Annotated[
-        float, typer.Option("--output-damping", help="The same of an output's.")
-    ] = OUTPUT_DAMPING,
-    equalize: Annotated[
-        bool, typer.Option(help="With a calibration: columns of one norm, for 16 bits per input in place of 1.")
-    ] = True,
-    sign_seeds: Annotated[
-        int, typer.Option("--sign-seeds", metavar="N", help="With Hessians: fit each rotation, the best of N.")
-    ] = 1,
-    also: Annotated[
-        list[str] | None,
-        typer.Option("--also", metavar="NAME", help="Quantize this too: lm_head or embed_tokens. May be repeated."),
-    ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option("--include", metavar="PATTERN", help="Quantize only linears of such names. May be repeated."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option("--exclude", metavar="PATTERN", help="Leave linears of such names, '*.0.mlp.*', as they are."),
-    ] = None,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Then tune row scales, diagonals and norms by KL, as qpalette tune does.")
-    ] = False,
-    text: Annotated[
-        Path | None,
-        typer.Option("--text", metavar="FILE", help="To calibrate and tune on.  [default: the model writes it]"),
-    ] = None,
-    page: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="FILE", help="Write one HTML page: the plan, and those of other budgets."),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--tokens", metavar="N", min=2, help="How much text to calibrate on.  [default: by device and --best]"
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="Where to encode, such as cuda.")] = "cpu",
-    workers: Annotated[int, typer.Option("--workers", help="Processes; with --device cuda they share the GPUs.")] = 1,
-    ray: Annotated[
-        str | None, typer.Option("--ray", metavar="ADDRESS", help="Run the workers in a Ray cluster, or 'local'.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be done; reads headers alone.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a quantized model.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    model: option.Model,
+    out: option.Out,
+    bits: option.Bits = None,
+    spec: option.Spec = None,
+    plan: option.Plan = None,
+    disk: option.Disk = None,
+    memory: option.Memory = None,
+    context: option.Context = None,
+    batch: option.Batch = None,
+    fast: option.Fast = False,
+    best: option.Best = False,
+    sensitivity: option.Sensitivity = None,
+    effort: option.Effort = None,
+    prefer: option.Prefer = "balanced",
+    target: option.Target = None,
+    rotation: option.Rotation = "full",
+    seed: option.Seed = 0,
+    calibration: option.Calibration = None,
+    damping: option.Damping = DAMPING,
+    output_damping: option.OutputDamping = OUTPUT_DAMPING,
+    equalize: option.Equalize = True,
+    sign_seeds: option.SignSeeds = 1,
+    also: option.Also = None,
+    include: option.Include = None,
+    exclude: option.Exclude = None,
+    tune: option.Tune = False,
+    text: option.Text = None,
+    page: option.Page = None,
+    tokens: option.Tokens = None,
+    device: option.Device = "cpu",
+    workers: option.Workers = 1,
+    ray: option.Ray = None,
+    dry_run: option.DryRun = False,
+    overwrite: option.Overwrite = False,
+    as_json: option.AsJson = False,
 ) -> None:
     """Quantize a model. Interrupted, the same command goes on where it stopped.
 
@@ -161,7 +79,7 @@ def quantize(
         manual = {"--include": include, "--also": also, "--ray": ray, "--workers": workers != 1}
         manual |= {"--sign-seeds": sign_seeds != 1, "--no-equalize": not equalize}
         manual |= {"--damping": damping != DAMPING, "--output-damping": output_damping != OUTPUT_DAMPING}
-        if given := next((option for option, value in manual.items() if value), None):
+        if given := next((name for name, value in manual.items() if value), None):
             raise typer.BadParameter(f"{given} is of the rounding alone: add --fast, or --calibration DIR")
         from qpalette.cli.recipe import run_recipe
 
@@ -189,22 +107,27 @@ def quantize(
         )
     if sensitivity is not None and bits is None and disk is None:
         raise typer.BadParameter("--sensitivity decides how --bits or --size are spent: give one of them")
-    from qpalette.pipeline import Estimate
-    from qpalette.pipeline import quantize as run
-
     options: dict[str, Any] = {"bits": bits, "spec": spec, "effort": effort, "rotation": rotation, "seed": seed}
     options |= {"plan": plan, "size": disk, "sensitivity": sensitivity, "prefer": prefer, "target": target}
     options |= {"calibration": calibration, "damping": damping, "also": also or (), "device": device}
     options |= {"output_damping": output_damping, "equalize": equalize}
     options |= {"include": include or (), "exclude": exclude or ()}
     options |= {"sign_seeds": sign_seeds, "workers": workers, "ray": ray}
+    if tune and not dry_run:
+        _quantize_and_tune(model, out, text, options, overwrite, as_json)
+    else:
+        _quantize(model, out, options, dry_run, overwrite, as_json)
+
+
+def _quantize(model: str, out: Path, options: dict[str, Any], dry_run: bool, overwrite: bool, as_json: bool) -> None:
+    from qpalette.pipeline import Estimate
+    from qpalette.pipeline import quantize as run
+
     if dry_run:
         estimate = run(model, out, **options, dry_run=True)
         assert isinstance(estimate, Estimate)
         _show_estimate(model, estimate, as_json)
         return
-    if tune:
-        return _quantize_and_tune(model, out, text, options, overwrite, as_json)
     start = time.perf_counter()
     with weight_bar("quantizing") as bar:
         report = run(model, out, **options, overwrite=overwrite, progress=_Timed(bar))

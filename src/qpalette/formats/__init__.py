@@ -1,5 +1,6 @@
 """The stored model: its format, its reader, its writer."""
 
+from qpalette.formats.bits_map import BITS_MAP, bits_map
 from qpalette.formats.card import Tuned, base_model_of, model_card
 from qpalette.formats.checksums import check_checksums, checksums_bytes, write_checksums
 from qpalette.formats.dequantized import DequantizedCheckpoint
@@ -11,6 +12,7 @@ from qpalette.formats.shares import stored_shares
 from qpalette.formats.writer import PackedCheckpoint
 
 __all__ = [
+    "BITS_MAP",
     "FORMAT_VERSION",
     "METHOD",
     "PARTS",
@@ -23,6 +25,7 @@ __all__ = [
     "RevisedCheckpoint",
     "Tuned",
     "base_model_of",
+    "bits_map",
     "check_checksums",
     "checksums_bytes",
     "counted_bits",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpalette.core.records import LinearRecord
+from qpalette.formats.bits_map import BITS_MAP
 from qpalette.formats.parts import PARTS, counted_bits, total_bits
 from qpalette.models.model_class import class_name
 from qpalette.models.multiplied import Shares
@@ -41,6 +42,8 @@ tokenizer = AutoTokenizer.from_pretrained({path})
 | part | bytes | bits per quantized weight |
 |---|---:|---:|
 {sizes}
+
+![Bits per weight of each linear, by layer]({picture})
 
 ## Distortion
 
@@ -119,6 +122,7 @@ def model_card(
         rate=packed_bits / weights,
         packed="" if shares is None else PACKED.format(share=shares.multiplied, rows=_share_rows(shares)),
         sizes=_size_rows(records, weights, carried_bytes),
+        picture=BITS_MAP,
         distortions=_distortion_rows(records, distortions),
         calibrated="" if calibration is None else CALIBRATED.format(tokens=calibration[0], sha256=calibration[1]),
         tuned="" if tuned is None else _tuned(tuned),

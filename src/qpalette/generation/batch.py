@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 
-from qpalette.generation.cache import TokenCache, bucket
+from qpalette.generation.answer import Answer
+from qpalette.generation.cache import KeysAndValues, TokenCache
 from qpalette.generation.choice import Choice
 from qpalette.generation.loop import AHEAD, Loop, Running
 from qpalette.generation.request import Request
 from qpalette.generation.session import Session
+from qpalette.generation.together import Columns, read_together, readings
+from qpalette.kvcache import bucket
 
 # What follows the choice of several requests that are chosen differently: each reads its own row of the logits.
 EACH_ITS_OWN = Choice(sample=False, processors=(), inside=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A request, and who waits for its tokens, int64 [1, tokens]; `left` is set where nobody does any more."""
 
@@ -34,9 +38,19 @@ class Row:
     """A request in a batch: its place there, and the column of the cache that its first token is in."""
 
     job: Job
-    running: Running
+    answer: Answer
     place: int = 0
     start: int = 0
+
+    def tell(self, error: BaseException) -> None:
+        self.job.future.set_exception(error)
+
+
+@dataclass
+class Alone(Row):
+    """In a session of its own, until it joins others."""
+
+    running: Running = field(kw_only=True)
 
 
 class Batch:
@@ -47,6 +61,9 @@ class Batch:
     that joins is laid to end in the last column that is written, and what lies ahead of it there is masked. Only
     columns change: a token's position is counted from its own first token.
 
+    The first prompt is read in that session of its own, and so is one that comes by itself; several that wait are read
+    together (`together.py`), and join before their first token.
+
     next_job: the next request that may join, or None.
     """
 
@@ -54,7 +71,9 @@ class Batch:
         self.loop, self.slots, self.next_job, self.is_waiting = loop, slots, next_job, is_waiting
         self.rows: dict[int, Row] = {}  # in `session`, by their places
         self.session: Session | None = None
-        self.alone: Row | None = None  # in its own session: while there are rows, it waits for their end
+        self.alone: Alone | None = None  # in its own session: while there are rows, it waits for their end
+        self.next: deque[Job] = deque()  # there is room for them
+        self.reads_together = True
 
     def run(self) -> None:
         """Until nobody is left. What goes wrong with one request is told to who waits for it."""
@@ -66,8 +85,8 @@ class Batch:
 
     def _advance(self) -> bool:
         """Somebody joins, or tokens are written; False where there is nobody."""
-        if self._may_join() and (job := self.next_job()) is not None:
-            self._admit(job)
+        if self._may_join():
+            self._admit()
         elif self.rows:
             self._step()
         elif self.alone is not None:
@@ -79,73 +98,124 @@ class Batch:
     def _may_join(self) -> bool:
         if self.alone is not None and (self.rows or self.slots == 1):
             return False
-        return len(self.rows) + (self.alone is not None) < self.slots and self.is_waiting()
+        return self._room > 0 and (bool(self.next) or self.is_waiting())
 
-    def _admit(self, job: Job) -> None:
-        """Its prompt is read in a session of one sequence, which whoever is alone there leaves first."""
-        if job.left.is_set():
-            job.future.set_exception(InterruptedError())
+    @property
+    def _room(self) -> int:
+        return self.slots - len(self.rows) - (self.alone is not None)
+
+    def _admit(self) -> None:
+        """One of those that wait, or several whose prompts are read together."""
+        while len(self.next) < self._room and (job := self.next_job()) is not None:
+            if job.left.is_set():
+                job.future.set_exception(InterruptedError())
+            else:
+                self.next.append(job)
+        if not self.next:
             return
+        jobs = [self.next[0]]
+        if self.reads_together and (self.rows or self.alone is not None):  # so the class can do with a static cache
+            jobs = next(readings(self.next, [job.request.ids.shape[1] for job in self.next]))
+        if len(jobs) > 1:
+            self.reads_together = self._admit_together(jobs)
+        else:
+            self.next.remove(jobs[0])
+            self._admit_alone(jobs[0])
+
+    def _admit_alone(self, job: Job) -> None:
+        """Its prompt is read in a session of one sequence, which whoever is alone there leaves first."""
         try:
-            if self.alone is not None and not self._join(self.alone):  # no memory for two: it ends before
+            if self.alone is not None and not self._join():  # no memory for two: it ends before
                 self.slots = 1
                 while self.alone is not None:
                     self._go_on(self.alone)
-            row = Row(job, Running(job.loop, job.request))
+            running = Running(job.loop, job.request)
         except BaseException as error:
             job.future.set_exception(error)
             raise
-        self.alone = self._after(row, row.running.begin)
+        alone = Alone(job, running.answer, running=running)
+        self.alone = self._after(alone, running.begin)
         if self.alone is not None and self.rows:
-            self._join(self.alone)
+            self._join()
 
-    def _go_on(self, row: Row) -> None:
-        self.alone = self._after(row, lambda: row.running.run(lambda: row.job.left.is_set() or self._may_join()))
+    def _admit_together(self, jobs: Sequence[Job]) -> bool:
+        """False where that fails, for want of memory or in the model: each is told when it is read alone."""
+        prompts = [job.request.ids[0] for job in jobs]
+        held, kept = self.loop.sessions.longest(*(prompt.cpu() for prompt in prompts))
+        like = jobs[0].request.prompt
+        try:
+            shared = _sequence(held, 0, 0, kept) if held is not None else None
+            sequences = read_together(self.loop.model, prompts, like, shared)
+        except Exception:
+            return False
+        rows = [Row(job, Answer(job.request)) for job in jobs]
+        if not self._join(list(zip(rows, sequences, strict=True))):
+            return False
+        for row in rows:
+            self.next.remove(row.job)
+            try:
+                row.answer.begin()
+            except BaseException as error:
+                row.tell(error)
+                del self.rows[row.place]
+        return True
 
-    def _after(self, row: Row, work: Callable[[], object]) -> Row | None:
-        """`work` done for the row alone; None where that ended it."""
+    def _go_on(self, alone: Alone) -> None:
+        left = alone.job.left
+        self.alone = self._after(alone, lambda: alone.running.run(lambda: left.is_set() or self._may_join()))
+
+    def _after(self, alone: Alone, work: Callable[[], object]) -> Alone | None:
+        """`work` done for it; None where that ended it."""
         try:
             work()
-            if row.job.left.is_set():
+            if alone.job.left.is_set():
                 raise InterruptedError
         except BaseException as error:
-            row.running.session.forget()
-            row.job.future.set_exception(error)
+            alone.running.session.forget()
+            alone.tell(error)
             return None
-        if not row.running.answer.is_whole:
-            return row
-        row.running.session.held = row.running.in_cache
-        self._finish(row)
+        alone.running.session.held = alone.running.in_cache
+        if not alone.answer.is_whole:
+            return alone
+        self._finish(alone)
         return None
 
     def _finish(self, row: Row) -> None:
         try:
-            row.running.answer.end()
-            row.job.future.set_result(row.running.answer.known)
+            row.answer.end()
+            row.job.future.set_result(row.answer.known)
         except BaseException as error:
-            row.job.future.set_exception(error)
+            row.tell(error)
 
     # --- the cache ---------------------------------------------------------------------------------------------------
 
-    def _join(self, row: Row) -> bool:
-        """From its own session, where it is alone, to the batch's; False where there is no memory for that."""
-        own = row.running.session
-        own.held = row.running.in_cache
-        free = sorted(set(range(self.session.batch)) - self.rows.keys()) if self.session is not None else []
+    def _join(self, others: Sequence[tuple[Row, Columns]] = ()) -> bool:
+        """Who is alone leaves its own session for the batch's, with `others`; False where there is no memory for it."""
+        joining = list(others)
         try:
-            if self.session is None or not free or own.used > self.session.used or self.session.is_full:
-                self._lay_anew(row)
-            else:
-                row.place = free[0]
-                self._put(row, _sequence(own, 0, 0, own.used))
+            if self.alone is not None:
+                own = self.alone.running.session
+                joining.append((self.alone, _sequence(own, 0, 0, own.used)))
+            self._place(joining)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
             return False
-        self.rows[row.place], self.alone = row, None
+        self.rows |= {row.place: row for row, _ in joining}
+        self.alone = None
         return True
 
-    def _lay_anew(self, joining: Row | None = None) -> None:
+    def _place(self, joining: Sequence[tuple[Row, Columns]]) -> None:
+        free = sorted(set(range(self.session.batch)) - self.rows.keys()) if self.session is not None else []
+        longest = max(length for _, (length, _) in joining)
+        if self.session is None or len(free) < len(joining) or longest > self.session.used or self.session.is_full:
+            self._lay_anew(joining)
+            return
+        for place, (row, sequence) in zip(free, joining, strict=False):
+            row.place = place
+            self._put(row, sequence)
+
+    def _lay_anew(self, joining: Sequence[tuple[Row, Columns]] = ()) -> None:
         """All rows side by side in as few columns as they take; where memory is short, in that of idle sessions."""
         try:
             return self._lay(joining)
@@ -157,15 +227,13 @@ class Batch:
             torch.cuda.empty_cache()
         self._lay(joining)
 
-    def _lay(self, joining: Row | None) -> None:
-        rows = list(self.rows.values())
-        sequences = [_sequence(self.session, row.place, row.start, self.session.used) for row in rows if self.session]
-        if joining is not None:
-            own = joining.running.session
-            rows.append(joining)
-            sequences.append(_sequence(own, 0, 0, own.used))
+    def _lay(self, joining: Sequence[tuple[Row, Columns]]) -> None:
+        here = list(self.rows.values())
+        rows = [*here, *(row for row, _ in joining)]
+        sequences = [_sequence(self.session, row.place, row.start, self.session.used) for row in here if self.session]
+        sequences += [sequence for _, sequence in joining]
         used = max(length for length, _ in sequences)
-        ahead = min(AHEAD, max(row.running.answer.left for row in rows))
+        ahead = min(AHEAD, max(row.answer.left for row in rows))
         length = bucket(used + ahead, self.loop.context)
         session = self.loop.batches.get(self._size(len(rows)), length, True, rows[0].job.request.positions)
         _empty(session, used, sequences[0][1])
@@ -179,7 +247,7 @@ class Batch:
         """Few sizes serve all, so that few steps are captured."""
         return min(self.slots, max(2, 1 << (rows - 1).bit_length()))
 
-    def _put(self, row: Row, sequence: _Sequence) -> None:
+    def _put(self, row: Row, sequence: Columns) -> None:
         session, (length, tensors) = self.session, sequence
         assert session is not None
         row.start = session.used - length
@@ -190,7 +258,7 @@ class Batch:
         inputs.mask[row.place, row.start :] = 1
         if inputs.offset is not None:
             inputs.offset[row.place] = row.start
-        inputs.token[row.place] = int(row.running.answer.known[0, -1])
+        inputs.token[row.place] = int(row.answer.known[0, -1])
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
@@ -201,12 +269,12 @@ class Batch:
             try:
                 if row.job.left.is_set():
                     raise InterruptedError
-                row.running.answer.take(tokens[place : place + 1].clone())
+                row.answer.take(tokens[place : place + 1].clone())
             except BaseException as error:  # its client has left, say
-                row.job.future.set_exception(error)
+                row.tell(error)
                 del self.rows[place]
                 continue
-            if row.running.answer.is_whole:
+            if row.answer.is_whole:
                 self._finish(row)
                 del self.rows[place]
 
@@ -222,7 +290,7 @@ class Batch:
         token = step.inputs.token
         if step.logits is not None:
             for place, row in self.rows.items():
-                known = row.running.answer.known.to(token.device)
+                known = row.answer.known.to(token.device)
                 token[place] = row.job.request.choice.outside(known, step.logits[place : place + 1])[0]
         return token[:, 0].cpu()
 
@@ -232,17 +300,15 @@ class Batch:
 
     def _fail(self, error: BaseException) -> None:
         """Of all who are here."""
-        rows = [*self.rows.values(), *([] if self.alone is None else [self.alone])]
-        for row in rows:
-            row.job.future.set_exception(error)
-        for session in (self.session, *(row.running.session for row in rows)):
-            if session is not None:
-                session.forget()
+        for job in (*self.next, *(row.job for row in self.rows.values())):
+            job.future.set_exception(error)
+        if self.session is not None:
+            self.session.forget()
+        if self.alone is not None:
+            self.alone.tell(error)
+            self.alone.running.session.forget()
         self.session, self.rows, self.alone = None, {}, None
-
-
-# Tokens, and of each layer copies of their keys and values, [heads, tokens, width].
-_Sequence = tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]
+        self.next.clear()
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -250,11 +316,11 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _sequence(session: Session, place: int, start: int, end: int) -> _Sequence:
+def _sequence(session: Session, place: int, start: int, end: int) -> Columns:
     return end - start, _cache_of(session).read(place, start, end)
 
 
-def _empty(session: Session, used: int, like: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _empty(session: Session, used: int, like: Sequence[KeysAndValues]) -> None:
     """Nothing but a past of `used` tokens that no place sees."""
     cache, inputs = _cache_of(session), session.inputs
     cache.take_memory(session.batch, like)

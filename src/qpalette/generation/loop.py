@@ -12,12 +12,13 @@ import torch
 
 from qpalette.core.errors import UnsupportedError
 from qpalette.generation.answer import Answer
-from qpalette.generation.cache import CacheMaker, bucket
+from qpalette.generation.cache import CacheMaker
 from qpalette.generation.compilation import Compiler
 from qpalette.generation.reader import Reader
 from qpalette.generation.request import NotRead, Request
 from qpalette.generation.session import Session, Sessions
 from qpalette.generation.step import CAPTURE_WARMUP, Capture, Step
+from qpalette.kvcache import bucket
 
 AHEAD = 1024  # new tokens that a cache is made for; an answer that goes on moves to a longer one
 

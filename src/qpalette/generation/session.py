@@ -109,15 +109,15 @@ class Sessions:
     def clear(self) -> None:
         self.kept.clear()
 
-    def longest(self, ids: torch.Tensor) -> tuple[Session | None, int]:
-        """The session that holds the longest beginning of the prompt `ids`, int64 [tokens], and its tokens.
+    def longest(self, *prompts: torch.Tensor) -> tuple[Session | None, int]:
+        """The session that holds the longest beginning of all `prompts`, int64 [tokens], and its tokens.
 
-        One token is always left over: the logits behind it are wanted.
+        One token of each is always left over: the logits behind it are wanted.
         """
         found: tuple[Session | None, int] = (None, 0)
         for session in self:
             if session.held is not None:
-                tokens = min(_common(session.held, ids), len(ids) - 1)
+                tokens = min(min(_common(session.held, ids), len(ids) - 1) for ids in prompts)
                 found = max(found, (session, tokens), key=lambda pair: pair[1])
         return found
 

@@ -2,6 +2,7 @@
 
 from qpalette.kvcache.calibrated import key_transforms
 from qpalette.kvcache.codes import CacheCode, cache_palette, parse_code
+from qpalette.kvcache.lengths import bucket
 from qpalette.kvcache.moments import MOMENTS_FILE, KeyMoments, read_moments, write_moments
 from qpalette.kvcache.plan import (
     BALANCED,
@@ -16,7 +17,7 @@ from qpalette.kvcache.plan import (
     read_cache_plan,
 )
 from qpalette.kvcache.shaping import shaped
-from qpalette.kvcache.stream import PAGE, Exact, Stream, with_exact
+from qpalette.kvcache.stream import PAGE, Exact, Stream, pages_of, with_exact
 from qpalette.kvcache.transform import Transform, balanced, mean_removed, white
 from qpalette.kvcache.vectors import VectorFormat
 
@@ -38,9 +39,11 @@ __all__ = [
     "Transform",
     "VectorFormat",
     "balanced",
+    "bucket",
     "cache_palette",
     "key_transforms",
     "mean_removed",
+    "pages_of",
     "parse_cache",
     "parse_code",
     "read_cache_plan",

@@ -25,6 +25,12 @@ class Exact:
     window: int = 0
 
 
+def pages_of(length: int, exact: Exact) -> int:
+    """Of one head, with room for `length` tokens: one place more is for what must go nowhere, and sinks of a sequence
+    that begins late may lie beyond."""
+    return -(-(length + exact.sinks + 1) // PAGE)
+
+
 class Stream:
     """Room for `length` tokens of `batch` sequences and `heads` heads, whose vectors are `format` after `transform`.
 
@@ -49,8 +55,7 @@ class Stream:
         batch, heads, self.length = shape
         self.format, self.transform, self.exact = format, transform.to(device), exact
         self.points = format.code.points(device)
-        # One place more than tokens, for what must go nowhere; sinks of a sequence that begins late may lie beyond.
-        pages = -(-(self.length + exact.sinks + 1) // PAGE)
+        pages = pages_of(self.length, exact)
         self.pages = torch.zeros(batch, heads, pages, PAGE * (format.code_bytes + 1), dtype=torch.uint8, device=device)
         self.sinks = torch.zeros(batch, heads, exact.sinks, format.dim, dtype=dtype, device=device)
         self.ring = torch.zeros(batch, heads, exact.window, format.dim, dtype=dtype, device=device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from qpalette.calibration.hessians import HessianStore
@@ -36,12 +35,8 @@ def disk_bytes(
         *(output, results, packed.total_bytes, plan.digest, checkpoint.fingerprint, packed.shares, calibration)
     )
     write_documents(packed, report, plan, base_model=None)
-    with tempfile.TemporaryDirectory() as directory:
-        packed.save_side_files(Path(directory))
-        files = [file for file in Path(directory).rglob("*") if file.is_file()]
-        beside = sum(file.stat().st_size for file in files)
-    names = [*(file.relative_to(directory).as_posix() for file in files), *exported_names(packed)]
-    return exported_bytes(packed) + beside + checksums_bytes(names)
+    beside = {**checkpoint.side_files, **{name: len(text.encode()) for name, text in packed.documents.items()}}
+    return exported_bytes(packed) + sum(beside.values()) + checksums_bytes([*beside, *exported_names(packed)])
 
 
 def carried_bytes(checkpoint: Checkpoint, plan: Plan) -> int:

@@ -14,6 +14,7 @@ from qpalette.core.records import LinearGroup
 from qpalette.formats import total_bits
 from qpalette.kvcache import PAGE
 from qpalette.models import find_groups
+from qpalette.models.model_class import text_config
 from qpalette.pipeline.footprint import LONGEST, carried_bytes, disk_bytes
 from qpalette.pipeline.jobs import make_jobs
 from qpalette.plan import (
@@ -99,7 +100,8 @@ def make_plan(
     if hessians is not None:
         space = replace(space, count_bits=partial(stored_bits, diagonal=rounding.diagonal))
     if chosen.streams and budget.memory is not None:
-        space = replace(space, cache=CacheSpace(chosen.streams, context, space.batch))
+        most = None if checkpoint is None else text_config(checkpoint.config).get("max_position_embeddings")
+        space = replace(space, cache=CacheSpace(chosen.streams, context, space.batch, most=most))
     draft = _Draft(chosen, budget, space, checkpoint, hessians, rounding, context, rotation, seed)
     found = draft.plan(solver)
     factor = chosen.factor(found.planned.choice.loss - found.planned.choice.cache_loss)

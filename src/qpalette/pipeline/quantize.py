@@ -17,7 +17,7 @@ from qpalette.calibration.learned_signs import learn_seeds
 from qpalette.calibration.rounding import ROUNDING, Rounding
 from qpalette.core.ahead import ahead
 from qpalette.core.errors import InputError
-from qpalette.formats import PackedCheckpoint, model_card, open_artifact, write_checksums
+from qpalette.formats import BITS_MAP, PackedCheckpoint, bits_map, model_card, open_artifact, write_checksums
 from qpalette.models import check_complete, transposed_modules
 from qpalette.pipeline.encode import Quality, tell_of_faint_rows
 from qpalette.pipeline.jobs import HEADROOM_BYTES, WRITING_THREADS, Job, format_of, make_jobs, planned_result
@@ -222,7 +222,8 @@ def write_documents(packed: PackedCheckpoint, report: QuantizeReport, plan: Plan
         *(report.output.name, packed.config, records, distortions, carried_bytes, base_model, calibration),
         shares=report.shares,
     )
-    packed.documents.update({REPORT_FILE: report.to_json(), PLAN_FILE: plan.to_json(), "README.md": card})
+    documents = {REPORT_FILE: report.to_json(), PLAN_FILE: plan.to_json(), "README.md": card}
+    packed.documents.update(documents | {BITS_MAP: bits_map(records)})
 
 
 def _check_disk(packed: PackedCheckpoint, jobs: Sequence[Job], partial: PartialResults) -> None:

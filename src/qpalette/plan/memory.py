@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from qpalette.core.errors import InputError
+from qpalette.kvcache import bucket
 
 ELEMENT_BYTES = 2  # float16 or bfloat16
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")  # layers that keep keys and values
 PROMPT_TOKENS = 2048  # of each sequence that are in flight together; servers cut longer prompts
 LIVE_STREAMS = 4  # copies of the hidden state alive at once: residual, normalised, rotated, output
 
@@ -15,8 +17,9 @@ LIVE_STREAMS = 4  # copies of the hidden state alive at once: residual, normalis
 def device_bytes(config: Mapping[str, Any], context: int, batch: int) -> tuple[int, int]:
     """(key-value cache, activations) in bytes for `batch` sequences of `context` tokens, from a Hugging Face config.
 
-    The cache holds keys and values in 16 bits, of a sliding window no more than the window, of latent attention the
-    latents; layers without attention keep none. Activations are an estimate: a prompt of at most 2048 tokens per
+    The cache is what `generate` takes: keys and values in 16 bits, of latent attention the latents, of a length that
+    few contexts share (`kvcache.bucket`). Layers with a sliding window keep all tokens, too, so that it can be cut
+    back; layers without attention keep none. Activations are an estimate: a prompt of at most 2048 tokens per
     sequence in flight, the largest layer's intermediate, and one position's logits in float32 per sequence.
 
     Raises InputError when a number is below 1 or the config lacks a size.
@@ -36,19 +39,9 @@ def _cache_per_sequence(text: Mapping[str, Any], context: int) -> int:
     else:
         heads = text.get("num_key_value_heads") or text["num_attention_heads"]
         per_token = 2 * heads * (text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
-    return ELEMENT_BYTES * per_token * sum(_tokens_kept(text, context))
-
-
-def _tokens_kept(text: Mapping[str, Any], context: int) -> list[int]:
-    """By layer."""
-    layers = text["num_hidden_layers"]
-    window = text.get("sliding_window")
-    kinds = text.get("layer_types")
-    if not kinds:
-        uses = window is not None and text.get("use_sliding_window", True)
-        kinds = ["sliding_attention" if uses else "full_attention"] * layers
-    kept = {"full_attention": context, "sliding_attention": min(context, window or context)}
-    return [kept.get(kind, 0) for kind in kinds]
+    kinds = text.get("layer_types") or ["full_attention"] * text["num_hidden_layers"]
+    layers = sum(kind in ATTENTION for kind in kinds)
+    return ELEMENT_BYTES * per_token * layers * bucket(context, text.get("max_position_embeddings"))
 
 
 def _activations_per_sequence(text: Mapping[str, Any], context: int) -> int:

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from qpalette.core.errors import InputError
-from qpalette.kvcache import EXACT, PAGE, CacheCode, CachePlan, Exact, VectorFormat, cache_palette
+from qpalette.kvcache import EXACT, PAGE, CacheCode, CachePlan, Exact, VectorFormat, bucket, cache_palette, pages_of
 from qpalette.plan.problem import Floats
 
 KEYS, VALUES = KINDS = ("keys", "values")
 EXACT_BYTES = 2  # of a number of an exact token
-TRANSFORM_BYTES = 3 * 4  # of an entry of A, its inverse and the feedback of one head's keys, float32
+RING_BYTES = 8  # of a place of the window, that says which token is there
+FLOAT_BYTES = 4
+TRANSFORM_BYTES = 3 * FLOAT_BYTES  # of an entry of A, its inverse and the feedback of one head's keys; a mean, a gain
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class SensitiveStream:
 
 @dataclass(frozen=True)
 class CacheSpace:
-    """`streams` of `batch` sequences of `context` tokens each, of which the first `exact.sinks` are exact, too."""
+    """`streams` of `batch` sequences of `context` tokens each, of which the first `exact.sinks` are exact, too. `most`:
+    the model's own context, None where it is not known."""
 
     streams: tuple[SensitiveStream, ...]
     context: int
     batch: int
     exact: Exact = EXACT
+    most: int | None = None
 
     @cached_property
     def palette(self) -> tuple[CacheCode, ...]:
@@ -54,8 +58,8 @@ class CacheSpace:
         return tuple(code for code in cache_palette() if all(stream.dim % code.width == 0 for stream in self.streams))
 
     def bits(self, stream: SensitiveStream, code: CacheCode) -> int:
-        """Codes, scales and padding, whole pages."""
-        tokens = -(-self.context // PAGE) * PAGE * self.batch
+        """Codes, scales and padding, whole pages of a cache as `generate` makes it."""
+        tokens = pages_of(bucket(self.context, self.most), self.exact) * PAGE * self.batch
         vector = 8 * (VectorFormat(code, stream.dim, unbiased=False).code_bytes + 1)
         return tokens * stream.heads * vector
 
@@ -68,8 +72,13 @@ class CacheSpace:
     def fixed_bytes(self) -> int:
         """What the cache takes besides: exact tokens, transforms of keys."""
         exact = self.batch * (self.exact.sinks + self.exact.window) * EXACT_BYTES
-        total = sum(exact * stream.numbers for stream in self.streams)
-        return total + sum(TRANSFORM_BYTES * s.numbers * s.dim for s in self.streams if s.kind == KEYS)
+        total = sum(exact * stream.numbers + RING_BYTES * self.exact.window for stream in self.streams)
+        transforms = (TRANSFORM_BYTES * s.numbers * s.dim + FLOAT_BYTES * (s.numbers + s.heads) for s in self._keys)
+        return total + sum(transforms)
+
+    @property
+    def _keys(self) -> list[SensitiveStream]:
+        return [stream for stream in self.streams if stream.kind == KEYS]
 
     def plan(self, codes: Mapping[str, str]) -> CachePlan:
         """By the names of the streams."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,15 @@ class Checkpoint(ABC):
 
         Never weights, never code, never config.json.
         """
+
+    @cached_property
+    def side_files(self) -> Mapping[str, int]:
+        """Bytes of each file of `save_side_files`, by its name in the directory. They are written once to be counted: a
+        tokenizer is made of a GGUF file's metadata, and other tools' files lose what would run."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_side_files(Path(folder))
+            files = [file for file in Path(folder).rglob("*") if file.is_file()]
+            return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
 
     @property
     def location(self) -> Path:

@@ -16,8 +16,8 @@ from qpalette.storage.safetensors_source import SIDE_FILES, SafetensorsCheckpoin
 __all__ = ["Checkpoint", "TensorInfo", "local_path", "open_checkpoint"]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# With README.md and SHA256SUMS a quantized model is whole: its checksums name its card.
-HUB_FILES = ["*.safetensors", *SIDE_FILES, "README.md", "SHA256SUMS"]
+# With the card, its picture and SHA256SUMS a quantized model is whole: its checksums name its card and what that shows.
+HUB_FILES = ["*.safetensors", *SIDE_FILES, "README.md", "qpalette_bits.svg", "SHA256SUMS"]
 # A pattern's * matches a slash, too: folders bring their small files, but no second copy of the weights.
 HUB_IGNORED = ["consolidated*", "adapter_model*", "*.py", "*/*.safetensors"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")

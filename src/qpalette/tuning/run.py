@@ -22,10 +22,12 @@ from qpalette.evaluate.held_out import split, windows_around
 from qpalette.evaluate.sampled_text import TOKEN_FILE
 from qpalette.evaluate.text_source import check_text
 from qpalette.formats import (
+    BITS_MAP,
     Artifact,
     RevisedCheckpoint,
     Tuned,
     base_model_of,
+    bits_map,
     model_card,
     open_artifact,
     stored_shares,
@@ -231,6 +233,7 @@ def _write(subject: Subject, output: Output, state: State, vectors: TunedVectors
     linears, measured = subject.report["linears"], subject.report.get("calibration")
     card = artifact.directory / CARD
     revised.documents[REPORT_FILE] = revised_report(subject.report, records, revised.total_bytes, asdict(tuned))
+    revised.documents[BITS_MAP] = bits_map(records)
     revised.documents[CARD] = model_card(
         output.directory.name,
         revised.config,

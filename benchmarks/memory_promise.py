@@ -1,0 +1,102 @@
+"""`--memory` with `--context`: what is promised, what a model holds at its full context, and what its process takes.
+
+    python benchmarks/memory_promise.py [--hidden 1024] [--layers 4] [--context 2048]
+
+A Llama of random weights is planned for a memory, with a cache of 16 bits and with one of codes, quantized, and run in
+a process of its own to the last token of the context, in bfloat16. Tensors are counted; "peak" is the process' largest
+resident memory over that of the same with a model of one layer and 64 hidden units, which is what Python, torch and
+compiled kernels take.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from memory import write_llama
+from report import processor, report
+
+import qpalette
+from qpalette.api import cache_maker
+from qpalette.evaluate import load_model
+from qpalette.generation import attach
+from qpalette.models import find_groups
+from qpalette.pipeline.planning import BudgetPlan, even_sensitivities, make_plan
+from qpalette.plan import Budget, SensitiveStream, Space, palette_of
+from qpalette.storage import Checkpoint, open_checkpoint
+
+WIDTH = 64  # of a head
+NEW = 4  # tokens after the prompt
+
+
+def main(
+    hidden: int = 1024,
+    layers: int = 4,
+    context: int = 2048,
+    room: Annotated[float, typer.Option(help="Bits a number of the weights and of a coded cache, about.")] = 3.5,
+    run: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    if run is not None:
+        print(json.dumps(held(run, context)))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for coded in (False, True):
+            base = measured(Path(folder, f"base-{coded}"), 64, 1, context, room, coded)
+            row = measured(Path(folder, f"model-{coded}"), hidden, layers, context, room, coded)
+            row["peak"] -= base["peak"]
+            rows.append({"keys and values": "codes" if coded else "16 bits", **row})
+            report("memory_promise", processor(), rows, hidden=hidden, layers=layers, context=context, unit="bytes")
+
+
+def measured(folder: Path, hidden: int, layers: int, context: int, room: float, coded: bool) -> dict[str, int]:
+    folder.mkdir()
+    write_llama(folder / "model", hidden, layers)
+    checkpoint = open_checkpoint(folder / "model")
+    found = planned(checkpoint, context, room, coded)
+    (folder / "plan.json").write_text(found.plan.to_json())
+    qpalette.quantize(folder / "model", folder / "out", plan=folder / "plan.json")
+    command = [sys.executable, __file__, "--run", str(folder / "out"), "--context", str(context)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert found.memory_bytes is not None
+    return {"promised": found.memory_bytes, **json.loads(printed.splitlines()[-1])}
+
+
+def planned(checkpoint: Checkpoint, context: int, room: float, coded: bool) -> BudgetPlan:
+    known = even_sensitivities(find_groups(checkpoint).groups)
+    config = checkpoint.config
+    heads, layers = config["num_key_value_heads"], range(config["num_hidden_layers"])
+    numbers = sum(linear.shape.weights for linear in known.linears)
+    if coded:
+        streams = [SensitiveStream(layer, kind, heads, WIDTH, 1e3) for layer in layers for kind in ("keys", "values")]
+        known = type(known)(known.linears, known.provenance, streams=tuple(streams))
+        numbers += len(streams) * heads * WIDTH * (context + 2 * WIDTH)
+    space = Space(palette_of(families=("nuq",)))
+
+    def plan(memory: int) -> BudgetPlan:
+        return make_plan(known, Budget(memory=memory), space, checkpoint, context=context)
+
+    return plan(plan(1 << 40).overhead.memory + int(room * numbers / 8))
+
+
+def held(directory: Path, context: int) -> dict[str, int]:
+    model = load_model(str(directory), dtype=torch.bfloat16)[0]
+    loop: Any = attach(model, "never", None, cache_maker(model, None, None))
+    prompt = torch.randint(3, model.config.vocab_size, (1, context - NEW))
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, eos_token_id=None)
+    (session,) = loop.loop.sessions
+    assert session.used >= context - 1
+    tensors = [*model.parameters(), *model.buffers()]
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"tensors": sum(each.nbytes for each in tensors), "cache": session.inputs.cache.bytes, "peak": peak}
+
+
+if __name__ == "__main__":
+    typer.run(main)
