@@ -106,29 +106,28 @@ struct Piece {
         }
     }
 
-    // Where look-up `unit` is in a table, in the copy of the lane, whose first entry is at `copy`: a multiple of 4 below 128.
+    // Where look-up `unit` is, in bytes behind that of index 0.
     template <int PLANE = 0>
-    __device__ __forceinline__ u32 offset(int unit, u32 copy) const {
+    __device__ __forceinline__ u32 offset(int unit) const {
         if constexpr (PLANE < F::PLANES) {
             constexpr int WIDTH = plane_width(F::BITS, PLANE) * L::FACTOR, UP = plane_shift(F::BITS, PLANE) * L::FACTOR + 7;
             const int bit = unit * WIDTH, down = bit % 32 - UP;
             const u32 word = words[first_word(PLANE) + bit / 32], shifted = down >= 0 ? word >> (down & 31) : word << (-down & 31);
-            return shifted & ((1u << WIDTH) - 1) << UP | offset<PLANE + 1>(unit, copy);
-        } else return copy;
+            return shifted & ((1u << WIDTH) - 1) << UP | offset<PLANE + 1>(unit);
+        } else return 0;
     }
 
-    // Four numbers from 4 * four on, float16.
+    // Four numbers from 4 * four on, float16. `table` is the lane's.
     __device__ __forceinline__ void look_up(const u8 *table, int four, u32 (&out)[2]) const {
-        const u32 copy = threadIdx.x * 4 * L::WORDS % 128;
         if constexpr (L::LOOK == 4) {
-            const uint2 found = *(const uint2 *)(table + offset(four, copy));
+            const uint2 found = *(const uint2 *)(table + offset(four));
             out[0] = found.x, out[1] = found.y;
         } else
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int unit = (4 * four + 2 * i) / L::LOOK;
-                out[i] = *(const u32 *)(table + offset(unit, copy));
-                if constexpr (L::LOOK == 1) out[i] = __byte_perm(out[i], *(const u32 *)(table + offset(unit + 1, copy)), 0x5410);
+                out[i] = *(const u32 *)(table + offset(unit));
+                if constexpr (L::LOOK == 1) out[i] = __byte_perm(out[i], *(const u32 *)(table + offset(unit + 1)), 0x5410);
             }
     }
 };
@@ -492,7 +491,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_attend(const __gr
     }
     __syncthreads();
     Part *parts = (Part *)memory;
-    attend_tiles(problem, where, tile, turned, factors, offsets, key_table, value_table, parts[warp]);
+    attend_tiles(problem, where, tile, turned, factors, offsets, key_table + lane * 4 * Looks<Keys>::WORDS % 128,
+                 value_table + lane * 4 * Looks<Values>::WORDS % 128, parts[warp]);
     Transform<VALUE_DIM, THREADS, ROWS> back;
     back.load(inverse, 0);
     __syncthreads();
