@@ -87,6 +87,15 @@ __device__ __forceinline__ void load_bytes(const u8 *from, u32 *words) {
     }
 }
 
+// Where the copy of this lane begins. That its bits are not those of an index is hidden from the compiler, which would
+// combine them by another instruction in every look-up instead of one addition before all.
+template <class F>
+__device__ __forceinline__ const u8 *copy_of_lane(const u8 *table) {
+    u32 start = threadIdx.x * 4 * Looks<F>::WORDS % 128;
+    asm("" : "+r"(start));
+    return table + start;
+}
+
 // One of PARTS equal parts of a vector's indexes, as they lie.
 template <class F, int PARTS>
 struct Piece {
@@ -220,15 +229,22 @@ __device__ __forceinline__ float log2_of_scale(u32 byte) { return ((int)byte - S
 __device__ __forceinline__ void attend_tile(const Tile &tile, u32 wanted, const u32 (&turned)[Piece<Keys, 4>::NUMBERS / 2], float factor,
                                             float offset, const u8 *key_table, const u8 *value_table, Sums &sums) {
     const int t = threadIdx.x % 4;
-    float score[2][4] = {};  // [tokens 0 to 7, 8 to 15][query g: tokens 2 t and 2 t + 1; then rows that are not there]
+    // Queries fill eight of the sixteen rows: two steps share an operand, whose lower rows are queries in one and whose
+    // upper rows are in the other; its other half is then multiplied for nothing, as zeros would be.
+    float product[2][2][4] = {}, score[2][2];  // [tokens 0 to 7, 8 to 15]; [query g: tokens 2 t and 2 t + 1]
 #pragma unroll
     for (int i = 0; i < Piece<Keys, 4>::NUMBERS / 4; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             u32 k[2];
             tile.key[half].look_up(key_table, i, k);
-            multiply_tile(score[half], turned[2 * i], 0, turned[2 * i + 1], 0, k[0], k[1]);
+            const u32 *both = turned + i / 2 * 4;
+            multiply_tile(product[half][i % 2], both[0], both[2], both[1], both[3], k[0], k[1]);
         }
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) score[half][odd] = product[half][0][odd] + product[half][1][2 + odd];
     float exponent[2][2], top = sums.highest;
 #pragma unroll
     for (int half = 0; half < 2; half++)
@@ -491,8 +507,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_attend(const __gr
     }
     __syncthreads();
     Part *parts = (Part *)memory;
-    attend_tiles(problem, where, tile, turned, factors, offsets, key_table + lane * 4 * Looks<Keys>::WORDS % 128,
-                 value_table + lane * 4 * Looks<Values>::WORDS % 128, parts[warp]);
+    attend_tiles(problem, where, tile, turned, factors, offsets, copy_of_lane<Keys>(key_table), copy_of_lane<Values>(value_table), parts[warp]);
     Transform<VALUE_DIM, THREADS, ROWS> back;
     back.load(inverse, 0);
     __syncthreads();
