@@ -1,13 +1,12 @@
 """Attention of one new token over caches of codes on a GPU, beside a cache of 16 bits; and what writing a token costs.
 
     python benchmarks/cuda_cache.py [--context 2048 --context 32768] [--batch 1] [--code nuq-3 --code vq-2.5/vq-2]
-    python benchmarks/cuda_cache.py --variants [--code nuq-3] [--context 32768]
 
 Microseconds of one layer of Llama-3.1-8B (32 queries, 8 key heads, 128 numbers), in a CUDA graph over as many layers as
 hold more than the second cache does, so that each is read from memory; the lower quartile of replays. "read" counts
 stored bytes of keys and values once. Keys are coded as shaped ones are, four sinks are exact, a cache is as long as its
 context. Beside it torch's attention over 16 bits, given whole groups as transformers does it, and `attend.cu`; each
-with what writes a token. --variants tries other sizes of the kernel instead.
+with what writes a token.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import torch
 import typer
 from report import device_name, report
 
-from qpalette.backends.cuda import coded
 from qpalette.backends.cuda.attend import attend, attends
 from qpalette.backends.cuda.graphs import capture_graph
 from qpalette.kvcache import Exact, Stream, Transform, VectorFormat, parse_code, white
@@ -34,35 +32,20 @@ RESIDENT = 200 << 20  # bytes that are read between two looks at the same layer
 MOST_LAYERS = 160
 DEVICE, TYPE = torch.device("cuda"), torch.bfloat16
 CACHES = ["nuq-3", "nuq-4", "vq-2", "vq-2.5", "vq-3", "vq4-2"]
-VARIANTS = [
-    {"WARPS": warps, "TILES": tiles, "AHEAD": ahead}
-    for warps, tiles, ahead in (
-        (12, 1, 2),
-        (12, 1, 0),
-        (12, 1, 4),
-        (12, 2, 1),
-        (8, 1, 2),
-        (8, 2, 2),
-        (16, 1, 2),
-    )
-]
 
 
 def main(
     context: Annotated[list[int] | None, typer.Option()] = None,
     batch: Annotated[list[int] | None, typer.Option()] = None,
     code: Annotated[list[str] | None, typer.Option()] = None,
-    variants: bool = False,
     name: str = "cuda_cache",
 ) -> None:
     rows = []
     for sequences, tokens in itertools.product(batch or [1, 4], context or [2048, 8192, 32768]):
-        base = {} if variants else dense_times(tokens, sequences)
+        base = dense_times(tokens, sequences)
         for spec in code or CACHES:
-            for variant in VARIANTS if variants else [{}]:
-                coded.TUNING.update(variant)
-                rows.append(row_of(spec, tokens, sequences, base) | variant)
-                print(rows[-1], flush=True)
+            rows.append(row_of(spec, tokens, sequences, base))
+            print(rows[-1], flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     report(name, device_name("cuda"), rows, commit=commit)
 

@@ -124,7 +124,7 @@ def test_keys_with_errors_fed_back_are_coded_as_well(name: str, dim: int, step: 
         decoded = stream.format.decode(stream.codes, stream.scales, stream.points).flatten(2, 3)[:, :, :80]
         error = y - decoded
         costs.append((error + error @ feedback.mT).square().mean())
-    assert costs[1] == pytest.approx(float(costs[0]), rel=5e-3)
+    assert float(costs[1]) == pytest.approx(float(costs[0]), rel=5e-3)
 
 
 @pytest.mark.parametrize("exact", [NONE, Exact(4, 0), Exact(0, 5), Exact(3, 200)], ids=str)

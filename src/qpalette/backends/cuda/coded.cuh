@@ -35,12 +35,19 @@ __device__ __forceinline__ float scale_of(int byte) {
     return byte ? exp2f((byte - SCALE_ONE) / (float)SCALE_STEPS) : 0;
 }
 
+__device__ __forceinline__ void fetch(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
+// All threads ask for a constant that is read later, into the second cache.
+__device__ __forceinline__ void fetch_all(const void *from, int bytes) {
+    for (int at = threadIdx.x * 128; at < bytes; at += blockDim.x * 128) fetch((const u8 *)from + at);
+}
+
 // out[row][i] = sum over j of in[row][j] matrix[j][i], by TEAM threads, for matrices of SIZE x SIZE and vectors in shared
 // memory; `sums` has room for COUNT * max(TEAM, SIZE) numbers. The matrix may be loaded ahead: it is part of the model.
 template <int SIZE, int TEAM, int COUNT>
 struct Transform {
-    static constexpr int SLICES = TEAM / SIZE, EACH = (SIZE + SLICES - 1) / SLICES;
-    static constexpr int HELD = EACH <= 32 ? EACH : 32;
+    static constexpr int SLICES = TEAM / SIZE, EACH = ((SIZE + SLICES - 1) / SLICES + 3) / 4 * 4;  // inputs are read in fours
+    static constexpr int HELD = EACH <= 64 ? EACH : 32;  // at once, so that their loads take the time of one
     float held[HELD];
 
     __device__ __forceinline__ void load(const float *matrix, int first) {
@@ -52,7 +59,7 @@ struct Transform {
         }
     }
 
-    // After `load(matrix, 0)`, by all threads; `in` is [COUNT][SIZE].
+    // After `load(matrix, 0)`, by all threads; `in` is [COUNT][SIZE], at a multiple of 16 bytes.
     __device__ __forceinline__ void apply(const float *matrix, const float *in, float *sums, float *out) {
         static_assert(SLICES >= 1, "fewer threads than numbers");
         const int i = threadIdx.x % SIZE, slice = threadIdx.x / SIZE;
@@ -61,10 +68,13 @@ struct Transform {
         for (int first = 0; first < EACH; first += HELD) {
             if (first) load(matrix, first);
 #pragma unroll
-            for (int k = 0; k < HELD; k++) {
-                const int j = min(slice * EACH + first + k, SIZE - 1);
+            for (int k = 0; k < HELD; k += 4) {
+                const int j = min(slice * EACH + first + k, SIZE - 4);
 #pragma unroll
-                for (int row = 0; row < COUNT; row++) sum[row] += held[k] * in[row * SIZE + j];
+                for (int row = 0; row < COUNT; row++) {
+                    const float4 x = *(const float4 *)(in + row * SIZE + j);
+                    sum[row] += held[k] * x.x + held[k + 1] * x.y + held[k + 2] * x.z + held[k + 3] * x.w;
+                }
             }
         }
         if (slice < SLICES)

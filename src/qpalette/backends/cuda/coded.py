@@ -30,8 +30,7 @@ COLUMNS = 8  # queries of a block: the columns of a matrix instruction
 TILE = 16  # tokens of a matrix instruction
 TURNED_FROM = 9  # tokens from which on torch multiplies them by the transform
 PIECE = 4096  # tokens that are float32 at a time
-TURNED_THREADS, READ_THREADS = 256, 256
-TUNING = {"TILES": 1, "AHEAD": 2}  # as in coded_attend.cu
+WRITE_THREADS, READ_THREADS = 256, 256
 
 
 @dataclass(frozen=True)
@@ -135,14 +134,9 @@ class AttendProblem(ctypes.Structure):
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_threads(keys: Coded, values: Coded, turned: bool) -> int:
-    """Of a block: as many as the registers are enough for, where they share a transform."""
-    return TURNED_THREADS if turned or max(keys.padded, values.padded) > 128 else 512
-
-
 def write_macros(keys: Coded, values: Coded, dtype: torch.dtype, turned: bool) -> dict[str, int]:
     unbiased = {"KEY_UNBIASED": int(keys.unbiased), "VALUE_UNBIASED": int(values.unbiased)}
-    own = {"TYPE": TYPES[dtype], "TURNED": int(turned), "THREADS": write_threads(keys, values, turned)}
+    own = {"TYPE": TYPES[dtype], "TURNED": int(turned), "THREADS": WRITE_THREADS}
     return keys.macros("KEY") | values.macros("VALUE") | unbiased | own
 
 
@@ -152,7 +146,7 @@ def start_write(streams: list[tuple[WriteStream, Coded]], problem: WriteProblem,
     coded = [streams[0][1], streams[-1][1]]
     for at, (stream, _) in enumerate(streams):
         problem.streams[at] = stream
-    threads = write_threads(coded[0], coded[1], turned)
+    threads = WRITE_THREADS
     vectors = problem.batch * problem.heads * problem.count
     if turned:
         blocks, floats = -(-vectors // (threads // 32)), threads // 32 * max(each.dim for each in coded)
@@ -185,11 +179,11 @@ class AttendPlan:
     def part_numbers(self) -> int:
         """float32 that lie between blocks."""
         splits, heads, batch = self.grid
-        return batch * heads * splits * 2 * self.of_part
+        return batch * heads * splits * self.of_part
 
     @property
     def of_part(self) -> int:
-        return 16 + COLUMNS * (-(-self.macros["VALUE_DIM"] // 64) * 64)
+        return 16 + COLUMNS * self.macros["VALUE_DIM"]
 
 
 def warps_of(keys: Coded, values: Coded) -> int:
@@ -198,9 +192,8 @@ def warps_of(keys: Coded, values: Coded) -> int:
 
 
 def plan_attend(keys: Coded, values: Coded, shape: tuple[int, int, int], length: int, dtype: torch.dtype,
-                limits: DeviceLimits, tuning: dict[str, int] | None = None) -> AttendPlan:  # fmt: skip
-    """shape: batch, key heads, queries of each; tuning: macros to try instead of TUNING. A block a multiprocessor, as
-    long as every warp has a tile."""
+                limits: DeviceLimits) -> AttendPlan:  # fmt: skip
+    """shape: batch, key heads, queries of each. A block a multiprocessor, as long as every warp has a tile."""
     batch, heads, rows = shape
     row_blocks = -(-rows // COLUMNS)
     macros = {
@@ -210,16 +203,14 @@ def plan_attend(keys: Coded, values: Coded, shape: tuple[int, int, int], length:
         "ROWS": -(-rows // row_blocks),
         "TYPE": TYPES[dtype],
         "WARPS": warps_of(keys, values),
-        **TUNING,
-        **(tuning or {}),
     }
     warps, own_rows = macros["WARPS"], macros["ROWS"]
-    tiles = ceil(length / (TILE * macros["TILES"] * warps))
+    tiles = ceil(length / (TILE * warps))
     splits = max(1, min(limits.multiprocessors // (batch * heads * row_blocks), tiles))
     tables = keys.table_bytes + (0 if macros["SAME"] else values.table_bytes)
     parts = warps * 4 * (16 + own_rows * (values.padded + 4))
     sums = own_rows * 4 * max(32 * warps, keys.dim, values.dim)
-    return AttendPlan(macros, (splits, heads * row_blocks, batch), max(tables, parts, sums))
+    return AttendPlan(macros, (splits, heads * row_blocks, batch), max(tables + sums, parts, 64 * splits))
 
 
 def start_attend(plan: AttendPlan, problem: AttendProblem, device: int) -> None:

@@ -8,11 +8,14 @@
 // quarter of a key and an eighth of a value, which is contiguous in every plane of the codes: the order of numbers within
 // a product does not matter, as long as queries have the same.
 // Scales touch no number: that of a key multiplies its score, that of a value is added to the exponent of its weight.
-// Tokens that are kept exact come apart, in float32. Warps, then the splits of the tokens, are added up in a fixed order,
-// by the block of a head that ends last.
+// Tokens that are kept exact come apart, in float32. Warps are added up in a fixed order, and what a block has of codes is
+// multiplied by its transform; the block of a head that ends last adds the splits of the tokens, in their order.
+//
+// A token's attention to a short context is a chain of waits. Tables, matrices and means are of the model: they are loaded,
+// or asked for, before the kernel ahead has ended, and what is waited for is loaded together.
 //
 // Compile-time constants: KEY_ and VALUE_ DIM, WIDTH, BITS; SAME (both have one table), ROWS (1 to 8), TYPE (0 float16,
-// 1 bfloat16), WARPS, TILES (loaded at once), AHEAD (steps that are fetched into the second cache).
+// 1 bfloat16), WARPS.
 
 constexpr int THREADS = 32 * WARPS, KEYS = 16, EXACT = 32;  // exact tokens at a time
 constexpr float LOWEST = -1e30f;                            // below every score; finite, so that differences are
@@ -36,7 +39,7 @@ struct Problem {
     const u8 *mask;                  // [batch][length]: which tokens count
     const long long *count, *starts; // how many tokens there are; [batch]
     u16 *out;                        // [batch][heads][rows][VALUE_DIM]
-    float *parts;                    // [batch][heads][row blocks][splits][2] of PART numbers
+    float *parts;                    // [batch][heads][row blocks][splits] of PART numbers
     int *arrived;                    // [batch][heads][row blocks], zeros between launches
     long long query_batch, query_head, query_row, mask_batch;
     int heads, rows, length, sink_count, window;
@@ -82,6 +85,15 @@ __device__ __forceinline__ void load_bytes(const u8 *from, u32 *words) {
 #pragma unroll
         for (int i = 0; i < BYTES; i++) words[i / 4] = i % 4 ? words[i / 4] | (u32)from[i] << i % 4 * 8 : from[i];
     }
+}
+
+// Where the copy of this lane begins. That its bits are not those of an index is hidden from the compiler, which would
+// combine them by another instruction in every look-up instead of one addition before all.
+template <class F>
+__device__ __forceinline__ const u8 *copy_of_lane(const u8 *table) {
+    u32 start = threadIdx.x * 4 * Looks<F>::WORDS % 128;
+    asm("" : "+r"(start));
+    return table + start;
 }
 
 // One of PARTS equal parts of a vector's indexes, as they lie.
@@ -132,8 +144,9 @@ struct Piece {
 template <class F>
 __device__ __forceinline__ void spread_table(const u32 *from, u32 *table) {
     typedef Looks<F> L;
-    for (int at = threadIdx.x; at < L::TABLE_BYTES / 4; at += THREADS)
-        table[at] = from[at / (L::COPIES * L::WORDS) * L::WORDS + at % L::WORDS];
+#pragma unroll
+    for (int i = 0; i < (L::TABLE_BYTES / 4 + THREADS - 1) / THREADS; i++)
+        if (const int at = threadIdx.x + i * THREADS; at < L::TABLE_BYTES / 4) table[at] = from[at / (L::COPIES * L::WORDS) * L::WORDS + at % L::WORDS];
 }
 
 // --- products -------------------------------------------------------------------------------------------------------
@@ -155,9 +168,7 @@ __device__ __forceinline__ float exp2_of(float x) {
     return result;
 }
 
-__device__ __forceinline__ void fetch(const u8 *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
-
-constexpr int WIDE = Looks<Values>::PADDED, PART = 16 + 8 * WIDE;  // of a partial result: `highest`, `sum`, `out`
+constexpr int WIDE = Looks<Values>::PADDED, PART = 16 + 8 * VALUE_DIM;  // of a split: `highest`, `sum`, `out`
 
 // What a warp makes of its tokens: outputs are relative to `highest`, and still to be divided by `sum`. Number
 // g * WIDE / 8 + i is at i * 8 + g; the four more keep the lanes that store them in different banks.
@@ -208,15 +219,6 @@ struct Tile {
     }
 };
 
-// Lanes ask for the lines of a tile's codes.
-__device__ __forceinline__ void fetch_tile(const Problem &problem, const Where &where, int begin) {
-    const int lane = threadIdx.x % 32, page = begin / PAGE, place = begin % PAGE;
-    const u8 *keys = problem.keys.pages + ((size_t)where.item * problem.keys.page_count + page) * Keys::PAGE_BYTES;
-    const u8 *values = problem.values.pages + ((size_t)where.item * problem.values.page_count + page) * Values::PAGE_BYTES;
-    for (int at = lane * 128; at < KEYS * Keys::CODE_BYTES + 127; at += 32 * 128) fetch(keys + place * Keys::CODE_BYTES + min(at, KEYS * Keys::CODE_BYTES - 1));
-    for (int at = lane * 128; at < KEYS * Values::CODE_BYTES + 127; at += 32 * 128) fetch(values + place * Values::CODE_BYTES + min(at, KEYS * Values::CODE_BYTES - 1));
-}
-
 struct Sums {
     float highest, sum, out[WIDE / 16][4];  // of query g; of query 2 t + c % 2
 };
@@ -227,16 +229,22 @@ __device__ __forceinline__ float log2_of_scale(u32 byte) { return ((int)byte - S
 __device__ __forceinline__ void attend_tile(const Tile &tile, u32 wanted, const u32 (&turned)[Piece<Keys, 4>::NUMBERS / 2], float factor,
                                             float offset, const u8 *key_table, const u8 *value_table, Sums &sums) {
     const int t = threadIdx.x % 4;
-    float score[2][4] = {};  // [tokens 0 to 7, 8 to 15][query g: tokens 2 t and 2 t + 1; then rows that are not there]
+    // Queries fill eight of the sixteen rows: two steps share an operand, whose lower rows are queries in one and whose
+    // upper rows are in the other; its other half is then multiplied for nothing, as zeros would be.
+    float product[2][2][4] = {}, score[2][2];  // [tokens 0 to 7, 8 to 15]; [query g: tokens 2 t and 2 t + 1]
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
+    for (int i = 0; i < Piece<Keys, 4>::NUMBERS / 4; i++)
 #pragma unroll
-        for (int i = 0; i < Piece<Keys, 4>::NUMBERS / 4; i++) {
+        for (int half = 0; half < 2; half++) {
             u32 k[2];
             tile.key[half].look_up(key_table, i, k);
-            multiply_tile(score[half], turned[2 * i], 0, turned[2 * i + 1], 0, k[0], k[1]);
+            const u32 *both = turned + i / 2 * 4;
+            multiply_tile(product[half][i % 2], both[0], both[2], both[1], both[3], k[0], k[1]);
         }
-    }
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) score[half][odd] = product[half][0][odd] + product[half][1][2 + odd];
     float exponent[2][2], top = sums.highest;
 #pragma unroll
     for (int half = 0; half < 2; half++)
@@ -283,12 +291,13 @@ __device__ __forceinline__ void attend_tile(const Tile &tile, u32 wanted, const 
     }
 }
 
-// A warp's tiles, every (WARPS * splits)th, TILES next to each other at a time.
-__device__ __forceinline__ void attend_tiles(const Problem &problem, const Where &where, const float *queries, const float *factors,
+__device__ __forceinline__ int first_tile() { return (threadIdx.x / 32 * gridDim.x + blockIdx.x) * KEYS; }
+
+// A warp's tiles, every (WARPS * splits)th; `next` is the first, if there is one.
+__device__ __forceinline__ void attend_tiles(const Problem &problem, const Where &where, Tile &next, const float *queries, const float *factors,
                                              const float *offsets, const u8 *key_table, const u8 *value_table, Part &part) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, query = min(g, ROWS - 1);
-    constexpr int STEP = TILES * KEYS, NUMBERS = Piece<Keys, 4>::NUMBERS;
-    const int stride = WARPS * gridDim.x * STEP;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, query = min(g, ROWS - 1), stride = WARPS * gridDim.x * KEYS;
+    constexpr int NUMBERS = Piece<Keys, 4>::NUMBERS;
     u32 turned[NUMBERS / 2];
 #pragma unroll
     for (int i = 0; i < NUMBERS / 2; i++) {
@@ -298,26 +307,12 @@ __device__ __forceinline__ void attend_tiles(const Problem &problem, const Where
     }
     const float factor = factors[query], offset = offsets[query];
     Sums sums = {LOWEST, 0, {}};
-    int begin = (threadIdx.x / 32 * gridDim.x + blockIdx.x) * STEP;
-    if (begin < where.tokens) {
-        Tile next[TILES];
-#pragma unroll
-        for (int i = 0; i < TILES; i++) next[i].load(problem, where, begin + i * KEYS);
-        for (; begin < where.tokens; begin += stride) {
-            Tile tile[TILES];
-#pragma unroll
-            for (int i = 0; i < TILES; i++) tile[i] = next[i];
-            if (begin + stride < where.tokens)
-#pragma unroll
-                for (int i = 0; i < TILES; i++) next[i].load(problem, where, begin + stride + i * KEYS);
-            if (AHEAD && begin + (AHEAD + 1) * stride < where.tokens)
-#pragma unroll
-                for (int i = 0; i < TILES; i++) fetch_tile(problem, where, begin + (AHEAD + 1) * stride + i * KEYS);
-#pragma unroll
-            for (int i = 0; i < TILES; i++)
-                if (const u32 wanted = __ballot_sync(~0u, tile[i].counts))
-                    attend_tile(tile[i], wanted, turned, factor, offset, key_table, value_table, sums);
-        }
+#pragma unroll 1
+    for (int begin = first_tile(); begin < where.tokens; begin += stride) {
+        const Tile tile = next;
+        if (begin + stride < where.tokens) next.load(problem, where, begin + stride);
+        if (const u32 wanted = __ballot_sync(~0u, tile.counts))
+            attend_tile(tile, wanted, turned, factor, offset, key_table, value_table, sums);
     }
     sums.sum += __shfl_xor_sync(~0u, sums.sum, 1);
     sums.sum += __shfl_xor_sync(~0u, sums.sum, 2);
@@ -332,13 +327,20 @@ __device__ __forceinline__ void attend_tiles(const Problem &problem, const Where
 
 // --- exact tokens -----------------------------------------------------------------------------------------------------
 
-// Every gridDim.x-th exact token from blockIdx.x on, by the whole block, into `part`, numbers in their order.
-__device__ __forceinline__ void attend_exact(const Problem &problem, const Where &where, const float *query, float *scores, float *part) {
+// What a thread has of exact tokens: numbers threadIdx.x + e * THREADS of [ROWS][VALUE_DIM].
+struct ExactPart {
+    static constexpr int EACH = (ROWS * VALUE_DIM + THREADS - 1) / THREADS;
+    float highest[ROWS], sum[ROWS], out[EACH];
+};
+
+// Every gridDim.x-th exact token from blockIdx.x on, by the whole block.
+__device__ __forceinline__ void attend_exact(const Problem &problem, const Where &where, const float *query, float *scores, ExactPart &part) {
     const int all = problem.sink_count + problem.window, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    constexpr int EACH = (ROWS * VALUE_DIM + THREADS - 1) / THREADS;
-    float highest[ROWS], sum[ROWS] = {}, out[EACH] = {};
+    auto &[highest, sum, out] = part;
 #pragma unroll
-    for (int row = 0; row < ROWS; row++) highest[row] = LOWEST;
+    for (int row = 0; row < ROWS; row++) highest[row] = LOWEST, sum[row] = 0;
+#pragma unroll
+    for (int e = 0; e < ExactPart::EACH; e++) out[e] = 0;
     const size_t sinks = (size_t)where.item * problem.sink_count, ring = (size_t)where.item * problem.window;
     for (int first = blockIdx.x; first < all; first += EXACT * gridDim.x) {
         const int here = min(EXACT, (all - first + (int)gridDim.x - 1) / (int)gridDim.x);
@@ -369,7 +371,7 @@ __device__ __forceinline__ void attend_exact(const Problem &problem, const Where
             for (int i = 0; i < here; i++) sum[row] += exp2_of(scores[row * EXACT + i] - top);
         }
 #pragma unroll
-        for (int e = 0; e < EACH; e++) {
+        for (int e = 0; e < ExactPart::EACH; e++) {
             const int at = threadIdx.x + e * THREADS, row = at / VALUE_DIM, d = at % VALUE_DIM;
             float top = LOWEST, smaller = 1;
 #pragma unroll
@@ -386,51 +388,80 @@ __device__ __forceinline__ void attend_exact(const Problem &problem, const Where
                 }
         }
     }
-#pragma unroll
-    for (int row = 0; row < ROWS; row++)
-        if (threadIdx.x == row) part[row] = highest[row], part[8 + row] = sum[row];
-#pragma unroll
-    for (int e = 0; e < EACH; e++)
-        if (const int at = threadIdx.x + e * THREADS; at < ROWS * VALUE_DIM) part[16 + at / VALUE_DIM * WIDE + at % VALUE_DIM] = out[e];
 }
 
 // --- the kernel -------------------------------------------------------------------------------------------------------
 
-// The parts of all splits become a result: coded ones are turned back and get the mean, exact ones are added.
-__device__ __forceinline__ void finish(const Problem &problem, const Where &where, const float *parts, float *memory, float *coded, float *plain,
-                                       float (&totals)[ROWS], float (&coded_totals)[ROWS]) {
-    const int splits = gridDim.x, exact = min(splits, problem.sink_count + problem.window);
-    float highest[ROWS];
+// Of the block's warps: what they have of `coded`, in the order of numbers, highest scores and sums of weights.
+__device__ __forceinline__ void add_warps(const Part *parts, float *coded, float *highest, float *sum) {
+    for (int at = threadIdx.x; at < ROWS * WIDE; at += THREADS) {
+        const int row = at / WIDE, i = at % WIDE, number = i % 8 * (WIDE / 8) + i / 8;
+        float top = LOWEST, total = 0, value = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, parts[w].highest[row]);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float shrink = exp2_of(parts[w].highest[row] - top);
+            total += shrink * parts[w].sum[row], value += shrink * parts[w].out[row][i];
+        }
+        if (number < VALUE_DIM) coded[row * VALUE_DIM + number] = value;
+        if (i == 0) highest[row] = top, sum[row] = total;
+    }
+    __syncthreads();
+}
+
+// A part of a split: coded tokens, turned back and moved by the mean, and exact ones.
+__device__ __forceinline__ void store_part(const float *coded, const float *highest, const float *sum, const float *mean, const ExactPart &exact, float *part) {
 #pragma unroll
     for (int row = 0; row < ROWS; row++) {
-        highest[row] = LOWEST, totals[row] = coded_totals[row] = 0;
-        for (int s = 0; s < splits; s++) {
-            highest[row] = fmaxf(highest[row], __ldcg(parts + s * 2 * PART + row));
-            if (s < exact) highest[row] = fmaxf(highest[row], __ldcg(parts + (s * 2 + 1) * PART + row));
-        }
-        for (int s = 0; s < splits; s++) {
-            coded_totals[row] += exp2_of(__ldcg(parts + s * 2 * PART + row) - highest[row]) * __ldcg(parts + s * 2 * PART + 8 + row);
-            if (s < exact) totals[row] += exp2_of(__ldcg(parts + (s * 2 + 1) * PART + row) - highest[row]) * __ldcg(parts + (s * 2 + 1) * PART + 8 + row);
-        }
-        totals[row] += coded_totals[row];
-    }
-    for (int at = threadIdx.x; at < ROWS * VALUE_DIM; at += THREADS) {
-        const int row = at / VALUE_DIM, d = at % VALUE_DIM;
-        float top = LOWEST, of_codes = 0, of_exact = 0;
+        const float top = fmaxf(highest[row], exact.highest[row]), shrink = exp2_of(highest[row] - top), exact_shrink = exp2_of(exact.highest[row] - top);
+        if (threadIdx.x == 0) part[row] = top, part[8 + row] = shrink * sum[row] + exact_shrink * exact.sum[row];
 #pragma unroll
-        for (int r = 0; r < ROWS; r++)
-            if (r == row) top = highest[r];
-#pragma unroll 4
-        for (int s = 0; s < splits; s++) of_codes += exp2_of(__ldcg(parts + s * 2 * PART + row) - top) * __ldcg(parts + s * 2 * PART + 16 + row * WIDE + d);
-        for (int s = 0; s < exact; s++) of_exact += exp2_of(__ldcg(parts + (s * 2 + 1) * PART + row) - top) * __ldcg(parts + (s * 2 + 1) * PART + 16 + row * WIDE + d);
-        coded[at] = of_codes, plain[at] = of_exact;
+        for (int e = 0; e < ExactPart::EACH; e++)
+            if (const int at = threadIdx.x + e * THREADS; at < ROWS * VALUE_DIM && at / VALUE_DIM == row)
+                part[16 + at] = shrink * (coded[at] + sum[row] * mean[at % VALUE_DIM]) + exact_shrink * exact.out[e];
+    }
+}
+
+// The parts of all splits become a result. `weights` is [splits][16].
+__device__ __forceinline__ void add_splits(const Problem &problem, const Where &where, const float *parts, float *weights) {
+    constexpr int TOGETHER = 16;
+    const int splits = gridDim.x, lane = threadIdx.x % 32;
+    for (int at = threadIdx.x; at < splits * 16; at += THREADS) weights[at] = __ldcg(parts + at / 16 * PART + at % 16);
+    __syncthreads();
+    for (int row = threadIdx.x / 32; row < ROWS; row += WARPS) {
+        float highest = LOWEST, total = 0;
+        for (int s = lane; s < splits; s += 32) highest = fmaxf(highest, weights[s * 16 + row]);
+#pragma unroll
+        for (int step = 16; step; step /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
+        for (int s = lane; s < splits; s += 32) total += exp2_of(weights[s * 16 + row] - highest) * weights[s * 16 + 8 + row];
+#pragma unroll
+        for (int step = 16; step; step /= 2) total += __shfl_xor_sync(~0u, total, step);
+        for (int s = lane; s < splits; s += 32) weights[s * 16 + row] = total == 0 ? 0 : exp2_of(weights[s * 16 + row] - highest) / total;
+    }
+    __syncthreads();
+    for (int at = threadIdx.x * 2; at < ROWS * VALUE_DIM; at += THREADS * 2) {
+        const int row = at / VALUE_DIM;
+        float2 value = {0, 0};
+        for (int first = 0; first < splits; first += TOGETHER) {
+            float2 own[TOGETHER];
+#pragma unroll
+            for (int k = 0; k < TOGETHER; k++) own[k] = first + k < splits ? __ldcg((const float2 *)(parts + (first + k) * PART + 16 + at)) : float2{0, 0};
+#pragma unroll
+            for (int k = 0; k < TOGETHER; k++) {
+                const float weight = first + k < splits ? weights[(first + k) * 16 + row] : 0;
+                value.x += weight * own[k].x, value.y += weight * own[k].y;
+            }
+        }
+        const size_t out = ((size_t)where.item * problem.rows + where.row) * VALUE_DIM + at;
+        if (where.row + row < problem.rows) store(problem.out, out, TYPE, value.x), store(problem.out, out + 1, TYPE, value.y);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_attend(const __grid_constant__ Problem problem) {
-    extern __shared__ __align__(16) u8 memory[];  // tables, then parts of the warps; sums of a transform
-    __shared__ float query[ROWS * KEY_DIM], turned[ROWS * KEY_DIM], factors[ROWS], offsets[ROWS], scores[ROWS * EXACT];
-    __shared__ float coded[ROWS * VALUE_DIM], plain[ROWS * VALUE_DIM];
+    extern __shared__ __align__(16) u8 memory[];  // tables and sums of a transform; then parts of the warps; then of the splits
+    __shared__ __align__(16) float query[ROWS * KEY_DIM], turned[ROWS * KEY_DIM], coded[ROWS * VALUE_DIM];
+    __shared__ float factors[ROWS], offsets[ROWS], scores[ROWS * EXACT], means[KEY_DIM], highest[ROWS], sum[ROWS];
     __shared__ bool is_last;
     const int blocks = (problem.rows + ROWS - 1) / ROWS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Where where;
@@ -438,24 +469,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_attend(const __gr
     where.item = where.batch * problem.heads + where.head;
     const float *matrix = problem.keys.matrix + (problem.keys.is_shared ? 0 : (size_t)where.head * KEY_DIM * KEY_DIM);
     const float *mean = problem.keys.mean + (problem.keys.is_shared ? 0 : where.head * KEY_DIM);
+    const float *inverse = problem.values.matrix + (problem.values.is_shared ? 0 : (size_t)where.head * VALUE_DIM * VALUE_DIM);
+    const float *value_mean = problem.values.mean + (problem.values.is_shared ? 0 : where.head * VALUE_DIM);
+    // Before the wait, what is of the model.
     Transform<KEY_DIM, THREADS, ROWS> transform;
-    transform.load(matrix, 0);  // of the model, as tables are: it waits for no kernel
+    transform.load(matrix, 0);
+    constexpr int KEY_BYTES = Looks<Keys>::TABLE_BYTES, TABLES = KEY_BYTES + (SAME ? 0 : Looks<Values>::TABLE_BYTES);
+    u8 *key_table = memory, *value_table = memory + TABLES - Looks<Values>::TABLE_BYTES;
+    spread_table<Keys>(problem.keys.table, (u32 *)key_table);
+    if (!SAME) spread_table<Values>(problem.values.table, (u32 *)value_table);
+    for (int d = threadIdx.x; d < KEY_DIM; d += THREADS) means[d] = mean[d];
+    fetch_all(inverse, VALUE_DIM * VALUE_DIM * 4), fetch_all(value_mean, VALUE_DIM * 4);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    where.tokens = min((long long)problem.length, problem.count[0]), where.start = problem.starts[where.batch];
-    where.mask = problem.mask + where.batch * problem.mask_batch;
-    for (int i = 0; i < AHEAD; i++)
-        for (int tile = 0; tile < TILES; tile++)
-            if (const int begin = ((i * WARPS + warp) * gridDim.x + blockIdx.x) * TILES * KEYS + tile * KEYS; begin < where.tokens) fetch_tile(problem, where, begin);
     for (int at = threadIdx.x; at < ROWS * KEY_DIM; at += THREADS) {
         const int row = min(where.row + at / KEY_DIM, problem.rows - 1);
         query[at] = load(problem.query + where.batch * problem.query_batch + where.head * problem.query_head + row * problem.query_row, at % KEY_DIM, TYPE);
     }
+    fetch_all(problem.keys.sinks + (size_t)where.item * problem.sink_count * KEY_DIM, problem.sink_count * KEY_DIM * 2);
+    fetch_all(problem.values.sinks + (size_t)where.item * problem.sink_count * VALUE_DIM, problem.sink_count * VALUE_DIM * 2);
+    where.tokens = min((long long)problem.length, problem.count[0]), where.start = problem.starts[where.batch];
+    where.mask = problem.mask + where.batch * problem.mask_batch;
+    Tile tile;
+    if (first_tile() < where.tokens) tile.load(problem, where, first_tile());
     __syncthreads();
-    transform.apply(matrix, query, (float *)memory, turned);
+    transform.apply(matrix, query, (float *)(memory + TABLES), turned);
     for (int row = warp; row < ROWS; row += WARPS) {
         float largest = 0, product = 0;
-        for (int d = lane; d < KEY_DIM; d += 32) largest = fmaxf(largest, fabsf(turned[row * KEY_DIM + d])), product += query[row * KEY_DIM + d] * mean[d];
+        for (int d = lane; d < KEY_DIM; d += 32) largest = fmaxf(largest, fabsf(turned[row * KEY_DIM + d])), product += query[row * KEY_DIM + d] * means[d];
 #pragma unroll
         for (int step = 16; step; step /= 2)
             largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step)), product += __shfl_xor_sync(~0u, product, step);
@@ -464,52 +505,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_attend(const __gr
         if (lane == 0) factors[row] = unit * problem.scale, offsets[row] = product * problem.scale;
         for (int d = lane; d < KEY_DIM; d += 32) turned[row * KEY_DIM + d] /= unit;
     }
-    u8 *key_table = memory, *value_table = memory + (SAME ? 0 : Looks<Keys>::TABLE_BYTES);
-    spread_table<Keys>(problem.keys.table, (u32 *)key_table);
-    if (!SAME) spread_table<Values>(problem.values.table, (u32 *)value_table);
     __syncthreads();
     Part *parts = (Part *)memory;
-    attend_tiles(problem, where, turned, factors, offsets, key_table + lane * 4 * Looks<Keys>::WORDS % 128, value_table + lane * 4 * Looks<Values>::WORDS % 128, parts[warp]);
+    attend_tiles(problem, where, tile, turned, factors, offsets, copy_of_lane<Keys>(key_table), copy_of_lane<Values>(value_table), parts[warp]);
+    Transform<VALUE_DIM, THREADS, ROWS> back;
+    back.load(inverse, 0);
     __syncthreads();
+    add_warps(parts, coded, highest, sum);
+    back.apply(inverse, coded, (float *)memory, coded);
+    ExactPart exact;
+    attend_exact(problem, where, query, scores, exact);
     const int place = blockIdx.z * gridDim.y + blockIdx.y;
-    float *all = problem.parts + (size_t)place * gridDim.x * 2 * PART, *mine = all + blockIdx.x * 2 * PART;
-    for (int at = threadIdx.x; at < ROWS * WIDE; at += THREADS) {
-        const int row = at / WIDE, i = at % WIDE;
-        float highest = LOWEST, sum = 0, value = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, parts[w].highest[row]);
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            const float shrink = exp2_of(parts[w].highest[row] - highest);
-            sum += shrink * parts[w].sum[row], value += shrink * parts[w].out[row][i];
-        }
-        mine[16 + row * WIDE + i % 8 * (WIDE / 8) + i / 8] = value;
-        if (i == 0) mine[row] = highest, mine[8 + row] = sum;
-    }
-    if (blockIdx.x < problem.sink_count + problem.window) attend_exact(problem, where, query, scores, mine + PART);
+    float *all = problem.parts + (size_t)place * gridDim.x * PART;
+    store_part(coded, highest, sum, value_mean, exact, all + blockIdx.x * PART);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) is_last = atomicAdd(problem.arrived + place, 1) == gridDim.x - 1;
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-    const float *inverse = problem.values.matrix + (problem.values.is_shared ? 0 : (size_t)where.head * VALUE_DIM * VALUE_DIM);
-    const float *value_mean = problem.values.mean + (problem.values.is_shared ? 0 : where.head * VALUE_DIM);
-    Transform<VALUE_DIM, THREADS, ROWS> back;
-    back.load(inverse, 0);
-    float totals[ROWS], coded_totals[ROWS];
-    finish(problem, where, all, (float *)memory, coded, plain, totals, coded_totals);
-    __syncthreads();
-    back.apply(inverse, coded, (float *)memory, coded);
-    for (int at = threadIdx.x; at < ROWS * VALUE_DIM; at += THREADS) {
-        const int row = at / VALUE_DIM, d = at % VALUE_DIM;
-        float total = 0, of_codes = 0;
-#pragma unroll
-        for (int r = 0; r < ROWS; r++)
-            if (r == row) total = totals[r], of_codes = coded_totals[r];
-        const float value = coded[at] + of_codes * value_mean[d] + plain[at];
-        const size_t out = ((size_t)where.item * problem.rows + where.row + row) * VALUE_DIM + d;
-        if (where.row + row < problem.rows) store(problem.out, out, TYPE, total == 0 ? 0 : value / total);
-    }
+    add_splits(problem, where, all, (float *)memory);
     if (threadIdx.x == 0) problem.arrived[place] = 0;
 }

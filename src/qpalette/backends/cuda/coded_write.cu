@@ -2,7 +2,8 @@
 //
 // A block has a vector, and all its threads multiply it by its matrix; with TURNED that is done, and every warp has
 // vectors of its own. A warp codes eight coordinates at a time: all lanes compare with the points, and the errors are
-// fed back to what is behind.
+// fed back to what is behind, by rows of the matrix that were loaded while the eight before were coded. That is the
+// launch's longest chain; points are in shared memory and the matrix in the second cache before the kernel ahead has ended.
 //
 // Compile-time constants: of the first and second stream KEY_ and VALUE_ DIM, WIDTH, BITS, UNBIASED; TYPE (of vectors,
 // sinks and ring: 0 float16, 1 bfloat16), TURNED, THREADS.
@@ -85,12 +86,28 @@ __device__ __forceinline__ void store(const u8 *index, u8 *codes) {
     }
 }
 
-// A warp codes y, in shared memory like `index` and `errors`; 32 lanes have what is carried to later coordinates.
+// What the errors of BLOCK coordinates add to those of this lane.
+template <class F>
+struct Feedback {
+    static constexpr int OWN = (F::DIM + 31) / 32;
+    float weight[BLOCK][OWN];
+
+    __device__ __forceinline__ void load(const float *matrix, int start) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int j = 0; j < BLOCK; j++)
+#pragma unroll
+            for (int i = 0; i < OWN; i++) weight[j][i] = i * 32 + lane < F::DIM ? matrix[(start + j) * F::DIM + i * 32 + lane] : 0;
+    }
+};
+
+// A warp codes y, in shared memory like `points`, `index` and `errors`; 32 lanes have what is carried to later coordinates.
 template <class F, bool UNBIASED>
-__device__ __forceinline__ void code(const Stream &stream, int head, const float *y, u8 *index, float *errors, u8 *codes, u8 *scale_byte) {
-    constexpr int OWN = (F::DIM + 31) / 32;
+__device__ __forceinline__ void code(const float *feedback, const float *gain, const float *points, const float *y, u8 *index, float *errors, u8 *codes, u8 *scale_byte) {
+    constexpr int OWN = Feedback<F>::OWN;
     const int lane = threadIdx.x % 32;
-    const float *feedback = stream.feedback ? stream.feedback + (size_t)head * F::DIM * F::DIM : nullptr;
+    Feedback<F> next;
+    if (feedback) next.load(feedback, 0);
     float square = 0;
     for (int i = lane; i < F::DIM; i += 32) square += y[i] * y[i];
     square = sum_of_warp(square);
@@ -98,29 +115,24 @@ __device__ __forceinline__ void code(const Stream &stream, int head, const float
     int byte = 0;
     float scale = 1, divisor = isnan(root) ? root : fmaxf(root, 1.17549435e-38f);
     if (feedback) {
-        byte = byte_of_scale(root * stream.gain[head]);
+        byte = byte_of_scale(root * *gain);
         scale = scale_of(byte), divisor = scale == 0 ? 1 : scale;
     }
     float carried[OWN] = {}, cross = 0, of_levels = 0;
 #pragma unroll 1
     for (int start = 0; start < F::DIM; start += BLOCK) {
-        float weight[BLOCK][OWN];
-        if (feedback)
-#pragma unroll
-            for (int j = 0; j < BLOCK; j++)
-#pragma unroll
-                for (int i = 0; i < OWN; i++)
-                    weight[j][i] = i * 32 + lane < F::DIM ? feedback[(start + j) * F::DIM + i * 32 + lane] : 0;
+        const Feedback<F> own = next;
+        if (feedback && start + BLOCK < F::DIM) next.load(feedback, start + BLOCK);
 #pragma unroll
         for (int i = 0; i < OWN; i++)
             if (const int place = i * 32 + lane - start; place >= 0 && place < BLOCK) errors[place] = (y[start + place] + carried[i]) / divisor;
         __syncwarp();
-        const int where = nearest<F>(stream.points, errors);
+        const int where = nearest<F>(points, errors);
         constexpr int LANES = 32 * F::WIDTH / BLOCK;
         __syncwarp();
         if (lane % LANES < F::WIDTH) {
             const int place = lane / LANES * F::WIDTH + lane % LANES;
-            const float level = stream.points[where * F::WIDTH + lane % LANES], number = y[start + place];
+            const float level = points[where * F::WIDTH + lane % LANES], number = y[start + place];
             errors[place] = number - level * scale;
             cross += number * level, of_levels += level * level;
         }
@@ -130,7 +142,7 @@ __device__ __forceinline__ void code(const Stream &stream, int head, const float
 #pragma unroll
             for (int j = 0; j < BLOCK; j++)
 #pragma unroll
-                for (int i = 0; i < OWN; i++) carried[i] += weight[j][i] * errors[j];
+                for (int i = 0; i < OWN; i++) carried[i] += own.weight[j][i] * errors[j];
         __syncwarp();
     }
     if (!feedback) {
@@ -156,7 +168,8 @@ __device__ __forceinline__ void keep_exact(const Problem &problem, const Stream 
 
 template <class F, bool UNBIASED>
 __device__ __forceinline__ void write(const Problem &problem, const Stream &stream) {
-    extern __shared__ float shared[];
+    extern __shared__ __align__(16) float shared[];
+    __shared__ __align__(16) float points[(1 << F::BITS) * F::WIDTH];
     __shared__ u8 indexes[TURNED ? WARPS : 1][F::UNITS];
     __shared__ float errors[TURNED ? WARPS : 1][BLOCK];
     const int warp = threadIdx.x / 32, vectors = problem.batch * problem.heads * problem.count;
@@ -164,7 +177,12 @@ __device__ __forceinline__ void write(const Problem &problem, const Stream &stre
     Transform<F::DIM, THREADS, 1> transform;
     const int first = TURNED ? blockIdx.x * WARPS + warp : blockIdx.x, step = TURNED ? gridDim.x * WARPS : gridDim.x;
     const int first_head = first / problem.count % problem.heads;
-    if (!TURNED) transform.load(stream.matrix + (stream.is_shared ? 0 : (size_t)first_head * F::DIM * F::DIM), 0);
+    if (!TURNED) {
+        transform.load(stream.matrix + (stream.is_shared ? 0 : (size_t)first_head * F::DIM * F::DIM), 0);
+        if (stream.feedback) fetch_all(stream.feedback + (size_t)first_head * F::DIM * F::DIM, F::DIM * F::DIM * 4);
+    }
+    for (int i = threadIdx.x; i < (1 << F::BITS) * F::WIDTH; i += THREADS) points[i] = stream.points[i];
+    __syncthreads();
     wait_for_previous_kernel();
     let_next_kernel_start();
     for (int vector = first; vector < vectors; vector += step) {  // without TURNED there is one
@@ -185,7 +203,8 @@ __device__ __forceinline__ void write(const Problem &problem, const Stream &stre
         if (TURNED || warp == 0) {
             u8 *page = stream.pages + ((size_t)item * stream.page_count + token / PAGE) * F::PAGE_BYTES;
             const int place = token % PAGE;
-            code<F, UNBIASED>(stream, head, y, indexes[TURNED ? warp : 0], errors[TURNED ? warp : 0], page + place * F::CODE_BYTES, page + PAGE * F::CODE_BYTES + place);
+            const float *feedback = stream.feedback ? stream.feedback + (size_t)head * F::DIM * F::DIM : nullptr;
+            code<F, UNBIASED>(feedback, stream.gain + head, points, y, indexes[TURNED ? warp : 0], errors[TURNED ? warp : 0], page + place * F::CODE_BYTES, page + PAGE * F::CODE_BYTES + place);
             __syncwarp();
         }
     }
