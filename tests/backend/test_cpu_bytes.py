@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from qpalette.backends.cpu import byte_decoders, simd
+from qpalette.backends.cpu import instructions, simd
 from qpalette.backends.cpu.byte_activations import BLOCK, GROUP, PAIR, TILE, empty_bytes, places_of, put_bytes
 from qpalette.backends.cpu.byte_decoders import ACTIVATION_ERROR, MOST_ADDED_ERROR, byte_decoder_of
 from qpalette.backends.cpu.byte_matmul import LONGEST_PASS, row_kernels
@@ -30,7 +30,9 @@ from tolerance import float32_error
 
 CPU, REF = backends()["cpu"], backends()["ref"]
 IN_BYTES = ["tcq-1", "tcq-2.375-L12", "tcq-3.25", "tcq-4", "nuq-2", "nuq-4", "vq-1.5", "vq-3", "vq-4"]
-needs_bytes = pytest.mark.skipif(not simd.HAS_BYTES, reason="this processor has neither AVX2 nor AVX-512's bytes")
+needs_bytes = pytest.mark.skipif(
+    not instructions.HAS_BYTES, reason="this processor has neither AVX2 nor AVX-512's bytes"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -283,7 +285,7 @@ def test_what_the_variable_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def without_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     caches = byte_decoder_of, decoder_of, multiplier_of
-    monkeypatch.setattr(byte_decoders.simd, "HAS_BYTES", False)
+    monkeypatch.setattr(instructions, "HAS_BYTES", False)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -304,7 +306,7 @@ IN_A_PROCESS = """
 import sys, torch
 sys.path += ["tests", "tests/backend"]
 torch.set_num_threads(1)
-from test_cpu_bytes import CPU, random_linear, simd
+from test_cpu_bytes import CPU, instructions, random_linear
 packed, x = random_linear("tcq-2-L12", 600, 576), torch.ones(16, 576).half()
 """
 
@@ -324,7 +326,7 @@ MASKED["neither"] = (*MASKED["AVX2"], "avx2")
 
 def masked(name: str, folder: Path) -> dict[str, str]:
     """The environment of a process whose code is compiled as numba would on a processor without some features."""
-    listed = (f"-{each}" if each.startswith(MASKED[name]) else f"+{each}" for each in sorted(simd.features()))
+    listed = (f"-{each}" if each.startswith(MASKED[name]) else f"+{each}" for each in sorted(instructions.features()))
     return {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ",".join(listed), COMPILE_CACHE: str(folder)}
 
 
@@ -333,17 +335,17 @@ def masked(name: str, folder: Path) -> dict[str, str]:
 def test_a_processor_without_the_instructions_takes_the_path_that_it_has(name: str, tmp_path: Path) -> None:
     """Whatever asks for one does not compile. A token alone, sixteen, and more than are multiplied while they are
     decoded: where bytes are multiplied, the same bits as here."""
-    if not any(feature.startswith(MASKED[name]) for feature in simd.features()):
+    if not any(feature.startswith(MASKED[name]) for feature in instructions.features()):
         pytest.skip("nothing to mask: it is what the other tests run on")
     found = tmp_path / "found.pt"
     program = f"""
 from test_cpu_bytes import multiplier_of, products
 torch.save([products(spec) for spec in {SAME_BITS}], "{found}")
 assembly = "".join(multiplier_of("nuq-4", True).linear.inspect_asm().values())
-print(simd.HAS_BYTES, "ymm" in assembly, "zmm" in assembly)
+print(instructions.HAS_BYTES, "ymm" in assembly, "zmm" in assembly)
 """
     in_bytes = name != "neither"
-    wide = simd.HAS_AVX512 and name == "AVX-512 of before the bytes"
+    wide = instructions.HAS_AVX512 and name == "AVX-512 of before the bytes"
     assert in_a_process(program, **masked(name, tmp_path)) == f"{in_bytes} True {wide}\n"
     for spec, there in zip(SAME_BITS, torch.load(found), strict=True):
         for x, y, here in zip(inputs_of(), there, products(spec), strict=True):
@@ -376,10 +378,10 @@ print(torch.get_num_threads(), present_threads())
     assert in_a_process(program) == "1 1\n"
 
 
-@pytest.mark.parametrize("missing", sorted(simd.BYTE_FEATURES))
+@pytest.mark.parametrize("missing", sorted(instructions.BYTE_FEATURES))
 def test_every_feature_is_asked_for(missing: str) -> None:
-    assert simd.has_wide_bytes(simd.BYTE_FEATURES)
-    assert not simd.has_wide_bytes(simd.BYTE_FEATURES - {missing})
+    assert instructions.has_wide_bytes(instructions.BYTE_FEATURES)
+    assert not instructions.has_wide_bytes(instructions.BYTE_FEATURES - {missing})
 
 
 @needs_bytes
@@ -406,8 +408,8 @@ def test_no_product_of_bytes_is_saturated(extreme: bool) -> None:
         unsigned, levels, x = (random.integers(low, high, 64) for low, high in ((0, 256), (-127, 128), (-127, 128)))
     total = np.arange(16, dtype=np.int32) * 1000
     found = np.empty((2, 16), np.int32)
-    multiply(total, bytes_of(unsigned), bytes_of(levels + simd.MIDDLE), bytes_of(x), found)
-    wanted = [total + (each * x).reshape(16, 4).sum(1) for each in (unsigned, levels + simd.MIDDLE)]
+    multiply(total, bytes_of(unsigned), bytes_of(levels + instructions.MIDDLE), bytes_of(x), found)
+    wanted = [total + (each * x).reshape(16, 4).sum(1) for each in (unsigned, levels + instructions.MIDDLE)]
     assert np.array_equal(found, wanted)
 
 
@@ -442,7 +444,7 @@ from numba import types
 from test_cpu_bytes import multiply
 narrow, wide = (types.Array(each, 1, "C") for each in (types.int8, types.int32))
 multiply.compile((wide, narrow, narrow, narrow, types.Array(types.int32, 2, "C")))
-print(simd.MIDDLE, *("vpdpbusd" in each and "zmm" not in each for each in multiply.inspect_asm().values()))
+print(instructions.MIDDLE, *("vpdpbusd" in each and "zmm" not in each for each in multiply.inspect_asm().values()))
 """
     environment = masked("AVX2", tmp_path)
     environment["NUMBA_CPU_FEATURES"] += ",+avxvnni"

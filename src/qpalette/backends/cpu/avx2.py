@@ -18,7 +18,7 @@ _BYTES, _WORDS, _INTS = (ir.VectorType(ir.IntType(bits), 256 // bits) for bits i
 _FLOATS = ir.VectorType(ir.FloatType(), 8)
 
 
-def _call(builder: Any, name: str, result: ir.Type, *args: Any) -> Any:
+def call(builder: Any, name: str, result: ir.Type, *args: Any) -> Any:
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), args)
 
@@ -40,7 +40,8 @@ def _in_halves(builder: Any, emit: Callable[..., Any], *vectors: Any) -> Any:
             count = vector.type.count // 2
             parts.append(_shuffled(builder, vector, vector, range(half * count, (half + 1) * count)))
         results.append(emit(builder, *parts))
-    return _shuffled(builder, *results, range(2 * results[0].type.count))
+    lower, upper = results
+    return _shuffled(builder, lower, upper, range(2 * lower.type.count))
 
 
 def _chosen(builder: Any, found: Sequence[Any], index: Any, bit: int) -> Any:
@@ -66,7 +67,7 @@ def look_up_bytes(builder: Any, tables: Sequence[Any], count: int, index: Any, f
 
     def emit(builder: Any, index: Any, *first: Any) -> Any:
         low = builder.and_(index, _constant(_BYTES, 15))
-        found = [_call(builder, "x86.avx2.pshuf.b", _BYTES, part, low) for part in parts[len(first) :]]
+        found = [call(builder, "x86.avx2.pshuf.b", _BYTES, part, low) for part in parts[len(first) :]]
         return _chosen(builder, [*first, *found], index, 4)
 
     return _in_halves(builder, emit, index, *([] if first is None else [first]))
@@ -77,7 +78,7 @@ def look_up_floats(builder: Any, tables: Sequence[Any], index: Any) -> Any:
     parts = [_shuffled(builder, table, table, range(start, start + 8)) for table in tables for start in (0, 8)]
 
     def emit(builder: Any, index: Any) -> Any:
-        found = [_call(builder, "x86.avx2.permps", _FLOATS, part, index) for part in parts]
+        found = [call(builder, "x86.avx2.permps", _FLOATS, part, index) for part in parts]
         return _chosen(builder, found, index, 3)
 
     return _in_halves(builder, emit, index)
@@ -85,8 +86,8 @@ def look_up_floats(builder: Any, tables: Sequence[Any], index: Any) -> Any:
 
 def _pairs(builder: Any, unsigned: Any, signed: Any) -> Any:
     """Sums of two products, int16, as int32 sums of four."""
-    pairs = _call(builder, "x86.avx2.pmadd.ub.sw", _WORDS, unsigned, signed)
-    return _call(builder, "x86.avx2.pmadd.wd", _INTS, pairs, _constant(_WORDS, 1))
+    pairs = call(builder, "x86.avx2.pmadd.ub.sw", _WORDS, unsigned, signed)
+    return call(builder, "x86.avx2.pmadd.wd", _INTS, pairs, _constant(_WORDS, 1))
 
 
 def dot_signed(builder: Any, total: Any, left: Any, right: Any) -> Any:
@@ -94,8 +95,8 @@ def dot_signed(builder: Any, total: Any, left: Any, right: Any) -> Any:
     most 32258."""
 
     def emit(builder: Any, total: Any, left: Any, right: Any) -> Any:
-        magnitude = _call(builder, "abs.v32i8", _BYTES, left, ir.Constant(ir.IntType(1), 0))
-        signed = _call(builder, "x86.avx2.psign.b", _BYTES, right, left)
+        magnitude = call(builder, "abs.v32i8", _BYTES, left, ir.Constant(ir.IntType(1), 0))
+        signed = call(builder, "x86.avx2.psign.b", _BYTES, right, left)
         return builder.add(total, _pairs(builder, magnitude, signed))
 
     return _in_halves(builder, emit, total, left, right)
@@ -119,6 +120,6 @@ def dot_vnni(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
 
     def emit(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
         words = [builder.bitcast(each, _INTS) for each in (unsigned, signed)]
-        return _call(builder, "x86.avx512.vpdpbusd.256", _INTS, total, *words)
+        return call(builder, "x86.avx512.vpdpbusd.256", _INTS, total, *words)
 
     return _in_halves(builder, emit, total, unsigned, signed)

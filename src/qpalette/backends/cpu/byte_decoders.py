@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from qpalette.backends.cpu import simd
+from qpalette.backends.cpu import instructions, simd
 from qpalette.backends.cpu.decoders import HALVES, Arrays
 from qpalette.backends.cpu.jit import inlined
 from qpalette.codes import Quantizer
@@ -51,7 +51,7 @@ def byte_decoder_of(quantizer: Quantizer) -> ByteDecoder | None:
     entries and the activations would cost more than MOST_ADDED_ERROR."""
     decoder = quantizer.decoder
     assert decoder is not None, "supports() said no"
-    if not simd.HAS_BYTES or decoder.memory > _WINDOW:
+    if not instructions.HAS_BYTES or decoder.memory > _WINDOW:
         return None
     if decoder.hashed and max(np.cumsum(half)[-1] for half in _halves(decoder.shifts)) > _WINDOW:
         return None
@@ -93,7 +93,7 @@ def _levels(decoder: Decoder, entries: torch.Tensor) -> Iterator[_Codebook]:
     step = float(entries.abs().max()) / 127
     levels = torch.round(entries / step)
     copies = _ENTRIES // levels.numel()  # the bits above an index are not masked
-    yield way, levels, step, (levels + simd.MIDDLE).T.repeat(1, copies)
+    yield way, levels, step, (levels + instructions.MIDDLE).T.repeat(1, copies)
 
 
 def _halves(shifts: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -7,8 +7,7 @@ vector types: the same code becomes AVX-512, AVX2 or NEON on the machine at hand
 `F` is a vector of 16 float32 lanes, `I` of 16 int32 lanes; `H` of 32 int16 lanes and `B` of 64 bytes are the same 64
 bytes. One name, one instruction (`fmaf`: x * y + z, rounded once). Arrays are C-contiguous; an index counts elements.
 
-Look-ups and dot products of bytes have no portable vector operation. They are AVX-512's, AVX-VNNI's or AVX2's
-(`HAS_BYTES`: any of these), with the same results.
+Look-ups and dot products of bytes have no portable vector operation: `instructions` has them for AVX-512 and AVX2.
 """
 
 from __future__ import annotations
@@ -19,36 +18,11 @@ from typing import Any
 import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
-from qpalette.backends.cpu import avx2
+from qpalette.backends.cpu import instructions
 
 LANES = 16
-BYTE_FEATURES = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512vbmi2", "avx512vnni"}
-
-
-def features() -> set[str]:
-    """What numba compiles for: of this processor, unless NUMBA_CPU_FEATURES says otherwise."""
-    listed = str(cpu_target.target_context.codegen().magic_tuple()[2]).split(",")
-    return {feature[1:] for feature in listed if feature.startswith("+")}
-
-
-def has_wide_bytes(present: set[str]) -> bool:
-    """Whether one instruction looks up 64 or 128 bytes, and one sums the products of 64."""
-    return present >= BYTE_FEATURES
-
-
-def has_vnni(present: set[str]) -> bool:
-    """Whether one instruction sums the products of bytes, at least 32 of them."""
-    return "avxvnni" in present or present >= {"avx512vnni", "avx512vl"}
-
-
-HAS_AVX512 = "avx512f" in features()
-HAS_AVX2 = "avx2" in features()
-HAS_WIDE_BYTES = has_wide_bytes(features())
-HAS_BYTES = HAS_WIDE_BYTES or HAS_AVX2
-MIDDLE = 128 if has_vnni(features()) else 0  # what is added to levels, bytes of -127 to 127, before they are multiplied
 
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
@@ -337,14 +311,9 @@ def gatherf(typing_context, table, index):  # type: ignore[no-untyped-def]
 
 
 def _lookup32(builder: Any, low: Any, high: Any, index: Any) -> Any:
-    if HAS_AVX512:
-        name = "llvm.x86.avx512.vpermi2var.ps.512"
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(F.vector, [F.vector, I.vector, F.vector]), name
-        )
-        return builder.call(function, [low, index, high])
-    if HAS_AVX2:
-        return avx2.look_up_floats(builder, [low, high], index)
+    found = instructions.look_up_floats(builder, low, high, index)
+    if found is not None:
+        return found
     table = cgutils.alloca_once(builder, F.vector, size=2)
     for half, vector in enumerate((low, high)):
         builder.store(vector, builder.gep(table, [ir.Constant(_INT, half)]), align=4)
@@ -428,43 +397,6 @@ def _high_bytes(builder: Any, even: Any, odd: Any) -> Any:
     return builder.bitcast(_select_bits(builder, _splat_constant(0xFF, H), kept, odd), B.vector)
 
 
-def _lookup16(builder: Any, table: Any, index: Any) -> Any:
-    if HAS_WIDE_BYTES:
-        return _lookup64(builder, table, index)
-    return avx2.look_up_bytes(builder, [table], 16, index)
-
-
-def _lookup64(builder: Any, table: Any, index: Any) -> Any:
-    if HAS_WIDE_BYTES:
-        return _call("x86.avx512.permvar.qi.512", B.vector, builder, table, index)
-    return avx2.look_up_bytes(builder, [table], 64, index)
-
-
-def _lookup128(builder: Any, low: Any, high: Any, index: Any) -> Any:
-    if HAS_WIDE_BYTES:
-        return _call("x86.avx512.vpermi2var.qi.512", B.vector, builder, low, index, high)
-    return avx2.look_up_bytes(builder, [low, high], 128, index)
-
-
-def _lookup128_but_first(builder: Any, low: Any, high: Any, index: Any, first: Any) -> Any:
-    if not HAS_WIDE_BYTES:
-        return avx2.look_up_bytes(builder, [low, high], 128, index, first)
-    above = builder.and_(index, _splat_constant(112, B))
-    is_first = builder.icmp_unsigned("==", above, _splat_constant(0, B))
-    return builder.select(is_first, first, _lookup128(builder, low, high, index))
-
-
-def _dot_magnitudes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
-    if HAS_WIDE_BYTES:
-        words = [builder.bitcast(each, I.vector) for each in (unsigned, signed)]
-        return _call("x86.avx512.vpdpbusd.512", I.vector, builder, total, *words)
-    return (avx2.dot_vnni if has_vnni(features()) else avx2.dot_unsigned)(builder, total, unsigned, signed)
-
-
-def _dot_levels(builder: Any, total: Any, levels: Any, signed: Any) -> Any:
-    return (_dot_magnitudes if MIDDLE else avx2.dot_signed)(builder, total, levels, signed)
-
-
 def _quad_sums(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     def picked(first: Any, second: Any, places: list[int]) -> Any:
         mask = ir.Constant(ir.VectorType(_INT, LANES), [4 * (i // 4) + places[i % 4] for i in range(LANES)])
@@ -504,15 +436,15 @@ addb = _define((B, B, B), lambda b, x, y: b.add(x, y))
 bytes_of_words = _define((B, I), lambda b, x: b.bitcast(x, B.vector))
 where_negative = _define((B, B, B, B), lambda b, sign, x, y: b.select(_is_negative(b, sign), x, y))
 negateb = _define((B, B), lambda b, x: b.neg(x))
-lookup16 = _define((B, B, B), _lookup16)  # (entries, four times the same sixteen; index): index mod 16
-lookup64 = _define((B, B, B), _lookup64)  # (entries, index): index mod 64
-lookup128 = _define((B, B, B, B), _lookup128)  # (entries 0-63, entries 64-127, index): index mod 128
+lookup16 = _define((B, B, B), instructions.lookup16)  # (entries, four times the same sixteen; index): index mod 16
+lookup64 = _define((B, B, B), instructions.lookup64)  # (entries, index): index mod 64
+lookup128 = _define((B, B, B, B), instructions.lookup128)  # (entries 0-63, entries 64-127, index): index mod 128
 # (entries 0-63, entries 64-127, index, first): `first` in the place of each of the first sixteen entries
-lookup128_but_first = _define((B, B, B, B, B), _lookup128_but_first)
+lookup128_but_first = _define((B, B, B, B, B), instructions.lookup128_but_first)
 # (total, a, b): each lane's total plus its four products, of unsigned a, or of levels plus MIDDLE, and signed b; beside
 # levels, b is no -128.
-dot_magnitudes = _define((I, I, B, B), _dot_magnitudes)
-dot_levels = _define((I, I, B, B), _dot_levels)
+dot_magnitudes = _define((I, I, B, B), instructions.dot_magnitudes)
+dot_levels = _define((I, I, B, B), instructions.dot_levels)
 andb = _define((B, B, B), lambda b, x, y: b.and_(x, y))
 xorb = _define((B, B, B), lambda b, x, y: b.xor(x, y))
 ones_where_negative = _define((B, B), lambda b, x: b.sext(_is_negative(b, x), B.vector))  # all bits of a byte
