@@ -1,6 +1,6 @@
 """Products in bytes beside those in float32, on the processor, in one run: speed, and what the rounding costs.
 
-    python benchmarks/cpu_bytes.py [--spec tcq-3 ...] [--threads 1 --threads 2]
+    python benchmarks/cpu_bytes.py [--spec tcq-3 ...] [--threads 1 --threads 2] [--batch 8 ...] [--name cpu_bytes]
     python benchmarks/cpu_bytes.py --part input [--spec nuq-4 ...] [--threads 1] [--name cpu_input]
     python benchmarks/cpu_bytes.py --model MODEL --artifact OUT [--artifact OUT ...] --text FILE
 
@@ -114,21 +114,22 @@ def main(
     text: Path | None = None,
     windows: int = 4,
     length: int = 512,
+    batch: Annotated[list[int] | None, typer.Option()] = None,
     part: Part = Part.products,
-    name: str = "cpu_input",
+    name: Annotated[str | None, typer.Option(help="Of the file of results.")] = None,
 ) -> None:
     if part is Part.input:
         types = [torch.float32, torch.bfloat16, torch.float16]
-        cases = [(*each, batch, dtype) for each in INPUTS for batch in (8, 512) for dtype in types]
+        cases = [(*each, size, dtype) for each in INPUTS for size in batch or (8, 512) for dtype in types]
         rows = [input_parts(each, *case, n) for each in spec or ["nuq-4"] for case in cases for n in threads or [1]]
-        report(name, processor(), rows, turns=TURNS)
+        report(name or "cpu_input", processor(), rows, turns=TURNS)
     elif model is None or text is None:
-        cases = [(*shape, batch, n) for shape in SHAPES for batch in BATCHES for n in threads or [1, 2]]
+        cases = [(*shape, size, n) for shape in SHAPES for size in batch or BATCHES for n in threads or [1, 2]]
         rows = [timed(each, *case) for each in spec or SPECS for case in cases]
-        report("cpu_bytes", processor(), rows, turns=TURNS)
+        report(name or "cpu_bytes", processor(), rows, turns=TURNS)
     else:
         rows = losses(model, artifact or [], text, windows, length)
-        report("cpu_bytes_kl", processor(), rows, text=text.name, windows=windows, length=length)
+        report(name or "cpu_bytes_kl", processor(), rows, text=text.name, windows=windows, length=length)
 
 
 if __name__ == "__main__":

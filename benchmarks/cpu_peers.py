@@ -2,11 +2,13 @@
 
     python benchmarks/cpu_peers.py [--llama DIR] [--threads 2] [--rounds 5] [--spec tcq-4 ...]
     python benchmarks/cpu_peers.py --model FILE.gguf --text FILE [--windows 4] [--work DIR]
+    python benchmarks/cpu_peers.py --processor-time
 
 Without a model: random weights of a Llama of 503 million (`SYNTHETIC`). With one, a GGUF file of 16-bit floats: peers'
 files are made of it by their own llama-quantize, and ours by `qpalette.quantize`. All take turns, round by round, and
 the median counts. Ours are what `generate` gives a user, theirs what llama-bench prints (tg, pp). The tools are looked
-for in --llama and on the PATH. Building them:
+for in --llama and on the PATH. Where others use the machine, --processor-time counts seconds of one thread's processor
+time: theirs are differences of whole runs of two lengths. Building them:
 
     pip download --no-binary :all: --no-deps llama-cpp-python
     cmake in its vendor/llama.cpp, CMAKE_BUILD_TYPE=Release, targets llama-bench and llama-quantize
@@ -16,9 +18,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +60,9 @@ SHORTEST = 11  # new tokens that the harness takes
 REPEATED = 16  # rows of a random matrix that are its first ones again: quantizing takes the same time otherwise
 
 
+Clock = Callable[[], float]
+
+
 @dataclass
 class Contestant:
     """measure: decode and prefill, tokens/s."""
@@ -72,6 +79,27 @@ def find(tool: str, llama: Path | None) -> str | None:
     return shutil.which(tool, path=os.pathsep.join(places)) or shutil.which(tool)
 
 
+def processor_seconds(command: list[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def peer_alone(tool: str, file: Path, name: str, steps: int) -> Contestant:
+    """By processor time, on one thread."""
+    command = [tool, "-m", str(file), "-t", "1", "-r", "1", "--no-warmup"]
+
+    def speed(more: int, fewer: int, *arguments: str) -> float:
+        few, many = (processor_seconds([*command, *arguments, str(count)]) for count in (fewer, more))
+        return (more - fewer) / (many - few)
+
+    def measure() -> tuple[float, float]:
+        return speed(steps + SHORTEST, SHORTEST, "-p", "0", "-n"), speed(PROMPT, PROMPT // 2, "-n", "0", "-p")
+
+    return Contestant(name, measure, file.stat().st_size / 1e6)
+
+
 def peer(tool: str, file: Path, name: str, threads: int, steps: int) -> Contestant:
     command = [tool, "-m", str(file), "-t", str(threads), "-r", "1", "-o", "json"]
 
@@ -83,13 +111,13 @@ def peer(tool: str, file: Path, name: str, threads: int, steps: int) -> Contesta
     return Contestant(name, measure, file.stat().st_size / 1e6)
 
 
-def ours(name: str, candidate: Candidate, steps: int, megabytes: float | None = None) -> Contestant:
+def ours(name: str, candidate: Candidate, steps: int, clock: Clock, megabytes: float | None = None) -> Contestant:
     model = candidate.build()
     make_fast(model, "never")
 
     def measure() -> tuple[float, float]:
-        decode = measure_generate(candidate, model, 1, CONTEXT, steps, requests=1)
-        prefill = measure_generate(candidate, model, 1, PROMPT, SHORTEST, requests=1)
+        decode = measure_generate(candidate, model, 1, CONTEXT, steps, 1, clock)
+        prefill = measure_generate(candidate, model, 1, PROMPT, SHORTEST, 1, clock)
         return decode.tokens_per_second, prefill.prefill_tokens_per_second
 
     return Contestant(name, measure, megabytes)
@@ -133,7 +161,9 @@ def write_synthetic(file: Path) -> None:
     writer.close()
 
 
-def peers_of(source: Path, types: list[str], llama: Path | None, threads: int, steps: int, work: Path) -> list[Any]:
+def peers_of(
+    source: Path, types: list[str], llama: Path | None, threads: int, steps: int, clock: Clock, work: Path
+) -> list[Any]:
     """A Contestant for each type, and its file; the synthetic model's head in 8 bits, as llama.cpp keeps heads."""
     bench, quantize = find("llama-bench", llama), find("llama-quantize", llama)
     if bench is None or quantize is None:
@@ -145,18 +175,23 @@ def peers_of(source: Path, types: list[str], llama: Path | None, threads: int, s
         if not file.exists():
             head = ["--token-embedding-type", "q8_0"] if source.stem == "synthetic" else []
             subprocess.run([quantize, *head, str(source), str(file), kind], capture_output=True, check=True)
-        made.append((peer(bench, file, f"llama.cpp {kind}", threads, steps), file))
+        name = f"llama.cpp {kind}"
+        alone = clock is time.thread_time
+        each = peer_alone(bench, file, name, steps) if alone else peer(bench, file, name, threads, steps)
+        made.append((each, file))
     return made
 
 
-def of_synthetic(specs: list[str], dtype: torch.dtype, steps: int) -> list[Contestant]:
+def of_synthetic(specs: list[str], dtype: torch.dtype, steps: int, clock: Clock) -> list[Contestant]:
     config = AutoConfig.for_model("llama", **SYNTHETIC)
     plans = {spec: uniform_plan(groups_of(config).groups, spec) for spec in specs}
     where = torch.device("cpu")
-    return [ours(spec, from_config(spec, config, plan, dtype, where, None), steps) for spec, plan in plans.items()]
+    return [
+        ours(spec, from_config(spec, config, plan, dtype, where, None), steps, clock) for spec, plan in plans.items()
+    ]
 
 
-def of_model(source: Path, specs: list[str], dtype: torch.dtype, steps: int, work: Path) -> list[Any]:
+def of_model(source: Path, specs: list[str], dtype: torch.dtype, steps: int, clock: Clock, work: Path) -> list[Any]:
     made = []
     for spec in specs:
         out = work / f"{source.stem}-{spec}"
@@ -164,7 +199,7 @@ def of_model(source: Path, specs: list[str], dtype: torch.dtype, steps: int, wor
             qpalette.quantize(source, out, spec=spec)
         candidate = from_directory(spec, str(out), dtype, torch.device("cpu"), None)
         megabytes = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
-        made.append((ours(spec, candidate, steps, megabytes), out))
+        made.append((ours(spec, candidate, steps, clock, megabytes), out))
     return made
 
 
@@ -205,25 +240,29 @@ def main(
     ] = None,
     dtype: str = "float32",
     work: Annotated[Path, typer.Option(help="Where files go; kept, so that a rerun is quick.")] = Path("out"),
+    processor_time: Annotated[bool, typer.Option(help="Of one thread.")] = False,
     name: str = "cpu_peers",
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, too.")] = False,
 ) -> None:
     os.environ.setdefault(CPU_BYTES, "1")  # as the commands do
+    threads = 1 if processor_time else threads
+    clock = time.thread_time if processor_time else time.perf_counter
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     specs, types, kind = spec or SPECS, peers or PEERS, getattr(torch, dtype)
     source = model or work / "synthetic.gguf"
     if not source.exists():
         write_synthetic(source)
-    others = peers_of(source, types, llama, threads, steps, work)
+    others = peers_of(source, types, llama, threads, steps, clock, work)
     if model is None:
-        contestants = [each for each, _ in others] + of_synthetic(specs, kind, steps)
+        contestants = [each for each, _ in others] + of_synthetic(specs, kind, steps, clock)
     else:
-        placed = others + of_model(model, specs, kind, steps, work)
+        placed = others + of_model(model, specs, kind, steps, clock, work)
         contestants = [each for each, _ in placed]
         if text is not None:
             measure_losses(placed, model, text, windows, length)
     facts = {"text": text and text.name, "windows": windows, "length": length, "steps": steps, "dtype": dtype}
+    facts["seconds of"] = "a thread's processor time" if processor_time else "passing time"
     for done in range(1, rounds + 1):  # what a run that is cut off has measured is kept
         for each in contestants:
             each.speeds.append(each.measure())

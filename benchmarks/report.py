@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -12,14 +13,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qpalette.backends.cpu import instructions
 from qpalette.runtime import device as runtime
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def processor() -> str:
-    """The processor's model name and the threads in use."""
-    return runtime.device_name(torch.device("cpu"))
+    """The processor's model name, the threads in use, and the widest instructions that kernels are compiled for."""
+    kinds = {"AVX-512": instructions.HAS_AVX512, "AVX2": instructions.HAS_AVX2}
+    widest = next((name for name, present in kinds.items() if present), platform.machine())
+    return f"{runtime.device_name(torch.device('cpu'))}, {widest}"
 
 
 def device_name(device: str) -> str:

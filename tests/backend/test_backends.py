@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qpalette.backends.cpu import simd, viterbi
+from qpalette.backends.cpu import instructions, viterbi
 from qpalette.backends.cpu.decoders import decoder_of
 from qpalette.backends.cpu.matmul import make_kernels
 from qpalette.backends.cpu.product import multiplier_of
@@ -149,7 +149,7 @@ def test_compiled_code_does_not_grow_with_the_rates(monkeypatch: pytest.MonkeyPa
     for spec in ("tcq-1-L12", "tcq-2.375-L12", "tcq-6-L12", "tcq2-1.125-L12", "tcq2-3-L12", "tcq2-4-L12"):
         backends()["cpu"].encode(spec, torch.randn(1, 256))
         searches.add(viterbi._make_search(parse_spec(spec).values_per_step))
-    assert len(linears) == (5 + 4 if simd.HAS_BYTES else 4)
+    assert len(linears) == (5 + 4 if instructions.HAS_BYTES else 4)
     assert len(searches) == 2
     assert all(len(search.signatures) <= 2 for search in searches)
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from qpalette.backends.cpu import byte_decoders, simd
+from qpalette.backends.cpu import instructions, simd
 from qpalette.backends.cpu.byte_activations import BLOCK, GROUP, PAIR, TILE, empty_bytes, places_of, put_bytes
 from qpalette.backends.cpu.byte_decoders import ACTIVATION_ERROR, MOST_ADDED_ERROR, byte_decoder_of
 from qpalette.backends.cpu.byte_matmul import LONGEST_PASS, row_kernels
 from qpalette.backends.cpu.decoders import decoder_of
+from qpalette.backends.cpu.jit import kernel
 from qpalette.backends.cpu.product import multiplier_of, wants_bytes
 from qpalette.codes import full_palette, parse_spec
 from qpalette.codes.tiles import from_tiles
@@ -29,7 +30,9 @@ from tolerance import float32_error
 
 CPU, REF = backends()["cpu"], backends()["ref"]
 IN_BYTES = ["tcq-1", "tcq-2.375-L12", "tcq-3.25", "tcq-4", "nuq-2", "nuq-4", "vq-1.5", "vq-3", "vq-4"]
-needs_bytes = pytest.mark.skipif(not simd.HAS_BYTES, reason="this processor has no AVX-512 VBMI and VNNI")
+needs_bytes = pytest.mark.skipif(
+    not instructions.HAS_BYTES, reason="this processor has neither AVX2 nor AVX-512's bytes"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -282,7 +285,7 @@ def test_what_the_variable_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def without_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     caches = byte_decoder_of, decoder_of, multiplier_of
-    monkeypatch.setattr(byte_decoders.simd, "HAS_BYTES", False)
+    monkeypatch.setattr(instructions, "HAS_BYTES", False)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -303,7 +306,7 @@ IN_A_PROCESS = """
 import sys, torch
 sys.path += ["tests", "tests/backend"]
 torch.set_num_threads(1)
-from test_cpu_bytes import CPU, random_linear, simd
+from test_cpu_bytes import CPU, instructions, random_linear
 packed, x = random_linear("tcq-2-L12", 600, 576), torch.ones(16, 576).half()
 """
 
@@ -317,28 +320,51 @@ def in_a_process(program: str, **variables: str) -> str:
     return run.stdout
 
 
-MASKED = {"AVX2": "avx512", "AVX-512 of before the bytes": "avx512vbmi"}
+MASKED = {"AVX-512 of before the bytes": ("avx512vbmi",), "AVX2": ("avx512", "avxvnni")}
+MASKED["neither"] = (*MASKED["AVX2"], "avx2")
 
 
-@pytest.mark.skipif(not simd.HAS_BYTES, reason="nothing to mask: it is what the other tests run on")
+def masked(name: str, folder: Path) -> dict[str, str]:
+    """The environment of a process whose code is compiled as numba would on a processor without some features."""
+    listed = (f"-{each}" if each.startswith(MASKED[name]) else f"+{each}" for each in sorted(instructions.features()))
+    return {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ",".join(listed), COMPILE_CACHE: str(folder)}
+
+
+@needs_bytes
 @pytest.mark.parametrize("name", MASKED)
 def test_a_processor_without_the_instructions_takes_the_path_that_it_has(name: str, tmp_path: Path) -> None:
-    """Compiled without them, as numba would be there: whatever asks for one does not compile. A token alone, sixteen,
-    and more than are multiplied while they are decoded."""
-    program = """
-from test_cpu_bytes import REF, multiplier_of, relative_error
-for spec in ("tcq-2-L12", "nuq-4"):
-    packed = random_linear(spec, 300, 200)
-    for batch in (1, 16, 20):
-        x = torch.randn(batch, 200)
-        assert relative_error(CPU.linear(x, packed), REF.linear(x.double(), packed)) < 1e-5
-    assembly = "".join(multiplier_of(spec, True).linear.inspect_asm().values())
-    print(simd.HAS_BYTES, "ymm" in assembly, "zmm" in assembly)
+    """Whatever asks for one does not compile. A token alone, sixteen, and more than are multiplied while they are
+    decoded: where bytes are multiplied, the same bits as here."""
+    if not any(feature.startswith(MASKED[name]) for feature in instructions.features()):
+        pytest.skip("nothing to mask: it is what the other tests run on")
+    found = tmp_path / "found.pt"
+    program = f"""
+from test_cpu_bytes import multiplier_of, products
+torch.save([products(spec) for spec in {SAME_BITS}], "{found}")
+assembly = "".join(multiplier_of("nuq-4", True).linear.inspect_asm().values())
+print(instructions.HAS_BYTES, "ymm" in assembly, "zmm" in assembly)
 """
-    features = ",".join(f"-{each}" if each.startswith(MASKED[name]) else f"+{each}" for each in sorted(simd.features()))
-    masked = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features, COMPILE_CACHE: str(tmp_path)}
-    wide = name != "AVX2"
-    assert in_a_process(program, **masked) == f"False True {wide}\n" * 2
+    in_bytes = name != "neither"
+    wide = instructions.HAS_AVX512 and name == "AVX-512 of before the bytes"
+    assert in_a_process(program, **masked(name, tmp_path)) == f"{in_bytes} True {wide}\n"
+    for spec, there in zip(SAME_BITS, torch.load(found), strict=True):
+        for x, y, here in zip(inputs_of(), there, products(spec), strict=True):
+            if in_bytes:
+                assert torch.equal(y, here), spec
+            else:
+                assert relative_error(y, REF.linear(x.double(), random_linear(spec, 300, 200))) < 1e-5
+
+
+SAME_BITS = ["tcq-2-L12", "tcq-3", "nuq-4", "vq-3", "vq-4"]
+
+
+def inputs_of() -> list[torch.Tensor]:
+    return [torch.randn(batch, 200, generator=generator(9)) for batch in (1, 16, 20)]
+
+
+def products(spec: str) -> list[torch.Tensor]:
+    packed = random_linear(spec, 300, 200)
+    return [CPU.linear(x, packed) for x in inputs_of()]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
@@ -352,7 +378,74 @@ print(torch.get_num_threads(), present_threads())
     assert in_a_process(program) == "1 1\n"
 
 
-@needs_bytes
-@pytest.mark.parametrize("missing", sorted(simd.BYTE_FEATURES))
+@pytest.mark.parametrize("missing", sorted(instructions.BYTE_FEATURES))
 def test_every_feature_is_asked_for(missing: str) -> None:
-    assert not simd.can_multiply_bytes(simd.features() - {missing})
+    assert instructions.has_wide_bytes(instructions.BYTE_FEATURES)
+    assert not instructions.has_wide_bytes(instructions.BYTE_FEATURES - {missing})
+
+
+@needs_bytes
+def test_look_ups_take_any_byte() -> None:
+    """Of every index, and what is above an index is not read."""
+    table = torch.randint(-128, 128, (128,), generator=generator(10), dtype=torch.int8).numpy()
+    index = np.arange(256).astype(np.uint8)
+    found = np.empty((4, 256), np.int8)
+    look_up(table, index.view(np.int8), found)
+    first = np.tile(table[16:32], 16)
+    assert np.array_equal(found[0], np.tile(table[:16], 4)[index % 64])
+    assert np.array_equal(found[1], table[index % 64])
+    assert np.array_equal(found[2], table[index % 128])
+    assert np.array_equal(found[3], np.where(index % 128 < 16, first, table[index % 128]))
+
+
+@needs_bytes
+@pytest.mark.parametrize("extreme", [True, False])
+def test_no_product_of_bytes_is_saturated(extreme: bool) -> None:
+    """Pairs of the largest are beyond 16 bits."""
+    unsigned, levels, x = np.full(64, 255), np.full(64, -127), np.full(64, -127)
+    if not extreme:
+        random = np.random.default_rng(11)
+        unsigned, levels, x = (random.integers(low, high, 64) for low, high in ((0, 256), (-127, 128), (-127, 128)))
+    total = np.arange(16, dtype=np.int32) * 1000
+    found = np.empty((2, 16), np.int32)
+    multiply(total, bytes_of(unsigned), bytes_of(levels + instructions.MIDDLE), bytes_of(x), found)
+    wanted = [total + (each * x).reshape(16, 4).sum(1) for each in (unsigned, levels + instructions.MIDDLE)]
+    assert np.array_equal(found, wanted)
+
+
+def bytes_of(numbers: np.ndarray) -> np.ndarray:
+    return numbers.astype(np.uint8).view(np.int8)
+
+
+@kernel
+def look_up(table, index, found):  # type: ignore[no-untyped-def]
+    low, high = simd.loadb(table, 0), simd.loadb(table, 64)
+    flat, sixteen, other = found.reshape(-1), simd.load_quarterb(table, 0), simd.load_quarterb(table, 16)
+    for at in range(0, 256, 64):
+        each = simd.loadb(index, at)
+        simd.store(flat, at, simd.lookup16(sixteen, each))
+        simd.store(flat, 256 + at, simd.lookup64(low, each))
+        simd.store(flat, 512 + at, simd.lookup128(low, high, each))
+        simd.store(flat, 768 + at, simd.lookup128_but_first(low, high, each, other))
+
+
+@kernel
+def multiply(total, unsigned, levels, x, found):  # type: ignore[no-untyped-def]
+    start, right, flat = simd.loadi(total, 0), simd.loadb(x, 0), found.reshape(-1)
+    simd.store(flat, 0, simd.dot_magnitudes(start, simd.loadb(unsigned, 0), right))
+    simd.store(flat, 16, simd.dot_levels(start, simd.loadb(levels, 0), right))
+
+
+@needs_bytes
+def test_the_dot_product_of_256_bits_is_used_where_a_processor_has_it(tmp_path: Path) -> None:
+    """Compiled, not run."""
+    program = """
+from numba import types
+from test_cpu_bytes import multiply
+narrow, wide = (types.Array(each, 1, "C") for each in (types.int8, types.int32))
+multiply.compile((wide, narrow, narrow, narrow, types.Array(types.int32, 2, "C")))
+print(instructions.MIDDLE, *("vpdpbusd" in each and "zmm" not in each for each in multiply.inspect_asm().values()))
+"""
+    environment = masked("AVX2", tmp_path)
+    environment["NUMBA_CPU_FEATURES"] += ",+avxvnni"
+    assert in_a_process(program, **environment) == "128 True\n"

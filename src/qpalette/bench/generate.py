@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,11 +34,18 @@ def make_fast(model: Any, compile: str, cache: CachePlan | None = None) -> None:
 
 
 def measure_generate(
-    candidate: Any, model: Any, batch: int, context: int, steps: int, requests: int = REQUESTS
+    candidate: Any,
+    model: Any,
+    batch: int,
+    context: int,
+    steps: int,
+    requests: int = REQUESTS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
     """Of requests for `steps` new tokens after random prompts of `context` tokens, by the times at which a streamer
-    gets them on the host: medians of `requests`, after a first one. `model` is one of `make_fast`. Raises InputError as
-    `check_steps`, and for more tokens than the model's context has.
+    gets them on the host: medians of `requests`, after a first one. `model` is one of `make_fast`. Seconds are of
+    `clock`: time.thread_time counts the processor's in this thread. Raises InputError as `check_steps`, and for more
+    tokens than the model's context has.
     """
     check_steps(steps)
     check_positions(model, context + steps)
@@ -48,7 +56,7 @@ def measure_generate(
     start = time.perf_counter()
     first = _token_times(model, batch, context, steps)
     warm = _warm_up(model, batch, context)
-    later = [_token_times(model, batch, context, steps) for _ in range(requests)]
+    later = [_token_times(model, batch, context, steps, clock) for _ in range(requests)]
     return Speed(
         model=candidate.name,
         random_weights=candidate.random_weights,
@@ -76,12 +84,14 @@ def _warm_up(model: Any, batch: int, context: int) -> float | None:
     return model.generate.warm_since
 
 
-def _token_times(model: Any, batch: int, context: int, steps: int) -> list[float]:
+def _token_times(
+    model: Any, batch: int, context: int, steps: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
     """Seconds from the call of generate to each new token."""
     vocabulary = model.config.get_text_config().vocab_size
     prompts = torch.randint(vocabulary, (batch, context), device=model.device)
-    times = _Times()
-    start = time.perf_counter()
+    times = _Times(clock)
+    start = clock()
     model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
@@ -98,11 +108,12 @@ def _step_seconds(times: list[float]) -> float:
 
 
 class _Times(BaseStreamer):
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.moments: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.moments.append(time.perf_counter())
+        self.moments.append(self.clock())
 
     def end(self) -> None:
         """The last token has come."""

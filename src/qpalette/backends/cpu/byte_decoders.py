@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from qpalette.backends.cpu import simd
+from qpalette.backends.cpu import instructions, simd
 from qpalette.backends.cpu.decoders import HALVES, Arrays
 from qpalette.backends.cpu.jit import inlined
 from qpalette.codes import Quantizer
@@ -25,11 +25,9 @@ ACTIVATION_ERROR = 2.9e-5  # squared, of a Gaussian value rounded to one of 255 
 MOST_ADDED_ERROR = 0.02  # what both roundings may add to a code's own distortion
 _WINDOW = 16  # bits of a lane
 _ENTRIES = 512  # bytes in eight registers
-MIDDLE = 128  # of an unsigned byte
 _CELLS = 128  # of neighbouring magnitudes: what one look-up tells apart
-_TAIL = 64  # magnitudes, the largest: there neighbours differ most
+_TAIL = 64  # magnitudes, the largest, of the first sixteen cells: there neighbours differ most
 _BELOW = np.int16(_WINDOW - _ENTRIES.bit_length())  # bits of a hash below its sign and an index of magnitudes
-_TAIL_BITS = np.int8((_CELLS - 1) & ~(_TAIL * _CELLS // _ENTRIES - 1))  # of a cell's index; none is set in the tail
 
 
 class ByteDecoder(NamedTuple):
@@ -53,7 +51,7 @@ def byte_decoder_of(quantizer: Quantizer) -> ByteDecoder | None:
     entries and the activations would cost more than MOST_ADDED_ERROR."""
     decoder = quantizer.decoder
     assert decoder is not None, "supports() said no"
-    if not simd.HAS_BYTES or decoder.memory > _WINDOW:
+    if not instructions.HAS_BYTES or decoder.memory > _WINDOW:
         return None
     if decoder.hashed and max(np.cumsum(half)[-1] for half in _halves(decoder.shifts)) > _WINDOW:
         return None
@@ -63,7 +61,7 @@ def byte_decoder_of(quantizer: Quantizer) -> ByteDecoder | None:
         added = float((levels * step - entries[: len(levels)]).double().square().mean()) + ACTIVATION_ERROR
         if added < MOST_ADDED_ERROR * quantizer.claimed_distortion:
             held = torch.zeros(_ENTRIES, dtype=torch.uint8)
-            held[: table.numel()] = table.flatten()
+            held[: table.numel()] = table.flatten().to(torch.int64).to(torch.uint8)
             arrays = Arrays(*_windows(decoder.shifts), np.array(numbers, np.int16), held.numpy().view(np.int8))
             return ByteDecoder(way, arrays, step)
     return None
@@ -95,7 +93,7 @@ def _levels(decoder: Decoder, entries: torch.Tensor) -> Iterator[_Codebook]:
     step = float(entries.abs().max()) / 127
     levels = torch.round(entries / step)
     copies = _ENTRIES // levels.numel()  # the bits above an index are not masked
-    yield way, levels, step, (levels + MIDDLE).T.repeat(1, copies)
+    yield way, levels, step, (levels + instructions.MIDDLE).T.repeat(1, copies)
 
 
 def _halves(shifts: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -166,9 +164,9 @@ def _hashed(before, after, first, second, numbers, table):  # type: ignore[no-un
 def _hashed_tail(before, after, first, second, numbers, table):  # type: ignore[no-untyped-def]
     hashes = _hashes(before, after, first, second, numbers)
     signs = simd.high_bytes(hashes[0], hashes[1])
-    cells, below = simd.lookup128(table[0], table[1], signs), simd.splath(_BELOW)
+    below = simd.splath(_BELOW)
     each = simd.lookup64(table[2], simd.low_bytes(simd.shrh(hashes[0], below), simd.shrh(hashes[1], below)))
-    return simd.where_none(signs, simd.splatb(_TAIL_BITS), each, cells), signs
+    return simd.lookup128_but_first(table[0], table[1], signs, each), signs
 
 
 # Of a trellis, each gives unsigned bytes, and bytes that have the signs of the weights, from `byte_half_lane` and the

@@ -52,6 +52,8 @@ def make_fields(way: str) -> RowKernels:
     @inlined
     def look_up(table, first, index):  # type: ignore[no-untyped-def]
         """What is above an index is not masked: tables repeat."""
+        if width <= 4:
+            return simd.lookup16(table[first], index)
         if width <= 6:
             return simd.lookup64(table[first], index)
         low = simd.lookup128(table[first], table[first + 1], index)
@@ -78,9 +80,9 @@ def make_fields(way: str) -> RowKernels:
         for part in range(of_row):
             vector = row * of_row + part
             index = indices(codes, start + vector // UNIT * width * LANES, vector % UNIT)
-            total = simd.dot_bytes(total, look_up(table, 0, index), x[part * weights])
+            total = simd.dot_levels(total, look_up(table, 0, index), x[part * weights])
             if weights == 2:
-                total = simd.dot_bytes(total, look_up(table, 4, index), x[part * weights + 1])
+                total = simd.dot_levels(total, look_up(table, 4, index), x[part * weights + 1])
         return total
 
     @inlined

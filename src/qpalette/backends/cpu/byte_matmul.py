@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numba import carray, prange
 
-from qpalette.backends.cpu import simd
+from qpalette.backends.cpu import instructions, simd
 from qpalette.backends.cpu.byte_activations import COLUMNS, PAIR, empty_bytes, places_of, put_bytes
-from qpalette.backends.cpu.byte_decoders import FIELDS, MIDDLE
+from qpalette.backends.cpu.byte_decoders import FIELDS
 from qpalette.backends.cpu.byte_fields import make_fields
 from qpalette.backends.cpu.byte_rows import (
     LINE,
@@ -56,13 +56,14 @@ def row_kernels(way: str) -> RowKernels:
 def make_byte_kernel(way: str) -> Any:
     """linear, for a way of decoding."""
     multiply_one, decode_rows, order, has_signs = row_kernels(way)
-    middle, places = 0 if has_signs else MIDDLE, places_of(order)
+    middle, places = 0 if has_signs else instructions.MIDDLE, places_of(order)
 
     @inlined
     def dot(total, decoded, masks, at, x_bytes):  # type: ignore[no-untyped-def]
         if has_signs:
             x_bytes = simd.xorb(x_bytes, simd.loadb(masks, at))
-        return simd.dot_bytes(total, simd.loadb(decoded, at), x_bytes)
+            return simd.dot_magnitudes(total, simd.loadb(decoded, at), x_bytes)
+        return simd.dot_levels(total, simd.loadb(decoded, at), x_bytes)
 
     @inlined
     def dots(totals, decoded, masks, at, x_bytes):  # type: ignore[no-untyped-def]

@@ -24,7 +24,7 @@ def make_trellis(way: str) -> RowKernels:
     def times(total, before, after, first, second, numbers, table, x, at):  # type: ignore[no-untyped-def]
         weights, signs = decode(before, after, first, second, numbers, table)
         minus = simd.loadb(x, at + COLUMNS * LINE)
-        return simd.dot_bytes(total, weights, simd.where_negative(signs, minus, simd.loadb(x, at)))
+        return simd.dot_magnitudes(total, weights, simd.where_negative(signs, minus, simd.loadb(x, at)))
 
     @kernel
     def multiply_one(codes, block_row, columns, size, vectors, sums, arrays):  # type: ignore[no-untyped-def]
@@ -67,7 +67,7 @@ def make_trellis(way: str) -> RowKernels:
         simd.store(decoded, at, weights)
         mask = simd.ones_where_negative(signs)
         simd.store(masks, at, mask)
-        return simd.dot_bytes(start, weights, simd.andb(mask, simd.splatb(np.int8(1))))
+        return simd.dot_magnitudes(start, weights, simd.andb(mask, simd.splatb(np.int8(1))))
 
     @kernel
     def decode_rows(codes, block_row, columns, size, first, pairs, row, decoded, masks, starts, arrays):  # type: ignore[no-untyped-def]

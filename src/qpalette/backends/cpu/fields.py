@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from qpalette.backends.cpu import simd
+from qpalette.backends.cpu import instructions, simd
 from qpalette.backends.cpu.jit import entry
 from qpalette.backends.cpu.threads import parallel_caller
 from qpalette.codes import Quantizer, parse_spec
@@ -39,7 +39,7 @@ class Plane(NamedTuple):
 def in_fields(quantizer: Quantizer) -> bool:
     """Whether a code is laid out so: where the processor multiplies bytes, what can be looked up."""
     decoder = quantizer.decoder
-    return simd.HAS_BYTES and decoder is not None and not decoder.hashed and decoder.index_bits <= WIDEST
+    return instructions.HAS_BYTES and decoder is not None and not decoder.hashed and decoder.index_bits <= WIDEST
 
 
 def planes_of(width: int) -> list[Plane]:

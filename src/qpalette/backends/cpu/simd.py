@@ -7,7 +7,7 @@ vector types: the same code becomes AVX-512, AVX2 or NEON on the machine at hand
 `F` is a vector of 16 float32 lanes, `I` of 16 int32 lanes; `H` of 32 int16 lanes and `B` of 64 bytes are the same 64
 bytes. One name, one instruction (`fmaf`: x * y + z, rounded once). Arrays are C-contiguous; an index counts elements.
 
-The instructions on bytes are AVX-512's (`HAS_BYTES`): no portable vector operation stands for them.
+Look-ups and dot products of bytes have no portable vector operation: `instructions` has them for AVX-512 and AVX2.
 """
 
 from __future__ import annotations
@@ -18,25 +18,11 @@ from typing import Any
 import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
+from qpalette.backends.cpu import instructions
+
 LANES = 16
-BYTE_FEATURES = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512vbmi2", "avx512vnni"}
-
-
-def features() -> set[str]:
-    """What numba compiles for: of this processor, unless NUMBA_CPU_FEATURES says otherwise."""
-    listed = str(cpu_target.target_context.codegen().magic_tuple()[2]).split(",")
-    return {feature[1:] for feature in listed if feature.startswith("+")}
-
-
-def can_multiply_bytes(present: set[str]) -> bool:
-    return present >= BYTE_FEATURES
-
-
-HAS_AVX512 = "avx512f" in features()
-HAS_BYTES = can_multiply_bytes(features())
 
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
@@ -325,12 +311,9 @@ def gatherf(typing_context, table, index):  # type: ignore[no-untyped-def]
 
 
 def _lookup32(builder: Any, low: Any, high: Any, index: Any) -> Any:
-    if HAS_AVX512:
-        name = "llvm.x86.avx512.vpermi2var.ps.512"
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(F.vector, [F.vector, I.vector, F.vector]), name
-        )
-        return builder.call(function, [low, index, high])
+    found = instructions.look_up_floats(builder, low, high, index)
+    if found is not None:
+        return found
     table = cgutils.alloca_once(builder, F.vector, size=2)
     for half, vector in enumerate((low, high)):
         builder.store(vector, builder.gep(table, [ir.Constant(_INT, half)]), align=4)
@@ -414,24 +397,6 @@ def _high_bytes(builder: Any, even: Any, odd: Any) -> Any:
     return builder.bitcast(_select_bits(builder, _splat_constant(0xFF, H), kept, odd), B.vector)
 
 
-def _where_none(builder: Any, lanes: Any, bits: Any, x: Any, y: Any) -> Any:
-    zeros = ir.Constant(B.vector, [0] * B.vector.count)
-    return builder.select(builder.icmp_unsigned("==", builder.and_(lanes, bits), zeros), x, y)
-
-
-def _lookup64(builder: Any, table: Any, index: Any) -> Any:
-    return _call("x86.avx512.permvar.qi.512", B.vector, builder, table, index)
-
-
-def _lookup128(builder: Any, low: Any, high: Any, index: Any) -> Any:
-    return _call("x86.avx512.vpermi2var.qi.512", B.vector, builder, low, index, high)
-
-
-def _dot_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
-    words = [builder.bitcast(each, I.vector) for each in (unsigned, signed)]
-    return _call("x86.avx512.vpdpbusd.512", I.vector, builder, total, *words)
-
-
 def _quad_sums(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     def picked(first: Any, second: Any, places: list[int]) -> Any:
         mask = ir.Constant(ir.VectorType(_INT, LANES), [4 * (i // 4) + places[i % 4] for i in range(LANES)])
@@ -462,7 +427,6 @@ high_halves = _define((H, I, I), _high_halves)
 low_halves = _define((H, I, I), _low_halves)
 high_bytes = _define((B, H, H), _high_bytes)
 low_bytes = _define((B, H, H), _low_bytes)
-where_none = _define((B, B, B, B, B), _where_none)  # (lanes, bits, x, y): x where a lane has none of the bits
 addh = _define((H, H, H), lambda b, x, y: b.add(x, y))
 mulh = _define((H, H, H), lambda b, x, y: b.mul(x, y))
 shlh = _define((H, H, H), lambda b, x, y: b.shl(x, y))
@@ -472,9 +436,15 @@ addb = _define((B, B, B), lambda b, x, y: b.add(x, y))
 bytes_of_words = _define((B, I), lambda b, x: b.bitcast(x, B.vector))
 where_negative = _define((B, B, B, B), lambda b, sign, x, y: b.select(_is_negative(b, sign), x, y))
 negateb = _define((B, B), lambda b, x: b.neg(x))
-lookup64 = _define((B, B, B), _lookup64)  # (entries, index): index mod 64
-lookup128 = _define((B, B, B, B), _lookup128)  # (entries 0-63, entries 64-127, index): index mod 128
-dot_bytes = _define((I, I, B, B), _dot_bytes)  # (total, unsigned, signed): each lane's total plus its four products
+lookup16 = _define((B, B, B), instructions.lookup16)  # (entries, four times the same sixteen; index): index mod 16
+lookup64 = _define((B, B, B), instructions.lookup64)  # (entries, index): index mod 64
+lookup128 = _define((B, B, B, B), instructions.lookup128)  # (entries 0-63, entries 64-127, index): index mod 128
+# (entries 0-63, entries 64-127, index, first): `first` in the place of each of the first sixteen entries
+lookup128_but_first = _define((B, B, B, B, B), instructions.lookup128_but_first)
+# (total, a, b): each lane's total plus its four products, of unsigned a, or of levels plus MIDDLE, and signed b; beside
+# levels, b is no -128.
+dot_magnitudes = _define((I, I, B, B), instructions.dot_magnitudes)
+dot_levels = _define((I, I, B, B), instructions.dot_levels)
 andb = _define((B, B, B), lambda b, x, y: b.and_(x, y))
 xorb = _define((B, B, B), lambda b, x, y: b.xor(x, y))
 ones_where_negative = _define((B, B), lambda b, x: b.sext(_is_negative(b, x), B.vector))  # all bits of a byte

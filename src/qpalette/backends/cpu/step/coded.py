@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numba import carray
 
-from qpalette.backends.cpu import simd
+from qpalette.backends.cpu import instructions, simd
 from qpalette.backends.cpu.jit import entry, inlined
 from qpalette.backends.cpu.operands import TYPES, pointer
 from qpalette.backends.cpu.step.kernels import words_at
@@ -110,7 +110,7 @@ def page_kernels(bits: int, width: int) -> PageKernels:
 
     @inlined
     def looked_up(table, at, index):  # type: ignore[no-untyped-def]
-        if not simd.HAS_AVX512:
+        if not instructions.HAS_AVX512:
             return simd.gatherf(table[at:], index)
         found = simd.lookup32(simd.loadf(table, at), simd.loadf(table, at + LANES), index)
         for part in range(1, entries // LOOKED_UP):
