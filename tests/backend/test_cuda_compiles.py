@@ -19,10 +19,10 @@ from qpalette.backends.cuda.attend import SOURCE as ATTEND_SOURCE
 from qpalette.backends.cuda.attend import warps_of
 from qpalette.backends.cuda.compiler import compile_cubin, resources
 from qpalette.backends.cuda.decoder import decoder_spec
-from qpalette.backends.cuda.experts import COMBINE_THREADS, MOST_EXPERTS, ROUTES_SOURCE, RUN
+from qpalette.backends.cuda.experts import FUNCTIONS, GATE_THREADS, MOST_EXPERTS, ROUTES_SOURCE, RUN
 from qpalette.backends.cuda.experts import SOURCE as EXPERTS_SOURCE
 from qpalette.backends.cuda.multiply import kernel_macros, most_rows, source_for
-from qpalette.backends.cuda.rotate import FUNCTIONS, MOST_THREADS, cut_of, rotation_macros
+from qpalette.backends.cuda.rotate import MOST_THREADS, cut_of, rotation_macros
 from qpalette.backends.cuda.rotate import SOURCE as ROTATE_SOURCE
 from qpalette.backends.cuda.segments import THREADS, DeviceLimits, with_segments
 from qpalette.backends.cuda.tiles import COLUMNS, most_columns, shape_of
@@ -30,7 +30,6 @@ from qpalette.backends.cuda.tiles import source_for as tiles_source_for
 from qpalette.backends.cuda.trellis_encoder import SOURCE, plan_launch
 from qpalette.backends.cuda.unpack import RESCALE_MACROS, RESCALE_SOURCE, unpack_macros
 from qpalette.backends.cuda.unpack import SOURCE as UNPACK_SOURCE
-from qpalette.runtime import Gate
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import kernel_report
@@ -217,17 +216,11 @@ def test_a_decoder_of_experts_takes_the_instructions_that_it_takes_alone(specs: 
     assert all(ours <= 1.05 * own for ours, own in zip(together, alone, strict=True))
 
 
-@pytest.mark.parametrize("threads", [COMBINE_THREADS, MOST_EXPERTS])
-def test_what_is_around_the_products_of_experts_compiles(threads: int) -> None:
-    assert compile_cubin(ROUTES_SOURCE, "sm_80", (("THREADS", threads),)).startswith(b"\x7fELF")
-
-
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize(("order", "log_h", "inputs"), [(3, 8, 768), (1, 6, 2880), (11, 7, 1408), (28, 9, 14336)])
-def test_a_gate_with_the_rotation_behind_it_compiles(function: str, order: int, log_h: int, inputs: int) -> None:
-    cut, gate = cut_of(order, log_h, inputs, 16), Gate(function, interleaved=function == "silu")
-    macros = rotation_macros(order, log_h, cut, 2, False, 1, tabled=True, gate=gate)
-    assert resources(ROTATE_SOURCE, "sm_90", tuple(sorted(macros.items()))).spilled_bytes == 0
+def test_what_is_around_the_products_of_experts_compiles(function: str) -> None:
+    gate = {"THREADS": GATE_THREADS, "FUNCTION": FUNCTIONS[function], "GATED": 1, "INTERLEAVED": 0}
+    for macros in ({"THREADS": MOST_EXPERTS}, {"THREADS": GATE_THREADS}, gate):
+        assert compile_cubin(ROUTES_SOURCE, "sm_80", tuple(sorted(macros.items()))).startswith(b"\x7fELF")
 
 
 CALLED = """

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from qpalette.backends.cuda.layout import check_layout
 from qpalette.backends.cuda.multiply import TILES_SOURCE, fixed_point, kernel_macros, most_rows, sum_bytes
 from qpalette.backends.cuda.rotate import (
     ALIGNMENT,
-    CHUNK_COLUMNS,
     MOST_OF_A_FEW_TOKENS,
     TYPES,
     RotationLaunch,
@@ -35,37 +35,31 @@ SOURCE = TILES_SOURCE + SHARED_SOURCE + _HERE.with_name("experts.cu").read_text(
 ROUTES_SOURCE = COMMON_SOURCE + SHARED_SOURCE + _HERE.with_name("routes.cu").read_text(encoding="utf-8")
 RUN = 8  # slots, as in experts.cuh: columns of a matrix instruction
 LEAST_PLAN_THREADS, MOST_EXPERTS = 256, 1024  # threads of the block that plans, one for each expert
-COMBINE_THREADS = 256
-FEW = 64  # slots, as in experts.cu: of so many every block of a product makes the plan itself
+GATE_THREADS = 256
 ROOM_BYTES = 1 << 27  # of what lies between the kernels of a pass
 MOST_COST = (1 << 31) - 1  # of a pass: kernels count in 32 bits
-COSTS_OF_A_TILE = 4  # a tile's cost in quarters: whole numbers
-# Of a bit of each weight, in the unit of decode_cost: what a tile costs at least (benchmarks/results/gemv.json, gate
-# and up of 8 tokens: tcq2-2 22.1 us, tcq2-3.25 22.9, tcq2-4 26.9).
-READ_COST = 3.6
+COSTS_OF_A_TILE = 4  # decode_cost in quarters: whole numbers
+FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 
 # As in experts.cu and experts.cuh.
 MATRIX = np.dtype(
     [
         *((name, np.uint64) for name in ("codes", "entries", "scales")),
-        *((name, np.int32) for name in ("row_tiles", "rows", "out_offset", "decoder")),
-        *((name, np.int32) for name in ("cost", "before", "chunk_bytes")),
+        *((name, np.int32) for name in ("row_tiles", "rows", "out_offset", "decoder", "cost", "before")),
         ("hash_unit", np.uint32),
     ],
     align=True,
 )
-RUN_BYTES, PLAN_BYTES = 20, 12
-STATE_ROWS = 9  # row tiles in the place of whose sums is a block's state
+RUN_BYTES, PLAN_BYTES = 20, 16
+STATE_ROWS = 3  # row tiles in the place of whose sums is a block's state
 
 
 class Projection(ctypes.Structure):
     """As in experts.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("matrices", "experts", "slots", "runs", "plan", "order")),
-        *((name, ctypes.c_void_p) for name in ("x", "x_scales", "y", "entries")),
-        *((name, ctypes.c_int) for name in ("expert_count", "slot_count", "slots_of_row", "parts", "chunks")),
-        *((name, ctypes.c_int) for name in ("y_stride", "half_chunk", "index", "decoder", "most_rows")),
+        *((name, ctypes.c_void_p) for name in ("matrices", "runs", "plan", "x", "x_scales", "x_rows", "y", "entries")),
+        *((name, ctypes.c_int) for name in ("parts", "chunks", "y_stride", "index", "decoder", "most_rows")),
         ("fixed_point", ctypes.c_float),
     )
 
@@ -97,14 +91,10 @@ class CudaExperts:
         check_layout(experts.members)
         self._gate, self._biases = experts.gate, (experts.first_bias, experts.last_bias)
         self._count, self._device = len(experts.last), experts.last[0].codes.device
-        order = _order(experts)
-        self._first = _Products([experts.first[expert] for expert in order], 0)
-        self._last = _Products([[experts.last[expert]] for expert in order], 1)
-        self._diagonals = [matrix.diagonal for matrix in experts.last]
-        costs = sorted(zip(order, self._first.costs, self._last.costs, strict=True))
-        places = sorted(range(self._count), key=order.__getitem__)
-        table = [(place, first, last) for place, (_, first, last) in zip(places, costs, strict=True)]
-        self._table = torch.tensor(table, dtype=torch.int32).to(self._device)
+        self._first = _Products(experts.first, 0)
+        self._last = _Products([[matrix] for matrix in experts.last], 1)
+        costs = torch.tensor([self._first.costs, self._last.costs], dtype=torch.int32)
+        self._costs = costs.to(self._device)
         self.most_slots = _most_slots(self._first, self._last)
         self._gated = self._gate if isinstance(self._gate, Gate) else None
         self._launches: dict[torch.dtype, _Launches] = {}
@@ -133,55 +123,57 @@ class CudaExperts:
         slots, ranks = index.numel(), index.shape[1]
         room = _Room(len(x), slots, self._count, self._first, self._last, self._device, stream)
         addresses = room.addresses
-        launches.rotate_x.start(len(x), aligned(x).data_ptr(), addresses["x"], addresses["x_scales"], stream)
-        routes = _Routes(index.data_ptr(), slots, ranks, self._count, self._table.data_ptr(), slots > FEW)
-        if routes.planned:
-            planned = [addresses[name] for name in ("ranks", "order", "runs", "plan")]
-            launches.plan.start((1, 1), [routes.given, slots, self._count, routes.table, *planned], stream)
-        self._first.start(room, routes, "x", "first", stream)
-        inner = addresses["first"] if self._gated else self._inner(room, x.dtype, index)
-        launches.rotate_inner.start(
-            slots, inner, addresses["inner"], addresses["inner_scales"], stream, owners=routes.given
+        launches.plan.start(
+            (1, 1),
+            [index.data_ptr(), slots, ranks, self._count, self._costs.data_ptr()],
+            [addresses[name] for name in ("tokens", "owners", "positions", "runs", "plan")],
+            stream,
         )
-        self._last.start(room, routes, "inner", "last", stream)
-        bias = self._biases[1]
+        launches.rotate_x.start(len(x), aligned(x).data_ptr(), addresses["x"], addresses["x_scales"], stream)
+        self._first.start(room, "x", "tokens", "first", stream)
+        inner = self._inner(launches, room, slots, stream)
+        launches.rotate_inner.start(
+            slots, inner, addresses["inner_rotated"], addresses["inner_scales"], stream, addresses["owners"]
+        )
+        self._last.start(room, "inner_rotated", None, "last", stream)
+        bias = _bias(self._biases[1])
         launches.combine.start(
-            (len(x), -(-self._last.width // COMBINE_THREADS)),
-            [addresses["last"], routes.given, weights.data_ptr(), TYPES[weights.dtype]]
-            + ([0, 0] if bias is None else [bias.data_ptr(), TYPES[bias.dtype]])
-            + [ranks, self._count, self._last.width, y.data_ptr(), TYPES[y.dtype]],
+            (len(x), -(-self._last.width // GATE_THREADS)),
+            [addresses["last"], addresses["positions"], addresses["owners"]],
+            [weights.data_ptr(), TYPES[weights.dtype], *bias, ranks, self._last.width, y.data_ptr(), TYPES[y.dtype]],
             stream,
         )
 
-    def _inner(self, room: _Room, dtype: torch.dtype, index: torch.Tensor) -> int:
-        """The address of what the last matrices read, float32 [slots, I], by torch: where the gate is a class's own."""
-        first = room.view("first", (index.numel(), self._first.width))
-        if self._biases[0] is not None:
-            first = first + self._biases[0][index.reshape(-1).clamp(0, self._count - 1)]
-        room.kept = self._gate(first.to(dtype)).float().contiguous()
-        return room.kept.data_ptr()
-
-
-class _Routes(NamedTuple):
-    """What the router gave for each slot, the table of experts, and whether a launch of its own plans the runs."""
-
-    given: int
-    slots: int
-    ranks: int
-    experts: int
-    table: int
-    planned: bool
+    def _inner(self, launches: _Launches, room: _Room, slots: int, stream: int) -> int:
+        """The address of what the last matrices read, float32 [positions, I]; by torch, where the gate is a class's."""
+        addresses, columns = room.addresses, self._last.inputs
+        if launches.gate is None:
+            first = room.view("first", (slots, self._first.width))
+            if self._biases[0] is not None:
+                first = first + self._biases[0][room.view("owners", (slots,), torch.int32).long()]
+            room.kept = self._gate(first.to(launches.dtype)).float().contiguous()
+            return room.kept.data_ptr()
+        gate = self._gated
+        assert gate is not None
+        limit = inf if gate.limit is None else gate.limit
+        launches.gate.start(
+            (slots, -(-columns // GATE_THREADS)),
+            [addresses["first"], addresses["inner"], addresses["plan"], addresses["owners"]],
+            [*_bias(self._biases[0]), columns, limit, gate.alpha, gate.offset],
+            stream,
+        )
+        return addresses["inner"]
 
 
 class _Products:
-    """What all experts multiply by, first or last: matrices [places][parts] of one number of inputs."""
+    """What all experts multiply by, first or last: matrices [experts][parts] of one number of inputs."""
 
     def __init__(self, members: Sequence[Sequence[PackedLinear]], index: int) -> None:
         flat = [matrix for parts in members for matrix in parts]
         device = flat[0].codes.device
         limits = device_limits(device.index or 0)
         self.inputs, self.width = flat[0].in_features, sum(matrix.out_features for matrix in members[0])
-        self.rotation, self.diagonal = flat[0].rotation, flat[0].diagonal
+        self.rotation, self.diagonals = flat[0].rotation, [parts[0].diagonal for parts in members]
         specs = [_decoder(matrix.spec) for matrix in flat]
         decoders = tuple(dict.fromkeys(specs))
         macros = tuple(kernel_macros(limits, RUN).items())
@@ -192,8 +184,8 @@ class _Products:
             row["codes"], row["scales"] = matrix.codes.data_ptr(), matrix.scales.data_ptr()
             row["entries"] = _table_of(matrix.spec, device).data_ptr()
             row["row_tiles"], row["rows"], row["out_offset"] = len(matrix.codes), matrix.out_features, offset
-            row["decoder"], row["cost"] = place_of[spec], tile_cost(spec)
-            row["chunk_bytes"], row["hash_unit"] = 4 * spec.chunk_words, spec.hash_unit(limits.table_bytes)
+            row["decoder"], row["cost"] = place_of[spec], round(COSTS_OF_A_TILE * decode_cost(spec))
+            row["hash_unit"] = spec.hash_unit(limits.table_bytes)
         tables, first_places, uses = np.unique(table["entries"], return_index=True, return_counts=True)
         common = int(uses.argmax())
         costs = (table["row_tiles"].astype(np.int64) * table["cost"]).reshape(len(members), -1)
@@ -202,13 +194,12 @@ class _Products:
         self._table = torch.from_numpy(table.view(np.uint8)).to(device)
         # What the addresses are of, also where a tensor's data is exchanged.
         self._kept = [tensor.detach() for matrix in flat for tensor in (matrix.codes, matrix.scales, matrix.diagonal)]
-        rows, chunks = most_rows(limits, RUN) - STATE_ROWS, flat[0].codes.shape[1]
+        rows = most_rows(limits, RUN) - STATE_ROWS
         self._problem = Projection(
             matrices=self._table.data_ptr(),
             parts=len(members[0]),
-            chunks=chunks,
+            chunks=flat[0].codes.shape[1],
             y_stride=self.width,
-            half_chunk=chunks - 1 if self.inputs <= (chunks - 1) * CHUNK_COLUMNS + CHUNK_COLUMNS // 2 else -1,
             index=index,
             entries=int(tables[common]),
             decoder=int(table["decoder"][first_places[common]]),
@@ -218,14 +209,11 @@ class _Products:
         room = limits.table_bytes + (STATE_ROWS + self._problem.most_rows) * sum_bytes(RUN)
         self._launch = KernelLaunch(kernel, limits.multiprocessors, THREADS, room, [self._problem], limits.overlap)
 
-    def start(self, room: _Room, routes: _Routes, x: str, y: str, stream: int) -> None:
+    def start(self, room: _Room, x: str, rows: str | None, y: str, stream: int) -> None:
         problem, addresses = self._problem, room.addresses
-        problem.slots, problem.slot_count = routes.given, routes.slots
-        problem.experts, problem.expert_count = routes.table, routes.experts
-        problem.slots_of_row = routes.ranks if problem.index == 0 else 1
-        problem.plan = addresses["plan"] if routes.planned else None
-        problem.runs, problem.order = addresses["runs"], addresses["order"]
-        problem.x, problem.x_scales, problem.y = addresses[x], addresses[f"{x}_scales"], addresses[y]
+        problem.runs, problem.plan = addresses["runs"], addresses["plan"]
+        problem.x, problem.x_scales = addresses[x], addresses[f"{x.removesuffix('_rotated')}_scales"]
+        problem.x_rows, problem.y = None if rows is None else addresses[rows], addresses[y]
         self._launch.start(stream)
 
 
@@ -236,44 +224,37 @@ class _Launches:
         first, last, gate = experts._first, experts._last, experts._gated
         index = experts._device.index or 0
         overlap = device_limits(index).overlap
-        self.plan = _Launch("plan_runs", plan_threads(experts._count), "pnnp" + "pppp", index, overlap)
-        self.combine = _Launch("combine", COMBINE_THREADS, "pppn" + "pn" + "nnnpn", index, overlap)
+        self.dtype = dtype
+        self.plan = _Launch("plan_runs", {"THREADS": plan_threads(experts._count)}, "pnnnp" + "ppppp", index, overlap)
+        self.combine = _Launch("combine", {"THREADS": GATE_THREADS}, "ppppnpnnnpn", index, overlap)
+        self.gate = None
+        if gate is not None:
+            constants = {"FUNCTION": FUNCTIONS[gate.function], "GATED": int(gate.gated)}
+            macros = {"THREADS": GATE_THREADS, "INTERLEAVED": int(gate.gated and gate.interleaved)} | constants
+            self.gate = _Launch("gate", macros, "pppppnnfff", index, overlap)
         # One way to cut a rotation for any number of tokens: a token's norm is summed up in one order.
         alike: dict[str, Any] = {"tokens": MOST_OF_A_FEW_TOKENS, "batch": 1, "overlap": overlap}
-        self.rotate_x = RotationLaunch(first.rotation, first.diagonal, first.inputs, dtype=dtype, leads=True, **alike)
-        table = torch.tensor([each.data_ptr() for each in experts._diagonals]).to(experts._device)
-        alike |= {"table": table, "gate": gate, "bias": experts._biases[0]}
-        self.rotate_inner = RotationLaunch(last.rotation, last.diagonal, last.inputs, dtype=torch.float32, **alike)
+        self.rotate_x = RotationLaunch(first.rotation, first.diagonals[0], first.inputs, dtype=dtype, **alike)
+        table = torch.tensor([each.data_ptr() for each in last.diagonals]).to(experts._device)
+        self.rotate_inner = RotationLaunch(
+            last.rotation, last.diagonals[0], last.inputs, dtype=torch.float32, table=table, **alike
+        )
 
 
 class _Launch:
-    """A kernel of routes.cu; `types` of its arguments: p an address, n an int."""
+    """A kernel of routes.cu; `types` of its arguments: p an address, n an int, f a float."""
 
-    def __init__(self, name: str, threads: int, types: str, device: int, overlap: bool) -> None:
-        kinds: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_int}
+    def __init__(self, name: str, macros: dict[str, int], types: str, device: int, overlap: bool) -> None:
+        kinds: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_int, "f": ctypes.c_float}
         self._arguments = [kinds[each]() for each in types]
-        kernel = load_kernel(ROUTES_SOURCE, name, {"THREADS": threads}, device)
-        self._launch = KernelLaunch(kernel, 1, threads, 0, self._arguments, overlap)
+        kernel = load_kernel(ROUTES_SOURCE, name, macros, device)
+        self._launch = KernelLaunch(kernel, 1, macros["THREADS"], 0, self._arguments, overlap)
 
-    def start(self, grid: tuple[int, int], values: Sequence[Any], stream: int) -> None:
-        for argument, value in zip(self._arguments, values, strict=True):
+    def start(self, grid: tuple[int, int], some: Sequence[Any], more: Sequence[Any], stream: int) -> None:
+        for argument, value in zip(self._arguments, (*some, *more), strict=True):
             argument.value = value
         self._launch.grid = (*grid, 1)
         self._launch.start(stream)
-
-
-def tile_cost(spec: DecoderSpec) -> int:
-    return round(COSTS_OF_A_TILE * max(decode_cost(spec), READ_COST * spec.eighths / 8))
-
-
-def _order(experts: PackedExperts) -> list[int]:
-    """Experts by their tables: a block that works on neighbours seldom fills its own anew."""
-    device = experts.last[0].codes.device
-
-    def tables(expert: int) -> list[int]:
-        return [_table_of(each.spec, device).data_ptr() for each in (*experts.first[expert], experts.last[expert])]
-
-    return sorted(range(len(experts.last)), key=tables)
 
 
 def plan_threads(experts: int) -> int:
@@ -290,9 +271,10 @@ def _most_slots(first: _Products, last: _Products) -> int:
 def _slot_bytes(first: _Products, last: _Products) -> dict[str, int]:
     """What lies between the kernels for a slot."""
     return {
-        **dict.fromkeys(("ranks", "order"), 4),
+        **dict.fromkeys(("tokens", "owners", "positions"), 4),
         "first": 4 * first.width,
-        "inner": 2 * padded_columns(last.inputs),
+        "inner": 4 * last.inputs,
+        "inner_rotated": 2 * padded_columns(last.inputs),
         "inner_scales": 4,
         "last": 4 * last.width,
     }

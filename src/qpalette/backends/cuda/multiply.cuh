@@ -57,23 +57,15 @@ struct Walk {
 // One item: 16 tiles decoded and multiplied. A part of the packed bits is replaced by `next`'s after its last tile: without
 // a branch where decoding is what takes the time, and with one where it is the loads (us of a Llama-3.1-8B layer's gate and
 // up, batch 1, with and without: nuq-3 18.2 and 20.1, tcq2-3 22.2 and 21.7).
-//
-// Where HALVES, an item that is not `whole` ends with its first half: behind it x' is zero.
-template <class D, bool HALVES = false>
+template <class D>
 __device__ __forceinline__ void multiply_item(int *sums, float fixed_point, u32 (&words)[D::WORDS], const Walk<D> &next,
-                                              const uint4 (&x)[FRAGMENTS][PAIRS], u32 lane, u32 unit, bool whole = true) {
+                                              const uint4 (&x)[FRAGMENTS][PAIRS], u32 lane, u32 unit) {
     float sum[FRAGMENTS][4] = {};
     const u8 *codes = next.codes;
     u32 wanted = next.left != 0;
     asm volatile("" : "+l"(codes), "+r"(wanted));  // computed here, once: the compiler would do it again for every part
 #pragma unroll
     for (int t = 0; t < CHUNK; t++) {
-        if (HALVES && t == CHUNK / 2 && !whole) {
-#pragma unroll
-            for (int part = 0; part < D::PARTS; part++)
-                if (D::last_tile(part) >= t && (D::HASHED || wanted)) D::load_part(words, part, codes, lane, D::HASHED ? wanted : 1);
-            break;
-        }
         u32 a[4];
         D::decode(a, words, t, lane, unit, shared);
 #pragma unroll

@@ -13,9 +13,7 @@
 // NORM the input goes through RMSNorm first (x / rms(x) * weight).
 //
 // Compile-time constants: DENSE, LOG_H, LOG_VALUES, LINES, EACH (1, or a divisor of DENSE), IN_TYPE, NORM, SIGNS (d: 1 packed
-// signs, 0 float16 values), BATCH (0 and 1: tokens one by one), TABLED (a token's diagonal is its owner's, and tokens without one
-// are left alone), FIRST (a kernel follows that relies on all before this one); and gate.cuh's,
-// FUNCTION -1 where x is taken as it is.
+// signs, 0 float16 values), BATCH (0 and 1: tokens one by one), TABLED (a token's diagonal is that of its owner).
 
 constexpr int H = 1 << LOG_H, VALUES = 1 << LOG_VALUES, ROW_THREADS = H / VALUES, BLOCK = DENSE * H, GROUP = LINES * EACH;
 constexpr int THREADS = (ROW_THREADS * LINES + 31) / 32 * 32;
@@ -26,7 +24,6 @@ constexpr int LOW = H / HIGH;
 constexpr int PART = DENSE < 32 / VALUES ? DENSE : 32 / VALUES;  // of x's elements for a column, in registers
 constexpr bool SCALED = NORM || !SIGNS;  // the norm of what is rotated is not x's
 constexpr bool BFLOAT16 = IN_TYPE == 1 && BATCH == 0;
-constexpr bool GATES = FUNCTION >= 0;  // x is what experts computed first
 constexpr float TARGET_NORM = 128;  // of a scaled token: typical values near 1, none above 128
 constexpr float LEAST_NORM = 1. / 16, MOST_NORM = 32768;  // of one that float16 holds as it is: of 16384 inputs a typical value
                                                           // is LEAST_NORM / 128, eight times the least normal number
@@ -92,20 +89,6 @@ __device__ __forceinline__ float shuffled_butterflies(float value) {
     return value;
 }
 
-// VALUES inputs from `k` on, of a token whose row begins at `start`.
-__device__ __forceinline__ Values load_inputs(const Gate &gate, const void *x, size_t start, int expert, int inputs, int k) {
-    if constexpr (!GATES) return load_values<IN_TYPE>(x, start + k);
-    Values values;
-#pragma unroll
-    for (int v = 0; v < VALUES; v++) values.of[v] = gated(gate, (const float *)x + start, expert, inputs, k + v);
-    return values;
-}
-
-__device__ __forceinline__ float load_input(const Gate &gate, const void *x, size_t start, int expert, int inputs, int k) {
-    if constexpr (GATES) return gated(gate, (const float *)x + start, expert, inputs, k);
-    return load(x, start + k, IN_TYPE);
-}
-
 constexpr int ALL_COLUMNS = BATCH ? BATCH : 1;
 
 // Where input `k` of a token lies in x', in halves; 32 inputs further on it is 32 * ALL_COLUMNS. Tokens come ALL_COLUMNS at a
@@ -117,19 +100,16 @@ __device__ __forceinline__ size_t place(int k, int token, int padded) {
     return first + lane * 8 + element + column / 8 * 32 * columns + column % 8 * 32;
 }
 
-// With a gate ptxas is to take the registers that it needs: of itself it stops at 32 or 40 of 128, for one more block on a
-// multiprocessor, and keeps others in local memory. (0: it chooses.)
-extern "C" __global__ void __launch_bounds__(THREADS, GATES ? 1 : 0)
+extern "C" __global__ void __launch_bounds__(THREADS)
 rotate(const void *x, long long x_stride, const void *diagonals, const float *dense, const void *weight, float epsilon, int inputs,
-       int padded, u16 *out, float *scales, const long long *owners, int owner_count, const __grid_constant__ Gate gate) {
+       int padded, u16 *out, float *scales, const int *owners) {
     extern __shared__ __align__(16) float room[];  // [GROUP * H]
     __shared__ float squares[THREADS / 32], weighted_squares[THREADS / 32];
     __shared__ __align__(16) float factors[DENSE][LINES][EACH_ROOM];
-    if (!FIRST) let_next_kernel_start();  // a product, which waits
+    let_next_kernel_start();  // a product, which waits
     const int token = blockIdx.x, thread = threadIdx.x;
-    const long long owner = TABLED ? owners[token] : 0;  // of a kernel before the one that is waited for
-    if (TABLED && (owner < 0 || owner >= owner_count)) return wait_for_previous_kernel();
-    const void *diagonal = TABLED ? ((const void *const *)diagonals)[owner] : diagonals;
+    if (TABLED) wait_for_previous_kernel();
+    const void *diagonal = TABLED ? ((const void *const *)diagonals)[owners[token]] : diagonals;
     const size_t start = token * x_stride;
     const int own = thread / ROW_THREADS, row = blockIdx.y * GROUP + own * EACH;  // of all blocks' dense rows
     const int base = row / DENSE * BLOCK, column = thread % ROW_THREADS * VALUES;
@@ -148,12 +128,9 @@ rotate(const void *x, long long x_stride, const void *diagonals, const float *de
             if constexpr (SIGNS) negative[i] = ((const u8 *)diagonal)[k / 8] >> k % 8;
             else input_factors[i] = load_values<0>(diagonal, k);
         }
-        if (part == 0) {
-            wait_for_previous_kernel();  // nothing above depends on it
-            if (FIRST) let_next_kernel_start();
-        }
+        if (part == 0) wait_for_previous_kernel();  // nothing above depends on it
 #pragma unroll
-        for (int i = 0; i < PART; i++) elements[i] = load_inputs(gate, x, start, owner, inputs, safe_base + min(part + i, DENSE - 1) * H + column);
+        for (int i = 0; i < PART; i++) elements[i] = load_values<IN_TYPE>(x, start + safe_base + min(part + i, DENSE - 1) * H + column);
         if (part == 0) __syncthreads();  // the factors are there
 #pragma unroll
         for (int i = 0; i < PART; i++) {
@@ -178,7 +155,7 @@ rotate(const void *x, long long x_stride, const void *diagonals, const float *de
     if (inputs > BLOCK) {            // and that is not all of it: in one order for all blocks, whose norms must be the same
         square = weighted = 0;
         for (int k = thread; k < inputs; k += THREADS) {
-            float element = load_input(gate, x, start, owner, inputs, k);
+            float element = load(x, start + k, IN_TYPE);
             square += squared(element);
             if (NORM) element *= load(weight, k, IN_TYPE);
             if (!SIGNS) element *= load(diagonal, k, 0);

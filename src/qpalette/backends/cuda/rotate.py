@@ -14,11 +14,8 @@ from qpalette.backends.cuda.compiler import KernelLaunch, load_kernel
 from qpalette.backends.cuda.decoder import COMMON_SOURCE
 from qpalette.core.errors import UnsupportedError
 from qpalette.rotate import Factor, Rotation
-from qpalette.runtime import Gate
 
-SOURCE = COMMON_SOURCE + "".join(
-    Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("gate.cuh", "rotate.cu")
-)
+SOURCE = COMMON_SOURCE + Path(__file__).with_name("rotate.cu").read_text(encoding="utf-8")
 CHUNK_COLUMNS = 256
 MOST_HADAMARD_BITS = 11  # of the part that runs in registers: MOST_THREADS of four values each
 MOST_ROW_BITS = 9  # threads for a row of that
@@ -39,7 +36,6 @@ LEAST_THREADS = 64
 MOST_FLOATS_OF_MANY = 15360
 ALIGNMENT = 16  # bytes, of what is loaded in vectors
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}  # as in gate.cuh
 
 
 @dataclass(frozen=True)
@@ -143,8 +139,6 @@ def rotation_macros(
     batch: int | None,
     signs: bool = True,
     tabled: bool = False,
-    gate: Gate | None = None,
-    leads: bool = False,
 ) -> dict[str, int]:
     """The compile-time constants of rotate.cu."""
     return {
@@ -158,10 +152,6 @@ def rotation_macros(
         "SIGNS": int(signs),
         "BATCH": batch or 0,
         "TABLED": int(tabled),
-        "FIRST": int(leads),
-        "FUNCTION": -1 if gate is None else FUNCTIONS[gate.function],
-        "GATED": int(gate is not None and gate.gated),
-        "INTERLEAVED": int(gate is not None and gate.gated and gate.interleaved),
     }
 
 
@@ -171,32 +161,10 @@ def type_of_values(dtype: torch.dtype, batch: int | None) -> torch.dtype:
     return torch.bfloat16 if batch is None and dtype == torch.bfloat16 else torch.float16
 
 
-class GateArguments(ctypes.Structure):
-    """As in gate.cuh."""
-
-    _fields_ = (
-        ("bias", ctypes.c_void_p),
-        ("bias_type", ctypes.c_int),
-        *((name, ctypes.c_float) for name in ("limit", "alpha", "offset")),
-    )
-
-
-def _arguments_of(gate: Gate | None, bias: torch.Tensor | None) -> GateArguments:
-    if gate is None:
-        return GateArguments()
-    limit = math.inf if gate.limit is None else gate.limit
-    address, kind = (0, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
-    return GateArguments(address, kind, limit, gate.alpha, gate.offset)
-
-
 class RotationLaunch:
     """`rotate` for one diagonal and rotation, and for one number of tokens: any above 16, in lots of `batch`, or each
-    in an order of its own, where that is None; any where it is 1.
-
-    `table`: addresses of diagonals like `diagonal`, int64, of which a token has its owner's. `gate`, `bias`: what x
-    passes through first, float32 rows of what experts computed first, and their biases. `leads`: the kernel that
-    follows relies on all before this one, and starts later.
-    """
+    in an order of its own, where that is None; any where it is 1. `table`: addresses of diagonals like `diagonal`,
+    int64, of which a token has its owner's."""
 
     def __init__(
         self,
@@ -209,25 +177,22 @@ class RotationLaunch:
         norm: tuple[torch.Tensor, float] | None = None,
         overlap: bool = True,
         table: torch.Tensor | None = None,
-        gate: Gate | None = None,
-        bias: torch.Tensor | None = None,
-        leads: bool = False,
     ) -> None:
         device = diagonal.device.index or 0
         split = split_rotation(rotation, inputs, diagonal.device)
         cut = cut_of(split.order, split.log_h, inputs, tokens)
         signs = diagonal.dtype == torch.uint8
-        kind = (TYPES[dtype], norm is not None, batch, signs, table is not None, gate, leads)
+        kind = (TYPES[dtype], norm is not None, batch, signs, table is not None)
         macros = rotation_macros(split.order, split.log_h, cut, *kind)
         shared_bytes = 4 * cut.lines * cut.each << split.log_h
         kernel = load_kernel(SOURCE, "rotate", macros, device, shared_bytes)
         weight, epsilon = norm or (diagonal, 0.0)
         diagonals = diagonal if table is None else table
-        self._kept = (split.dense, diagonals, weight, bias)
+        self._kept = (split.dense, diagonals, weight)
         self._x, self._out, self._scales, self._owners = (ctypes.c_void_p() for _ in range(4))
         arguments = [
             self._x,
-            ctypes.c_longlong(2 * inputs if gate is not None and gate.gated else inputs),
+            ctypes.c_longlong(inputs),
             ctypes.c_void_p(diagonals.data_ptr()),
             ctypes.c_void_p(split.dense.data_ptr()),
             ctypes.c_void_p(weight.data_ptr()),
@@ -237,8 +202,6 @@ class RotationLaunch:
             self._out,
             self._scales,
             self._owners,
-            ctypes.c_int(0 if table is None else len(table)),
-            _arguments_of(gate, bias),
         ]
         overlap = overlap and torch.cuda.get_device_capability(device) >= (9, 0)
         self._blocks = cut.blocks
@@ -246,7 +209,7 @@ class RotationLaunch:
 
     def start(self, tokens: int, x: int, out: int, scales: int, stream: int, owners: int = 0) -> None:
         """`tokens` rows at address x, contiguous and aligned; results and divisors go to `out` and `scales`; `owners`:
-        int64, a token's place in the table; one that is outside has no result."""
+        int32, a token's place in the table."""
         self._x.value, self._out.value, self._scales.value, self._owners.value = x, out, scales, owners
         self._launch.grid = (tokens, self._blocks, 1)
         self._launch.start(stream)

@@ -1,6 +1,6 @@
-// What stands around the products of a layer of experts: the plan of its runs, where slots are many, and the weighted sum.
+// What stands around the products of a layer of experts: the plan of its runs, the gate between the products, the weighted sum.
 //
-// Compile-time constant: THREADS.
+// Compile-time constants: THREADS; of `gate` also FUNCTION (0 silu, 1 gelu, 2 gelu of tanh, 3 relu squared), GATED, INTERLEAVED.
 
 // Sums of what the threads before have, of four values at once; `total` gets those of all. Of one block of THREADS.
 struct Sums { int of[4]; };
@@ -26,76 +26,97 @@ __device__ Sums sums_before(Sums mine, Sums &total) {
     return until;
 }
 
-// index [slots] -> runs, and the slots in their order: always the same for the same index. One block; a thread has an expert, and
-// slots, for which its warp takes its turn: so that their ranks are those of the slots' order. The kernel before is a rotation
-// that has waited for what gave the index, and beside which this one runs: it waits for that rotation's end at its own.
+// index [slots] -> runs, in the order of experts, an expert's slots in their own: always the same for the same index. One
+// block; a thread has an expert, and slots, for which its warp takes its turn: so that their ranks are those of the slots' order.
 extern "C" __global__ void __launch_bounds__(THREADS)
-plan_runs(const long long *index, int slots, int experts, const Expert *table, int *ranks, int *order, Run *runs, Plan *plan) {
-    __shared__ int of_places[THREADS];  // slots so far; then the first of them in the order
-    __shared__ Expert by_place[THREADS];
+plan_runs(const long long *index, int slots, int ranks, int experts, const int *costs, int *tokens, int *owners,
+          int *positions, Run *runs, Plan *plan) {
+    __shared__ int of_experts[THREADS];  // slots so far; then the first position
     const int thread = threadIdx.x, lane = thread % 32;
+    const int cost[2] = {thread < experts ? costs[thread] : 0, thread < experts ? costs[experts + thread] : 0};
+    wait_for_previous_kernel();
     let_next_kernel_start();
-    of_places[thread] = 0;
-    if (thread < experts) by_place[table[thread].place] = table[thread];
+    of_experts[thread] = 0;
     for (int start = 0; start < slots; start += THREADS) {
-        const int slot = start + thread, expert = slot < slots ? expert_of(index, slot, experts) : -1;
-        const int place = expert < 0 ? -1 : table[expert].place;
-        const u32 alike = __match_any_sync(~0u, place);
+        const int slot = start + thread;
+        const long long given = slot < slots ? index[slot] : -1;
+        const int expert = given < 0 || given >= experts ? -1 : (int)given;
+        const u32 alike = __match_any_sync(~0u, expert);
         for (int turn = 0; turn < min(THREADS, slots - start); turn += 32) {
             __syncthreads();
             if (thread - lane != turn) continue;
-            const int before = place < 0 ? 0 : of_places[place];
+            const int before = expert < 0 ? 0 : of_experts[expert];
             __syncwarp();
-            if (place >= 0 && alike >> lane == 1) of_places[place] = before + __popc(alike);  // the last of them
-            if (slot < slots) ranks[slot] = before + __popc(alike & ((1u << lane) - 1));
+            if (expert >= 0 && alike >> lane == 1) of_experts[expert] = before + __popc(alike);  // the last of them
+            if (slot < slots) positions[slot] = expert < 0 ? -1 : before + __popc(alike & ((1u << lane) - 1));
         }
     }
     __syncthreads();
-    const int count = of_places[thread], cut = (count + RUN - 1) / RUN;
-    const Expert own = thread < experts ? by_place[thread] : Expert{};
+    const int count = of_experts[thread], cut = (count + RUN - 1) / RUN;
     Sums total;
-    const Sums before = sums_before({count, cut, cut * own.cost[0], cut * own.cost[1]}, total);
+    const Sums before = sums_before({count, cut, cut * cost[0], cut * cost[1]}, total);
     for (int i = 0; i < cut; i++) {
         Run run = {thread, before.of[0] + i * RUN, min(RUN, count - i * RUN), {}};
-        for (int p = 0; p < 2; p++) run.begin[p] = before.of[2 + p] + i * own.cost[p];
+        for (int p = 0; p < 2; p++) run.begin[p] = before.of[2 + p] + i * cost[p];
         runs[before.of[1] + i] = run;
     }
-    of_places[thread] = before.of[0];
+    of_experts[thread] = before.of[0];
     __syncthreads();
     for (int slot = thread; slot < slots; slot += THREADS) {
-        const int expert = expert_of(index, slot, experts);
-        if (expert >= 0) order[of_places[table[expert].place] + ranks[slot]] = slot;  // a rank that this thread has written
+        const int rank = positions[slot];  // written by this thread
+        if (rank < 0) continue;
+        const int expert = (int)index[slot], position = of_experts[expert] + rank;
+        tokens[position] = slot / ranks, owners[position] = expert, positions[slot] = position;
     }
-    if (thread == 0) *plan = {{total.of[2], total.of[3]}, total.of[1]};
-    wait_for_previous_kernel();
+    for (int rest = total.of[0] + thread; rest < slots; rest += THREADS) tokens[rest] = owners[rest] = 0;  // of no slot
+    if (thread == 0) *plan = {{total.of[2], total.of[3]}, total.of[1], total.of[0]};
 }
 
-constexpr int AHEAD = 8;  // slots of a token whose experts and weights are loaded before the products have ended
+#ifdef FUNCTION
+
+__device__ __forceinline__ float bent(float x) {
+    if (FUNCTION == 0) return x / (1 + expf(-x));
+    if (FUNCTION == 1) return x * normcdff(x);
+    if (FUNCTION == 2) return .5f * x * (1 + tanhf(.7978845608f * (x + .044715f * x * x * x)));
+    return x > 0 ? x * x : 0;
+}
+
+// first [positions][F], what experts computed first, with `bias` [experts][F] where there is one -> inner [positions][I].
+extern "C" __global__ void __launch_bounds__(THREADS)
+gate(const float *first, float *inner, const Plan *plan, const int *owners, const void *bias, int bias_type, int columns,
+     float limit, float alpha, float offset) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    const int position = blockIdx.x, k = blockIdx.y * THREADS + threadIdx.x;
+    if (position >= plan->positions || k >= columns) return;
+    const int width = GATED ? 2 * columns : columns;
+    const int at = INTERLEAVED ? 2 * k : k, beside = INTERLEAVED ? at + 1 : columns + k;
+    const float *row = first + (size_t)position * width;
+    const size_t biases = (size_t)owners[position] * width;
+    float x = row[at] + (bias ? load(bias, biases + at, bias_type) : 0);
+    float up = 1;
+    if (GATED) {
+        up = row[beside] + (bias ? load(bias, biases + beside, bias_type) : 0);
+        x = x > limit ? limit : x, up = (up > limit ? limit : up < -limit ? -limit : up) + offset;  // what is no number stays so
+    }
+    inner[(size_t)position * columns + k] = bent(x * alpha) / alpha * up;
+}
+
+#endif
 
 // y[token] = the sum over its slots, in the router's order, of weight times what its expert made of it.
 extern "C" __global__ void __launch_bounds__(THREADS)
-combine(const float *last, const long long *index, const void *weights, int weights_type, const void *bias, int bias_type,
-        int ranks, int experts, int columns, void *y, int y_type) {
-    const int token = blockIdx.x, k = min((int)(blockIdx.y * THREADS + threadIdx.x), columns - 1);
+combine(const float *last, const int *positions, const int *owners, const void *weights, int weights_type, const void *bias,
+        int bias_type, int ranks, int columns, void *y, int y_type) {
+    wait_for_previous_kernel();
+    const int token = blockIdx.x, k = blockIdx.y * THREADS + threadIdx.x;
+    if (k >= columns) return;
     float sum = 0;
-    for (int first = 0; first < ranks; first += AHEAD) {
-        int owners[AHEAD];
-        float factors[AHEAD], values[AHEAD];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const bool there = first + i < ranks;
-            const int slot = token * ranks + first + i;
-            owners[i] = there ? expert_of(index, slot, experts) : -1, factors[i] = there ? load(weights, slot, weights_type) : 0;
-        }
-        if (first == 0) wait_for_previous_kernel();
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            values[i] = owners[i] < 0 ? 0 : last[(size_t)(token * ranks + first + i) * columns + k];
-            if (bias && owners[i] >= 0) values[i] += load(bias, (size_t)owners[i] * columns + k, bias_type);
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-            if (owners[i] >= 0) sum += factors[i] * values[i];
+    for (int rank = 0; rank < ranks; rank++) {
+        const int slot = token * ranks + rank, position = positions[slot];
+        if (position < 0) continue;
+        const float value = last[(size_t)position * columns + k] + (bias ? load(bias, (size_t)owners[position] * columns + k, bias_type) : 0);
+        sum += load(weights, slot, weights_type) * value;
     }
-    if (blockIdx.y * THREADS + threadIdx.x < columns) store(y, (size_t)token * columns + k, y_type, sum);
+    store(y, (size_t)token * columns + k, y_type, sum);
 }
