@@ -67,7 +67,7 @@ def rates(gpu: Result, cpu: Result) -> Table:
 
 @section(
     "Tuning on a GPU",
-    *("tuning_uniform_2", "tuning_planned_3"),
+    "tuning_uniform_2",
     command=f"""{TWO_SIDED}
 python benchmarks/tuning.py MODEL OUT --text TRAIN --test TEST --steps 100 --device cuda""",
 )
@@ -136,7 +136,7 @@ def rotations(result: Result) -> Table:
 
 @section(
     "Rounding on both sides",
-    *("two_sided", "two_sided_planned", "two_sided_one_draw"),
+    *("two_sided", "two_sided_one_draw"),
     command=TWO_SIDED,
 )
 def both_sides(*results: Result) -> Table:
@@ -148,7 +148,7 @@ def both_sides(*results: Result) -> Table:
     kl |= {"held-out KL": kl_of("KL, held-out text")}
     return Table.of(
         sorted(rows, key=lambda row: row["bits"]),
-        {"code": "{choice}", "labels per token": "{draws}", "bits per weight, all counted": "{bits:.3f}", **kl},
+        {"code, labels per token": "{choice}, {draws}", "bits per weight, all counted": "{bits:.3f}", **kl},
     )
 
 

@@ -10,6 +10,7 @@ from figure_page import Cell, Result, Row, Table, row_of, section
 OURS = ("tcq2-2", "tcq2-3", "tcq2-3.25", "tcq2-4", "tcq-3.25", "tcq-4", "vq-3", "vq-4", "nuq-3")
 STEP = "bench_llama-3.1-8b_h100_2026-11-25"
 BENCH = "qpalette bench --config CONFIG --spec SPEC --head tcq2-3.25 --device cuda"
+AVX2_PEERS = "python benchmarks/cpu_peers.py --llama DIR --processor-time --rounds 1 --steps 16"
 GRAPH = f"{BENCH} --runner compile-graph --attention grouped"
 
 
@@ -183,6 +184,29 @@ def greedy(*results: Result) -> Table:
     return Table.of(
         rows, {"run": "{run}", "as on the cpu": "{prompts equal to cpu's}", "as ref": "{prompts as ref would}"}
     )
+
+
+@section("Caches of codes on a GPU", "cuda_cache_h200", command="python benchmarks/cuda_cache.py")
+def coded_caches(result: Result) -> Table:
+    """One layer of Llama-3.1-8B's shapes for one new token on an H200, microseconds, in CUDA graphs: attention over
+    codes and their writing, beside attention over keys and values in 16 bits by our kernel and by torch's."""
+    times = {
+        "attention": scaled("attend us", 1, 1),
+        "with writing": scaled("both us", 1, 1),
+        "16 bits": scaled("attend.cu us", 1, 1),
+        "16 bits, torch": scaled("sdpa us", 1, 1),
+    }
+    shape = {"code, context, batch": "{cache}, {context}, {batch}"}
+    return Table.of(result["rows"], shape | times)
+
+
+@section("CPU without AVX-512, beside llama.cpp", "cpu_peers_avx2", command=AVX2_PEERS)
+def cpu_avx2(result: Result) -> Table:
+    """A random model of half a billion weights, tokens per second of one thread's processor time, on an EPYC with AVX2
+    that other work shared; one round."""
+    speeds = {"decoding": "{decode tokens/s:.1f}", "over Q4_0": "{over Q4_0:.2f}"}
+    speeds |= {"prompt": "{prefill tokens/s:.1f}", "prompt over Q4_0": "{prefill over Q4_0:.2f}"}
+    return Table.of(result["rows"], {"weights": "{weights}", **speeds})
 
 
 @section("A conversation", "conversation", command="python benchmarks/conversation.py")
