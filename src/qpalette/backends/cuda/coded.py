@@ -19,11 +19,14 @@ from qpalette.backends.cuda.segments import DeviceLimits, device_limits
 from qpalette.kvcache import PAGE, CacheCode, parse_code
 from qpalette.kvcache.vectors import planes
 
-_HERE = Path(__file__).parent
-_SHARED = COMMON_SOURCE + (_HERE / "coded.cuh").read_text(encoding="utf-8")
-WRITE_SOURCE, READ_SOURCE, ATTEND_SOURCE = (
-    _SHARED + (_HERE / f"coded_{name}.cu").read_text(encoding="utf-8") for name in ("write", "read", "attend")
-)
+
+def _source(*names: str) -> str:
+    files = (Path(__file__).with_name(name) for name in ("coded.cuh", *names))
+    return COMMON_SOURCE + "".join(file.read_text(encoding="utf-8") for file in files)
+
+
+WRITE_SOURCE, READ_SOURCE = _source("coded_write.cu"), _source("coded_read.cu")
+ATTEND_SOURCE = _source("coded_look_up.cuh", "coded_attend.cu")
 MOST_DIM = 256
 MOST_ROWS = 64  # queries of a key head in one call
 COLUMNS = 8  # queries of a block: the columns of a matrix instruction
