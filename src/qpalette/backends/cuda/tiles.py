@@ -91,9 +91,9 @@ class Shape:
 
 def shape_of(limits: DeviceLimits, columns: int) -> Shape:
     """For so many columns: a table of fewer copies where a block would have few rows, and then chunks of x'."""
-    many = columns > 48
+    many = columns > 32
     shape = Shape(columns, 256 if many else 512, 2 if many else 1, 1, limits.table_bytes)
-    if columns > 32 or replace(shape, stages=2).most_rows(limits) < LEAST_ROWS:
+    if many or replace(shape, stages=2).most_rows(limits) < LEAST_ROWS:
         shape = replace(shape, table_bytes=LEAST_TABLE_BYTES)
     while (deeper := replace(shape, stages=shape.stages + 1)).most_rows(limits) >= LEAST_ROWS * min(2, shape.stages):
         shape = deeper
