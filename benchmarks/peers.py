@@ -67,9 +67,9 @@ def by_bitsandbytes(source: Path, out: Path, kind: str, device: str) -> Path:
         return out
     said: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": torch.float16}
     config = BitsAndBytesConfig(**said if kind == "nf4" else {"load_in_8bit": True})
-    loaded = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map=device)
-    loaded.save_pretrained(out)
-    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    placed = {"quantization_config": config, "device_map": device}
+    AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **placed).save_pretrained(out)
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(out)
     return out
 
 
@@ -78,7 +78,8 @@ def by_gptq(source: Path, out: Path, bits: int, calibration: Path) -> Path:
         return out
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    ids = AutoTokenizer.from_pretrained(source)(calibration.read_text())["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    ids = tokenizer(calibration.read_text())["input_ids"]
     samples = [ids[start : start + LENGTH] for start in range(0, min(len(ids), SAMPLES * LENGTH), LENGTH)]
     peer = GPTQModel.load(str(source), QuantizeConfig(bits=bits, group_size=GROUP))
     peer.quantize([{"input_ids": each, "attention_mask": [1] * len(each)} for each in samples])
