@@ -11,8 +11,7 @@ from transformers import DynamicCache
 from qpalette.generation.cache import KeysAndValues
 
 MOST = 2048  # tokens of one reading, padding counted: others get no token meanwhile
-# What a reading costs apart from its tokens, in tokens: so much padding is no worse than one reading more. SmolLM2 in
-# float32 on two cores takes as long for a prompt of 12 as for 40 tokens more of another.
+# What a reading costs apart from its tokens, in tokens: so much padding is taken to be no worse than one reading more.
 WORTH = 64
 
 Item = TypeVar("Item")
