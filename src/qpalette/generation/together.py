@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from qpalette.generation.cache import KeysAndValues
 
 MOST = 2048  # tokens of one reading, padding counted: others get no token meanwhile
-# What a reading costs apart from its tokens, in tokens: so much padding is taken to be no worse than one reading more.
+# An estimate of what a reading costs apart from its tokens, in tokens: so much padding is no worse than one more.
 WORTH = 64
 
 Item = TypeVar("Item")
