@@ -36,7 +36,7 @@ CLUSTERS = (1, 2, 4, 8)  # blocks that share rows; 8 is the most that every devi
 LEAST_TABLE_BYTES = 1 << 16  # the largest table, once
 LEAST_ROWS = 8  # row tiles of a block
 # Estimates, not measured, in cycles of a multiprocessor: what a row tile and a chunk take, for each unit of decode_cost
-# and for each column; bytes of x' from the second-level cache; what a block takes beside, and what one of a cluster does.
+# and for each column; bytes of x' from the second-level cache; what a block takes beside, and one of a cluster.
 DECODE_CYCLES = 16
 COLUMN_CYCLES = 1.5
 BYTES_PER_CYCLE = 24
