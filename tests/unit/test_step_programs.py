@@ -16,10 +16,11 @@ from generation_cases import SIZES
 from qpalette.backends.cpu.step import Program, instructions_of
 from qpalette.backends.cpu.step.program import Called
 from qpalette.generation import attach, fast
-from qpalette.generation.cache import CacheMaker, CodedTokenCache, TokenCache
+from qpalette.generation.cache import CacheMaker, CodedTokenCache
 from qpalette.generation.choice import choice_of
 from qpalette.generation.session import Session
 from qpalette.kvcache import parse_cache
+from qpalette.nn.token_cache import TokenCache
 
 WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
 # A padded prompt's mask is looked up by two indices, once a step: torch is called for that.

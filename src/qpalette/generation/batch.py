@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 
 from qpalette.generation.answer import Answer
-from qpalette.generation.cache import KeysAndValues, TokenCache
 from qpalette.generation.choice import Choice
 from qpalette.generation.loop import AHEAD, Loop, Running
 from qpalette.generation.request import Request
 from qpalette.generation.session import Session
 from qpalette.generation.together import Columns, read_together, readings
 from qpalette.kvcache import bucket
+from qpalette.nn.token_cache import KeysAndValues, TokenCache
 
 # What follows the choice of several requests that are chosen differently: each reads its own row of the logits.
 EACH_ITS_OWN = Choice(sample=False, processors=(), inside=False)

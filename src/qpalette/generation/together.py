@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import DynamicCache
 
-from qpalette.generation.cache import KeysAndValues
+from qpalette.nn.token_cache import KeysAndValues
 
 MOST = 2048  # tokens of one reading, padding counted: others get no token meanwhile
 # An estimate of what a reading costs apart from its tokens, in tokens: so much padding is no worse than one more.
