@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from qpalette.core.records import FLOAT16, SIGNS
 from qpalette.evaluate import evaluate_models, load_model, token_windows
 from qpalette.formats import check_checksums, open_artifact
 from qpalette.nn import PackedModule
-from qpalette.tuning import Silent, TuneReport, Tuning, forecast, quantize_and_tune, tune
+from qpalette.tuning import Silent, TuneReport, Tuning, descent, forecast, quantize_and_tune, tune
 from qpalette.tuning.descent import recomputing
 from qpalette.tuning.forecast import memory_bytes
 from qpalette.tuning.reference import divergence, logits_of
@@ -278,13 +279,28 @@ def test_the_forecast_counts_codes_that_stay_decoded(cache, original, quantized,
         return memory_bytes(subject, tuning, torch.float32, torch.device(device))
 
     free = 1 << 40
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    total = 0  # a window at a time
     weights = sum(record.weights for record in subject.artifact.records.values())
     assert needed("cuda") == needed("cpu") + 4 * weights
     free = needed("cpu")  # of which the models are a part
     assert needed("cpu") < needed("cuda") < needed("cpu") + free // 4
     free = 0
     assert needed("cuda") == needed("cpu")
+    total = 1 << 40
+    assert needed("cuda") > needed("cpu"), "windows that are read side by side are in memory together"
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_windows_side_by_side_are_the_same_descent(width, original, quantized, text, tmp_path, monkeypatch):
+    tuning = replace(QUICK, batch=3)
+    alone = tune(quantized, original, text, tmp_path / "alone", tuning=tuning)
+    monkeypatch.setattr(descent, "side_by_side", lambda device, logits_bytes: width)
+    together = tune(quantized, original, text, tmp_path / "together", tuning=tuning)
+    for (step, kl), (same, other) in zip(alone.looks, together.looks, strict=True):
+        assert step == same
+        assert other == pytest.approx(kl, rel=1e-4)
+    assert together.tuned.kl_after < together.tuned.kl_before
 
 
 def test_the_gradient_of_the_divergence():

@@ -37,8 +37,8 @@ from qpalette.backends.cpu.step import Program
 from qpalette.core.errors import InputError
 from qpalette.generation import attach, fast
 from qpalette.generation.choice import most_likely
-from qpalette.generation.fast import can_serve
 from qpalette.generation.session import CHOICES
+from qpalette.nn.token_cache import can_serve
 
 __all__ = ["capture", "short_caches", "tokenizer"]
 

@@ -22,6 +22,7 @@ from transformers import (
 
 from qpalette.core.errors import InputError, UnsupportedError
 from qpalette.evaluate import evaluate_models, model_windows, sample_windows, sampled_text
+from qpalette.evaluate.continuation import WARM_UP, CapturedContinuation
 from qpalette.evaluate.sampled_text import Chat, chat_of, read_token_file
 
 WORDS = ("<s>", "</s>", "system", "user", "assistant", "be", "good")
@@ -230,3 +231,28 @@ def test_a_wrong_token_file_is_refused(model, tmp_path, content):
         model_windows(file, model, tokenizer_of(), LENGTH, None)
     with pytest.raises(InputError, match="no file of sampled tokens"):
         model_windows(tmp_path / "none.tokens.json", model, tokenizer_of(), LENGTH, None)
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_captured_step_writes_what_a_growing_cache_does(model, monkeypatch, captures):
+    """A graph is played here by running its work again."""
+    runs = []
+
+    class Graph:
+        def __init__(self, work):
+            if not captures:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            self.work = work
+
+        def replay(self):
+            runs.append(1)
+            self.work()
+
+    tokenizer = tokenizer_of(TEMPLATE)
+    wanted = sample_windows(model, tokenizer, 3, LENGTH, seed=5)
+    monkeypatch.setattr(
+        sampled_text, "continuation_of", lambda model, length: CapturedContinuation(model, length, Graph)
+    )
+    assert equal(wanted, sample_windows(model, tokenizer, 3, LENGTH, seed=5))
+    opening = len(chat_of(tokenizer).opening)
+    assert len(runs) == captures * (LENGTH - opening - 1 - WARM_UP)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,7 +13,8 @@ import torch
 
 from qpalette.core.errors import InputError
 from qpalette.core.resume import PartialFigures
-from qpalette.evaluate.reserved_cache import bytes_of, cache_of, reserve
+from qpalette.evaluate.continuation import continuation_of, last_logits
+from qpalette.evaluate.reserved_cache import bytes_of, cache_of
 from qpalette.models.vocabulary import check_tokens
 
 TOKEN_FILE = ".tokens.json"  # how the name of a file of tokens ends
@@ -162,7 +162,7 @@ class _Writers:
 @torch.inference_mode()
 def _window_bytes(model: Any, chat: Chat | None, length: int) -> int:
     opening = torch.tensor([_opening(model, chat)], device=model.device)
-    _, cache = cache_of(model(opening, use_cache=True, **_last_logits(model)))
+    _, cache = cache_of(model(opening, use_cache=True, **last_logits(model)))
     return bytes_of(cache, length)
 
 
@@ -170,25 +170,15 @@ def _window_bytes(model: Any, chat: Chat | None, length: int) -> int:
 def _write(model: Any, writers: _Writers, length: int, told: Callable[[int], None]) -> list[list[int]]:
     opening = _opening(model, writers.chat)
     windows = [list(opening) if writers.chat is not None else [] for _ in range(writers.count)]
-    step, known = torch.tensor([opening] * writers.count), dict[str, Any]()
+    step, continuation = torch.tensor([opening] * writers.count), continuation_of(model, len(opening) + length)
     while len(windows[0]) < length:
-        output = model(step.to(model.device), use_cache=True, **known, **_last_logits(model))
-        name, cache = cache_of(output)
-        if not known:
-            reserve(cache, length)
-        known = {name: cache}
-        chosen = writers.choose(_draw(output.logits[:, -1], writers.draws[:, len(windows[0])]))
+        logits = continuation.logits(step)
+        chosen = writers.choose(_draw(logits, writers.draws[:, len(windows[0])]))
         for window, token in zip(windows, chosen, strict=True):
             window.append(token)
         step = torch.tensor(chosen)[:, None]
         told(len(windows[0]) * writers.count)
     return [window[:length] for window in windows]
-
-
-def _last_logits(model: Any) -> dict[str, int]:
-    """The argument that leaves out those of all tokens but the last, where the class knows it."""
-    name = "logits_to_keep"
-    return {name: 1} if name in inspect.signature(model.forward).parameters else {}
 
 
 def _draw(logits: torch.Tensor, uniform: torch.Tensor) -> list[int]:

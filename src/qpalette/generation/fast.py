@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from qpalette.backends.cuda.graphs import capture_graph
@@ -25,10 +25,9 @@ from qpalette.generation.request import NotOurs, NotRead, Request, request_of
 from qpalette.generation.step import Capture
 from qpalette.generation.worker import Worker, decoding_on
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
-from qpalette.nn.token_cache import TokenCache, holds
+from qpalette.nn.token_cache import ATTENTION, TokenCache, can_serve
 
 DEFAULT_LENGTH = 20  # tokens that transformers generates to where nothing is said
-ATTENTION = ("eager", "sdpa", "grouped")  # that read a static cache by its mask
 
 
 def fast(model: Any, compile: str = "never", cache: CacheMaker | None = None, slots: int = 1) -> Any:
@@ -72,26 +71,6 @@ def attach(
     keys and values as they are."""
     model.generate = Generate(model, compile, capture, cache, slots)
     return model.generate
-
-
-def can_serve(model: Any) -> bool:
-    """Whether the loop does what transformers' would: a decoder whose forward gets token, position and mask as any."""
-    return (
-        model.can_generate()
-        and not model.config.is_encoder_decoder
-        and holds(model.config)
-        and (_prepares_as_all(model) or _is_short_phi3(model.config))
-    )
-
-
-def _prepares_as_all(model: Any) -> bool:
-    names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
-    return all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in names)
-
-
-def _is_short_phi3(config: Any) -> bool:
-    """Phi3 reads its text anew where it grows so long that the rotary embedding changes; a plain one stays."""
-    return config.model_type == "phi3" and config.rope_parameters["rope_type"] == "default"
 
 
 class Generate:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import StaticCache
+from transformers import GenerationMixin, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+ATTENTION = ("eager", "sdpa", "grouped")  # that read a cache of fixed length by its mask
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -40,6 +42,26 @@ def holds(config: Any) -> bool:
     """Whether the model's cache is keys and values alone: no state of another kind, no layer without any."""
     kinds = {type(layer) for layer in StaticCache(config=config, max_cache_len=1).layers}
     return kinds <= {StaticLayer, StaticSlidingWindowLayer}
+
+
+def can_serve(model: Any) -> bool:
+    """Whether `model` is a decoder whose forward takes a `TokenCache`, and token, position and mask as any does."""
+    return (
+        model.can_generate()
+        and not model.config.is_encoder_decoder
+        and holds(model.config)
+        and (_prepares_as_all(model) or _is_short_phi3(model.config))
+    )
+
+
+def _prepares_as_all(model: Any) -> bool:
+    names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    return all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in names)
+
+
+def _is_short_phi3(config: Any) -> bool:
+    """Phi3 reads its text anew where it grows so long that the rotary embedding changes; a plain one stays."""
+    return config.model_type == "phi3" and config.rope_parameters["rope_type"] == "default"
 
 
 class TokenCache(StaticCache):

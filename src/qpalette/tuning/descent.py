@@ -16,13 +16,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qpalette.runtime import keeping
 from qpalette.tuning.options import Tuning, Watcher
-from qpalette.tuning.reference import Reference, divergence, logits_of
+from qpalette.tuning.reference import Reference, divergence
 from qpalette.tuning.state import State
 from qpalette.tuning.vectors import TunedVectors
 
 FILLS: Any = torch.utils.deterministic  # its attribute is made as it is imported
 SEEDS = 1_000_003  # between those of two runs: more than a run has epochs
+FLOAT32 = torch.float32.itemsize
 KEPT_SHARE = 0.25
+LOGITS_SHARE = (
+    1 / 40
+)  # of a GPU's memory, for the logits of windows that are read in one pass; the rest is some four times
 BACKWARD = 2  # passes that a backward pass takes; one more where activations are computed again
 
 
@@ -47,6 +51,7 @@ class Descent:
         self.model, self.vectors, self.windows, self.reference = model, vectors, windows, reference
         self.tuning, self.file, self.identity, self.watcher = tuning, file, identity, watcher
         self.training = len(windows) - tuning.held_out
+        self._logits_bytes = FLOAT32 * len(windows[0]) * model.config.get_text_config().vocab_size
         device = vectors.factors.device
         self.state = State.load(file, identity, device) or State.start(len(vectors), device)
 
@@ -78,9 +83,9 @@ class Descent:
 
     def _step(self, optimizer: torch.optim.Adam) -> None:
         tuning, state = self.tuning, self.state
-        for place in range(tuning.batch):
-            index = self._window_at(state.step * tuning.batch + place)
-            self._add_gradient(self.windows[index], self.reference.logits(index))
+        uses = range(state.step * tuning.batch, (state.step + 1) * tuning.batch)
+        for indices in self._passes([self._window_at(use) for use in uses]):
+            self._add_gradient(indices)
         self.vectors.take_gradient()
         for group in optimizer.param_groups:
             group["lr"] = tuning.rate_at(state.step)
@@ -89,24 +94,35 @@ class Descent:
         state.step += 1
         self._tell()
 
-    def _add_gradient(self, window: Tensor, true: Tensor) -> None:
+    def _add_gradient(self, indices: Sequence[int]) -> None:
         """Of the mean over a step's predictions of KL(original || quantized)."""
         with deterministic(self.model.device), recomputing(self.model, self.tuning.recompute):
-            logits = logits_of(self.model, window)
-            gradient = torch.empty_like(logits)
-            divergence(logits, true, gradient)
-            logits.backward(gradient.div_(len(gradient) * self.tuning.batch))
+            logits = self._logits(indices)
+            gradient = torch.zeros_like(logits)  # the last token predicts nothing that is known
+            for row, index in enumerate(indices):
+                divergence(logits[row, :-1], self.reference.logits(index), gradient[row, :-1])
+            logits.backward(gradient.div_((logits.shape[1] - 1) * self.tuning.batch))
+
+    def _logits(self, indices: Sequence[int]) -> Tensor:
+        """[windows, tokens, vocabulary]."""
+        windows = torch.stack([self.windows[index] for index in indices])
+        return self.model(windows.to(self.model.device), use_cache=False).logits
+
+    def _passes(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """As many windows at a time as are read side by side."""
+        width = side_by_side(self.model.device, self._logits_bytes)
+        return [indices[start : start + width] for start in range(0, len(indices), width)]
 
     def _look(self) -> None:
         """KL on the held-out windows, with the values as they would be stored."""
         state, total, count = self.state, 0.0, 0
         with self.vectors.as_stored(), torch.no_grad():
-            for index in range(self.training, len(self.windows)):
-                true = self.reference.logits(index)
+            for indices in self._passes(range(self.training, len(self.windows))):
                 with deterministic(self.model.device):
-                    logits = logits_of(self.model, self.windows[index])
-                total += float(divergence(logits, true))
-                count += len(logits)
+                    logits = self._logits(indices)
+                for row, index in enumerate(indices):
+                    total += float(divergence(logits[row, :-1], self.reference.logits(index)))
+                    count += logits.shape[1] - 1
         state.looks.append((state.step, total / count))
         if state.looks_since_best == 0:
             state.best = self.vectors.factors.detach().clone()
@@ -135,6 +151,14 @@ def passes(tuning: Tuning, windows: int) -> tuple[int, int]:
     """Forward passes over a window, or what takes as long, of a step and of a look. The original's are not counted: a
     window takes one."""
     return tuning.batch * (1 + BACKWARD + tuning.recompute), tuning.held_out
+
+
+def side_by_side(device: torch.device, logits_bytes: int) -> int:
+    """How many windows one pass reads, where the logits of one take so much. Starting the kernels takes the host longer
+    than a GPU takes for a window of a small model; a processor gains nothing."""
+    if device.type != "cuda":
+        return 1
+    return max(1, int(LOGITS_SHARE * torch.cuda.mem_get_info(device)[1] / logits_bytes))
 
 
 def codes_kept(device: torch.device) -> AbstractContextManager[None]:

@@ -18,13 +18,12 @@ from qpalette.models.model_class import text_config
 from qpalette.rotate import diagonal_of
 from qpalette.runtime import PackedLinear, packed_linear
 from qpalette.runtime.device import parse_device
-from qpalette.tuning.descent import room_for_codes
+from qpalette.tuning.descent import FLOAT32, room_for_codes, side_by_side
 from qpalette.tuning.options import Tuning
 from qpalette.tuning.reference import CHUNK, divergence
 from qpalette.tuning.run import Subject
 from qpalette.tuning.vectors import revised_records, vector_tensors
 
-FLOAT32 = torch.float32.itemsize
 LOGITS = 4  # of the model, of the original, and the gradient of both a slice and the whole
 BACKWARD_OF_ATTENTION = 2.5  # products: five against two
 
@@ -83,9 +82,10 @@ def _size(subject: Subject, key: str) -> int:
 
 
 def memory_bytes(subject: Subject, tuning: Tuning, dtype: torch.dtype, device: torch.device) -> int:
-    """Both models, what a window leaves for the backward pass, its logits, and the matrices that stay decoded."""
+    """Both models, what a pass leaves for the backward pass, its logits, and the matrices that stay decoded."""
     length, hidden = _length(subject, tuning), _size(subject, "hidden_size")
-    layers = _size(subject, "num_hidden_layers")
+    layers, logits = _size(subject, "num_hidden_layers"), FLOAT32 * length * _size(subject, "vocab_size")
+    windows = min(tuning.batch, side_by_side(device, logits))
     original = sum(info.nbytes // info.dtype.itemsize for info in subject.original.tensors.values()) * dtype.itemsize
     head = _size(subject, "vocab_size") * hidden * dtype.itemsize
     quantized, records = subject.artifact.inspect().tensor_bytes, subject.artifact.records.values()
@@ -93,7 +93,7 @@ def memory_bytes(subject: Subject, tuning: Tuning, dtype: torch.dtype, device: t
     kept = sum(2 * record.in_features + 2 * record.out_features for record in records)
     kept *= length * FLOAT32
     activations = kept // layers + layers * length * hidden * dtype.itemsize if tuning.recompute else kept
-    working = quantized + activations + LOGITS * length * _size(subject, "vocab_size") * FLOAT32
+    working = quantized + windows * (activations + LOGITS * logits)
     beside = head if tuning.cache else original
     decoded = min(sum(record.weights for record in records) * FLOAT32, room_for_codes(device, quantized + beside))
     return max(original, working + beside + decoded)

@@ -16,7 +16,7 @@ class Tuning:
     """Options. Raises InputError for a number that means nothing."""
 
     steps: int = 150
-    batch: int = 4  # windows whose gradients make one step; one is in memory at a time
+    batch: int = 4  # windows whose gradients make one step; on a processor one is in memory at a time
     learning_rate: float = 1e-3  # of scales and diagonals in proportion to themselves; falls by a cosine to zero
     window: int = 2048  # tokens; less in a model of shorter context
     windows: int | None = None  # to tune on: the first so many of the text; None: all but those held out
