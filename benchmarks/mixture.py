@@ -1,6 +1,6 @@
 """A mixture of experts that is trained, then quantized: what calibration, a plan, and a rate for each expert are worth.
 
-    python benchmarks/mixture.py --train TRAIN --text TEST --device cuda [--steps 1500] [--bits 2.5 --bits 3]
+    python benchmarks/mixture.py --train TRAIN --text TEST --device cuda [--steps 400] [--bits 2.5 --bits 3]
 
 A Qwen3-MoE of 8 experts, top 2, some 20 M parameters, trained on TRAIN with its own byte-pair tokenizer. KL from it is
 measured on TEST. Each budget, everything counted: data-free and on both sides, uniform; planned, with the experts of a
@@ -76,7 +76,7 @@ def main(
     train_text: Annotated[Path, typer.Option("--train")],
     text: Annotated[Path, typer.Option("--text")],
     device: str = "cpu",
-    steps: int = 1500,
+    steps: int = 400,
     bits: Annotated[list[str] | None, typer.Option()] = None,
     tokens: int = 131_072,
     windows: int = 16,

@@ -13,9 +13,9 @@ made once more from a calibration on such text (of another seed). With `--profil
 step go (`where_time_goes.py`), and seconds are no result.
 Calibrations, sensitivities and models stay in `--work`, so that a rerun goes on.
 
-    python benchmarks/two_sided.py --llama-8b [--bits 3.25] --device cuda --dtype bfloat16
+    python benchmarks/two_sided.py --llama-8b [--bits 3.25] [--layers 32] --device cuda --dtype bfloat16
 
-A random model of Llama-3.1-8B's shapes instead: seconds and peak GPU memory of each step.
+A random model of Llama-3.1-8B's shapes instead, or of its first layers: seconds and peak GPU memory of each step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerFast
 from where_time_goes import profiled
 
 import qpalette
-from qpalette.api import calibrated_sensitivities
+from qpalette.api import SENSITIVITIES, calibrated_sensitivities
 from qpalette.calibration import HessianStore
 from qpalette.cli.answer import parse_dtype
 from qpalette.codes import parse_spec
@@ -57,7 +57,7 @@ ROUNDINGS = {  # name -> sides, columns equalized
     "both sides": (BOTH, False),
     "both sides, equalized": (BOTH, True),
 }
-LLAMA_8B = {"hidden": 4096, "layers": 32, "inner": 14336, "kv": 1024, "vocabulary": 128256, "scale": 0.02}
+LLAMA_8B = {"hidden": 4096, "inner": 14336, "kv": 1024, "vocabulary": 128256, "scale": 0.02}
 PROFILED = [False]
 WORDS = 4096  # of the random model's text
 
@@ -81,6 +81,7 @@ def main(
     sampled: Annotated[bool, typer.Option(help="Also measure, and calibrate, on text of the model's own.")] = False,
     llama_8b: Annotated[bool, typer.Option(help="A random model of these shapes, timed.")] = False,
     bits: Annotated[str, typer.Option(help="With --llama-8b: of its plan.")] = "3.25",
+    layers: Annotated[int, typer.Option(help="With --llama-8b: that it has.")] = 32,
     profile: Annotated[bool, typer.Option(help="Tell where the seconds go.")] = False,
     work: Path = Path("out/two_sided"),
     name: str = "two_sided",
@@ -89,7 +90,7 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     options = {"tokens": tokens, "window": window, "draws": draws, "device": device, "dtype": parse_dtype(dtype)}
     if llama_8b:
-        time_llama_8b(work, bits, effort, options, "two_sided_8b" if name == "two_sided" else name)
+        time_llama_8b(work, bits, layers, effort, options, "two_sided_8b" if name == "two_sided" else name)
         return
     if model is None or text is None or calibration is None:
         raise typer.BadParameter("give MODEL, --text and --calibration, or --llama-8b")
@@ -134,11 +135,13 @@ class Trial:
             return None
         directory = self.work / file_name(sides)
         text = None if sides == SAMPLED else self.calibration
+        new = not directory.exists()
         seconds = timed(
             lambda: qpalette.calibrate(self.model, directory, text, one_sided=sides == ONE, **self.options),
             "calibrate",
         )[0]
-        self.facts.setdefault(f"seconds to calibrate, {sides}", round(seconds, 1))
+        if new:
+            self.facts[f"seconds to calibrate, {sides}"] = round(seconds, 1)
         return directory
 
     def run_uniform(self, rate: str, kind: str) -> None:
@@ -162,8 +165,10 @@ class Trial:
 
     def plan(self, budget: str, sides: str, directory: Path) -> BudgetPlan:
         options = {"device": self.device, "dtype": self.options["dtype"], "bands": self.bands}
+        new = not (directory / SENSITIVITIES).exists()
         seconds, known = timed(lambda: calibrated_sensitivities(self.model, directory, **options), "sensitivities")
-        self.facts.setdefault(f"seconds to measure sensitivities, {sides}", round(seconds, 1))
+        if new:
+            self.facts[f"seconds to measure sensitivities, {sides}"] = round(seconds, 1)
         space, checkpoint = Space(palette_of(self.effort)), open_checkpoint(self.model)
         return make_plan(known, Budget(Fraction(budget)), space, checkpoint, hessians=HessianStore.open(directory))
 
@@ -202,14 +207,14 @@ class Trial:
         return evaluate_models(quantized, self.reference, HessianStore.open(directory).held_out).kl
 
 
-def time_llama_8b(work: Path, bits: str, effort: str, options: dict[str, Any], name: str) -> None:
+def time_llama_8b(work: Path, bits: str, layers: int, effort: str, options: dict[str, Any], name: str) -> None:
     """Calibrate, measure, plan and round; rows of seconds and peak memory, each printed when it is known."""
     source, text, directory, out = (
         work / part for part in ("llama-8b", "words.txt", "llama-8b-moments", "llama-8b-out")
     )
     device, rows = options["device"], []
     if not source.exists():
-        write_llama(source, **LLAMA_8B)
+        write_llama(source, layers=layers, **LLAMA_8B)
         _write_tokenizer(source)
         words = random.Random(0).choices(range(WORDS), k=200_000)
         text.write_text(" ".join(f"w{word}" for word in words))
@@ -222,7 +227,7 @@ def time_llama_8b(work: Path, bits: str, effort: str, options: dict[str, Any], n
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.startswith("cuda") else None
         rows.append({"step": what, "seconds": round(seconds, 1), "peak GPU memory, GiB": peak})
         facts = {key: str(value) for key, value in options.items() if key != "device"}
-        report(name, device_name(device), rows, bits=bits, effort=effort, **facts)
+        report(name, device_name(device), rows, layers=layers, bits=bits, effort=effort, **facts)
         return found
 
     step("calibrate", lambda: qpalette.calibrate(source, directory, text, **options))
