@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from cpu_step import SKIPPED, quartile, times
-from report import processor, report
+from report import commit, processor, report
 
 from qpalette.api import cache_maker
 from qpalette.core.environment import CPU_BYTES
@@ -48,8 +47,7 @@ def main(
     for tokens in context or [32, 1024]:
         rows.append({"context": tokens, "type": dtype} | measured(specs, runners, captures, tokens, steps, rounds))
         gc.collect()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    report(name, processor(), rows, commit=commit, model=Path(model).name, steps=steps, rounds=rounds)
+    report(name, processor(), rows, commit=commit(), model=Path(model).name, steps=steps, rounds=rounds)
 
 
 def measured(

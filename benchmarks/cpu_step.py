@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from report import processor, report
+from report import commit, processor, report
 from transformers.generation.streamers import BaseStreamer
 
 from qpalette.backends.cpu.jit import name_of
@@ -63,9 +62,8 @@ def main(
             else:
                 rows.append(facts | measured(model, each, context, steps, rounds))
             gc.collect()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     load = os.getloadavg()[0]
-    report(name, processor(), rows, commit=commit, context=context, steps=steps, rounds=rounds, load=load)
+    report(name, processor(), rows, commit=commit(), context=context, steps=steps, rounds=rounds, load=load)
 
 
 def measured(path: str, dtype: str, context: int, steps: int, rounds: int) -> dict[str, Any]:

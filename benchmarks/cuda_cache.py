@@ -12,14 +12,13 @@ with what writes a token.
 from __future__ import annotations
 
 import itertools
-import subprocess
 from collections.abc import Callable
 from statistics import quantiles
 from typing import Annotated, Any
 
 import torch
 import typer
-from report import device_name, report
+from report import commit, device_name, report
 
 from qpalette.backends.cuda.attend import attend, attends
 from qpalette.backends.cuda.graphs import capture_graph
@@ -46,8 +45,7 @@ def main(
         for spec in code or CACHES:
             rows.append(row_of(spec, tokens, sequences, base))
             print(rows[-1], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    report(name, device_name("cuda"), rows, commit=commit)
+    report(name, device_name("cuda"), rows, commit=commit())
 
 
 def row_of(spec: str, tokens: int, batch: int, base: dict[str, float]) -> dict[str, Any]:

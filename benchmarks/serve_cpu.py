@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from report import processor, report
+from report import commit, processor, report
 from serve_load import WORDS
 
 from qpalette.core.environment import CPU_BYTES
@@ -38,7 +37,6 @@ def main(
 ) -> None:
     os.environ.setdefault(CPU_BYTES, "1")  # as the commands do
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     rows: list[dict[str, Any]] = []
     for count in clients or (1, 8):
         model, tokenizer = load_model(artifact, dtype=torch.float32)
@@ -55,7 +53,7 @@ def main(
         row = {"clients": count, "tokens": written, "CPU s": seconds, "tokens per CPU s": written / seconds}
         row["over one client"] = row["tokens per CPU s"] / rows[0]["tokens per CPU s"] if rows else 1.0
         rows.append(row)
-        facts = {"artifact": Path(artifact).name, "commit": commit, "batch": batch, "load": os.getloadavg()[0]}
+        facts = {"artifact": Path(artifact).name, "commit": commit(), "batch": batch, "load": os.getloadavg()[0]}
         report(name, processor(), rows, **facts)
 
 
