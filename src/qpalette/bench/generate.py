@@ -41,11 +41,12 @@ def measure_generate(
     steps: int,
     requests: int = REQUESTS,
     clock: Callable[[], float] = time.perf_counter,
+    cache: CachePlan | None = None,
 ) -> Speed:
     """Of requests for `steps` new tokens after random prompts of `context` tokens, by the times at which a streamer
-    gets them on the host: medians of `requests`, after a first one. `model` is one of `make_fast`. Seconds are of
-    `clock`: time.thread_time counts the processor's in this thread. Raises InputError as `check_steps`, and for more
-    tokens than the model's context has.
+    gets them on the host: medians of `requests`, after a first one. `model` is one of `make_fast` with this `cache`.
+    Seconds are of `clock`: time.thread_time counts the processor's in this thread. Raises InputError as `check_steps`,
+    and for more tokens than the model's context has.
     """
     check_steps(steps)
     check_positions(model, context + steps)
@@ -58,10 +59,10 @@ def measure_generate(
     warm = _warm_up(model, batch, context)
     later = [_token_times(model, batch, context, steps, clock) for _ in range(requests)]
     return Speed(
-        model=candidate.name,
+        model=candidate.title(cache),
         random_weights=candidate.random_weights,
         bits_per_weight=candidate.bits_per_weight,
-        cache=None if candidate.cache is None else str(candidate.cache),
+        cache=None if cache is None else str(cache),
         runner=GENERATE,
         batch=batch,
         context=context,
