@@ -447,7 +447,7 @@ def test_bench_times_codes_beside_the_original(tmp_path):
     assert found.exit_code == 0, found.output
     original, quantized = json.loads(found.stdout)["speeds"]
     assert "cache" not in original
-    assert quantized["cache"] == "white:vq-3"
+    assert quantized["cache"] == "vq-3"
 
 
 @pytest.mark.parametrize("runner", ["eager", "generate"])
@@ -462,7 +462,7 @@ def test_bench_times_caches_at_contexts_in_one_run(tmp_path, runner):
     assert found.exit_code == 0, found.output
     speeds = json.loads(found.stdout)["speeds"]
     assert [speed["context"] for speed in speeds] == [8, 20] * 3
-    assert [speed.get("cache") for speed in speeds] == [None] * 4 + ["white:vq-3"] * 2
+    assert [speed.get("cache") for speed in speeds] == [None] * 4 + ["vq-3"] * 2
     assert len({speed["model"] for speed in speeds}) == 3
     for place, speed in enumerate(speeds):
         ratio = None if place < 2 else speed["tokens_per_second"] / speeds[place % 2]["tokens_per_second"]
@@ -471,7 +471,7 @@ def test_bench_times_caches_at_contexts_in_one_run(tmp_path, runner):
         assert (speed["prefill_tokens_per_second"] is None) == (runner == "eager")
 
 
-@pytest.mark.parametrize("cache", [None, "white:vq-3,sinks=2,window=3"])
+@pytest.mark.parametrize("cache", [None, "white:vq-3,sinks=2,window=3", "balanced:nuq-3", "vq-3"])
 def test_a_filled_cache_is_as_long_as_a_prompt_makes_it(model, cache):
     plan = None if cache is None else parse_cache(cache)
     filled, read = (Decoder(model, 2, 20, 3, cache=plan) for _ in range(2))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qpalette.backends.cuda.graphs import capture_graph
+from qpalette.bench.stand_ins import stand_ins
 from qpalette.core.errors import InputError, UnsupportedError
 from qpalette.generation import CAPTURE_WARMUP, compile_options, most_likely
 from qpalette.kvcache import CachePlan
@@ -81,7 +82,9 @@ class Decoder:
         positions = context + self.left + 1
         _check(model, positions, runner)
         length = -(-positions // ALIGNMENT) * ALIGNMENT
-        self.cache: Any = CodedCache(model.config, cache, length) if cache else StaticCache(model.config, length)
+        self.cache: Any = StaticCache(model.config, length)
+        if cache is not None:
+            self.cache = CodedCache(model.config, cache, length, stand_ins(model, cache))
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.next_token = _compiled(model, runner)
         self.graph: Any = None

@@ -11,8 +11,9 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from qpalette.bench.decode import GENERATE, Speed, check_positions, release, weight_bytes
+from qpalette.bench.stand_ins import stand_ins
 from qpalette.core.errors import InputError
-from qpalette.generation import CodedTokenCache, Generate, fast
+from qpalette.generation import CacheMaker, CodedTokenCache, Generate, fast
 from qpalette.kvcache import CachePlan
 
 TENTH = 10  # tokens that a speed leaves out: the first are slow, and their number should not tell
@@ -26,9 +27,11 @@ def check_steps(steps: int) -> None:
 
 
 def make_fast(model: Any, compile: str, cache: CachePlan | None = None) -> None:
-    """As the commands do, and without a token that ends an answer. `cache` is white: what else its transforms could be
-    changes no time."""
-    maker = None if cache is None else lambda config, length: CodedTokenCache(config, length, cache, None)
+    """As the commands do, and without a token that ends an answer."""
+    maker: CacheMaker | None = None
+    if cache is not None:
+        transforms = stand_ins(model, cache)
+        maker = lambda config, length: CodedTokenCache(config, length, cache, transforms)  # noqa: E731
     fast(model, compile, maker)
     model.generation_config.eos_token_id = None
 

@@ -201,15 +201,13 @@ def _measure(
 
 
 def _cache(spec: str | None, model: str | None) -> CachePlan | None:
-    """White, whatever the plan's transforms: theirs have the same shapes, and there is nothing to calibrate on."""
     from qpalette.evaluate.cache import stored_plan
-    from qpalette.kvcache import WHITE, parse_cache
+    from qpalette.kvcache import parse_cache
     from qpalette.storage import local_path
 
     if spec == "none" or (spec is None and model is None):
         return None
-    found = stored_plan(Path(local_path(str(model)))) if spec is None else parse_cache(spec)
-    return None if found is None else replace(found, transform=WHITE)
+    return stored_plan(Path(local_path(str(model)))) if spec is None else parse_cache(spec)
 
 
 def _check_runner(runner: str | None, compile: str, steps: int, with_breakdown: bool, prefills: int) -> None:
