@@ -5,6 +5,10 @@
 A Qwen3-MoE of 8 experts, top 2, some 20 M parameters, trained on TRAIN with its own byte-pair tokenizer. KL from it is
 measured on TEST. Each budget, everything counted: data-free and on both sides, uniform; planned, with the experts of a
 layer sharing their specs, in tiers, and each with its own. The model stays in `--work`.
+
+    python benchmarks/mixture.py --dense --train TRAIN --device cuda --work DIR
+
+trains a Qwen2 of about that size, whose keys have biases, in `DIR/model`, and nothing else: for `benchmarks/cache.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 import typer
 from report import device_name, report
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3MoeConfig
 
 import qpalette
 from qpalette.api import calibrated_sensitivities
@@ -33,7 +37,12 @@ SIZES: dict[str, Any] = {
     **{"num_experts_per_tok": 2, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 64},
     **{"norm_topk_prob": True, "output_router_logits": True, "router_aux_loss_coef": 0.01, "tie_word_embeddings": True},
 }
-VOCABULARY, WINDOW, BATCH, RATE = 2048, 256, 32, 1e-3
+DENSE: dict[str, Any] = {
+    **{"hidden_size": 320, "intermediate_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 5},
+    **{"num_key_value_heads": 5, "head_dim": 64, "tie_word_embeddings": True, "max_position_embeddings": 2048},
+}
+VOCABULARY, RATE, TOGETHER = 2048, 1e-3, 8192  # tokens of a step
+WINDOW, LONG = 256, 2048  # tokens of a text: of the mixture; of the other one, as long as its cache is measured
 
 
 def tokenizer_of(text: Path) -> PreTrainedTokenizerFast:
@@ -45,20 +54,22 @@ def tokenizer_of(text: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def train(text: Path, directory: Path, device: str, steps: int) -> dict[str, float]:
-    """Writes the checkpoint; returns what it cost, and its last loss."""
+def train(text: Path, directory: Path, device: str, steps: int, dense: bool = False) -> dict[str, float]:
+    """Writes the checkpoint, of a mixture or `dense`; returns what it cost, and its last loss."""
     torch.manual_seed(0)
     tokenizer = tokenizer_of(text)
     ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"))["input_ids"], device=device)
-    config = Qwen3MoeConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **SIZES)
-    model = Qwen3MoeForCausalLM(config).to(device)
+    config: Any = Qwen3MoeConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **SIZES)
+    if dense:
+        config = Qwen2Config(vocab_size=len(tokenizer), **DENSE)
+    model, window = AutoModelForCausalLM.from_config(config).to(device), LONG if dense else WINDOW
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.05)
     start, loss = time.perf_counter(), torch.zeros(())
     for step in range(steps):
-        first = torch.randint(0, len(ids) - WINDOW, (BATCH, 1), device=device)
-        window = ids[first + torch.arange(WINDOW, device=device)]
-        loss = model(input_ids=window, labels=window).loss
+        first = torch.randint(0, len(ids) - window, (TOGETHER // window, 1), device=device)
+        chosen = ids[first + torch.arange(window, device=device)]
+        loss = model(input_ids=chosen, labels=chosen).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -66,7 +77,8 @@ def train(text: Path, directory: Path, device: str, steps: int) -> dict[str, flo
         schedule.step()
         if step % 100 == 0:
             print(f"step {step}: {loss.item():.3f}", flush=True)
-    model.config.output_router_logits = False
+    if not dense:
+        model.config.output_router_logits = False
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return {"seconds to train": round(time.perf_counter() - start, 1), "last loss": round(loss.item(), 3)}
@@ -74,7 +86,8 @@ def train(text: Path, directory: Path, device: str, steps: int) -> dict[str, flo
 
 def main(
     train_text: Annotated[Path, typer.Option("--train")],
-    text: Annotated[Path, typer.Option("--text")],
+    text: Annotated[Path | None, typer.Option("--text")] = None,
+    dense: Annotated[bool, typer.Option("--dense")] = False,
     device: str = "cpu",
     steps: int = 400,
     bits: Annotated[list[str] | None, typer.Option()] = None,
@@ -86,7 +99,12 @@ def main(
 ) -> None:
     source, moments, facts = work / "model", work / "moments", {"steps": steps, "effort": effort, "tokens": tokens}
     if not source.exists():
-        facts |= train(train_text, source, device, steps)
+        facts |= train(train_text, source, device, steps, dense)
+    if dense:
+        print(facts)
+        return
+    if text is None:
+        raise typer.BadParameter("a mixture is measured on --text")
     reference, tokenizer = load_model(source, device)
     facts["parameters"] = sum(parameter.numel() for parameter in reference.parameters())
     tests = token_windows(text, tokenizer, 1024, windows)

@@ -33,7 +33,7 @@ def main(sensitivities: str, profile: Annotated[str, typer.Option()] = "h100-lla
         )
         name = f"{bits} bits, {speed} tokens/s"
         candidate = from_config(name, shape, made.plan, torch.float16, device, "grouped")
-        (measured, _), *_ = measure([candidate], [batch], CONTEXT, STEPS, "compile-graph")
+        (measured, _), *_ = measure([candidate], [batch], [CONTEXT], STEPS, "compile-graph")
         predicted = made.planned.choice.seconds
         assert predicted is not None, "a plan within a speed has one"
         rows.append(

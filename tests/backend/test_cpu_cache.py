@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.tolerance import float32_error
 from torch import Tensor
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from qpalette.backends.cpu.jit import name_of
 from qpalette.backends.cpu.step import Program, ahead, instructions_of, kernels_of
@@ -18,7 +19,7 @@ from qpalette.core.errors import InputError
 from qpalette.kvcache import PAGE, Exact, Stream, Transform, VectorFormat, cache_palette, parse_code, shaped, white
 from qpalette.kvcache.shaping import BLOCK
 from qpalette.kvcache.vectors import scales_of, unpack
-from qpalette.nn.coded_states import CodedStates
+from qpalette.nn.coded_states import CodedPair, CodedStates
 from qpalette.runtime import select
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,7 +171,7 @@ def test_numbers_are_those_of_the_bytes(name, dim):
     assert (read[:, :, :150] - exact).norm() <= float32_error(dim) * exact.norm()
     assert not read[:, :, 150:].any()
     mine.transform = Transform(torch.eye(dim)[None], torch.eye(dim)[None], torch.zeros(1, dim))
-    del mine.__dict__["_constants"]
+    mine._constants = mine._turned()
     assert torch.equal(mine.read(torch.tensor(150), torch.tensor([0, 0]))[:, :, :150], coordinates)
 
 
@@ -318,7 +319,7 @@ def states() -> tuple[CodedStates, CodedStates]:
     keys, values = pair("nuq-4", 16)[1], pair("nuq-4", 16, unbiased=False)[1]
     for seed, stream in enumerate((keys, values)):
         write(stream, vectors(100, 16, seed))
-    return CodedStates.of(keys, values, torch.tensor(100), torch.tensor([0, 0]))
+    return CodedStates.of(CodedPair(keys, values, torch.tensor(100), torch.tensor([0, 0])))
 
 
 def test_whatever_looks_at_coded_states_sees_numbers(states):
@@ -348,6 +349,37 @@ def test_whatever_looks_at_coded_states_sees_numbers(states):
     torch.testing.assert_close(
         attend(query.double(), *(each.to(torch.float64) for each in states), attn_mask=masks(100)["all"]), wanted
     )
+
+
+def test_heads_that_are_repeated_stay_codes(states):
+    """As transformers does ahead of torch's attention; and numbers, where something else follows."""
+    repeated = [repeat_kv(each, 3) for each in states]
+    spread = states[0][:, :, None, :, :]
+    assert [type(each) for each in (*repeated, spread)] == [CodedStates] * 3
+    assert torch.equal(repeated[0] + 0, repeat_kv(states[0].decoded(), 3))
+    assert torch.equal(spread + 0, states[0].decoded()[:, :, None])
+    assert type(spread.expand(-1, -1, 2, -1, -1)) is type(spread.transpose(1, 2)) is Tensor
+    assert repeated[0].shape == repeat_kv(states[0].decoded(), 3).shape
+    query = vectors(1, 16).repeat_interleave(3, 1) / 9
+    query *= torch.linspace(1, 2, query.numel()).reshape(query.shape)
+    attend, plain = torch.nn.functional.scaled_dot_product_attention, [each.decoded() for each in repeated]
+    with reads_of(states) as read:
+        for mask in (masks(100)["padded"], masks(100)["all"]):
+            found = attend(query, *repeated, attn_mask=mask)
+            torch.testing.assert_close(found, attend(query, *plain, attn_mask=mask))
+    assert not read
+    heads = masks(100)["all"].repeat(1, query.shape[1], 1, 1)
+    torch.testing.assert_close(attend(query, *repeated, attn_mask=heads), attend(query, *plain, attn_mask=heads))
+
+
+@contextmanager
+def reads_of(states: tuple[CodedStates, CodedStates]) -> Iterator[list[Stream]]:
+    """Which streams are decoded meanwhile."""
+    seen: list[Stream] = []
+    with pytest.MonkeyPatch.context() as patch:
+        kind = type(states[0].stream)
+        patch.setattr(kind, "read", lambda self, *given: (seen.append(self), Stream.read(self, *given))[1])
+        yield seen
 
 
 def test_gradients_reach_queries_of_coded_states(states):

@@ -31,7 +31,8 @@ from qpalette.kvcache import (
 )
 from qpalette.kvcache.transform import made_of
 from qpalette.kvcache.vectors import BLOCK
-from qpalette.nn.coded_states import CodedStates
+from qpalette.nn.coded_cache import CodedCache
+from qpalette.nn.coded_states import CodedPair, CodedStates
 from qpalette.runtime import select
 
 pytestmark = [
@@ -250,7 +251,7 @@ def test_what_kernels_do_not_do_is_read() -> None:
     for stream in (keys, values):
         write(stream, vectors(1, 2, 50, 64), 0, (0,))
     given = (torch.tensor(50, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE))
-    states = CodedStates.of(keys, values, *given)
+    states = CodedStates.of(CodedPair(keys, values, *given))
     query = vectors(1, 2, 3, 64, 1) / 9
     mask = (torch.arange(100, device=DEVICE) < torch.tensor([[48], [49], [50]], device=DEVICE))[None, None]
     assert keys.attend(values, query, mask, *given, 0.1) is None
@@ -324,3 +325,59 @@ def test_generation_is_that_of_the_definition(spec: str, captured: bool, monkeyp
     print(spec, captured, found)
     assert found[0][:8] == found[1][:8], "logits lie far apart; later, one token may decide all others"
     assert same >= 8
+
+
+def test_a_compiled_step_is_the_eager_one() -> None:
+    """Both run the same kernels over codes; between them torch.compile rounds elsewhere."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    model = LlamaForCausalLM._from_config(config, dtype=torch.float16, attn_implementation="grouped").to(DEVICE).eval()
+    caches = [CodedCache(config, parse_cache("white:nuq-4,window=8"), 100) for _ in range(2)]
+    ids = torch.randint(3, 512, (2, 30), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    step = torch.compile(model.forward, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        for cache in caches:
+            model(ids, past_key_values=cache)
+        for token in ids[:, :12].split(1, 1):
+            compiled, eager = (
+                step(token, past_key_values=caches[0]).logits,
+                model(token, past_key_values=caches[1]).logits,
+            )
+            assert (compiled - eager).norm() <= 0.02 * eager.norm()
+    differ = [
+        (mine.codes != other.codes).float().mean()
+        for one, two in zip(*(cache.layers for cache in caches), strict=True)
+        for mine, other in zip(one.streams, two.streams, strict=True)
+    ]
+    assert max(differ) <= 0.05
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "grouped"])
+def test_a_step_decodes_nothing(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this version of transformers does with the heads of keys ahead of torch's attention."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=256,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=attention).to(DEVICE).eval()
+    cache, seen = CodedCache(config, parse_cache("white:nuq-3"), 100), []
+    own = select("cache", "nuq-3", DEVICE).stream
+    read = own.read
+    monkeypatch.setattr(own, "read", lambda self, *given: (seen.append(self), read(self, *given))[1])
+    with torch.no_grad():
+        for count in (30, 1, 1):
+            model(torch.zeros(1, count, dtype=torch.int64, device=DEVICE), past_key_values=cache)
+    assert not seen

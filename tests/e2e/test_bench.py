@@ -184,7 +184,7 @@ def test_one_model_is_gone_before_the_next_is_built(monkeypatch):
 
     monkeypatch.setattr(Candidate, "build", build)
     one, other = (from_config(name, CONFIG, None, torch.float32, CPU, None) for name in ("one", "other"))
-    assert len(list(measure([one, other], (1, 2), 8, 2, "eager", look=True))) == 4
+    assert len(list(measure([one, other], (1, 2), (8,), 2, "eager", look=True))) == 4
     assert alive == [0, 0]
 
 

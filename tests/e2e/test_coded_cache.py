@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 from tiny_model import VOCABULARY, build
+from torch._dynamo.backends.registry import lookup_backend
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import qpalette
+from qpalette.bench import Decoder
 from qpalette.calibration.attention_taps import watched
 from qpalette.calibration.cache_moments import cost_of_errors, key_moments, spread_offsets, stream_costs
 from qpalette.cli.app import app
@@ -20,6 +22,7 @@ from qpalette.generation import CodedTokenCache, attach
 from qpalette.kvcache import Exact, parse_cache
 from qpalette.nn.coded_cache import CodedCache, check_cacheable
 from qpalette.plan import Plan
+from qpalette.runtime import select
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FINE = "white:nuq-8,sinks=2"  # near enough for the same tokens where they are far apart
@@ -180,17 +183,66 @@ def test_a_type_without_kernels_runs_by_the_definition(model):
         logits_step_by_step(exact, ids[:, :1], wide)
 
 
-def test_compiled_it_is_the_same(model):
+@pytest.mark.parametrize("attention", ["sdpa", "grouped"])
+def test_compiled_it_is_the_same(model, attention):
+    """By the kernels' operators: attention over codes, where the attention function takes a layer of them."""
+    model, graphs = copy.deepcopy(model), []
+    model.set_attn_implementation(attention)
     ids, cache = tokens(2, 9), coded(model, "white:vq-2.5,sinks=2,window=3")
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
     with torch.no_grad():
         model(ids, past_key_values=cache)
         other = copy.deepcopy(cache)
-        step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+        step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=keep)
         for seed in range(3):
             token = tokens(2, 1, seed)
             found = step(token, past_key_values=cache).logits
             torch.testing.assert_close(found, model(token, past_key_values=other).logits, rtol=1e-4, atol=1e-4)
     assert cache.is_compileable
+    called = {str(node.target).rpartition("cpu_cache_")[2] for node in graphs[0].graph.nodes}
+    assert len(graphs) == 1
+    assert "write" in called
+    assert ("attend" in called, "read" in called) == ((True, False) if attention == "grouped" else (False, True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt_oss"])
+def test_a_first_prompt_is_not_decoded(kind, monkeypatch):
+    """It attends to itself as it came; what follows, and a prompt whose mask is for the whole cache, reads codes."""
+    options = {} if kind == "llama" else {"sliding_window": 8}
+    options |= {"num_local_experts": 2, "num_experts_per_tok": 1} if kind == "gpt_oss" else {}
+    model, seen = small(kind, **options), []
+    ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :5] = 0
+    kernels = type(select("cache", "nuq-2", model.device))
+    read = kernels.stream.read
+    monkeypatch.setattr(kernels.stream, "read", lambda self, *given: (seen.append(self), read(self, *given))[1])
+    with torch.no_grad():
+        for given in ({}, {"attention_mask": mask}):
+            cache = coded(model, "white:nuq-2", padding=given.get("attention_mask"))
+            found = model(ids, past_key_values=cache, **given).logits
+            wanted = model(ids, **given).logits
+            torch.testing.assert_close(found[:, 5:], wanted[:, 5:], rtol=1e-4, atol=1e-4)
+        assert not seen
+        model(ids[:, :3], past_key_values=cache)
+        assert len(seen) == 4
+        cache.reset()
+        seen.clear()
+        model(ids, past_key_values=cache)
+        assert not seen
+        model(ids, past_key_values=coded(model, "white:nuq-2", own_exact=False))
+        assert len(seen) == 4
+
+
+def test_a_prompt_with_a_mask_of_its_own_is_read_by_it(model):
+    ids, cache = tokens(1, 9), coded(model, FINE, length=12)
+    mask = torch.ones(9, 12, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        found = model(ids, attention_mask=mask, past_key_values=cache).logits
+        torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def small(kind: str, **options):
@@ -395,7 +447,43 @@ def test_bench_times_codes_beside_the_original(tmp_path):
     assert found.exit_code == 0, found.output
     original, quantized = json.loads(found.stdout)["speeds"]
     assert "cache" not in original
-    assert quantized["cache"] == "white:vq-3"
+    assert quantized["cache"] == "vq-3"
+
+
+@pytest.mark.parametrize("runner", ["eager", "generate"])
+def test_bench_times_caches_at_contexts_in_one_run(tmp_path, runner):
+    """One model with several caches, each row with its own ratio; without prompts no time of one is told."""
+    config = tmp_path / "config.json"
+    build("llama").config.save_pretrained(tmp_path)
+    options = ["--spec", "nuq-4", "--cache", "none", "--cache", "vq-3", "--batch", "1", "--context", "8"]
+    options += ["--context", "20", "--runner", runner, "--dtype", "float32", "--json"]
+    options += ["--steps", "2", "--prefills", "0"] if runner == "eager" else ["--steps", "12"]
+    found = CliRunner().invoke(app, ["bench", "--config", str(config), *options])
+    assert found.exit_code == 0, found.output
+    speeds = json.loads(found.stdout)["speeds"]
+    assert [speed["context"] for speed in speeds] == [8, 20] * 3
+    assert [speed.get("cache") for speed in speeds] == [None] * 4 + ["vq-3"] * 2
+    assert len({speed["model"] for speed in speeds}) == 3
+    for place, speed in enumerate(speeds):
+        ratio = None if place < 2 else speed["tokens_per_second"] / speeds[place % 2]["tokens_per_second"]
+        assert speed["ratio"] == ratio
+        assert (speed["prefill_seconds"] is None) == (runner == "eager")
+        assert (speed["prefill_tokens_per_second"] is None) == (runner == "eager")
+
+
+@pytest.mark.parametrize("cache", [None, "white:vq-3,sinks=2,window=3", "balanced:nuq-3", "vq-3"])
+def test_a_filled_cache_is_as_long_as_a_prompt_makes_it(model, cache):
+    plan = None if cache is None else parse_cache(cache)
+    filled, read = (Decoder(model, 2, 20, 3, cache=plan) for _ in range(2))
+    filled.fill()
+    read.prefill()
+    for decoder in (filled, read):
+        assert int(decoder.cache.get_seq_length()) == 20
+        decoder.step()
+        assert int(decoder.cache.get_seq_length()) == 21
+    for layer in filled.cache.layers:
+        numbers = layer.values if plan is None else layer.value_stream.read(torch.tensor(20), layer.starts)
+        assert numbers[:, :, :20].any(-1).all()
 
 
 def test_serving_elsewhere_has_its_own_cache():

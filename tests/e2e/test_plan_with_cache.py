@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from qpalette.cli.app import app
 from qpalette.core.errors import BudgetError, InputError
 from qpalette.evaluate.cache import stored_plan, stream_sensitivities
-from qpalette.kvcache import PAGE, CachePlan, lengths, parse_code
+from qpalette.kvcache import PAGE, CachePlan, lengths, parse_cache, parse_code
 from qpalette.pipeline.planning import longest_context, make_plan
 from qpalette.plan import (
     Budget,
@@ -204,6 +204,21 @@ def test_the_commands(tmp_path, checkpoint, known):
     assert (cache["context"], cache["batch"]) == (128, 2)
     assert 0 < cache["bytes"] < 60_000
     assert Plan.read(plan_file).cache == CachePlan.from_json(cache_file.read_text())
+    for given, wanted in (
+        (["--plan", str(plan_file)], Plan.read(plan_file).cache),
+        (["--plan", str(plan_file), "--cache", "white:vq-3"], parse_cache("white:vq-3")),
+        (["--spec", "nuq-4", "--cache", str(cache_file)], Plan.read(plan_file).cache),
+        (["--spec", "nuq-4"], None),
+    ):
+        made = run.invoke(app, ["quantize", model, str(tmp_path / "out"), "--fast", "--overwrite", *given])
+        assert made.exit_code == 0, made.output
+        assert stored_plan(tmp_path / "out") == wanted
+    wrong_layers = tmp_path / "wrong.json"
+    wrong_layers.write_text(CachePlan(("vq-3",) * 9, ("vq-3",)).to_json())
+    for wrong, message in ((str(wrong_layers), "9 layers"), ("vq-77", "is not a quantizer")):
+        said = run.invoke(app, ["quantize", model, str(tmp_path / "no"), "--bits", "4", "--cache", wrong])
+        assert said.exit_code == 1
+        assert message in said.output
     longest = run.invoke(app, ["plan", model, *options, "--context", "max"])
     assert longest.exit_code == 0, longest.output
     assert json.loads(longest.stdout)["cache"]["context"] >= CONTEXT

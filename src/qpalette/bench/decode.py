@@ -14,14 +14,17 @@ from typing import Any
 import torch
 
 from qpalette.backends.cuda.graphs import capture_graph
+from qpalette.bench.stand_ins import stand_ins
 from qpalette.core.errors import InputError, UnsupportedError
 from qpalette.generation import CAPTURE_WARMUP, compile_options, most_likely
 from qpalette.kvcache import CachePlan
-from qpalette.nn.coded_cache import CodedCache
+from qpalette.kvcache.vectors import SCALE_ONE
+from qpalette.nn.coded_cache import CodedCache, CodedLayer
 
 STEP_RUNNERS = ("eager", "graph", "compile", "compile-graph")
 GENERATE = "generate"  # not a step alone, but what the commands run: `bench/generate.py`
 RUNNERS = (*STEP_RUNNERS, GENERATE)
+PREFILLS = 3  # prompts that are timed, after a first one; the median counts
 WARMUP = 6  # steps: compilation, the allocator's first requests, three replays that CUDA graph trees record on
 PROFILED = 8  # steps for a look at where the time goes: enough to see the spread, few enough for a profiler's buffers
 ALIGNMENT = 64  # of the cache's length: masked attention kernels copy a mask whose rows are not aligned
@@ -38,7 +41,8 @@ class Speed:
     batch: int
     context: int  # tokens in the cache before the first step
     decode_seconds: float  # one step, one token for every sequence of the batch
-    prefill_seconds: float  # all `context` tokens of every sequence, until the first new token is on the host
+    prefill_seconds: float | None  # all `context` tokens of every sequence, until the first new token is on the host;
+    # None: there was no prompt, and the cache was filled with random numbers
     weight_bytes: int
     peak_bytes: int | None  # on a CUDA device, weights and cache included; None elsewhere
     # Of the runner "generate" alone: its first request, in seconds, and in tokens/s from the tenth token on; seconds
@@ -53,8 +57,8 @@ class Speed:
         return self.batch / self.decode_seconds
 
     @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.batch * self.context / self.prefill_seconds
+    def prefill_tokens_per_second(self) -> float | None:
+        return None if self.prefill_seconds is None else self.batch * self.context / self.prefill_seconds
 
 
 class Decoder:
@@ -78,7 +82,9 @@ class Decoder:
         positions = context + self.left + 1
         _check(model, positions, runner)
         length = -(-positions // ALIGNMENT) * ALIGNMENT
-        self.cache: Any = CodedCache(model.config, cache, length) if cache else StaticCache(model.config, length)
+        self.cache: Any = StaticCache(model.config, length)
+        if cache is not None:
+            self.cache = CodedCache(model.config, cache, length, stand_ins(model, cache))
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.next_token = _compiled(model, runner)
         self.graph: Any = None
@@ -95,6 +101,14 @@ class Decoder:
         self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
         self.token.tolist()
         return time.perf_counter() - start
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """The cache as after `context` tokens, of random numbers: what a step takes does not depend on them, and a long
+        prompt takes minutes."""
+        self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)  # takes memory
+        for layer in self.cache.layers:
+            _fill(layer, self.context)
 
     @torch.no_grad()
     def warm_up(self) -> None:
@@ -148,23 +162,34 @@ class Decoder:
 
 
 def measure_speed(
-    candidate: Any, model: Any, batch: int, context: int, steps: int, runner: str, prefills: int = 3
+    candidate: Any,
+    model: Any,
+    batch: int,
+    context: int,
+    steps: int,
+    runner: str,
+    prefills: int = PREFILLS,
+    cache: CachePlan | None = None,
 ) -> tuple[Speed, Decoder]:
-    """Prefill and decode at one batch size; the decoder comes back for a look at where the time goes."""
+    """Prefill, if it is to be timed at all, and decode at one batch size over a cache of codes, or of what they stand
+    for; the decoder comes back for a look at where the time goes."""
     cuda = model.device.type == "cuda"
     release()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    decoder = Decoder(model, batch, context, steps + PROFILED, runner, candidate.cache)
-    decoder.prefill()  # compiles kernels, and allocates
-    prefill = statistics.median(decoder.prefill() for _ in range(prefills))
+    decoder, prefill = Decoder(model, batch, context, steps + PROFILED, runner, cache), None
+    if prefills:
+        decoder.prefill()  # compiles kernels, and allocates
+        prefill = statistics.median(decoder.prefill() for _ in range(prefills))
+    else:
+        decoder.fill()
     decoder.warm_up()
     decode = decoder.time_steps(steps)
     speed = Speed(
-        model=candidate.name,
+        model=candidate.title(cache),
         random_weights=candidate.random_weights,
         bits_per_weight=candidate.bits_per_weight,
-        cache=None if candidate.cache is None else str(candidate.cache),
+        cache=None if cache is None else str(cache),
         runner=runner,
         batch=batch,
         context=context,
@@ -174,6 +199,22 @@ def measure_speed(
         peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
     )
     return speed, decoder
+
+
+def _fill(layer: Any, tokens: int) -> None:
+    """A layer of a cache that has its memory."""
+    if isinstance(layer, CodedLayer):
+        for stream in layer.streams:
+            stream.codes.random_()
+            stream.scales.fill_(SCALE_ONE)
+            stream.sinks.normal_()
+        layer.set_length(tokens)
+        return
+    layer.keys.normal_()
+    layer.values.normal_()
+    layer.cumulative_length.fill_(tokens)
+    if layer.is_sliding:
+        layer.cumulative_length_int = tokens
 
 
 def release() -> None:

@@ -11,8 +11,9 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from qpalette.bench.decode import GENERATE, Speed, check_positions, release, weight_bytes
+from qpalette.bench.stand_ins import stand_ins
 from qpalette.core.errors import InputError
-from qpalette.generation import CodedTokenCache, Generate, fast
+from qpalette.generation import CacheMaker, CodedTokenCache, Generate, fast
 from qpalette.kvcache import CachePlan
 
 TENTH = 10  # tokens that a speed leaves out: the first are slow, and their number should not tell
@@ -26,9 +27,11 @@ def check_steps(steps: int) -> None:
 
 
 def make_fast(model: Any, compile: str, cache: CachePlan | None = None) -> None:
-    """As the commands do, and without a token that ends an answer. `cache` is white: what else its transforms could be
-    changes no time."""
-    maker = None if cache is None else lambda config, length: CodedTokenCache(config, length, cache, None)
+    """As the commands do, and without a token that ends an answer."""
+    maker: CacheMaker | None = None
+    if cache is not None:
+        transforms = stand_ins(model, cache)
+        maker = lambda config, length: CodedTokenCache(config, length, cache, transforms)  # noqa: E731
     fast(model, compile, maker)
     model.generation_config.eos_token_id = None
 
@@ -41,11 +44,12 @@ def measure_generate(
     steps: int,
     requests: int = REQUESTS,
     clock: Callable[[], float] = time.perf_counter,
+    cache: CachePlan | None = None,
 ) -> Speed:
     """Of requests for `steps` new tokens after random prompts of `context` tokens, by the times at which a streamer
-    gets them on the host: medians of `requests`, after a first one. `model` is one of `make_fast`. Seconds are of
-    `clock`: time.thread_time counts the processor's in this thread. Raises InputError as `check_steps`, and for more
-    tokens than the model's context has.
+    gets them on the host: medians of `requests`, after a first one. `model` is one of `make_fast` with this `cache`.
+    Seconds are of `clock`: time.thread_time counts the processor's in this thread. Raises InputError as `check_steps`,
+    and for more tokens than the model's context has.
     """
     check_steps(steps)
     check_positions(model, context + steps)
@@ -58,10 +62,10 @@ def measure_generate(
     warm = _warm_up(model, batch, context)
     later = [_token_times(model, batch, context, steps, clock) for _ in range(requests)]
     return Speed(
-        model=candidate.name,
+        model=candidate.title(cache),
         random_weights=candidate.random_weights,
         bits_per_weight=candidate.bits_per_weight,
-        cache=None if candidate.cache is None else str(candidate.cache),
+        cache=None if cache is None else str(cache),
         runner=GENERATE,
         batch=batch,
         context=context,

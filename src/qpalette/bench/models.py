@@ -34,11 +34,15 @@ class Candidate:
     make: Callable[[], Any]
     random_weights: bool
     bits_per_weight: float | None = None  # of the quantized linears, everything counted; None where none is
-    cache: CachePlan | None = None  # of codes; None: keys and values as they are
+    caches: tuple[CachePlan | None, ...] = (None,)  # to time it with: of codes; None: keys and values as they are
 
     def build(self) -> Any:
         """The model on its device, in evaluation mode."""
         return self.make().eval()
+
+    def title(self, cache: CachePlan | None) -> str:
+        """What it is called with one of its caches."""
+        return self.name if cache is None else f"{self.name}, cache {cache}"
 
 
 class _Sketch(Checkpoint):

@@ -2,51 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+
+import torch
 
 from qpalette.bench.breakdown import Share, breakdown
-from qpalette.bench.decode import GENERATE, Speed, measure_speed, release
+from qpalette.bench.decode import GENERATE, PREFILLS, Speed, measure_speed, release
 from qpalette.bench.generate import make_fast, measure_generate
 from qpalette.bench.models import Candidate
+
+Result = tuple[Speed, list[Share] | None]
 
 
 def measure(
     candidates: Sequence[Candidate],
     batches: Sequence[int],
-    context: int,
+    contexts: Sequence[int],
     steps: int,
     runner: str,
     look: bool = False,
     compile: str = "never",
-) -> Iterator[tuple[Speed, list[Share] | None]]:
-    """The speed of every candidate at every batch size, and with `look` where a step goes at the first one.
-    `compile` is what the runner "generate" is told.
+    prefills: int = PREFILLS,
+    too_large: Callable[[str], None] | None = None,
+) -> Iterator[Result]:
+    """The speed of every candidate with each of its caches, at every context and batch size, and with `look` where a
+    step goes at the first ones. `compile` is what the runner "generate" is told; `prefills` how many prompts the others
+    time.
 
-    A candidate is gone before the next is built, so that its memory is in nobody else's peak.
+    A candidate is gone before the next is built, so that its memory is in nobody else's peak. What a device has no
+    memory for is told to `too_large`, and left out; None: torch.OutOfMemoryError goes on.
     """
     for candidate in candidates:
-        if runner == GENERATE:
-            yield from _measure_generate(candidate, batches, context, steps, compile)
-        else:
-            yield from _measure(candidate, batches, context, steps, runner, look)
+        model = candidate.build()
+        for cache in candidate.caches:
+            if runner == GENERATE:
+                make_fast(model, compile, cache)
+            for context, batch in product(contexts, batches):
+                try:
+                    if runner == GENERATE:
+                        result: Result = measure_generate(candidate, model, batch, context, steps, cache=cache), None
+                    else:
+                        speed, decoder = measure_speed(candidate, model, batch, context, steps, runner, prefills, cache)
+                        first = (context, batch) == (contexts[0], batches[0])
+                        result = speed, breakdown(decoder) if look and first else None
+                        del decoder
+                except torch.OutOfMemoryError:
+                    if too_large is None:
+                        raise
+                    too_large(f"{candidate.title(cache)}, context {context}, batch {batch}")
+                else:
+                    yield result
+                release()
+        del model
         release()
-
-
-def _measure(
-    candidate: Candidate, batches: Sequence[int], context: int, steps: int, runner: str, look: bool
-) -> Iterator[tuple[Speed, list[Share] | None]]:
-    model = candidate.build()
-    for batch in batches:
-        speed, decoder = measure_speed(candidate, model, batch, context, steps, runner)
-        shares = breakdown(decoder) if look and batch == batches[0] else None
-        del decoder
-        yield speed, shares
-
-
-def _measure_generate(
-    candidate: Candidate, batches: Sequence[int], context: int, steps: int, compile: str
-) -> Iterator[tuple[Speed, None]]:
-    model = candidate.build()
-    make_fast(model, compile, candidate.cache)
-    for batch in batches:
-        yield measure_generate(candidate, model, batch, context, steps), None

@@ -97,7 +97,7 @@ class Subject:
             key = f"steps of {self.model}, plan {plan.digest}, attention {attention}, batches {list(batches)}"
             if key not in partial.figures:
                 candidate = from_config("probe", self.config, plan, dtype, device, attention)
-                speeds = measure([candidate], batches, CONTEXT, STEPS, runner)
+                speeds = measure([candidate], batches, [CONTEXT], STEPS, runner)
                 partial.figures[key] = [speed.decode_seconds for speed, _ in speeds]
                 partial.save()
             return dict(zip(batches, partial.figures[key], strict=True))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qpalette.kvcache import CachePlan
     from qpalette.plan import Plan
 
-BATCHES = (1, 2, 4, 8, 16)
+BATCHES, CONTEXTS = (1, 2, 4, 8, 16), (1024,)
 
 
 Model = Annotated[str | None, typer.Argument(metavar="[OUT]", help="The quantized directory (or any other model).")]
@@ -52,7 +52,15 @@ Alone = Annotated[bool, typer.Option("--alone", help="Do not time the original."
 Batches = Annotated[
     list[int] | None, typer.Option("--batch", metavar="N", help="Repeatable.  [default: 1, 2, 4, 8, 16]")
 ]
-Context = Annotated[int, typer.Option("--context", metavar="N", help="Tokens in the cache.")]
+Contexts = Annotated[
+    list[int] | None, typer.Option("--context", metavar="N", help="Tokens in the cache. Repeatable.  [default: 1024]")
+]
+Prefills = Annotated[
+    int,
+    typer.Option(
+        "--prefills", metavar="N", help="Timed prompts; the median counts. 0: none, random numbers fill the cache."
+    ),
+]
 Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Timed steps; the median counts.")]
 Dtype = Annotated[
     str | None,
@@ -73,12 +81,12 @@ Compile = Annotated[
     str, typer.Option("--compile", help="With --runner generate: never, background or now, as `qpalette generate`.")
 ]
 Cache = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--cache",
         metavar="SPEC",
-        help="Keep keys and values as codes, those of the original not: vq-3, white:nuq-4, a plan file.  [default: "
-        "as OUT says]",
+        help="Keep keys and values as codes, those of the original not: vq-3, white:nuq-4, a plan file; none: as they "
+        "are. Repeatable.  [default: as OUT says]",
     ),
 ]
 Attention = Annotated[
@@ -104,8 +112,9 @@ def bench(
     reference: Reference = None,
     alone: Alone = False,
     batch: Batches = None,
-    context: Context = 1024,
+    context: Contexts = None,
     steps: Steps = 64,
+    prefills: Prefills = 3,
     dtype: Dtype = None,
     device: Device = "cpu",
     runner: Runner = None,
@@ -128,39 +137,42 @@ def bench(
     from qpalette.core.errors import InputError
     from qpalette.runtime.device import parse_device
 
-    batches = tuple(batch or BATCHES)
-    _check_numbers(batches, context, steps)
-    _check_runner(runner, compile, steps, with_breakdown)
-    _check_files(plot, out)
+    batches, contexts = tuple(batch or BATCHES), tuple(context or CONTEXTS)
+    _check_numbers(batches, contexts, steps, prefills)
+    _check_runner(runner, compile, steps, with_breakdown, prefills)
+    _check_files(plot, out, contexts)
     if layers is not None and (config is None or reference is not None):
         raise InputError("--layers goes with --config and random weights")
     quiet_transformers()
     where = parse_device(device)
     kind = dtype or ("float16" if where.type == "cuda" else "bfloat16")
-    common, coded = (parse_dtype(kind), where, attention), _cache(cache, model)
+    common, caches = (parse_dtype(kind), where, attention), tuple(_cache(one, model) for one in cache or [None])
     candidates = _quantized(model, config, spec or [], plan, head, rotation, layers, common)
-    candidates = [replace(candidate, cache=coded) for candidate in candidates]
+    candidates = [replace(candidate, caches=caches) for candidate in candidates]
     if not alone:
         candidates.insert(0, _original(model, config, reference, kind, layers, common))
     if not candidates:
         raise InputError("--alone with a bare --config leaves nothing to time: add --spec or --plan")
-    how = (batches, context, steps, runner or default_runner(where), with_breakdown, compile)
+    how = (batches, contexts, steps, runner or default_runner(where), with_breakdown, compile, prefills)
     speeds, shares = _measure(candidates, how, where, out)
     _tell(speeds, shares, where, plot, as_json)
 
 
-def _check_numbers(batches: tuple[int, ...], context: int, steps: int) -> None:
+def _check_numbers(batches: tuple[int, ...], contexts: tuple[int, ...], steps: int, prefills: int) -> None:
     from qpalette.core.errors import InputError
 
-    if min(*batches, context, steps, 1) < 1:
-        raise InputError("batch sizes, --context and --steps must be at least 1")
+    if min(*batches, *contexts, steps, prefills + 1) < 1:
+        raise InputError("batch sizes, --context and --steps must be at least 1, --prefills at least 0")
 
 
-def _check_files(plot: Path | None, out: Path | None) -> None:
+def _check_files(plot: Path | None, out: Path | None, contexts: tuple[int, ...]) -> None:
     if plot is not None:
+        from qpalette.core.errors import InputError
         from qpalette.report.pictures import check_picture
 
         check_picture(plot)
+        if len(contexts) > 1:
+            raise InputError("--plot draws one --context")
     if out is not None:
         check_folder(out)
 
@@ -173,32 +185,32 @@ def _measure(
 
     speeds: list[Speed] = []
     shares: dict[str, list[Share]] = {}
-    batches = how[0]
+    batches, contexts = how[:2]
+    total = sum(len(candidate.caches) for candidate in candidates) * len(batches) * len(contexts)
     with step_bar("models x batches") as bar:
-        for result, parts in measure(candidates, *how):
+        for result, parts in measure(candidates, *how, too_large=lambda what: print_note(f"{what}: no memory for it")):
             speeds.append(result)
             if parts:
                 shares[result.model] = parts
-            bar.show(len(speeds), len(candidates) * len(batches))
-            print_note(f"{result.model}, batch {result.batch}: {result.tokens_per_second:.1f} tokens/s")
+            bar.show(len(speeds), total)
+            where = f"context {result.context}, batch {result.batch}"
+            print_note(f"{result.model}, {where}: {result.tokens_per_second:.1f} tokens/s")
             if out is not None:
                 write_json(_report(speeds, shares, device), out)
     return speeds, shares
 
 
 def _cache(spec: str | None, model: str | None) -> CachePlan | None:
-    """White, whatever the plan's transforms: theirs have the same shapes, and there is nothing to calibrate on."""
     from qpalette.evaluate.cache import stored_plan
-    from qpalette.kvcache import WHITE, parse_cache
+    from qpalette.kvcache import parse_cache
     from qpalette.storage import local_path
 
     if spec == "none" or (spec is None and model is None):
         return None
-    found = stored_plan(Path(local_path(str(model)))) if spec is None else parse_cache(spec)
-    return None if found is None else replace(found, transform=WHITE)
+    return stored_plan(Path(local_path(str(model)))) if spec is None else parse_cache(spec)
 
 
-def _check_runner(runner: str | None, compile: str, steps: int, with_breakdown: bool) -> None:
+def _check_runner(runner: str | None, compile: str, steps: int, with_breakdown: bool, prefills: int) -> None:
     from qpalette.bench import GENERATE, check_steps
     from qpalette.core.errors import InputError
     from qpalette.generation import check_mode
@@ -208,6 +220,8 @@ def _check_runner(runner: str | None, compile: str, steps: int, with_breakdown: 
         check_steps(steps)
         if with_breakdown:
             raise InputError(f"--breakdown looks into a step alone: take another runner than {GENERATE}")
+        if not prefills:
+            raise InputError(f"runner {GENERATE} reads its prompts: take another one for --prefills 0")
     elif compile != "never":
         raise InputError(f"--compile goes with --runner {GENERATE}: the other runners say themselves what is compiled")
 
@@ -345,20 +359,23 @@ def device_name(device: Any) -> str:
 
 
 def _ratio(speed: Speed, speeds: list[Speed]) -> float | None:
-    """Tokens per second over the first model's at the same batch size; None for that one itself."""
-    first = next(other for other in speeds if other.batch == speed.batch)
-    return None if first is speed else speed.tokens_per_second / first.tokens_per_second
+    """Tokens per second over the first model's at the same context and batch size; None for that one itself, and where
+    it had no memory."""
+    alike = (speeds[0].model, speed.context, speed.batch)
+    first = next((other for other in speeds if (other.model, other.context, other.batch) == alike), None)
+    return None if first is None or first is speed else speed.tokens_per_second / first.tokens_per_second
 
 
 def _print(speeds: list[Speed], shares: dict[str, list[Share]], device: Any) -> None:
     columns: dict[str, Callable[[Speed], str]] = {
         "model": lambda speed: speed.model + (" (random weights)" if speed.random_weights else ""),
+        "context": lambda speed: str(speed.context),
         "batch": lambda speed: str(speed.batch),
         "tokens/s": lambda speed: f"{speed.tokens_per_second:.1f}",
         "ratio": lambda speed: _shown(_ratio(speed, speeds), "{:.2f}"),
         "ms per step": lambda speed: f"{1e3 * speed.decode_seconds:.3f}",
-        "prefill tokens/s": lambda speed: f"{speed.prefill_tokens_per_second:.0f}",
-        "first token": lambda speed: f"{1e3 * speed.prefill_seconds:.0f} ms",
+        "prefill tokens/s": lambda speed: _shown(speed.prefill_tokens_per_second, "{:.0f}"),
+        "first token": lambda speed: "" if speed.prefill_seconds is None else f"{1e3 * speed.prefill_seconds:.0f} ms",
         "at first": lambda speed: _shown(speed.first_token_seconds, "{:.2f} s"),
         "tokens/s at first": lambda speed: _shown(speed.first_tokens_per_second, "{:.1f}"),
         "warm": lambda speed: _shown(speed.warm_seconds, "{:.2f} s"),
@@ -370,8 +387,8 @@ def _print(speeds: list[Speed], shares: dict[str, list[Share]], device: Any) -> 
             del columns[name]
     rows = [tuple(cell(speed) for cell in columns.values()) for speed in speeds]
     first = speeds[0]
-    title = f"Decoding after {first.context} tokens on {device_name(device)}, runner {first.runner}"
-    caption = "ratio: tokens/s over the first model's at the same batch size; medians"
+    title = f"Decoding on {device_name(device)}, runner {first.runner}"
+    caption = "ratio: tokens/s over the first model's at the same context and batch size; medians"
     if "warm" in columns:
         caption += (
             "; at first: the first request, its first token and its speed from the tenth on; warm: until captured"

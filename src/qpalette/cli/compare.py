@@ -83,7 +83,7 @@ def _timed(row: Compared, device: Any, told: Callable[[int, int], None], done: i
     if row.failure is None:
         try:
             candidate = from_directory(row.model, row.model, dtype, device, None)
-            ((speed, _),) = measure([candidate], [1], PROMPT, NEW_TOKENS, GENERATE)
+            ((speed, _),) = measure([candidate], [1], [PROMPT], NEW_TOKENS, GENERATE)
             row = replace(row, tokens_per_second=speed.tokens_per_second)
         except Exception as error:  # whatever a model's code raises: the others go on
             row = replace(row, failure=f"its speed could not be measured ({reason(error)})")

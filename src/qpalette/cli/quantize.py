@@ -48,6 +48,7 @@ def quantize(
     also: option.Also = None,
     include: option.Include = None,
     exclude: option.Exclude = None,
+    cache: option.Cache = None,
     tune: option.Tune = False,
     text: option.Text = None,
     page: option.Page = None,
@@ -86,8 +87,8 @@ def quantize(
         run_recipe(
             model, out, budget, text, tokens, best, effort, dry_run, page, as_json,
             context=4096 if context is None else context, batch=1 if batch is None else batch,
-            prefer=prefer, target=target, rotation=rotation, seed=seed, exclude=exclude or (), device=device,
-            overwrite=overwrite,
+            prefer=prefer, target=target, rotation=rotation, seed=seed, exclude=exclude or (), cache=cache,
+            device=device, overwrite=overwrite,
         )  # fmt: skip
         return
     if best or memory is not None:
@@ -111,7 +112,7 @@ def quantize(
     options |= {"plan": plan, "size": disk, "sensitivity": sensitivity, "prefer": prefer, "target": target}
     options |= {"calibration": calibration, "damping": damping, "also": also or (), "device": device}
     options |= {"output_damping": output_damping, "equalize": equalize}
-    options |= {"include": include or (), "exclude": exclude or ()}
+    options |= {"include": include or (), "exclude": exclude or (), "cache": cache}
     options |= {"sign_seeds": sign_seeds, "workers": workers, "ray": ray}
     if tune and not dry_run:
         _quantize_and_tune(model, out, text, options, overwrite, as_json)

@@ -92,6 +92,14 @@ Exclude = Annotated[
     list[str] | None,
     typer.Option("--exclude", metavar="PATTERN", help="Leave linears of such names, '*.0.mlp.*', as they are."),
 ]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="SPEC",
+        help="How OUT keeps keys and values where nothing else is said: vq-3, a plan file.  [default: as --plan says]",
+    ),
+]
 Tune = Annotated[
     bool, typer.Option("--tune", help="Then tune row scales, diagonals and norms by KL, as qpalette tune does.")
 ]

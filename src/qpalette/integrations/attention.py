@@ -16,19 +16,20 @@ from transformers.masking_utils import sdpa_mask
 
 from qpalette.backends.cuda.attend import attend, attends
 from qpalette.core.errors import UnsupportedError
-from qpalette.nn.coded_states import CodedStates
+from qpalette.nn.coded_states import READER, CodedPair, CodedStates
 
 
 def grouped(
     module: Any,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Any,
+    value: Any,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [B, H, 1, D], key and value [B, H / G, L, D], mask [B, 1, 1, L] -> [B, 1, H, D]; sdpa for what is else.
+    """query [B, H, 1, D], key and value [B, H / G, L, D], mask [B, 1, 1, L] -> [B, 1, H, D]; sdpa for what is else. Key
+    and value may be a `CodedPair`, both the same one.
 
     One launch where the device has clusters of blocks (`backends/cuda/attend.cu`); elsewhere two products and a softmax
     in float32: the first product spreads over the keys, too.
@@ -37,12 +38,18 @@ def grouped(
     """
     if options.get("s_aux") is not None:
         raise UnsupportedError("grouped attention knows no attention sinks: use attn_implementation='eager'")
-    if isinstance(key, CodedStates) or not _groups(
-        query, key, attention_mask, options
-    ):  # sdpa gives codes whole groups
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, CodedStates):
+        key = key.layer
+    if isinstance(key, CodedPair):
+        rows, plain = _rows(query, key.keys.sinks), _is_plain(attention_mask, options)
+        found = key.attended(rows, attention_mask, scale) if plain else None
+        if found is not None:
+            return _heads(found, query), None
+        key, value = key.decoded()
+    if not _groups(query, key, attention_mask, options):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     assert attention_mask is not None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attends(query, key, value, attention_mask):
         return attend(query, key, value, attention_mask, scale), None
     scores = _rows(query, key) @ key.transpose(-1, -2) * scale
@@ -55,18 +62,20 @@ def grouped(
 
 def register() -> None:
     """Make it known to transformers, by the name "grouped"."""
-    AttentionInterface.register("grouped", grouped)
-    AttentionMaskInterface.register("grouped", sdpa_mask)
+    AttentionInterface.register(READER, grouped)
+    AttentionMaskInterface.register(READER, sdpa_mask)
 
 
 def _groups(
     query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, options: dict[str, Any]
 ) -> bool:
     """One new token, several queries to a key, one mask for all heads, and nothing that changes the scores."""
+    return query.shape[2] == 1 and query.shape[1] > key.shape[1] and _is_plain(attention_mask, options)
+
+
+def _is_plain(attention_mask: torch.Tensor | None, options: dict[str, Any]) -> bool:
     return (
-        query.shape[2] == 1
-        and query.shape[1] > key.shape[1]
-        and attention_mask is not None
+        attention_mask is not None
         and attention_mask.shape[1] == 1
         and not options.get("dropout")
         and options.get("position_bias") is None

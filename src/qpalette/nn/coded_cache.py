@@ -2,7 +2,8 @@
 
 What `update` gives back are all keys and values, decoded: any attention function of transformers reads them, with
 its sliding windows, soft caps and learned sinks. For one new token they are decoded when something looks at them
-(`CodedStates`), and not where a backend attends to codes.
+(`CodedStates`), and not where a backend attends to codes; under torch.compile that takes the attention function
+"grouped".
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from qpalette.core.errors import InputError, UnsupportedError
 from qpalette.kvcache import WHITE, CachePlan, Stream, Transform, white
-from qpalette.nn.coded_states import CodedStates
+from qpalette.nn.coded_states import READER, CodedPair, CodedStates
 from qpalette.runtime import select
 
 
@@ -57,9 +58,13 @@ class CodedLayer(StaticLayer):
 
     is_croppable = True
 
-    def __init__(self, max_cache_len: int, coding: LayerCoding, starts: Tensor | None, own_exact: bool) -> None:
+    def __init__(
+        self, config: Any, max_cache_len: int, coding: LayerCoding, starts: Tensor | None, own_exact: bool
+    ) -> None:
         super().__init__(max_cache_len)
+        self.config = config  # of the text model: which attention function reads is said there, and may change
         self.coding, self.given_starts, self.own_exact = coding, starts, own_exact
+        self.reads_alone = False  # the mask of the call to come is for its own tokens: there are no others
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Memory for tokens like these, [batch, heads, tokens, dim]. Raises InputError for a mask of another batch."""
@@ -81,28 +86,34 @@ class CodedLayer(StaticLayer):
     def memory(self) -> tuple[Tensor, ...]:
         return (*self.key_stream.memory, *self.value_stream.memory)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Code the new tokens; all `max_cache_len` keys and values, of which those that are not written are zeros or
-        what was cut off: the mask hides them. Raises InputError for tokens that have no room; a compiled or captured
-        step, which cannot look, leaves that to the device."""
+        what was cut off: the mask hides them; of a first prompt, its own. Raises InputError for tokens that have no
+        room; a compiled or captured step, which cannot look, leaves that to the device."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[-2]
         if not self.key_stream.refuses:
             self._check_room(count)
         tokens = torch.arange(count, device=self.device) + self.cumulative_length
-        both = (self.key_stream, key_states), (self.value_stream, value_states)
         self.key_stream.write_both(self.value_stream, key_states, value_states, tokens, self.starts)
         self.cumulative_length.add_(count)
+        alone, self.reads_alone = self.reads_alone, False
+        if alone:
+            return key_states, value_states
+        pair = CodedPair(self.key_stream, self.value_stream, self.cumulative_length, self.starts)
         if count == 1 and self.key_stream.is_fused:
-            return CodedStates.of(self.key_stream, self.value_stream, self.cumulative_length, self.starts)
-        dense = [stream.read(self.cumulative_length, self.starts).to(states.dtype) for stream, states in both]
+            if not torch.compiler.is_compiling():
+                return CodedStates.of(pair)
+            if self.config._attn_implementation == READER:
+                return pair, pair
+        keys, values = pair.decoded()
         if self.own_exact and count > 1:
-            dense = [read.index_copy(2, tokens, states) for read, (_, states) in zip(dense, both, strict=True)]
-        return dense[0], dense[1]
+            return keys.index_copy(2, tokens, key_states), values.index_copy(2, tokens, value_states)
+        return keys, values
 
     def _check_room(self, count: int) -> None:
-        if self.coding.layer or torch.compiler.is_compiling() or _capturing(self.cumulative_length):
+        if self.coding.layer or not _may_look(self.cumulative_length):
             return  # one layer stands for all: to look makes the host wait
         if (needed := int(self.cumulative_length) + count) > self.max_cache_len:
             raise InputError(f"the cache has room for {self.max_cache_len} tokens, not for {needed}: make it longer")
@@ -192,7 +203,18 @@ class CodedCache(Cache):
         starts = None if padding is None else padding.long().argmax(-1)
         self.plan, self.length = plan, length
         codings = codings_of(plan, count, transforms)
-        super().__init__(layers=[CodedLayer(length, coding, starts, own_exact) for coding in codings])
+        text = config.get_text_config(decoder=True)
+        super().__init__(layers=[CodedLayer(text, length, coding, starts, own_exact) for coding in codings])
+        self.own_exact = own_exact
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As transformers'; asked before the layers take the tokens. A prompt that comes first reads itself alone: its
+        mask is a triangle, which attention functions know without a mask, and nothing is decoded."""
+        length = self.layers[layer_idx].cumulative_length
+        alone = self.own_exact and query_length > 1 and _may_look(length) and int(length) == 0
+        for layer in self.layers:
+            layer.reads_alone = alone
+        return (query_length, 0) if alone else super().get_mask_sizes(query_length, layer_idx)
 
     @property
     def feed(self) -> int | None:
@@ -246,5 +268,8 @@ def _starts_of(given: Tensor | None, batch: int) -> Tensor:
     return given.repeat_interleave(batch // len(given))
 
 
-def _capturing(like: Tensor) -> bool:
-    return like.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _may_look(like: Tensor) -> bool:
+    """Whether the host may ask for a number of the device: it is neither compiled nor captured what runs."""
+    if torch.compiler.is_compiling():
+        return False
+    return like.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

@@ -8,6 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from qpalette.calibration.feedback import DAMPING
 from qpalette.calibration.hessians import HessianStore
 from qpalette.calibration.rounding import OUTPUT_DAMPING, Rounding
@@ -16,8 +18,10 @@ from qpalette.codes.trellis import EFFORT
 from qpalette.core.errors import CheckpointError, SpecError
 from qpalette.core.rate import parse_rate
 from qpalette.core.records import SIGNS, LinearGroup
+from qpalette.kvcache import CachePlan, parse_cache
 from qpalette.models import check_complete, find_groups
 from qpalette.models.resolver import NO_CLASS
+from qpalette.nn.coded_cache import check_cacheable
 from qpalette.pipeline.forecast import forecast_seconds
 from qpalette.pipeline.jobs import Estimate, estimate
 from qpalette.pipeline.planning import even_sensitivities, make_plan
@@ -63,6 +67,7 @@ def quantize(
     also: Sequence[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    cache: str | CachePlan | None = None,
     device: str = "cpu",
     workers: int = 1,
     ray: str | None = None,
@@ -95,8 +100,9 @@ def quantize(
     diagonal makes columns alike, for 16 bits per input in place of 1. `also` names what is left alone
     otherwise: "lm_head", "embed_tokens". `include` and `exclude` are patterns over the names of linears, of those in a
     plan as well: with `include` only what matches one is quantized, and what matches an `exclude` is not (all as in
-    `find_groups`). `device` is where weights are encoded, such as "cuda"; `workers`, `ray` and `sign_seeds` as in
-    `quantize_checkpoint`.
+    `find_groups`). `cache` is how the model keeps keys and values unless it is told otherwise, as `qpalette.cache`
+    takes it; None: as the plan says, or as they are. `device` is where weights are encoded, such as "cuda"; `workers`,
+    `ray` and `sign_seeds` as in `quantize_checkpoint`.
 
     Raises SpecError on options that mean nothing or do not fit the model, BudgetError naming the least that is possible
     on a budget that nothing fits, CheckpointError on a model that cannot be read, HessianError on Hessians that are
@@ -116,6 +122,7 @@ def quantize(
     rounding = Rounding(damping, output_damping, equalize)
     checkpoint = open_checkpoint(model)
     _check_packable(checkpoint)
+    coded = None if cache is None else cache_for(checkpoint, cache)
     wanted: dict[str, Any] = {"include": include, "exclude": exclude}
     if ready is not None:
         ready = ready if effort is None else ready.with_effort(effort)
@@ -129,6 +136,7 @@ def quantize(
         options |= {"rotation": rotation, "seed": seed}
         palette = preferred(palette_of(effort or "standard"), prefer, profile_of(target, device))
         ready = _plan_within(checkpoint, bits, size, known, palette, wanted, options)
+    ready = ready if coded is None else replace(ready, cache=coded)
     if dry_run:
         check_complete(checkpoint)
         return replace(
@@ -149,6 +157,13 @@ def quantize(
         overwrite=overwrite,
         base_model=base_model,
     )
+
+
+def cache_for(checkpoint: Checkpoint, cache: str | CachePlan) -> CachePlan:
+    """What it means for this model. Raises SpecError, and UnsupportedError for a model whose cache cannot be coded."""
+    plan = parse_cache(cache) if isinstance(cache, str) else cache
+    plan.of_layer(0, check_cacheable(AutoConfig.for_model(**checkpoint.config)))
+    return plan
 
 
 def _check_packable(checkpoint: Checkpoint) -> None:

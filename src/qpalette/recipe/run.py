@@ -22,7 +22,9 @@ from qpalette.core.errors import CheckpointError, HessianError, SpecError
 from qpalette.core.files import locked
 from qpalette.evaluate.sampled_text import TOKEN_FILE
 from qpalette.evaluate.text_source import check_text
+from qpalette.kvcache import CachePlan
 from qpalette.models import check_complete, find_groups, token_tables
+from qpalette.pipeline.api import cache_for
 from qpalette.pipeline.output import Output
 from qpalette.pipeline.planning import BudgetPlan, even_sensitivities, make_plan
 from qpalette.pipeline.quantize import rehearsed_jobs
@@ -55,6 +57,7 @@ class Wish:
     budget: Budget
     space: Space
     options: dict[str, Any]  # of `make_plan`
+    cache: CachePlan | None = None  # of the result, where it is not left as it is
 
     @classmethod
     def of(
@@ -72,6 +75,7 @@ class Wish:
         rotation: str = "full",
         seed: int = 0,
         exclude: Sequence[str] = (),
+        cache: str | CachePlan | None = None,
         device: str = "cpu",
         overwrite: bool = False,
     ) -> Wish:
@@ -83,7 +87,8 @@ class Wish:
         checkpoint = open_checkpoint(model)
         palette = preferred(palette_of(recipe.effort), prefer, profile_of(target, device))
         options = {"context": context, "rotation": rotation, "seed": seed, "exclude": exclude, "device": device}
-        wish = cls(checkpoint, budget, Space(palette, batch=batch), options).rehearsed()
+        coded = None if cache is None else cache_for(checkpoint, cache)
+        wish = cls(checkpoint, budget, Space(palette, batch=batch), options, coded).rehearsed()
         check_complete(checkpoint)
         return wish
 
@@ -126,9 +131,9 @@ def compress(
 
     `model` is a directory, a .gguf file or a Hub id. `text`, a UTF-8 file, is what it is calibrated and tuned on; None:
     the model writes it. `recipe` says how much each step may cost, by default what suits the device. `options` are
-    context, batch, prefer, target, rotation, seed and exclude, as in `quantize` and `make_plan`; embeddings and output
-    head are planned with the linears unless `exclude` names them. `watcher` is told of
-    the stages "text", "calibrate", "sensitivities", "quantize", "original" and "tuning".
+    context, batch, prefer, target, rotation, seed, exclude and cache, as in `quantize` and `make_plan`; embeddings and
+    output head are planned with the linears unless `exclude` names them. `watcher` is told of the stages "text",
+    "calibrate", "sensitivities", "quantize", "original" and "tuning".
 
     Raises BudgetError naming the least that is possible, SpecError, InputError, CheckpointError and ArtifactError as
     the steps do; what can be known beforehand before the work.
@@ -167,6 +172,7 @@ def compress(
         out,
         moments / WRITTEN if text is None else text,
         plan=found.plan,
+        cache=wish.cache,
         calibration=moments,
         tuning=replace(fitted(recipe.tuning, store.calibration.tokens), seed=seed),
         device=device,

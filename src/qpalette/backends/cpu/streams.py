@@ -1,8 +1,8 @@
-"""A cache of codes on a CPU: `kvcache.Stream` with compiled kernels, as operators that a program can have recorded."""
+"""A cache of codes on a CPU: `kvcache.Stream` with compiled kernels, as operators that a program can have recorded,
+and that torch.compile calls as they are."""
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,10 +45,14 @@ _Parts = tuple[list[Tensor], list[Tensor], str, bool]  # memory, constants, code
 class CpuStream(Stream):
     """The bytes are those of the definition, but where rounding decides between two that are equally near."""
 
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._constants = self._turned()
+
     @property
     def is_fused(self) -> bool:
-        """As `Stream.is_fused`. torch.compile gets the definition, of which it makes code of its own."""
-        return self.sinks.dtype in TYPES and not torch.compiler.is_compiling()
+        """As `Stream.is_fused`."""
+        return self.sinks.dtype in TYPES
 
     @property
     def refuses(self) -> bool:
@@ -94,8 +98,7 @@ class CpuStream(Stream):
     def _parts(self) -> _Parts:
         return [*self.memory], self._constants, self.format.code.name, self.format.unbiased
 
-    @cached_property
-    def _constants(self) -> list[Tensor]:
+    def _turned(self) -> list[Tensor]:
         transform, nothing = self.transform, torch.empty(0)
         feedback, gain = (nothing, nothing) if transform.shaping is None else transform.shaping
         turned = [transform.matrix.mT, transform.inverse, transform.inverse.mT, transform.mean]
@@ -137,6 +140,22 @@ def _attend(query: Tensor, mask: Tensor, count: Tensor, starts: Tensor, scale: f
 
 for name, implementation in (("write", _write), ("read", _read), ("attend", _attend)):
     LIBRARY.impl(f"cpu_cache_{name}", implementation, "CPU")
+
+
+@torch.library.register_fake("qpalette::cpu_cache_write", lib=LIBRARY)
+def _written(*given: object) -> None:
+    return None
+
+
+@torch.library.register_fake("qpalette::cpu_cache_read", lib=LIBRARY)
+def _read_shape(count: Tensor, starts: Tensor, memory: list[Tensor], constants: list[Tensor], *rest: Any) -> Tensor:
+    batch, heads, _, dim = memory[1].shape
+    return memory[1].new_empty(batch, heads, rest[-1], dim, dtype=torch.float32)
+
+
+@torch.library.register_fake("qpalette::cpu_cache_attend", lib=LIBRARY)
+def _attended_shape(query: Tensor, mask: Tensor, count: Tensor, starts: Tensor, scale: float, *streams: Any) -> Tensor:
+    return query.new_empty(*query.shape[:3], streams[4][1].shape[-1])
 
 
 def _words(memory: list[Tensor], constants: list[Tensor], *rest: Any) -> list[Any]:

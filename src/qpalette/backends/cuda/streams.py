@@ -1,4 +1,5 @@
-"""A cache of codes on a GPU: `kvcache.Stream` with compiled kernels, as operators that a CUDA graph may capture."""
+"""A cache of codes on a GPU: `kvcache.Stream` with compiled kernels, as operators that a CUDA graph may capture,
+and that torch.compile calls as they are."""
 
 from __future__ import annotations
 
@@ -40,9 +41,9 @@ class CudaStream(Stream):
 
     @property
     def is_fused(self) -> bool:
-        """As `Stream.is_fused`. torch.compile gets the definition, of which it makes code of its own."""
+        """As `Stream.is_fused`."""
         fits = self.sinks.dtype in (torch.float16, torch.bfloat16) and self.format.dim <= MOST_DIM
-        return fits and self.format.dim % BLOCK == 0 and not torch.compiler.is_compiling()
+        return fits and self.format.dim % BLOCK == 0
 
     def write(self, vectors: Tensor, tokens: Tensor, starts: Tensor) -> None:
         """As `Stream.write`; tokens that have no room are left out."""
@@ -281,8 +282,8 @@ def _written(*given: object) -> None:
 def _read_shape(
     count: Tensor, starts: Tensor, memory: list[Tensor], constants: list[Tensor], code: str, length: int
 ) -> Tensor:
-    batch, heads, _, dim = memory[1].shape
-    return memory[1].new_empty(batch, heads, length, dim, dtype=torch.float32)
+    (batch, heads, _, dim), room = memory[1].shape, memory[0].shape[2] * coded.PAGE
+    return memory[1].new_empty(batch, heads, room, dim, dtype=torch.float32)[:, :, :length]
 
 
 @torch.library.register_fake("qpalette::cuda_cache_attend", lib=LIBRARY)
