@@ -93,11 +93,8 @@ __device__ __forceinline__ void multiply_segment(const Problem &problem, const S
     D::fill(shared, segment.entries);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    if (warp == 0) {
-        __syncwarp();  // the barriers are there
-        ring.begin(x, chunks, own, lane);
-    }
-    __syncthreads();  // and for all, and the table is
+    __syncthreads();  // the barriers and the table are there
+    if (warp == 0) ring.begin(x, chunks, own, lane);
     Sums sums = {};
     while (ring.left > 0) {
         codes.first += Ring::control().parts * D::CHUNK_BYTES;
