@@ -28,7 +28,8 @@ from qpalette.backends.cuda.experts import SOURCE as EXPERTS_SOURCE
 from qpalette.backends.cuda.layout import CHUNK
 from qpalette.backends.cuda.multiply import SOURCE, kernel_macros
 from qpalette.backends.cuda.segments import DeviceLimits, with_segments
-from qpalette.backends.cuda.tiles import columns_there, shape_of, source_of
+from qpalette.backends.cuda.tiles import COLUMNS, most_columns, shape_of
+from qpalette.backends.cuda.tiles import SOURCE as TILES_SOURCE
 
 # Dynamic shared memory that a block may ask for, in KiB (CUDA C++ Programming Guide, technical specifications).
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
@@ -52,7 +53,6 @@ SETS = (  # of decoders in one kernel
     ("tcq2-2", "tcq2-2.5", "tcq2-2.75", "tcq2-3", "tcq2-3.25", "tcq2-3.5", "tcq2-4", "tcq2-4.5"),
 )
 WEIGHTS_OF_LANE = 8 * CHUNK
-PRODUCTS = ("HMMA", "HGMMA")  # of a warp, of four
 
 
 def disassembler() -> Path | None:
@@ -82,7 +82,7 @@ def loops_of(code: bytes) -> list[list[str]]:
         target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
         if target and labels.get(target[1], at) < at:
             body = lines[labels[target[1]] : at + 1]
-            products, exits = (sum(name in line for line in body for name in names) for names in (PRODUCTS, ("EXIT",)))
+            products, exits = (sum(name in instruction for instruction in body) for name in ("HMMA", "EXIT"))
             if products >= CHUNK and not exits:
                 ranges.append(range(labels[target[1]], at + 1))
     inner = [own for own in ranges if not any(o != own and own[0] <= o[0] and o[-1] <= own[-1] for o in ranges)]
@@ -126,11 +126,11 @@ def main() -> None:
         for batch in (1, 16)
     ]
     rows += [
-        row_of("tiles", source_of(shape), [spec], arch, columns, shape.macros)
+        row_of("tiles", TILES_SOURCE, [spec], arch, columns, shape_of(limits[arch], columns).macros)
         for spec in SPECS
         for arch in SHARED
-        for columns in columns_there(limits[arch])
-        for shape in (shape_of(limits[arch], columns),)
+        for columns in COLUMNS
+        if columns <= most_columns(limits[arch])
     ]
     rows += [
         row_of("experts", EXPERTS_SOURCE, specs, arch, RUN, kernel_macros(limits[arch], RUN))

@@ -11,7 +11,6 @@ from test_cuda_products import check, members
 
 from qpalette.backends.cuda import tiles
 from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct
-from qpalette.backends.cuda.rotate import rotate
 from qpalette.backends.cuda.segments import DeviceLimits, device_limits
 from qpalette.backends.cuda.tiles import CLUSTERS, Shape, clusters_there, shape_of
 from qpalette.runtime import PackedLinear, backends
@@ -62,20 +61,10 @@ def test_the_same_bits_in_any_cut(
 
     def other(limits: DeviceLimits, columns: int) -> Shape:
         shape = shape_of(limits, columns)
-        row_tiles = 1 if shape.in_teams else 3 - shape.row_tiles
-        return replace(shape, row_tiles=row_tiles, stages=1, threads=128, table_bytes=shape.table_bytes // 2)
+        return replace(shape, row_tiles=3 - shape.row_tiles, stages=1, threads=128, table_bytes=shape.table_bytes // 2)
 
     monkeypatch.setattr(tiles, "shape_of", other)
     assert torch.equal(product(found, x), wanted), "other warps, stages, tables"
-
-
-def test_columns_lie_in_the_order_that_wgmma_reads() -> None:
-    """Of a block of 32 inputs and eight columns: [eight inputs][column], where other products have [column][lane]."""
-    (found,) = members(["nuq-3"], [16], 2880)
-    x = torch.randn(96, 2880, device="cuda", dtype=torch.float16)
-    lanes, cores = (rotate(x, found.diagonal, found.rotation, 48, cores=cores).values for cores in (False, True))
-    blocks = lanes.view(-1, 8, 4, 2, 2, 2)  # column, two inputs of a lane, 16 inputs, 8 inputs, input
-    assert torch.equal(cores.view(-1, 2, 2, 8, 4, 2), blocks.permute(0, 3, 4, 1, 2, 5))
 
 
 def test_a_token_is_the_same_bits_in_any_company() -> None:

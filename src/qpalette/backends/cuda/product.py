@@ -12,7 +12,7 @@ from qpalette.backends.cuda.multiply import MOST_BATCH, ProductLaunch
 from qpalette.backends.cuda.rotate import ALIGNMENT, TYPES, RotationLaunch, aligned, padded_columns, type_of_values
 from qpalette.backends.cuda.scratch import ONE_AT_A_TIME, scratch
 from qpalette.backends.cuda.segments import MOST_SEGMENTS, device_limits
-from qpalette.backends.cuda.tiles import TileLaunch, columns_of, reads_cores
+from qpalette.backends.cuda.tiles import TileLaunch, columns_of
 from qpalette.backends.cuda.unpack import SLAB_BYTES, RescaleLaunch, UnpackLaunch, cut_into_slabs
 from qpalette.core.records import TILE
 from qpalette.runtime import PackedLinear
@@ -112,19 +112,11 @@ class _FusedProduct:
         first = members[0]
         self.tokens, self.device = tokens, first.codes.device
         launch = launch_of(tokens)
-        limits = device_limits(self.device.index or 0)
-        lots, batch = columns_of(tokens, limits)
+        lots, batch = columns_of(tokens, device_limits(self.device.index or 0))
         self.value_bytes = 2 * lots * batch * padded_columns(first.in_features)
         self.scratch_bytes = self.value_bytes + 4 * lots * batch
         self.rotation = RotationLaunch(
-            first.rotation,
-            first.diagonal,
-            first.in_features,
-            tokens,
-            batch,
-            dtype,
-            overlap=overlap,
-            cores=reads_cores(tokens, limits),
+            first.rotation, first.diagonal, first.in_features, tokens, batch, dtype, overlap=overlap
         )
         starts = list(accumulate((member.out_features for member in members), initial=0))
         self.products = [

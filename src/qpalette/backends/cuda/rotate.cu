@@ -13,8 +13,7 @@
 // NORM the input goes through RMSNorm first (x / rms(x) * weight).
 //
 // Compile-time constants: DENSE, LOG_H, LOG_VALUES, LINES, EACH (1, or a divisor of DENSE), IN_TYPE, NORM, SIGNS (d: 1 packed
-// signs, 0 float16 values), BATCH (0 and 1: tokens one by one), TABLED (a token's diagonal is that of its owner), CORES (the order
-// within 32 inputs of eight columns: 1 as wgmma reads them, [eight inputs][column], 0 as a lane has them, [column][lane]).
+// signs, 0 float16 values), BATCH (0 and 1: tokens one by one), TABLED (a token's diagonal is that of its owner).
 
 constexpr int H = 1 << LOG_H, VALUES = 1 << LOG_VALUES, ROW_THREADS = H / VALUES, BLOCK = DENSE * H, GROUP = LINES * EACH;
 constexpr int THREADS = (ROW_THREADS * LINES + 31) / 32 * 32;
@@ -98,8 +97,7 @@ __device__ __forceinline__ size_t place(int k, int token, int padded) {
     constexpr int columns = ALL_COLUMNS > 8 ? 8 : ALL_COLUMNS;
     const int lane = k % 8 / 2, element = k % 32 / 16 * 4 + k % 16 / 8 * 2 + k % 2, column = token % ALL_COLUMNS;
     const size_t first = (size_t)(token / ALL_COLUMNS) * ALL_COLUMNS * padded + (size_t)(k / 32) * 32 * ALL_COLUMNS;
-    const int within = CORES ? k % 32 / 8 * 64 + column % 8 * 8 + k % 8 : lane * 8 + element + column % 8 * 32;
-    return first + within + column / 8 * 32 * columns;
+    return first + lane * 8 + element + column / 8 * 32 * columns + column % 8 * 32;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

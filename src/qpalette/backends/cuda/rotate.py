@@ -139,7 +139,6 @@ def rotation_macros(
     batch: int | None,
     signs: bool = True,
     tabled: bool = False,
-    cores: bool = False,
 ) -> dict[str, int]:
     """The compile-time constants of rotate.cu."""
     return {
@@ -153,7 +152,6 @@ def rotation_macros(
         "SIGNS": int(signs),
         "BATCH": batch or 0,
         "TABLED": int(tabled),
-        "CORES": int(cores),
     }
 
 
@@ -166,7 +164,7 @@ def type_of_values(dtype: torch.dtype, batch: int | None) -> torch.dtype:
 class RotationLaunch:
     """`rotate` for one diagonal and rotation, and for one number of tokens: any above 16, in lots of `batch`, or each
     in an order of its own, where that is None; any where it is 1. `table`: addresses of diagonals like `diagonal`,
-    int64, of which a token has its owner's. `cores`: in the order that wgmma reads."""
+    int64, of which a token has its owner's."""
 
     def __init__(
         self,
@@ -179,13 +177,12 @@ class RotationLaunch:
         norm: tuple[torch.Tensor, float] | None = None,
         overlap: bool = True,
         table: torch.Tensor | None = None,
-        cores: bool = False,
     ) -> None:
         device = diagonal.device.index or 0
         split = split_rotation(rotation, inputs, diagonal.device)
         cut = cut_of(split.order, split.log_h, inputs, tokens)
         signs = diagonal.dtype == torch.uint8
-        kind = (TYPES[dtype], norm is not None, batch, signs, table is not None, cores)
+        kind = (TYPES[dtype], norm is not None, batch, signs, table is not None)
         macros = rotation_macros(split.order, split.log_h, cut, *kind)
         shared_bytes = 4 * cut.lines * cut.each << split.log_h
         kernel = load_kernel(SOURCE, "rotate", macros, device, shared_bytes)
@@ -224,13 +221,12 @@ def rotate(
     rotation: str,
     batch: int | None,
     norm: tuple[torch.Tensor, float] | None = None,
-    cores: bool = False,
 ) -> Rotated:
     """Q diag(d) x for x [N, K]; d as packed signs, uint8 [ceil(K/8)], or as the bits of float16 values, int16 [K].
 
-    For `batch` columns (1, 2, 4, or a multiple of 8) in the order of `multiply.cu`, or with `cores` in wgmma's, more
-    tokens in lots of so many; None gives [N, padded K], each row in the order of a single column. `norm` is (weight
-    [K], epsilon) of an RMSNorm to apply first.
+    For `batch` columns (1, 2, 4, or a multiple of 8) in the order of `multiply.cu`, more tokens in lots of so many;
+    None gives [N, padded K], each row in the order of a single column. `norm` is (weight [K], epsilon) of an RMSNorm to
+    apply first.
     Raises ValueError when the weight's type is not x's, or the diagonal's none of the two.
     """
     tokens, inputs = x.shape
@@ -242,7 +238,7 @@ def rotate(
     columns = -(-tokens // batch) * batch if batch else tokens
     values = x.new_empty(columns, padded_columns(inputs), dtype=type_of_values(x.dtype, batch))
     scales = torch.empty(columns, dtype=torch.float32, device=x.device)
-    launch = RotationLaunch(rotation, diagonal, inputs, tokens, batch, x.dtype, norm, overlap=False, cores=cores)
+    launch = RotationLaunch(rotation, diagonal, inputs, tokens, batch, x.dtype, norm, overlap=False)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     launch.start(tokens, x.data_ptr(), values.data_ptr(), scales.data_ptr(), stream)
     return Rotated(values, scales)

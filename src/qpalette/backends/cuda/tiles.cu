@@ -78,10 +78,10 @@ __device__ __forceinline__ void multiply_segment(const Problem &problem, const S
     const int rows = min(segment.rows_per_block, segment.row_tiles - row);
     const int first = problem.chunks * rank / blocks, chunks = problem.chunks * (rank + 1) / blocks - first;
     const Share own(rows, chunks, warp);
-    const u8 *x = problem.x + ((size_t)blockIdx.y * problem.chunks + first) * STAGE_BYTES;
-    Ring ring(x, own);
+    Ring ring(problem.x + ((size_t)blockIdx.y * problem.chunks + first) * STAGE_BYTES, chunks, own.parts, own.groups, own.part);
     const size_t row_bytes = (size_t)problem.chunks * D::CHUNK_BYTES;
-    Codes codes = {segment.codes + (row + min(own.row, rows - 1)) * row_bytes + (size_t)(first + own.part) * D::CHUNK_BYTES, own.row + 1 < rows ? row_bytes : 0};
+    const int own_row = own.group * ROW_TILES;
+    Codes codes = {segment.codes + (row + own_row) * row_bytes + (size_t)(first + own.part) * D::CHUNK_BYTES, own_row + 1 < rows ? row_bytes : 0};
     const u32 unit = segment.hash_unit;
     // A shuffle to itself: what the compiler knows the remainder to be, it takes again at every look-up (1444 instead of 1315
     // instructions an item, tcq2-3.25, 64 columns, 16 copies).
@@ -89,24 +89,24 @@ __device__ __forceinline__ void multiply_segment(const Problem &problem, const S
 
     u32 words[ROW_TILES][D::WORDS];
     if (own.left > 0) load_item<D>(words, codes, lane);
-    if (threadIdx.x == 0) ring.prepare(own);
+    if (threadIdx.x == 0) ring.prepare();
     D::fill(shared, segment.entries);
     wait_for_previous_kernel();
     let_next_kernel_start();
     __syncthreads();  // the barriers and the table are there
-    if (warp == 0) ring.begin(x, chunks, own, lane);
+    if (warp == 0) ring.begin(lane);
     Sums sums = {};
-    while (ring.left > 0) {
-        codes.first += Ring::control().parts * D::CHUNK_BYTES;
+    for (int left = own.left; left > 0; left--) {
+        codes.first += own.parts * D::CHUNK_BYTES;
         ring.wait();
-        multiply_item<D>(sums, problem.fixed_point, words, codes, ring.left > 1, ring.values(), lane, unit, copy);
+        multiply_item<D>(sums, problem.fixed_point, words, codes, left > 1, ring.values(), lane, unit, copy);
         ring.advance(lane);
     }
     __syncthreads();  // nobody reads the ring any more
-    int *block_sums = (int *)(shared + RING), *own_sums = block_sums + own.row * SUMS;
-    if (own.part == 0) give_sums<true>(sums, own_sums, lane);
+    int *block_sums = (int *)(shared + RING), *group_sums = block_sums + own_row * SUMS;
+    if (own.part == 0) give_sums<true>(sums, group_sums, lane);
     __syncthreads();
-    if (own.part > 0 && own.left > 0) give_sums<false>(sums, own_sums, lane);
+    if (own.part > 0 && own.left > 0) give_sums<false>(sums, group_sums, lane);
     meet();
     write_sums(problem, segment, block_sums, row, rows, warp, lane);
     if (blocks > 1) meet();  // nobody leaves whose sums another reads

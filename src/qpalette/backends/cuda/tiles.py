@@ -30,36 +30,21 @@ from qpalette.runtime import PackedLinear
 
 TILES_SOURCE = Path(__file__).with_name("tiles.cuh").read_text(encoding="utf-8")
 SOURCE = TILES_SOURCE + Path(__file__).with_name("tiles.cu").read_text(encoding="utf-8")
-TEAM_SOURCE = """
-// sum (+)= a b of a tile of each warp of a team and all columns, begun.
-__device__ __forceinline__ void multiply_tile_of_team(float (&sum)[{fragments}][4], const u32 (&a)[4],
-                                                      unsigned long long b, int add) {{
-    asm volatile("{{.reg .pred p; setp.ne.b32 p, {add}, 0;\\n{instruction} {operands};}}"
-        : {sums} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add) : "memory");
-}}
-"""
 CONTROL_BYTES = 128
-MOST_STAGES = 8
 CLUSTERS = (1, 2, 4, 8)  # blocks that share rows; 8 is the most that every device with clusters has
 LEAST_TABLE_BYTES = 1 << 16  # the largest table, once
-TEAM = 4  # warps that one instruction multiplies for, on a device that has it
 # By columns: threads of a block, row tiles of a warp, the table's bytes at most.
 CUTS = {
     32: (256, 2, 1 << 17),
     48: (256, 2, 1 << 17),
     64: (256, 2, 1 << 17),
 }
-TEAM_CUTS = {
-    32: (512, 1, 1 << 17),
-    48: (512, 1, 1 << 17),
-    64: (512, 1, 1 << 17),
-}
+COLUMNS = tuple(CUTS)  # that kernels are compiled for
 # Estimates, not measured, in cycles of a multiprocessor: what a row tile and a chunk take, for each unit of decode_cost
 # and for each column; bytes of x' from the second-level cache; what a block takes beside, and one of a cluster; how
 # long a chunk is on its way.
 DECODE_CYCLES = 13
 COLUMN_CYCLES = 1.5
-TEAM_COLUMN_CYCLES = 2  # while others decode
 BYTES_PER_CYCLE = 24
 BLOCK_CYCLES = 2000
 CLUSTER_CYCLES = 1000
@@ -76,7 +61,6 @@ class Shape:
     row_tiles: int  # of a warp
     stages: int  # chunks of x' in shared memory
     table_bytes: int
-    in_teams: bool = False  # TEAM warps multiply together, by wgmma
 
     @property
     def macros(self) -> dict[str, int]:
@@ -86,7 +70,6 @@ class Shape:
             "BATCH": self.columns,
             "ROW_TILES": self.row_tiles,
             "STAGES": self.stages,
-            "WGMMA": int(self.in_teams),
         }
 
     @property
@@ -99,60 +82,36 @@ class Shape:
         return self.table_bytes + CONTROL_BYTES + self.stages * self.stage_bytes
 
     @property
-    def team(self) -> int:
-        """Warps that have a group of row tiles."""
-        return TEAM if self.in_teams else 1
-
-    @property
-    def group_tiles(self) -> int:
-        return self.team * self.row_tiles
-
-    @property
-    def teams(self) -> int:
-        return self.threads // (32 * self.team)
-
-    @property
     def most_rows(self) -> int:
-        """Row tiles of a block: a team has a group of them at most, and their sums lie in the place of x'."""
-        fitting = self.stages * self.stage_bytes // (self.group_tiles * sum_bytes(self.columns))
-        return min(self.teams, fitting) * self.group_tiles
+        """Row tiles of a block: a warp has a group of them at most, and their sums lie in the place of x'."""
+        fitting = self.stages * self.stage_bytes // (self.row_tiles * sum_bytes(self.columns))
+        return min(self.threads // 32, fitting) * self.row_tiles
 
     def parts(self, groups: int) -> int:
-        """Of a block's chunks, where its rows are so many groups: each has its teams, and a stage of x' at least."""
-        return min(self.teams // groups, self.stages)
+        """Of a block's chunks, where its rows are so many groups: each has its warps, and a stage of x' at least."""
+        return min(self.threads // 32 // groups, self.stages)
 
     def cycles(self, chunks: int, row_tiles: int, cost: float) -> float:
         """Of a block of so many chunks and row tiles. A part with one stage waits for each chunk but its first."""
-        groups = -(-row_tiles // self.group_tiles)
+        groups = -(-row_tiles // self.row_tiles)
         parts = min(self.parts(groups), chunks)
-        turns = -(-chunks // parts)
-        decoding = DECODE_CYCLES * cost
-        multiplying = (TEAM_COLUMN_CYCLES if self.in_teams else COLUMN_CYCLES) * self.columns
-        item = self.row_tiles * (max(decoding, multiplying) if self.in_teams else decoding + multiplying)
+        turns, item = -(-chunks // parts), self.row_tiles * (DECODE_CYCLES * cost + COLUMN_CYCLES * self.columns)
         waiting = FETCH_CYCLES * (turns - 1) if self.stages // parts == 1 else 0
-        return turns * max(groups * parts * self.team, ENOUGH_WARPS) * item + waiting
-
-
-def multiplies_in_teams(limits: DeviceLimits) -> bool:
-    """wgmma is of this compute capability alone."""
-    return limits.capability == (9, 0)
-
-
-def columns_there(limits: DeviceLimits) -> tuple[int, ...]:
-    """That kernels are compiled for; x' and its sums want room."""
-    if multiplies_in_teams(limits):
-        return tuple(TEAM_CUTS)
-    return tuple(CUTS)[: None if limits.shared_bytes >= 160 << 10 else 1]
+        return turns * max(groups * parts, ENOUGH_WARPS) * item + waiting
 
 
 def shape_of(limits: DeviceLimits, columns: int) -> Shape:
     """For so many columns: chunks of x' in all that the table leaves, one of fewer copies where that is one chunk."""
-    in_teams = multiplies_in_teams(limits)
-    threads, row_tiles, table_bytes = (TEAM_CUTS if in_teams else CUTS)[columns]
-    shape = Shape(columns, threads, row_tiles, 1, min(table_bytes, limits.table_bytes), in_teams)
+    threads, row_tiles, table_bytes = CUTS[columns]
+    shape = Shape(columns, threads, row_tiles, 1, min(table_bytes, limits.table_bytes))
     if replace(shape, stages=2).room > limits.shared_bytes:
         shape = replace(shape, table_bytes=LEAST_TABLE_BYTES)
-    return replace(shape, stages=min(MOST_STAGES, (limits.shared_bytes - shape.room) // shape.stage_bytes + 1))
+    return replace(shape, stages=(limits.shared_bytes - shape.room) // shape.stage_bytes + 1)
+
+
+def most_columns(limits: DeviceLimits) -> int:
+    """That are multiplied at once: their x' and their sums want room."""
+    return COLUMNS[-1] if limits.shared_bytes >= 160 << 10 else COLUMNS[0]
 
 
 def columns_of(tokens: int, limits: DeviceLimits) -> tuple[int, int]:
@@ -160,37 +119,13 @@ def columns_of(tokens: int, limits: DeviceLimits) -> tuple[int, int]:
     are compiled for."""
     if tokens <= MOST_BATCH:
         return 1, batch_columns(tokens)
-    there = columns_there(limits)
-    lots = -(-tokens // there[-1])
-    return lots, min(columns for columns in there if lots * columns >= tokens)
+    lots = -(-tokens // most_columns(limits))
+    return lots, min(columns for columns in COLUMNS if lots * columns >= tokens)
 
 
-def reads_cores(tokens: int, limits: DeviceLimits) -> bool:
-    """Whether the product of so many tokens wants x' in wgmma's order."""
-    return tokens > MOST_BATCH and multiplies_in_teams(limits)
-
-
-def source_of(shape: Shape) -> str:
-    """The kernel; the instruction that four warps multiply by has as many operands as its number of columns wants."""
-    if not shape.in_teams:
-        return SOURCE
-    count = shape.columns // 2
-    sums, a = (", ".join(f"%{i}" for i in numbers) for numbers in (range(count), range(count, count + 4)))
-    return (
-        TEAM_SOURCE.format(
-            fragments=shape.columns // 8,
-            operands=f"{{{sums}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0",
-            instruction=f"wgmma.mma_async.sync.aligned.m64n{shape.columns}k16.f32.f16.f16",
-            add=f"%{count + 5}",
-            sums=", ".join(f'"+f"(sum[{i // 4}][{i % 4}])' for i in range(count)),
-        )
-        + SOURCE
-    )
-
-
-def source_for(decoders: Sequence[DecoderSpec], shape: Shape) -> str:
+def source_for(decoders: Sequence[DecoderSpec]) -> str:
     """One translation unit: every decoder of the kernel's set, then the kernel."""
-    return with_segments(source_of(shape), decoders)
+    return with_segments(SOURCE, decoders)
 
 
 @lru_cache(maxsize=4096)
@@ -236,9 +171,7 @@ class TileLaunch:
 
         offsets = list(accumulate((member.out_features for member in members), initial=first))
         rows, macros = [all_rows(member) for member in members], tuple(shape.macros.items())
-        segments = prepare_segments(
-            rows, offsets, source_of(shape), "multiply_tiles", macros, shape.table_bytes, planner
-        )
+        segments = prepare_segments(rows, offsets, SOURCE, "multiply_tiles", macros, shape.table_bytes, planner)
         self._problem = problem = segments.problem
         problem.batch, problem.out_type, problem.y_stride = tokens, TYPES[dtype], width
         problem.fixed_point = fixed_point(members[0].in_features)
