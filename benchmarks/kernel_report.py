@@ -62,7 +62,7 @@ def disassembler() -> Path | None:
 
 def loops_of(code: bytes) -> list[list[str]]:
     """Instructions of the innermost loops with a matrix product for every tile of a chunk, one loop for each decoder;
-    none without the disassembler. Waiting, which the compiler moves behind a kernel's end, leads back but is none."""
+    none without the disassembler."""
     tool = disassembler()
     if tool is None:
         return []
@@ -81,10 +81,9 @@ def loops_of(code: bytes) -> list[list[str]]:
     for at, line in enumerate(lines):
         target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
         if target and labels.get(target[1], at) < at:
-            body = lines[labels[target[1]] : at + 1]
-            products, exits = (sum(name in instruction for instruction in body) for name in ("HMMA", "EXIT"))
-            if products >= CHUNK and not exits:
-                ranges.append(range(labels[target[1]], at + 1))
+            begin = labels[target[1]]
+            if sum("HMMA" in instruction for instruction in lines[begin : at + 1]) >= CHUNK:
+                ranges.append(range(begin, at + 1))
     inner = [own for own in ranges if not any(o != own and own[0] <= o[0] and o[-1] <= own[-1] for o in ranges)]
     return [lines[own.start : own.stop] for own in inner]
 

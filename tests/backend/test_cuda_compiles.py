@@ -118,7 +118,7 @@ def tile_macros(arch: str, columns: int) -> tuple[tuple[str, int], ...]:
 
 
 @pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("spec", ["tcq2-3.25", "tcq-4.5", "vq-3", "nuq-5"])
+@pytest.mark.parametrize("spec", ["tcq2-3.25", "tcq-4.5", "vq-3", "nuq-8"])
 def test_products_of_many_tokens_compile_without_spills(spec: str, arch: str) -> None:
     decoder = decoder_spec(spec)
     assert decoder is not None
@@ -134,7 +134,7 @@ def test_products_of_many_tokens_of_every_family_compile_without_spills(spec: st
     macros = tile_macros("sm_90", columns)
     usage = resources(tiles_source_for([decoder]), "sm_90", macros)
     assert usage.registers <= 65536 // dict(macros)["THREADS"]
-    if decoder.eighths <= 40:  # 64 words of codes and 128 of sums, at 8 bits and 64 columns, are more than there are
+    if decoder.eighths <= 40:  # as above
         assert usage.spilled_bytes == 0
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpalette.backends.cuda.decoder import decoder_spec, entries
-from qpalette.backends.cuda.multiply import MOST_NORM, MOST_VALUE, fixed_point, sum_bytes
+from qpalette.backends.cuda.multiply import MOST_NORM, MOST_VALUE, fixed_point
 from qpalette.backends.cuda.rotate import split_rotation
 from qpalette.backends.cuda.segments import DeviceLimits, plan_grid
 from qpalette.backends.cuda.tiles import CLUSTERS, COLUMNS, columns_of, most_columns, plan_clusters, shape_of
@@ -71,10 +71,9 @@ def test_a_block_of_many_tokens_has_its_room(limits: DeviceLimits, columns: int)
     if columns > most_columns(limits):
         return
     shape = shape_of(limits, columns)
-    assert shape.stages >= 2
-    assert shape.room <= limits.shared_bytes < shape.room + shape.stage_bytes
-    assert shape.most_rows == shape.threads // 32 * shape.row_tiles, "a warp lacks room for its sums"
-    assert shape.most_rows * sum_bytes(columns) <= shape.stages * shape.stage_bytes
+    rows = shape.most_rows(limits)
+    assert rows >= 8
+    assert shape.room(rows) <= limits.shared_bytes < shape.room(rows + 1)
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
@@ -94,9 +93,10 @@ def test_lots_of_tokens_are_as_few_as_can_be(limits: DeviceLimits, tokens: int) 
 def test_every_row_has_a_cluster(segments: list[tuple[int, float]], chunks: int, columns: int, lots: int) -> None:
     row_tiles, costs = zip(*segments, strict=True)
     shape = shape_of(LIMITS[-1], columns)
+    most_rows = shape.most_rows(LIMITS[-1])
     at_once = tuple((cluster, max(1, 128 // cluster // lots)) for cluster in CLUSTERS)
-    grid = plan_clusters(row_tiles, costs, chunks, at_once, shape)
+    grid = plan_clusters(row_tiles, costs, chunks, at_once, shape, most_rows)
     assert grid.cluster in CLUSTERS
     for tiles, rows, blocks in zip(row_tiles, grid.rows_per_block, grid.blocks, strict=True):
-        assert 1 <= rows <= shape.most_rows
+        assert 1 <= rows <= most_rows
         assert (blocks - 1) * rows < tiles <= blocks * rows

@@ -77,38 +77,35 @@ __device__ __forceinline__ void multiply_segment(const Problem &problem, const S
     const int row = (blockIdx.x - segment.first_block) / blocks * segment.rows_per_block;
     const int rows = min(segment.rows_per_block, segment.row_tiles - row);
     const int first = problem.chunks * rank / blocks, chunks = problem.chunks * (rank + 1) / blocks - first;
-    const Share own(rows, chunks, warp);
-    Ring ring(problem.x + ((size_t)blockIdx.y * problem.chunks + first) * STAGE_BYTES, chunks, own.parts, own.groups, own.part);
-    const size_t row_bytes = (size_t)problem.chunks * D::CHUNK_BYTES;
-    const int own_row = own.group * ROW_TILES;
-    Codes codes = {segment.codes + (row + own_row) * row_bytes + (size_t)(first + own.part) * D::CHUNK_BYTES, own_row + 1 < rows ? row_bytes : 0};
+    Ring ring(problem.x + ((size_t)blockIdx.y * problem.chunks + first) * STAGE_BYTES, chunks);
+    Items<D> at(segment.codes, problem.chunks, row, rows, first, chunks, warp);
+    int *sums = (int *)(shared + SUMS_AT);
     const u32 unit = segment.hash_unit;
     // A shuffle to itself: what the compiler knows the remainder to be, it takes again at every look-up (1444 instead of 1315
     // instructions an item, tcq2-3.25, 64 columns, 16 copies).
     const u32 copy = __shfl_sync(~0u, lane % D::COPIES * 4, lane);
 
     u32 words[ROW_TILES][D::WORDS];
-    if (own.left > 0) load_item<D>(words, codes, lane);
+    if (at.left > 0) load_item<D>(words, at, lane);
     if (threadIdx.x == 0) ring.prepare();
     D::fill(shared, segment.entries);
+    for (int i = threadIdx.x; i < at.groups * ROW_TILES * SUMS / 4; i += THREADS) ((int4 *)sums)[i] = make_int4(0, 0, 0, 0);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    __syncthreads();  // the barriers and the table are there
+    __syncthreads();  // the barriers, the table, the zeros are there
     if (warp == 0) ring.begin(lane);
-    Sums sums = {};
-    for (int left = own.left; left > 0; left--) {
-        codes.first += own.parts * D::CHUNK_BYTES;
+    while (ring.chunk < chunks) {
         ring.wait();
-        multiply_item<D>(sums, problem.fixed_point, words, codes, left > 1, ring.values(), lane, unit, copy);
+        while (at.left > 0 && at.chunk == ring.chunk) {
+            Items<D> next = at;
+            next.advance();
+            multiply_item<D>(sums + at.group * ROW_TILES * SUMS, problem.fixed_point, words, next, ring.values(), lane, unit, copy);
+            at = next;
+        }
         ring.advance(lane);
     }
-    __syncthreads();  // nobody reads the ring any more
-    int *block_sums = (int *)(shared + RING), *group_sums = block_sums + own_row * SUMS;
-    if (own.part == 0) give_sums<true>(sums, group_sums, lane);
-    __syncthreads();
-    if (own.part > 0 && own.left > 0) give_sums<false>(sums, group_sums, lane);
     meet();
-    write_sums(problem, segment, block_sums, row, rows, warp, lane);
+    write_sums(problem, segment, sums, row, rows, warp, lane);
     if (blocks > 1) meet();  // nobody leaves whose sums another reads
 }
 

@@ -1,11 +1,10 @@
 // What kernels that multiply decoded tiles by many columns share: a ring of x' in shared memory, a warp's way through its part
-// of a matrix, and its sums. In multiply.cuh a warp has its chunk of x' in registers, which hold 16 columns.
+// of a matrix, and the sums of a block. In multiply.cuh a warp has its chunk of x' in registers, which hold 16 columns.
 //
-// A block has some row tiles and a run of chunks of one matrix. A warp has a group of ROW_TILES row tiles from the first chunk
-// to the last, or, where there are fewer groups than warps, a part of the chunks: every so manieth. What it decodes, it multiplies
-// with all columns, and what it reads of x' with all its row tiles: of one, a chunk is 64 look-ups of pairs, and at 64 columns
-// 256 reads of as many bytes of x'. Sums are integers in fixed point, as in multiply.cuh, a chunk at a time: the same bits in
-// any cut. They stay in registers to the last chunk: look-ups and x' keep shared memory busy.
+// A block has some row tiles and a run of chunks of one matrix. Its items are ROW_TILES row tiles and a chunk; warps take turns
+// at them, the rows of a chunk first, so that few chunks of x' are in use at once. What a warp decodes, it multiplies with all
+// columns, and what it reads of x' with all its row tiles: of one, a chunk is 64 look-ups of pairs, and at 64 columns 256 reads
+// of as many bytes of x'. Sums are integers in fixed point, as in multiply.cuh, a chunk at a time: the same bits in any cut.
 //
 // Compile-time constants: THREADS, TABLE_BYTES, BATCH (columns of x': a multiple of 8), ROW_TILES, STAGES, DECODERS (types).
 
@@ -17,7 +16,7 @@ constexpr int FRAGMENT_SUMS = 128;               // of a row tile: four of a lan
 constexpr int SUMS = FRAGMENTS * FRAGMENT_SUMS;  // of a row tile, [fragment][half of rows][column % 2][column / 2][row]
 constexpr int STAGE_BYTES = PAIRS * FRAGMENTS * FRAGMENT_BYTES;  // a chunk of x': [pair][fragment][lane]
 
-extern __shared__ __align__(128) u8 shared[];  // table, control, ring [STAGES][STAGE_BYTES]; at the end, over the ring, sums [row tiles][SUMS]
+extern __shared__ __align__(128) u8 shared[];  // table, control, ring [STAGES][STAGE_BYTES], sums [row tiles][SUMS]
 
 struct Control {
     unsigned long long there[STAGES];  // barriers: completed when a chunk has come
@@ -27,25 +26,19 @@ constexpr int CONTROL_BYTES = 128;
 static_assert(sizeof(Control) <= CONTROL_BYTES, "the control of a ring has its room");
 
 constexpr int RING = TABLE_BYTES + CONTROL_BYTES;
+constexpr int SUMS_AT = RING + STAGES * STAGE_BYTES;
 
 __device__ __forceinline__ u32 address_of(const void *place) { return (u32)__cvta_generic_to_shared(place); }
 
-// A warp's way through the chunks of x' of its part: every so manieth, in order. A part has a ring of its own, of an equal number
-// of the block's stages, and each of its chunks is awaited and left by all of its warps: so none of them is more than a phase of
-// a barrier behind, which is as far as waiting by parity tells phases apart.
+// A block's way through its chunks of x', which come in order, each into the stage of the one STAGES before it.
 struct Ring {
-    const u8 *x;  // the block's first chunk
-    int chunks;   // of the block
-    int parts;    // of the chunks, at most STAGES
-    int users;    // warps of a part
-    int depth;    // stages of a part
-    int first;    // of them
-    int chunk;    // the present one,
-    int stage;    // where it is,
-    u32 phase = 0;  // and of its barrier
+    const u8 *x;    // the first chunk
+    int chunks;     // how many there are
+    int chunk = 0;  // the present one,
+    int stage = 0;  // and where it is
+    u32 phase = 0;  // of its barrier
 
-    __device__ Ring(const u8 *x, int chunks, int parts, int users, int part)
-        : x(x), chunks(chunks), parts(parts), users(users), depth(STAGES / parts), first(part * depth), chunk(part), stage(first) {}
+    __device__ Ring(const u8 *x, int chunks) : x(x), chunks(chunks) {}
 
     static __device__ __forceinline__ Control &control() { return *(Control *)(shared + TABLE_BYTES); }
     __device__ __forceinline__ const u8 *values() const { return shared + RING + stage * STAGE_BYTES; }
@@ -80,9 +73,9 @@ struct Ring {
 #endif
     }
 
-    // The first chunks of all parts, as many as there is room for, in order, by a whole warp.
+    // The first chunks, as many as there is room for, by a whole warp.
     __device__ __forceinline__ void begin(u32 lane) const {
-        for (int i = 0; i < min(depth * parts, chunks); i++) fetch(i, i % parts * depth + i / parts, lane);
+        for (int i = 0; i < min(STAGES, chunks); i++) fetch(i, i, lane);
     }
 
     // Until the present chunk is there.
@@ -102,59 +95,76 @@ struct Ring {
 
     // Goes on to the next chunk. The last warp to do so asks for what takes the present one's place: nobody waits for it.
     __device__ __forceinline__ void advance(u32 lane) {
-        int *left = &control().left[stage], before = 0;
+        int before = 0;
         __syncwarp();
         if (lane == 0) {
             __threadfence_block();
-            before = atomicAdd(left, 1);
+            before = atomicAdd(&control().left[stage], 1);
         }
-        if (__shfl_sync(~0u, before, 0) == users - 1) {
-            const int next = chunk + depth * parts;
-            if (lane == 0) *left = 0;
+        if (__shfl_sync(~0u, before, 0) == WARPS - 1) {
+            if (lane == 0) control().left[stage] = 0;
             __threadfence_block();
-            if (next < chunks) fetch(next, stage, lane);
+            if (chunk + STAGES < chunks) fetch(chunk + STAGES, stage, lane);
         }
-        chunk += parts;
-        if (++stage == first + depth) stage = first, phase ^= 1;
+        chunk++;
+        if (++stage == STAGES) stage = 0, phase ^= 1;
     }
 };
 
-// Which of a block's `rows` row tiles and `count` chunks a warp has.
-struct Share {
-    int groups, parts;  // of row tiles, at most WARPS; of chunks
-    int group, part;
-    int left;  // how many chunks of the part there are
+// A warp's way through its items: every WARPS-th of a block's.
+template <class D>
+struct Items {
+    const u8 *base;    // codes of the block's first row tile and chunk
+    size_t row_bytes;  // from a row tile to the next
+    int rows, groups;  // row tiles, and groups of ROW_TILES
+    int chunk, group;  // the item
+    int left;          // how many there are, with this one
+    const u8 *codes;
+    size_t further;  // from a row tile of the item to the next; 0 where there is none, and the last counts again
 
-    __device__ Share(int rows, int count, int warp) {
-        groups = (rows + ROW_TILES - 1) / ROW_TILES, parts = min(WARPS / groups, STAGES);
-        group = warp % groups, part = warp / groups;
-        left = part < parts && part < count ? (count - part + parts - 1) / parts : 0;
+    // `rows` row tiles of a matrix of so many chunks, from tile `row` on, and `count` chunks from `first` on.
+    __device__ Items(const u8 *matrix, int chunks, int row, int rows, int first, int count, int warp)
+        : row_bytes((size_t)chunks * D::CHUNK_BYTES), rows(rows), groups((rows + ROW_TILES - 1) / ROW_TILES) {
+        base = matrix + row * row_bytes + (size_t)first * D::CHUNK_BYTES;
+        left = (groups * count - warp + WARPS - 1) / WARPS, chunk = 0, group = warp;
+        point();
     }
-};
-
-// Where the packed bits of an item are: a group of row tiles and a chunk.
-struct Codes {
-    const u8 *first;  // of the first row tile
-    size_t further;   // to the next row tile; 0 where there is none, and the last counts again
+    __device__ __forceinline__ void point() {
+        chunk += group / groups, group %= groups;
+        codes = base + (size_t)(group * ROW_TILES) * row_bytes + (size_t)chunk * D::CHUNK_BYTES;
+        further = group * ROW_TILES + 1 < rows ? row_bytes : 0;
+    }
+    __device__ __forceinline__ void advance() {
+        left--, group += WARPS;
+        point();
+    }
 };
 static_assert(ROW_TILES == 1 || ROW_TILES == 2, "an item lacks one row tile at most");
 
 template <class D>
-__device__ __forceinline__ void load_item(u32 (&words)[ROW_TILES][D::WORDS], const Codes &codes, u32 lane) {
+__device__ __forceinline__ void load_item(u32 (&words)[ROW_TILES][D::WORDS], const Items<D> &item, u32 lane) {
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; r++) D::load(words[r], codes.first + r * codes.further, lane);
+    for (int r = 0; r < ROW_TILES; r++) D::load(words[r], item.codes + r * item.further, lane);
 }
 
-typedef int Sums[ROW_TILES][FRAGMENTS][4];  // of a lane
+// Adds a lane's four sums of a fragment to the block's: without conflicts.
+__device__ __forceinline__ void add_fragment(u32 sums, const float (&sum)[4], float fixed_point) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        asm volatile("red.shared.add.s32 [%0], %1;" :: "r"(sums + i * 128), "r"(__float2int_rn(sum[i] * fixed_point)) : "memory");
+}
 
 // One item: 16 tiles of ROW_TILES row tiles, decoded and multiplied by the chunk of x' at `x`. A part of the packed bits is
-// replaced by that at `codes`, the next item's, after its last tile, where it is `wanted`.
+// replaced by `next`'s after its last tile.
 template <class D>
-__device__ __forceinline__ void multiply_item(Sums &sums, float fixed_point, u32 (&words)[ROW_TILES][D::WORDS], Codes codes,
-                                              u32 wanted, const u8 *x, u32 lane, u32 unit, u32 copy) {
+__device__ __forceinline__ void multiply_item(int *sums, float fixed_point, u32 (&words)[ROW_TILES][D::WORDS], const Items<D> &next,
+                                              const u8 *x, u32 lane, u32 unit, u32 copy) {
     float sum[ROW_TILES][FRAGMENTS][4] = {};
     const uint4 *x_lane = (const uint4 *)x + lane;
-    asm volatile("" : "+l"(codes.first), "+l"(codes.further), "+r"(wanted));  // computed here, once: the compiler would do it again for every part
+    const u8 *codes = next.codes;
+    size_t further = next.further;
+    u32 wanted = next.left > 0;
+    asm volatile("" : "+l"(codes), "+l"(further), "+r"(wanted));  // computed here, once: the compiler would do it again for every part
 #pragma unroll
     for (int pair = 0; pair < PAIRS; pair++) {
         u32 a[ROW_TILES][2][4];
@@ -165,7 +175,7 @@ __device__ __forceinline__ void multiply_item(Sums &sums, float fixed_point, u32
                 D::decode(a[r][t], words[r], 2 * pair + t, lane, unit, shared, copy);
 #pragma unroll
                 for (int part = 0; part < D::PARTS; part++)
-                    if (D::last_tile(part) == 2 * pair + t) D::load_part(words[r], part, codes.first + r * codes.further, lane, wanted);
+                    if (D::last_tile(part) == 2 * pair + t) D::load_part(words[r], part, codes + r * further, lane, wanted);
             }
 #pragma unroll
         for (int f = 0; f < FRAGMENTS; f++) {
@@ -176,26 +186,9 @@ __device__ __forceinline__ void multiply_item(Sums &sums, float fixed_point, u32
             for (int r = 0; r < ROW_TILES; r++) multiply_tile(sum[r][f], a[r][1], b.z, b.w);
         }
     }
+    const u32 place = address_of(sums) + (lane % 4 * 8 + lane / 4) * 4;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
-        for (int f = 0; f < FRAGMENTS; f++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[r][f][i] += __float2int_rn(sum[r][f][i] * fixed_point);
-}
-
-// A lane's sums to the block's, of its group: those of the first part are stored, those of others added. Without conflicts.
-template <bool FIRST>
-__device__ __forceinline__ void give_sums(const Sums &sums, int *block_sums, u32 lane) {
-    int *place = block_sums + lane % 4 * 8 + lane / 4;
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; r++)
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS; f++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int *sum = place + r * SUMS + f * FRAGMENT_SUMS + i * 32;
-                if (FIRST) *sum = sums[r][f][i];
-                else atomicAdd(sum, sums[r][f][i]);
-            }
+        for (int f = 0; f < FRAGMENTS; f++) add_fragment(place + (r * SUMS + f * FRAGMENT_SUMS) * 4, sum[r][f], fixed_point);
 }

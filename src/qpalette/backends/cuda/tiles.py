@@ -30,25 +30,18 @@ from qpalette.runtime import PackedLinear
 
 TILES_SOURCE = Path(__file__).with_name("tiles.cuh").read_text(encoding="utf-8")
 SOURCE = TILES_SOURCE + Path(__file__).with_name("tiles.cu").read_text(encoding="utf-8")
+COLUMNS = (32, 48, 64)  # that kernels are compiled for
 CONTROL_BYTES = 128
 CLUSTERS = (1, 2, 4, 8)  # blocks that share rows; 8 is the most that every device with clusters has
 LEAST_TABLE_BYTES = 1 << 16  # the largest table, once
-# By columns: threads of a block, row tiles of a warp, the table's bytes at most.
-CUTS = {
-    32: (256, 2, 1 << 17),
-    48: (256, 2, 1 << 17),
-    64: (256, 2, 1 << 17),
-}
-COLUMNS = tuple(CUTS)  # that kernels are compiled for
+LEAST_ROWS = 8  # row tiles of a block
 # Estimates, not measured, in cycles of a multiprocessor: what a row tile and a chunk take, for each unit of decode_cost
-# and for each column; bytes of x' from the second-level cache; what a block takes beside, and one of a cluster; how
-# long a chunk is on its way.
-DECODE_CYCLES = 13
+# and for each column; bytes of x' from the second-level cache; what a block takes beside, and one of a cluster.
+DECODE_CYCLES = 16
 COLUMN_CYCLES = 1.5
 BYTES_PER_CYCLE = 24
 BLOCK_CYCLES = 2000
 CLUSTER_CYCLES = 1000
-FETCH_CYCLES = 1500
 ENOUGH_WARPS = 8  # to keep a multiprocessor busy
 
 
@@ -58,7 +51,7 @@ class Shape:
 
     columns: int  # a multiple of 8
     threads: int
-    row_tiles: int  # of a warp
+    row_tiles: int  # of an item
     stages: int  # chunks of x' in shared memory
     table_bytes: int
 
@@ -76,37 +69,35 @@ class Shape:
     def stage_bytes(self) -> int:
         return 2 * TILE * CHUNK * self.columns
 
-    @property
-    def room(self) -> int:
-        """Shared memory of a block."""
-        return self.table_bytes + CONTROL_BYTES + self.stages * self.stage_bytes
+    def room(self, row_tiles: int) -> int:
+        """Shared memory of a block of so many."""
+        groups = -(-row_tiles // self.row_tiles)
+        sums = groups * self.row_tiles * sum_bytes(self.columns)
+        return self.table_bytes + CONTROL_BYTES + self.stages * self.stage_bytes + sums
 
-    @property
-    def most_rows(self) -> int:
-        """Row tiles of a block: a warp has a group of them at most, and their sums lie in the place of x'."""
-        fitting = self.stages * self.stage_bytes // (self.row_tiles * sum_bytes(self.columns))
-        return min(self.threads // 32, fitting) * self.row_tiles
-
-    def parts(self, groups: int) -> int:
-        """Of a block's chunks, where its rows are so many groups: each has its warps, and a stage of x' at least."""
-        return min(self.threads // 32 // groups, self.stages)
+    def most_rows(self, limits: DeviceLimits) -> int:
+        """Row tiles of a block."""
+        groups = (limits.shared_bytes - self.room(0)) // (self.row_tiles * sum_bytes(self.columns))
+        return groups * self.row_tiles
 
     def cycles(self, chunks: int, row_tiles: int, cost: float) -> float:
-        """Of a block of so many chunks and row tiles. A part with one stage waits for each chunk but its first."""
+        """Of a block of so many chunks and row tiles: its warps take turns, and are at `stages` chunks at most."""
         groups = -(-row_tiles // self.row_tiles)
-        parts = min(self.parts(groups), chunks)
-        turns, item = -(-chunks // parts), self.row_tiles * (DECODE_CYCLES * cost + COLUMN_CYCLES * self.columns)
-        waiting = FETCH_CYCLES * (turns - 1) if self.stages // parts == 1 else 0
-        return turns * max(groups * parts, ENOUGH_WARPS) * item + waiting
+        warps = min(self.threads // 32, groups * self.stages)
+        turns = -(-groups * chunks // warps)
+        item = self.row_tiles * (DECODE_CYCLES * cost + COLUMN_CYCLES * self.columns)
+        return turns * max(warps, ENOUGH_WARPS) * item
 
 
 def shape_of(limits: DeviceLimits, columns: int) -> Shape:
-    """For so many columns: chunks of x' in all that the table leaves, one of fewer copies where that is one chunk."""
-    threads, row_tiles, table_bytes = CUTS[columns]
-    shape = Shape(columns, threads, row_tiles, 1, min(table_bytes, limits.table_bytes))
-    if replace(shape, stages=2).room > limits.shared_bytes:
+    """For so many columns: a table of fewer copies where a block would have few rows, and then chunks of x'."""
+    many = columns > 32
+    shape = Shape(columns, 256 if many else 512, 2 if many else 1, 1, limits.table_bytes)
+    if many or replace(shape, stages=2).most_rows(limits) < LEAST_ROWS:
         shape = replace(shape, table_bytes=LEAST_TABLE_BYTES)
-    return replace(shape, stages=(limits.shared_bytes - shape.room) // shape.stage_bytes + 1)
+    while (deeper := replace(shape, stages=shape.stages + 1)).most_rows(limits) >= LEAST_ROWS * min(2, shape.stages):
+        shape = deeper
+    return shape
 
 
 def most_columns(limits: DeviceLimits) -> int:
@@ -135,11 +126,12 @@ def plan_clusters(
     chunks: int,
     at_once: tuple[tuple[int, int], ...],
     shape: Shape,
+    most_rows: int,
 ) -> Grid:
     """The cut that takes the least time, by the rates above. `at_once`: (blocks of a cluster, how many clusters a lot
     of tokens has at once). The more blocks share rows, the less each reads of x', and the more sums are exchanged."""
     grids = [
-        (replace(plan_grid(row_tiles, costs, clusters, shape.most_rows), cluster=cluster), clusters)
+        (replace(plan_grid(row_tiles, costs, clusters, most_rows), cluster=cluster), clusters)
         for cluster, clusters in at_once
     ]
 
@@ -163,11 +155,12 @@ class TileLaunch:
         limits = device_limits(members[0].codes.device.index or 0)
         lots, columns = columns_of(tokens, limits)
         shape, chunks = shape_of(limits, columns), members[0].codes.shape[1]
+        most_rows = shape.most_rows(limits)
 
         def planner(kernel: Any, row_tiles: tuple[int, ...], costs: tuple[float, ...]) -> Grid:
             there = clusters_there(kernel, limits, shape)
             at_once = tuple((cluster, max(1, count // lots)) for cluster, count in there.items())
-            return plan_clusters(row_tiles, costs, chunks, at_once, shape)
+            return plan_clusters(row_tiles, costs, chunks, at_once, shape, most_rows)
 
         offsets = list(accumulate((member.out_features for member in members), initial=first))
         rows, macros = [all_rows(member) for member in members], tuple(shape.macros.items())
@@ -176,9 +169,10 @@ class TileLaunch:
         problem.batch, problem.out_type, problem.y_stride = tokens, TYPES[dtype], width
         problem.fixed_point = fixed_point(members[0].in_features)
         self.grid = segments.grid
+        room = shape.room(max(segments.grid.rows_per_block))
         blocks = (segments.blocks, lots)
         self._launch = KernelLaunch(
-            segments.kernel, blocks, shape.threads, shape.room, [problem], limits.overlap, segments.grid.cluster
+            segments.kernel, blocks, shape.threads, room, [problem], limits.overlap, segments.grid.cluster
         )
 
     def start(self, x: int, x_scales: int, y: int, stream: int) -> None:
@@ -193,6 +187,6 @@ def clusters_there(kernel: Any, limits: DeviceLimits, shape: Shape) -> Mapping[i
     found = {1: limits.multiprocessors}
     if limits.capability >= (9, 0):
         for cluster in CLUSTERS[1:]:
-            if count := clusters_at_once(int(kernel.handle), cluster, shape.threads, shape.room):
+            if count := clusters_at_once(int(kernel.handle), cluster, shape.threads, limits.shared_bytes):
                 found[cluster] = count
     return found
