@@ -146,14 +146,15 @@ def bench(
     quiet_transformers()
     where = parse_device(device)
     kind = dtype or ("float16" if where.type == "cuda" else "bfloat16")
-    common, caches = (parse_dtype(kind), where, attention), tuple(_cache(one, model) for one in cache or [None])
+    asked: list[str | None] = [*cache] if cache else [None]
+    common, caches = (parse_dtype(kind), where, attention), tuple(_cache(one, model) for one in asked)
     candidates = _quantized(model, config, spec or [], plan, head, rotation, layers, common)
     candidates = [replace(candidate, caches=caches) for candidate in candidates]
     if not alone:
         candidates.insert(0, _original(model, config, reference, kind, layers, common))
     if not candidates:
         raise InputError("--alone with a bare --config leaves nothing to time: add --spec or --plan")
-    how = (batches, contexts, steps, runner or default_runner(where), with_breakdown, compile, prefills)
+    how = (batches, contexts, steps, runner or default_runner(where), with_breakdown, compile, prefills, _too_large)
     speeds, shares = _measure(candidates, how, where, out)
     _tell(speeds, shares, where, plot, as_json)
 
@@ -177,6 +178,10 @@ def _check_files(plot: Path | None, out: Path | None, contexts: tuple[int, ...])
         check_folder(out)
 
 
+def _too_large(what: str) -> None:
+    print_note(f"{what}: the device has no memory for it")
+
+
 def _measure(
     candidates: list[Candidate], how: tuple[Any, ...], device: Any, out: Path | None
 ) -> tuple[list[Speed], dict[str, list[Share]]]:
@@ -188,7 +193,7 @@ def _measure(
     batches, contexts = how[:2]
     total = sum(len(candidate.caches) for candidate in candidates) * len(batches) * len(contexts)
     with step_bar("models x batches") as bar:
-        for result, parts in measure(candidates, *how, too_large=lambda what: print_note(f"{what}: no memory for it")):
+        for result, parts in measure(candidates, *how):
             speeds.append(result)
             if parts:
                 shares[result.model] = parts
