@@ -12,6 +12,7 @@ which benchmarks/figures.py makes a section, and a picture to the folder of `--w
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -54,7 +55,11 @@ def main(
     measured = ["--text", text, "--windows", windows, "--device", device, "--no-speed"]
     drawn = ["--plot", work / f"{name}.png", "--json"]
     printed = qpalette("compare", model, *models, *(other or ()), *measured, *drawn)
-    (RESULTS / f"{name}.json").write_text(printed)
+    result = json.loads(printed)
+    result["text"] = Path(result["text"]).name  # no folder of this machine
+    for row in result["models"]:
+        row["model"] = Path(row["model"]).name
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def ours(model: str, bits: str, work: Path, device: str, given: list[Any]) -> Path:
