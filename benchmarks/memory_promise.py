@@ -93,8 +93,9 @@ def planned(checkpoint: Checkpoint, context: int, room: float, coded: bool) -> B
 def held(directory: Path, context: int) -> dict[str, int]:
     model = load_model(str(directory), dtype=torch.bfloat16)[0]
     loop: Any = attach(model, "never", None, cache_maker(model, None, None))
-    prompt = torch.randint(3, model.config.vocab_size, (1, context - NEW))
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, eos_token_id=None)
+    for tokens in (NEW, context - NEW):  # the first loads kernels, which takes some MB more for a while
+        prompt = torch.randint(3, model.config.vocab_size, (1, tokens))
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, eos_token_id=None)
     (session,) = loop.loop.sessions
     assert session.used >= context - 1
     tensors = [*model.parameters(), *model.buffers()]
