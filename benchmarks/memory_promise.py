@@ -5,13 +5,15 @@
 A Llama of random weights is planned for a memory, with a cache of 16 bits and with one of codes, quantized, and run in
 a process of its own to the last token of the context, in bfloat16. Tensors are counted; "peak" is the process' largest
 resident memory over that of the same with a model of one layer and 64 hidden units, which is what Python, torch and
-compiled kernels take.
+compiled kernels take. Pages of programs and libraries do not count: how many of them are mapped depends on what else
+the machine has read. Each runs twice, and the second is measured: to compile kernels takes memory of its own, and the
+two models do not share all of theirs. Linux alone.
 """
 
 from __future__ import annotations
 
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from report import processor, report
 
 import qpalette
 from qpalette.api import cache_maker
+from qpalette.core.mapped import resident_bytes
 from qpalette.evaluate import load_model
 from qpalette.generation import attach
 from qpalette.models import find_groups
@@ -64,7 +67,8 @@ def measured(folder: Path, hidden: int, layers: int, context: int, room: float, 
     (folder / "plan.json").write_text(found.plan.to_json())
     qpalette.quantize(folder / "model", folder / "out", plan=folder / "plan.json")
     command = [sys.executable, __file__, "--run", str(folder / "out"), "--context", str(context)]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    for _ in range(2):
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert found.memory_bytes is not None
     return {"promised": found.memory_bytes, **json.loads(printed.splitlines()[-1])}
 
@@ -89,13 +93,24 @@ def planned(checkpoint: Checkpoint, context: int, room: float, coded: bool) -> B
 def held(directory: Path, context: int) -> dict[str, int]:
     model = load_model(str(directory), dtype=torch.bfloat16)[0]
     loop: Any = attach(model, "never", None, cache_maker(model, None, None))
-    prompt = torch.randint(3, model.config.vocab_size, (1, context - NEW))
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, eos_token_id=None)
+    for tokens in (NEW, context - NEW):  # the first loads kernels, which takes some MB more for a while
+        prompt = torch.randint(3, model.config.vocab_size, (1, tokens))
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, eos_token_id=None)
     (session,) = loop.loop.sessions
     assert session.used >= context - 1
     tensors = [*model.parameters(), *model.buffers()]
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"tensors": sum(each.nbytes for each in tensors), "cache": session.inputs.cache.bytes, "peak": peak}
+    return {
+        "tensors": sum(each.nbytes for each in tensors),
+        "cache": session.inputs.cache.bytes,
+        "peak": in_status("VmHWM") - in_status("RssFile") + resident_bytes(directory / "model.safetensors"),
+    }
+
+
+def in_status(name: str) -> int:
+    """Bytes that Linux says of this process."""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None, name
+    return 1024 * int(found[1])
 
 
 if __name__ == "__main__":

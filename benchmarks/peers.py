@@ -1,16 +1,18 @@
 """Ours at several sizes beside GPTQ, bitsandbytes and llama.cpp's files of the same model, by `qpalette compare`.
 
-    python benchmarks/peers.py MODEL --text TEST [--bits 2.5 --bits 3 --bits 4] [--other FILE.gguf ...] [--device cpu]
-                               [--windows 8] [--work out/peers] [--name compare_peers]
+    python benchmarks/peers.py MODEL --text TEST [--bits 2.5 --bits 3 --bits 4] [--calibration TRAIN]
+                               [--other FILE.gguf ...] [--device cpu] [--windows 8] [--work out/peers]
 
-Ours are made by the one command, `qpalette quantize MODEL OUT --bits B`; what is there already is not made again. nf4
-and int8 are written by transformers and bitsandbytes, GPTQ of 4 and 3 bits by GPTQModel on the text of `--calibration`,
-each where its package is installed; `--other` are models that exist, such as llama-quantize's. Prints what `compare`
-does, and writes what its --json prints to benchmarks/results/NAME.json, of which benchmarks/figures.py makes a section.
+Ours are made by the one command, `qpalette quantize MODEL OUT --bits B`, on text of the model's own or on that of
+`--calibration`; what is there already is not made again. nf4 and int8 are written by transformers and bitsandbytes,
+GPTQ of 4 and 3 bits by GPTQModel on the text of `--calibration`, each where its package is installed; `--other` are
+models that exist, such as llama-quantize's. Writes what `compare --json` prints to benchmarks/results/NAME.json, of
+which benchmarks/figures.py makes a section, and a picture to the folder of `--work`.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -34,14 +36,15 @@ def main(
     text: Annotated[Path, typer.Option(help="What KL is measured on.")],
     bits: Annotated[list[str] | None, typer.Option(help="Of ours.")] = None,
     other: Annotated[list[str] | None, typer.Option(help="A model to compare as well.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="What GPTQ is calibrated on.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="What ours and GPTQ are calibrated on.")] = None,
     device: str = "cpu",
     windows: int = 8,
     work: Path = Path("out/peers"),
     name: str = "compare_peers",
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    models = [ours(model, each, work, device) for each in bits or BITS]
+    given = [] if calibration is None else ["--text", calibration]
+    models = [ours(model, each, work, device, given) for each in bits or BITS]
     plain = work / "plain"
     if not plain.exists():
         export_checkpoint(open_checkpoint(model), plain)
@@ -49,16 +52,20 @@ def main(
         models += [by_bitsandbytes(plain, work / kind, kind, device) for kind in ("nf4", "int8")]
     if find_spec("gptqmodel") is not None and calibration is not None:
         models += [by_gptq(plain, work / f"gptq-{each}", each, calibration) for each in GPTQ_BITS]
-    given = ["--text", text, "--windows", windows, "--device", device, "--no-speed"]
-    command = ["compare", model, *models, *(other or ()), *given]
-    qpalette(*command, "--plot", work / f"{name}.png")
-    (RESULTS / f"{name}.json").write_text(qpalette(*command, "--json"))
+    measured = ["--text", text, "--windows", windows, "--device", device, "--no-speed"]
+    drawn = ["--plot", work / f"{name}.png", "--json"]
+    printed = qpalette("compare", model, *models, *(other or ()), *measured, *drawn)
+    result = json.loads(printed)
+    result["text"] = Path(result["text"]).name  # no folder of this machine
+    for row in result["models"]:
+        row["model"] = Path(row["model"]).name
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def ours(model: str, bits: str, work: Path, device: str) -> Path:
+def ours(model: str, bits: str, work: Path, device: str, given: list[Any]) -> Path:
     out = work / f"{Path(model).name.partition('.')[0]}-{bits}bit"
     if not out.exists():
-        qpalette("quantize", model, out, "--bits", bits, "--device", device)
+        qpalette("quantize", model, out, "--bits", bits, "--device", device, *given)
     return out
 
 

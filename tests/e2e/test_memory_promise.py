@@ -9,6 +9,7 @@ import torch
 from tiny_model import VOCABULARY, build
 
 import qpalette
+from qpalette.core.mapped import resident_bytes
 from qpalette.evaluate import load_model
 from qpalette.generation import attach
 from qpalette.generation.cache import CodedTokenCache
@@ -102,6 +103,16 @@ def test_the_promise_is_what_is_held(tmp_path, checkpoint, coded, context, batch
     assert found.memory_bytes == weights + kept + activations
     beside = bytes_of(model, stored=False) + sum(each.nbytes for each in inputs_of(session))
     assert 0 < beside < activations / 10
+
+
+def test_codes_are_in_memory_once(tmp_path, checkpoint):
+    """Laid out anew on a processor: pages of the file that had them are let go, though norms keep it mapped."""
+    qpalette.quantize(checkpoint.location, tmp_path / "out", spec="nuq-4")
+    model = load_model(str(tmp_path / "out"), dtype=torch.bfloat16)[0]
+    codes = sum(each.nbytes for name, each in model.named_buffers() if name.endswith("qp_codes"))
+    file = tmp_path / "out" / "model.safetensors"
+    assert codes > file.stat().st_size / 2
+    assert resident_bytes(file) < file.stat().st_size - codes / 2
 
 
 def transform() -> Transform:

@@ -5,6 +5,7 @@ from qpalette.formats.card import Tuned, base_model_of, model_card
 from qpalette.formats.checksums import check_checksums, checksums_bytes, write_checksums
 from qpalette.formats.dequantized import DequantizedCheckpoint
 from qpalette.formats.packed import FORMAT_VERSION, METHOD, QuantizationFormat
+from qpalette.formats.pareto import PARETO, pareto
 from qpalette.formats.parts import PARTS, Part, counted_bits, expected_tensors, packed_bits, parts_of, total_bits
 from qpalette.formats.reader import Artifact, Inspection, open_artifact
 from qpalette.formats.revised import RevisedCheckpoint
@@ -15,6 +16,7 @@ __all__ = [
     "BITS_MAP",
     "FORMAT_VERSION",
     "METHOD",
+    "PARETO",
     "PARTS",
     "Artifact",
     "DequantizedCheckpoint",
@@ -33,6 +35,7 @@ __all__ = [
     "model_card",
     "open_artifact",
     "packed_bits",
+    "pareto",
     "parts_of",
     "stored_shares",
     "total_bits",

@@ -10,6 +10,7 @@ from typing import Any
 
 from qpalette.core.records import LinearRecord
 from qpalette.formats.bits_map import BITS_MAP
+from qpalette.formats.pareto import PARETO
 from qpalette.formats.parts import PARTS, counted_bits, total_bits
 from qpalette.models.model_class import class_name
 from qpalette.models.multiplied import Shares
@@ -44,7 +45,7 @@ tokenizer = AutoTokenizer.from_pretrained({path})
 {sizes}
 
 ![Bits per weight of each linear, by layer]({picture})
-
+{predicted}
 ## Distortion
 
 Squared error of the stored weights over their energy, measured with the stored scales, by kind of linear.
@@ -65,6 +66,10 @@ PACKED = """\
 |---|---:|---:|
 {rows}
 
+"""
+
+PREDICTED = f"""
+![Predicted loss by bits per weight, beside one code for all and the bound]({PARETO})
 """
 
 CALIBRATED = """
@@ -101,12 +106,14 @@ def model_card(
     calibration: tuple[int, str] | None = None,
     tuned: Tuned | None = None,
     shares: Shares | None = None,
+    has_pareto: bool = False,
 ) -> str:
     """Markdown, the same for equal arguments. `distortions` by linear name; `carried_bytes` are the other tensors'.
 
     `base_model` is a Hub name; without it the source config's own is used when it is one. The licence is the source
     config's, when it states one. `calibration`, of calibrated rounding, is its tokens and the text's SHA-256; `tuned`
-    is what was done after that; `shares` how much is packed.
+    is what was done after that; `shares` how much is packed;
+    `has_pareto` says that this picture lies beside it.
     """
     weights = sum(record.out_features * record.in_features for record in records.values())
     packed_bits = sum(counted_bits(record).total for record in records.values())
@@ -123,6 +130,7 @@ def model_card(
         packed="" if shares is None else PACKED.format(share=shares.multiplied, rows=_share_rows(shares)),
         sizes=_size_rows(records, weights, carried_bytes),
         picture=BITS_MAP,
+        predicted=PREDICTED if has_pareto else "",
         distortions=_distortion_rows(records, distortions),
         calibrated="" if calibration is None else CALIBRATED.format(tokens=calibration[0], sha256=calibration[1]),
         tuned="" if tuned is None else _tuned(tuned),

@@ -163,7 +163,12 @@ class Running:
         self.session, self.step = session, session.step(self.request.choice)
 
     def _read_prompt(self) -> torch.Tensor:
-        """Its logits, [batch, vocabulary]. What a session holds of it is not read again, if it is half of it."""
+        """Its logits, [batch, vocabulary]. What a session holds of it is not read again, if it is half of it.
+
+        Less would not save time: tokens that come after others look at the whole cache through a mask, where a prompt
+        from its start looks at itself alone. 96 tokens of SmolLM2 (nuq-4, float32, one thread, a cache of 1024): 0.48 s
+        of processor time, and 0.64, 0.55 and 0.44 with 12, 24 and 48 of them held.
+        """
         kept, sessions = 0, self.loop.sessions
         if self.request.continues:
             source, held = sessions.longest(self.answer.known[0])

@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qpalette.core.errors import ArtifactError
+from qpalette.core.mapped import MappedFiles
 from qpalette.core.records import LinearRecord
 from qpalette.formats.packed import FORMAT_VERSION, METHOD, QuantizationFormat
 from qpalette.formats.reader import open_artifact
@@ -98,9 +99,13 @@ class QPaletteQuantizer(HfQuantizer):
         self._modules = pack_modules(model, records, stored)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        files = MappedFiles()
         for name, module in _modules_of_kind(model, PackedModule).items():
             module.check_values(name)
+            loaded = module.qp_codes
             module.prepare()
+            if module.qp_codes is not loaded:
+                files.let_go(loaded)
         # Saved by this class, tensors have its names; a base model's, for one, lack a prefix.
         linears, saved = self.quantization_config.linears, saved_names(model, self._modules.values())
         self.quantization_config.linears = {saved[module]: linears[name] for name, module in self._modules.items()}

@@ -17,7 +17,16 @@ from qpalette.calibration.learned_signs import learn_seeds
 from qpalette.calibration.rounding import ROUNDING, Rounding
 from qpalette.core.ahead import ahead
 from qpalette.core.errors import InputError
-from qpalette.formats import BITS_MAP, PackedCheckpoint, bits_map, model_card, open_artifact, write_checksums
+from qpalette.formats import (
+    BITS_MAP,
+    PARETO,
+    PackedCheckpoint,
+    bits_map,
+    model_card,
+    open_artifact,
+    pareto,
+    write_checksums,
+)
 from qpalette.models import check_complete, transposed_modules
 from qpalette.pipeline.encode import Quality, tell_of_faint_rows
 from qpalette.pipeline.jobs import HEADROOM_BYTES, WRITING_THREADS, Job, format_of, make_jobs, planned_result
@@ -212,18 +221,20 @@ def _quantize_linears(
 
 
 def write_documents(packed: PackedCheckpoint, report: QuantizeReport, plan: Plan, base_model: str | None) -> None:
-    """Report, plan and model card, to lie beside the tokenizer."""
+    """Report, plan, model card and its pictures, to lie beside the tokenizer."""
     records = {linear.name: linear.record for linear in report.linears}
     distortions = {linear.name: linear.distortion for linear in report.linears}
     carried_bytes = packed.total_bytes - packed.packed_bytes
-    measured = report.calibration
+    measured, predicted = report.calibration, pareto(records, plan.sensitivities)
     calibration = None if measured is None else (measured.tokens, measured.text_sha256)
     card = model_card(
         *(report.output.name, packed.config, records, distortions, carried_bytes, base_model, calibration),
         shares=report.shares,
+        has_pareto=predicted is not None,
     )
     documents = {REPORT_FILE: report.to_json(), PLAN_FILE: plan.to_json(), "README.md": card}
-    packed.documents.update(documents | {BITS_MAP: bits_map(records)})
+    pictures = {BITS_MAP: bits_map(records)} | ({} if predicted is None else {PARETO: predicted})
+    packed.documents.update(documents | pictures)
 
 
 def _check_disk(packed: PackedCheckpoint, jobs: Sequence[Job], partial: PartialResults) -> None:

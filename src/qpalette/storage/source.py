@@ -17,7 +17,7 @@ __all__ = ["Checkpoint", "TensorInfo", "local_path", "open_checkpoint"]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # With the card, its picture and SHA256SUMS a quantized model is whole: its checksums name its card and what that shows.
-HUB_FILES = ["*.safetensors", *SIDE_FILES, "README.md", "qpalette_bits.svg", "SHA256SUMS"]
+HUB_FILES = ["*.safetensors", *SIDE_FILES, "README.md", "qpalette_*.svg", "SHA256SUMS"]
 # A pattern's * matches a slash, too: folders bring their small files, but no second copy of the weights.
 HUB_IGNORED = ["consolidated*", "adapter_model*", "*.py", "*/*.safetensors"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")

@@ -23,6 +23,7 @@ from qpalette.evaluate.sampled_text import TOKEN_FILE
 from qpalette.evaluate.text_source import check_text
 from qpalette.formats import (
     BITS_MAP,
+    PARETO,
     Artifact,
     RevisedCheckpoint,
     Tuned,
@@ -234,6 +235,9 @@ def _write(subject: Subject, output: Output, state: State, vectors: TunedVectors
     card = artifact.directory / CARD
     revised.documents[REPORT_FILE] = revised_report(subject.report, records, revised.total_bytes, asdict(tuned))
     revised.documents[BITS_MAP] = bits_map(records)
+    predicted = artifact.directory / PARETO  # of the codes, which stay
+    if predicted.exists():
+        revised.documents[PARETO] = predicted.read_text(encoding="utf-8", errors="replace")
     revised.documents[CARD] = model_card(
         output.directory.name,
         revised.config,
@@ -244,6 +248,7 @@ def _write(subject: Subject, output: Output, state: State, vectors: TunedVectors
         None if measured is None else (measured["tokens"], measured["text_sha256"]),
         tuned,
         stored_shares(revised.config, records, revised.tensors.values()),
+        predicted.exists(),
     )
     assembled = output.work / "assembled"
     shutil.rmtree(assembled, ignore_errors=True)
