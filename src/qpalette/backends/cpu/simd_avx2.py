@@ -1,7 +1,7 @@
-"""SIMD registers of 256 bits inside numba functions, as `simd` has them of 512: where an order of instructions matters.
+"""SIMD registers of 256 bits inside numba functions, as `simd` has them of 512: where their order matters.
 
 Of 512 bits, which AVX2 does not have, LLVM makes two vectors whose instructions alternate: twice as many values are
-held, and with sixteen registers a quarter of a trellis' instructions moved them to memory and back. `W` is a vector of 16 int16
+held, and with sixteen registers a quarter of the instructions moved them to memory. `W` is a vector of 16 int16
 lanes, `Y` of 32 bytes, `V` of 8 int32 lanes.
 """
 
