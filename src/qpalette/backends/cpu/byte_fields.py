@@ -6,10 +6,18 @@ from functools import lru_cache
 
 import numpy as np
 
-from qpalette.backends.cpu import simd
+from qpalette.backends.cpu import instructions, simd
 from qpalette.backends.cpu.byte_activations import COLUMNS
 from qpalette.backends.cpu.byte_decoders import FIELDS
-from qpalette.backends.cpu.byte_rows import LINE, ROWS, RowKernels, add_four, blocks_of_pair, place_of_sums
+from qpalette.backends.cpu.byte_rows import (
+    LINE,
+    ROWS,
+    RowKernels,
+    add_four,
+    blocks_of_pair,
+    place_of_decoded,
+    place_of_sums,
+)
 from qpalette.backends.cpu.fields import UNIT, planes_of
 from qpalette.backends.cpu.jit import inlined, kernel
 from qpalette.backends.cpu.layout import SIDE
@@ -118,16 +126,24 @@ def make_fields(way: str) -> RowKernels:
                 add_four(sums, place_of_sums(row, 0, 1), totals, scale)
 
     @inlined
+    def store_levels(decoded, at, levels):  # type: ignore[no-untyped-def]
+        if instructions.IN_SHORTS:
+            simd.store(decoded, at, simd.even_levels(levels))
+            simd.store(decoded, at + ROWS * LINE, simd.odd_levels(levels))
+        else:
+            simd.store(decoded, at, levels)
+
+    @inlined
     def put(codes, start, pair, first, decoded, table):  # type: ignore[no-untyped-def]
         """Decode the rows that lie together, of a block whose columns are those from `first` on of a pair's."""
         for row in range(ROWS):
             for part in range(of_row):
                 vector = row * of_row + part
                 index = indices(codes, start + vector // UNIT * width * LANES, vector % UNIT)
-                at = ((pair * COLUMNS + first + part * weights) * ROWS + row) * LINE
-                simd.store(decoded, at, look_up(table, 0, index))
+                column = first + part * weights
+                store_levels(decoded, place_of_decoded(pair, column, row), look_up(table, 0, index))
                 if weights == 2:
-                    simd.store(decoded, at + ROWS * LINE, look_up(table, 4, index))
+                    store_levels(decoded, place_of_decoded(pair, column + 1, row), look_up(table, 4, index))
 
     @kernel
     def decode_rows(codes, block_row, columns, size, first, pairs, row, decoded, masks, starts, arrays):  # type: ignore[no-untyped-def]

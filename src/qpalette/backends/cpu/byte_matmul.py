@@ -19,6 +19,7 @@ from qpalette.backends.cpu.byte_activations import COLUMNS, PAIR, empty_bytes, p
 from qpalette.backends.cpu.byte_decoders import FIELDS
 from qpalette.backends.cpu.byte_fields import make_fields
 from qpalette.backends.cpu.byte_rows import (
+    DECODED,
     LINE,
     ROWS,
     SUMS,
@@ -29,6 +30,7 @@ from qpalette.backends.cpu.byte_rows import (
     place_of_sums,
 )
 from qpalette.backends.cpu.byte_trellis import make_trellis
+from qpalette.backends.cpu.byte_windows import make_windows
 from qpalette.backends.cpu.jit import entry, get_num_threads, inlined, kernel, parallel_kernel, set_num_threads
 from qpalette.backends.cpu.layout import SIDE
 from qpalette.backends.cpu.matmul import (
@@ -40,16 +42,18 @@ from qpalette.backends.cpu.matmul import (
     input_transform,
 )
 from qpalette.backends.cpu.operands import address_after, launch_at, matrix_at, pointer, read_values, write_values
+from qpalette.backends.cpu.short_products import TOKENS, in_shorts, multiply_shorts
 from qpalette.backends.cpu.transform import transform_row
 
-TOKENS = 4  # multiplied at once: with as many rows of tiles, sixteen sums of integers in registers
 LONGEST_PASS = 512  # tokens: their bytes of a chunk and their sums of four rows stay in the second cache
-_CHUNK = 8  # pairs of blocks: 16 KB of weights and as much of signs stay in the first cache
+_CHUNK = (1 << 14) // DECODED  # pairs of blocks: 16 KB of weights and as much of signs stay in the first cache
 
 
 def row_kernels(way: str) -> RowKernels:
     """Of a `ByteDecoder`."""
-    return make_fields(way) if way in FIELDS else make_trellis(way)
+    if way in FIELDS:
+        return make_fields(way)
+    return make_windows(way) if instructions.IN_SHORTS else make_trellis(way)
 
 
 @lru_cache(maxsize=16)
@@ -76,7 +80,7 @@ def make_byte_kernel(way: str) -> Any:
         )
 
     @kernel
-    def multiply_decoded(decoded, masks, starts, first, pairs, tokens, vectors, sums, place):  # type: ignore[no-untyped-def]
+    def multiply_bytes(decoded, masks, starts, first, pairs, tokens, vectors, sums, place):  # type: ignore[no-untyped-def]
         """Add the products of what `decode_rows` gave and all tokens to the sums from `place` on. Tokens are the
         inner loop: a compiler would hold a token's sums over several pairs, for which there are no registers."""
         activations, scales, offsets = vectors
@@ -101,6 +105,8 @@ def make_byte_kernel(way: str) -> Any:
                 add_four(sums, at + 2 * of_token, c, simd.load_quarterf(scales, (x + 2) * SIDE))
                 add_four(sums, at + 3 * of_token, d, simd.load_quarterf(scales, (x + 3) * SIDE))
 
+    multiply_decoded = multiply_shorts if instructions.IN_SHORTS else multiply_bytes
+
     @kernel
     def multiply_some(codes, block_row, columns, size, tokens, vectors, sums, space, arrays):  # type: ignore[no-untyped-def]
         """The products of a row of blocks and `tokens` tokens, a multiple of TOKENS, into `sums`."""
@@ -123,8 +129,8 @@ def make_byte_kernel(way: str) -> Any:
         start, stop = units * worker // workers, units * (worker + 1) // workers
         sums = aligned(tokens * SUMS * 4).view(np.float32)
         space = (
-            aligned(_CHUNK * COLUMNS * ROWS * LINE),
-            aligned(_CHUNK * COLUMNS * ROWS * LINE),
+            aligned(_CHUNK * DECODED),
+            aligned(_CHUNK * DECODED),
             aligned(_CHUNK * ROWS * LINE).view(np.int32),
         )
         unit = 0
@@ -182,11 +188,11 @@ def make_byte_kernel(way: str) -> Any:
                     round_units(address, x, type_, start, count, vectors, 0, 1)
                 else:
                     round_in_parallel(address, x, type_, start, count, vectors, workers)
-                multiply_in_parallel(address, vectors, type_, start, count, workers)
+                multiply_in_parallel(address, multiplied(vectors, count), type_, start, count, workers)
                 set_num_threads(before)
             else:
                 round_units(address, x, type_, start, count, vectors, 0, 1)
-                multiply_units(address, vectors, type_, start, count, 0, 1)
+                multiply_units(address, multiplied(vectors, count), type_, start, count, 0, 1)
 
     return linear
 
@@ -195,6 +201,15 @@ def make_byte_kernel(way: str) -> Any:
 def padded(count):  # type: ignore[no-untyped-def]
     """Tokens that are multiplied: what is no multiple of TOKENS is filled up with zeros, but for a token alone."""
     return 1 if count == 1 else (count + TOKENS - 1) // TOKENS * TOKENS
+
+
+@inlined
+def multiplied(vectors, count):  # type: ignore[no-untyped-def]
+    """`vectors` as `multiply_units` takes them."""
+    words, scales, offsets = vectors
+    if instructions.IN_SHORTS and count > 1:
+        words = in_shorts(words)
+    return words, scales, offsets
 
 
 @inlined

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray
 
-from qpalette.backends.cpu import simd
+from qpalette.backends.cpu import instructions, simd
+from qpalette.backends.cpu.byte_activations import COLUMNS
 from qpalette.backends.cpu.decoders import HALVES
 from qpalette.backends.cpu.jit import inlined
 from qpalette.backends.cpu.matmul import LANES, TILE
@@ -16,6 +17,8 @@ from qpalette.backends.cpu.operands import pointer
 LINE = 4 * LANES  # bytes of a vector
 ROWS = 4  # rows of tiles that lie together: r, r + 8, r + 1, r + 9
 SUMS = TILE * LANES  # of a token
+_VECTORS = 2 if instructions.IN_SHORTS else 1  # of four columns of a row, decoded
+DECODED = COLUMNS * _VECTORS * ROWS * LINE  # bytes of a pair of blocks
 
 
 class RowKernels(NamedTuple):
@@ -23,7 +26,7 @@ class RowKernels(NamedTuple):
 
     multiply_one: its products with one token. decode_rows: some rows of tiles, for several. order: of the columns of
     activations (`put_bytes`). has_signs: whether decoded weights are magnitudes with masks of those that are negative,
-    else they are 128 more than they stand for.
+    else they are MIDDLE more than they stand for; as int16 (`short_products`) they have their signs.
     """
 
     multiply_one: Any
@@ -57,6 +60,12 @@ def blocks_of_pair(block_row, columns, pair, size):  # type: ignore[no-untyped-d
     """Where the two blocks of a pair start; the last may be one alone, which is then multiplied by zeros, too."""
     left = (block_row * columns + 2 * pair) * size
     return left, left + size if 2 * pair + 1 < columns else left
+
+
+@inlined
+def place_of_decoded(pair, column, row):  # type: ignore[no-untyped-def]
+    """Where four columns of a row of tiles lie; the second half of them, as int16, ROWS * LINE further on."""
+    return ((pair * COLUMNS + column) * _VECTORS * ROWS + row) * LINE
 
 
 @inlined

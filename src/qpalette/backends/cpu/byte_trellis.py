@@ -93,8 +93,8 @@ def make_trellis(way: str) -> RowKernels:
                 simd.store(starts, (pair * ROWS + 2 * below) * LANES, upper)
                 simd.store(starts, (pair * ROWS + 2 * below + 1) * LANES, lower)
 
-    return RowKernels(multiply_one, decode_rows, _ORDER, True)
+    return RowKernels(multiply_one, decode_rows, ORDER, True)
 
 
 # Of columns, as `put_bytes` takes it: two of a tile and the same two of the tile four to its right.
-_ORDER = (np.arange(COLUMNS)[:, None] * 2 + np.array([0, 1, TILE, TILE + 1])).reshape(-1)
+ORDER = (np.arange(COLUMNS)[:, None] * 2 + np.array([0, 1, TILE, TILE + 1])).reshape(-1)

@@ -38,6 +38,7 @@ HAS_AVX2 = "avx2" in features()
 HAS_BYTES = HAS_AVX2 or has_wide_bytes(features())
 MIDDLE = 128 if has_vnni(features()) else 0  # what is added to levels, bytes of -127 to 127, before they are multiplied
 _WIDE = has_wide_bytes(features())
+IN_SHORTS = HAS_AVX2 and not MIDDLE  # whether bytes are multiplied by several tokens as int16: half the instructions
 
 
 def look_up_floats(builder: Any, low: Any, high: Any, index: Any) -> Any:

@@ -20,7 +20,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from qpalette.backends.cpu import instructions
+from qpalette.backends.cpu import avx2, instructions
 
 LANES = 16
 
@@ -445,6 +445,10 @@ lookup128_but_first = _define((B, B, B, B, B), instructions.lookup128_but_first)
 # levels, b is no -128.
 dot_magnitudes = _define((I, I, B, B), instructions.dot_magnitudes)
 dot_levels = _define((I, I, B, B), instructions.dot_levels)
+dot_shorts = _define((I, I, B, B), avx2.dot_shorts)  # (total, a, b): each lane's plus its two products of int16
+# Bytes as int16, those at even places or at odd ones.
+even_levels = _define((B, B), lambda b, x: avx2.shorts(b, x, False))
+odd_levels = _define((B, B), lambda b, x: avx2.shorts(b, x, True))
 andb = _define((B, B, B), lambda b, x, y: b.and_(x, y))
 xorb = _define((B, B, B), lambda b, x, y: b.xor(x, y))
 ones_where_negative = _define((B, B), lambda b, x: b.sext(_is_negative(b, x), B.vector))  # all bits of a byte
