@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from qpalette.core.errors import InputError, UnsupportedError
 from qpalette.evaluate import evaluate_models, model_windows, sample_windows, sampled_text
 from qpalette.evaluate.continuation import WARM_UP, CapturedContinuation
 from qpalette.evaluate.sampled_text import Chat, chat_of, read_token_file
+from qpalette.integrations import attention as _grouped  # noqa: F401 - makes READER known to transformers
+from qpalette.nn.coded_states import READER
 
 WORDS = ("<s>", "</s>", "system", "user", "assistant", "be", "good")
 VOCABULARY = 64
@@ -233,8 +236,8 @@ def test_a_wrong_token_file_is_refused(model, tmp_path, content):
         model_windows(tmp_path / "none.tokens.json", model, tokenizer_of(), LENGTH, None)
 
 
-@pytest.mark.parametrize("captures", [True, False])
-def test_a_captured_step_writes_what_a_growing_cache_does(model, monkeypatch, captures):
+@pytest.mark.parametrize(("captures", "attention"), [(True, "sdpa"), (True, READER), (False, "sdpa")])
+def test_a_captured_step_writes_what_a_growing_cache_does(model, monkeypatch, captures, attention):
     """A graph is played here by running its work again."""
     runs = []
 
@@ -251,8 +254,9 @@ def test_a_captured_step_writes_what_a_growing_cache_does(model, monkeypatch, ca
     tokenizer = tokenizer_of(TEMPLATE)
     wanted = sample_windows(model, tokenizer, 3, LENGTH, seed=5)
     monkeypatch.setattr(
-        sampled_text, "continuation_of", lambda model, length: CapturedContinuation(model, length, Graph)
+        sampled_text, "continuing", lambda model, length: nullcontext(CapturedContinuation(model, length, Graph))
     )
+    monkeypatch.setattr(model.config, "_attn_implementation", attention)
     assert equal(wanted, sample_windows(model, tokenizer, 3, LENGTH, seed=5))
     opening = len(chat_of(tokenizer).opening)
     assert len(runs) == captures * (LENGTH - opening - 1 - WARM_UP)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qpalette.backends.cuda.graphs import capture_graph
 from qpalette.evaluate.reserved_cache import cache_of, reserve
+from qpalette.nn.coded_states import READER
 from qpalette.nn.token_cache import ATTENTION, TokenCache, can_serve
 
 WARM_UP = 3  # steps before a capture, as torch's documentation of CUDA graphs asks for
@@ -89,12 +92,22 @@ class CapturedContinuation:
         return output.logits[:, -1]
 
 
-def continuation_of(model: Any, length: int) -> Continuation | CapturedContinuation:
-    """The quick one, where there are CUDA graphs and `can_serve` says yes."""
+@contextmanager
+def continuing(model: Any, length: int) -> Iterator[Continuation | CapturedContinuation]:
+    """The quick one, where there are CUDA graphs and `can_serve` says yes. There attention is "grouped" meanwhile in
+    place of sdpa, which writes keys and values of the whole length once for each query that shares them."""
     config = model.config.get_text_config()
-    if model.device.type != "cuda" or config._attn_implementation not in ATTENTION or not can_serve(model):
-        return Continuation(model, length)
-    return CapturedContinuation(model, length, capture_graph)
+    before = config._attn_implementation
+    if model.device.type != "cuda" or before not in ATTENTION or not can_serve(model):
+        yield Continuation(model, length)
+        return
+    known = READER in ALL_ATTENTION_FUNCTIONS.valid_keys()  # what lies above registers it
+    if known and before == "sdpa" and getattr(config, "attn_logit_softcapping", None) is None:
+        model.set_attn_implementation(READER)
+    try:
+        yield CapturedContinuation(model, length, capture_graph)
+    finally:
+        model.set_attn_implementation(before)
 
 
 def last_logits(model: Any) -> dict[str, int]:

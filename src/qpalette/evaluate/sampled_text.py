@@ -13,7 +13,7 @@ import torch
 
 from qpalette.core.errors import InputError
 from qpalette.core.resume import PartialFigures
-from qpalette.evaluate.continuation import continuation_of, last_logits
+from qpalette.evaluate.continuation import continuing, last_logits
 from qpalette.evaluate.reserved_cache import bytes_of, cache_of
 from qpalette.models.vocabulary import check_tokens
 
@@ -170,14 +170,15 @@ def _window_bytes(model: Any, chat: Chat | None, length: int) -> int:
 def _write(model: Any, writers: _Writers, length: int, told: Callable[[int], None]) -> list[list[int]]:
     opening = _opening(model, writers.chat)
     windows = [list(opening) if writers.chat is not None else [] for _ in range(writers.count)]
-    step, continuation = torch.tensor([opening] * writers.count), continuation_of(model, len(opening) + length)
-    while len(windows[0]) < length:
-        logits = continuation.logits(step)
-        chosen = writers.choose(_draw(logits, writers.draws[:, len(windows[0])]))
-        for window, token in zip(windows, chosen, strict=True):
-            window.append(token)
-        step = torch.tensor(chosen)[:, None]
-        told(len(windows[0]) * writers.count)
+    step = torch.tensor([opening] * writers.count)
+    with continuing(model, len(opening) + length) as continuation:
+        while len(windows[0]) < length:
+            logits = continuation.logits(step)
+            chosen = writers.choose(_draw(logits, writers.draws[:, len(windows[0])]))
+            for window, token in zip(windows, chosen, strict=True):
+                window.append(token)
+            step = torch.tensor(chosen)[:, None]
+            told(len(windows[0]) * writers.count)
     return [window[:length] for window in windows]
 
 
