@@ -36,6 +36,10 @@ from test_cli import _plain_output, model, packed, run, text  # noqa: F401 - fix
         (("quantize", "{packed}", "{tmp}/out", "--spec", "nuq-4"), "quantized already"),
         (("quantize", "{model}", "{tmp}/out", "--spec", "nuq-4", "--hessians", "{missing}"), "holds no Hessians"),
         (("quantize", "{model}", "{tmp}/out", "--spec", "nuq-4", "--device", "abacus"), "'abacus' is not a device"),
+        (("quantize", "{model}", "{tmp}/out", "--spec", "nuq-4", "--device", "meta"), "cannot compute on meta"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--report", "{tmp}"), "is a directory; name a file"),
+        (("quantize", "{model}", "{text}/out", "--spec", "nuq-4"), "text.txt is no directory"),
+        (("quantize", "{model}", "{text}/out", "--bits", "4"), "text.txt is no directory"),
         (("calibrate", "{missing}", "{tmp}/out", "--text", "{text}"), "does not exist"),
         (("calibrate", "{model}", "{tmp}/out", "--text", "{missing}"), "does not exist"),
         (("calibrate", "{model}", "{tmp}/out", "--text", "{text}", "--tokens", "1"), "at least 2, got 1"),
@@ -85,6 +89,17 @@ def test_a_mistake_is_one_clear_line(run, model, packed, text, tmp_path, argumen
     assert message in result.err
     assert not result.out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", [("--bits", "4"), ("--spec", "nuq-4")])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(run, model, tmp_path, monkeypatch, how):  # noqa: F811
+    """Not after a model has been calibrated for hours. Who runs this may be allowed everything."""
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)
+    monkeypatch.setattr("qpalette.recipe.run.calibrate", lambda *given, **named: pytest.fail("it has begun"))
+    result = run("quantize", model, tmp_path / "out", *how)
+    assert (result.code, result.out) == (1, "")
+    assert result.err == f"error: {tmp_path / 'out'} cannot be written: nothing may be added to {tmp_path}\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
