@@ -189,6 +189,8 @@ def calibrate(
     where = str(parse_device(device))
     if Path(hessians).expanduser().is_file():
         raise InputError(f"{hessians} is a file: Hessians go into a directory of their own")
+    if (Path(hessians).expanduser() / "config.json").exists():
+        raise InputError(f"{hessians} holds a model: Hessians go into a directory of their own")
     check_text(text, model)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
     loaded, tokenizer = load_model(checkpoint.location, where, dtype)
@@ -337,6 +339,8 @@ def measure_sensitivities(
         raise InputError(
             f"{target.absolute().parent} does not exist; make it, or choose another place for {target.name}"
         )
+    if target.is_dir():
+        raise InputError(f"{target} is a directory; name a file to write")
     check_text(text, model)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
     loaded, tokenizer = load_model(checkpoint.location, where, dtype)

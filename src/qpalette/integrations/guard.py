@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers.generation.streamers import BaseStreamer
 
+from qpalette.core.text import first_line
 from qpalette.integrations.metrics import Metrics
 from qpalette.integrations.seed import Seed
 from qpalette.models.vocabulary import context_of
@@ -122,7 +123,7 @@ class _Handler:
         try:
             return await self._handler.handle_request(body, request_id)
         except (ValueError, TypeError, KeyError, TemplateError) as error:  # how transformers and templates refuse
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise HTTPException(400, f"the request cannot be answered ({type(error).__name__}: {reason})") from error
 
 
@@ -263,7 +264,7 @@ async def _one_line(request: Any, error: StarletteHTTPException) -> JSONResponse
 
 
 async def _broken(request: Any, error: Exception) -> JSONResponse:
-    return _error(500, f"the answer broke off ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})")
+    return _error(500, f"the answer broke off ({type(error).__name__}: {first_line(error)})")
 
 
 async def _no_object(request: Any, error: RequestValidationError) -> JSONResponse:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qpalette.core.errors import InputError
+from qpalette.core.text import first_line
 
 
 def parse_device(name: str | torch.device) -> torch.device:
@@ -24,7 +25,7 @@ def parse_device(name: str | torch.device) -> torch.device:
         try:
             torch.ones(1, device=device).item()
         except Exception as error:  # each kind of device has its own
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise InputError(f"torch {torch.__version__} cannot compute on {name} here ({reason})") from error
     return device
 
