@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -369,9 +368,7 @@ def measure_sensitivities(
     measured = tuple(replace(linear, sensitivity=values[linear.name]) for linear in linears)
     streams = stream_sensitivities(loaded, tokenizer, windows, seed=seed, progress=progress) if cache else ()
     found = Sensitivities(measured, provenance, streams=streams)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(found.to_json(), encoding="utf-8", newline="\n")
-    os.replace(temporary, target)
+    write_whole(target, found.to_json())
     partial.remove()
     return found
 
