@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -189,6 +188,8 @@ def calibrate(
     where = str(parse_device(device))
     if Path(hessians).expanduser().is_file():
         raise InputError(f"{hessians} is a file: Hessians go into a directory of their own")
+    if (Path(hessians).expanduser() / "config.json").exists():
+        raise InputError(f"{hessians} holds a model: Hessians go into a directory of their own")
     check_text(text, model)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
     loaded, tokenizer = load_model(checkpoint.location, where, dtype)
@@ -337,6 +338,8 @@ def measure_sensitivities(
         raise InputError(
             f"{target.absolute().parent} does not exist; make it, or choose another place for {target.name}"
         )
+    if target.is_dir():
+        raise InputError(f"{target} is a directory; name a file to write")
     check_text(text, model)  # a wrong file is told before minutes of loading
     checkpoint = open_checkpoint(model)
     loaded, tokenizer = load_model(checkpoint.location, where, dtype)
@@ -365,9 +368,7 @@ def measure_sensitivities(
     measured = tuple(replace(linear, sensitivity=values[linear.name]) for linear in linears)
     streams = stream_sensitivities(loaded, tokenizer, windows, seed=seed, progress=progress) if cache else ()
     found = Sensitivities(measured, provenance, streams=streams)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(found.to_json(), encoding="utf-8", newline="\n")
-    os.replace(temporary, target)
+    write_whole(target, found.to_json())
     partial.remove()
     return found
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from test_cli import _plain_output, model, packed, run, text  # noqa: F401 - fixtures
 
@@ -36,12 +39,21 @@ from test_cli import _plain_output, model, packed, run, text  # noqa: F401 - fix
         (("quantize", "{packed}", "{tmp}/out", "--spec", "nuq-4"), "quantized already"),
         (("quantize", "{model}", "{tmp}/out", "--spec", "nuq-4", "--hessians", "{missing}"), "holds no Hessians"),
         (("quantize", "{model}", "{tmp}/out", "--spec", "nuq-4", "--device", "abacus"), "'abacus' is not a device"),
+        (("quantize", "{model}", "{tmp}/out", "--spec", "nuq-4", "--device", "meta"), "cannot compute on meta"),
+        (("quantize", "{model}", "{tmp}/out", "--bits", "4", "--report", "{tmp}"), "is a directory; name a file"),
+        (("quantize", "{model}", "{text}/out", "--spec", "nuq-4"), "text.txt is no directory"),
+        (("quantize", "{model}", "{text}/out", "--bits", "4"), "text.txt is no directory"),
         (("calibrate", "{missing}", "{tmp}/out", "--text", "{text}"), "does not exist"),
         (("calibrate", "{model}", "{tmp}/out", "--text", "{missing}"), "does not exist"),
         (("calibrate", "{model}", "{tmp}/out", "--text", "{text}", "--tokens", "1"), "at least 2, got 1"),
         (("calibrate", "{model}", "{tmp}/out", "--text", "{text}", "--window", "-1"), "at least 2"),
         (("calibrate", "{model}", "{tmp}/out", "--text", "{text}", "--memory", "nan"), "memory"),
         (("calibrate", "{model}", "{tmp}/out", "--text", "{text}", "--device", "abacus"), "'abacus' is not a device"),
+        (("calibrate", "{model}", "{model}", "--text", "{text}"), "holds a model"),
+        (("sensitivity", "{model}", "{tmp}", "--text", "{text}"), "is a directory; name a file"),
+        (("plan", "{model}", "--bits", "4", "--batch", "0"), "the batch must be at least 1, got 0"),
+        (("plan", "{model}", "--bits", "0.2"), "the least is 1.249 bits per weight"),
+        (("bench", "{packed}", "--alone", "--attention", "x"), "--attention x: "),
         (("eval", "{missing}", "--text", "{text}"), "does not exist"),
         (("eval", "{packed}", "--reference", "{missing}", "--text", "{text}"), "does not exist"),
         (("eval", "{packed}", "--text", "{missing}"), "does not exist"),
@@ -85,6 +97,43 @@ def test_a_mistake_is_one_clear_line(run, model, packed, text, tmp_path, argumen
     assert message in result.err
     assert not result.out
     assert not (tmp_path / "out").exists()
+
+
+NONSENSE = {"hidden_size": -3, "num_attention_heads": 0, "num_hidden_layers": "many", "rope_parameters": "x"}
+READERS = (
+    *(("quantize", "{model}", "{tmp}/out", "--bits", "4", *more) for more in ((), ("--fast",))),
+    ("plan", "{model}", "--bits", "4"),
+    ("eval", "{model}", "--text", "{text}"),
+    ("generate", "{model}", "hello"),
+    ("bench", "--config", "{model}", "--spec", "nuq-4"),
+)
+
+
+@pytest.mark.parametrize("field", NONSENSE)
+@pytest.mark.parametrize("arguments", READERS, ids=lambda arguments: " ".join(arguments[::4]))
+def test_a_config_of_nonsense_is_one_clear_line(run, model, text, tmp_path, arguments, field):  # noqa: F811
+    """Transformers raises whatever a class comes upon: errors of its own, a TypeError, a division by zero."""
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, field: NONSENSE[field]}))
+    result = run(*(argument.format(model=broken, tmp=tmp_path, text=text) for argument in arguments))
+    assert result.code == 1
+    assert result.err.startswith("error: transformers ")
+    assert result.err.count("\n") == 1, result.err
+    assert not result.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", [("--bits", "4"), ("--spec", "nuq-4")])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(run, model, tmp_path, monkeypatch, how):  # noqa: F811
+    """Not after a model has been calibrated for hours. Who runs this may be allowed everything."""
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)
+    monkeypatch.setattr("qpalette.recipe.run.calibrate", lambda *given, **named: pytest.fail("it has begun"))
+    result = run("quantize", model, tmp_path / "out", *how)
+    assert (result.code, result.out) == (1, "")
+    assert result.err == f"error: {tmp_path / 'out'} cannot be written: nothing may be added to {tmp_path}\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 
 import pytest
 import torch
@@ -345,6 +348,26 @@ def test_moments_are_kept_and_read_again(model, tmp_path, monkeypatch):
     again = transforms_for(model, None, parse_cache("vq-3"), 50)
     assert all(torch.equal(a.matrix, b.matrix) for a, b in zip(first, again, strict=True))
     assert [file.stat().st_mtime_ns for file in files] == times
+
+
+def test_two_that_need_moments_at_once_make_them_once(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("QPALETTE_CACHE", str(tmp_path))
+    began, made = threading.Barrier(2), []
+
+    def measured(*given):
+        made.append(key_moments(*given))
+        return made[-1]
+
+    def asked() -> list:
+        began.wait(60)
+        return transforms_for(model, None, parse_cache("vq-3"), 32)
+
+    monkeypatch.setattr(import_module("qpalette.evaluate.cache"), "key_moments", measured)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = [each.result() for each in [pool.submit(asked), pool.submit(asked)]]
+    assert len(made) == 1
+    assert all(torch.equal(a.matrix, b.matrix) for a, b in zip(one, other, strict=True))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_watched_model_is_as_before(model):

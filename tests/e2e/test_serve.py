@@ -216,7 +216,7 @@ def test_an_address_of_another_machine_is_refused():
 
 
 def test_an_option_that_the_engine_lacks(packed):
-    with pytest.raises(InputError, match="transformers serve: No such option"):
+    with pytest.raises(InputError, match=r"transformers serve: No such option '--[^ ]*'\.$"):
         serving.serve_transformers(str(packed), "127.0.0.1", free_port(), ["--no-such-option"])
     with pytest.raises(InputError, match="rename the directory"):
         serving.serve_transformers("a@b", "127.0.0.1", free_port())

@@ -59,6 +59,15 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "a seed that is none": (CHAT, {"messages": PROMPT, "seed": -1}, "seed"),
     "a penalty that divides by 0": (CHAT, {"messages": PROMPT, "frequency_penalty": -1}, "frequency_penalty"),
     "bias of no token": (CHAT, {"messages": PROMPT, "logit_bias": {"a": 1}}, "logit_bias"),
+    "bias of a token beyond the last": (CHAT, {"messages": PROMPT, "logit_bias": {"999999": 1}}, "none is 999999"),
+    "bias beyond all": (CHAT, {"messages": PROMPT, "logit_bias": {"7": 1e9}}, "logit_bias"),
+    "an end that is everywhere": (CHAT, {"messages": PROMPT, "stop": ["a", ""]}, "stop"),
+    "a template of its own": (CHAT, {"messages": PROMPT, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "None"),
+    "many answers": (
+        CHAT,
+        {"messages": PROMPT, "generation_config": '{"num_return_sequences": 999, "do_sample": true}'},
+        "one answer is made",
+    ),
     "a generation config that is none": (CHAT, {"messages": PROMPT, "generation_config": "{"}, "JSON"),
     "unknown field": (CHAT, {"messages": PROMPT, "no_such_field": 1}, "no_such_field"),
     "no object": (CHAT, [1], "no JSON object"),
@@ -152,6 +161,10 @@ def test_a_seed_holds_beside_other_requests(server):
     with ThreadPoolExecutor(6) as clients:
         answers = [(seed, clients.submit(said, server.port, temperature=1.5, seed=seed)) for seed in (1, 2, 3) * 2]
         assert [answer.result() for seed, answer in answers] == [wanted[seed] for seed, _ in answers]
+
+
+def test_a_bias_is_a_whole_number_too(server):
+    assert said(server.port, max_tokens=3, temperature=0, logit_bias={str(ord("X")): 100}) == "XXX"
 
 
 def test_what_changes_nothing_may_be_said(server):

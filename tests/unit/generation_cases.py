@@ -43,19 +43,19 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-MAKERS: dict[str, Callable[[], torch.nn.Module]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+MAKERS: dict[str, Callable[..., torch.nn.Module]] = {  # of what is other than usual
+    "llama": lambda **other: LlamaForCausalLM(LlamaConfig(**SIZES | other)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**SIZES, sliding_window=12, layer_types=["sliding_attention", "full_attention"])
     ),
-    "gpt2": lambda: GPT2LMHeadModel(
+    "gpt2": lambda n_positions=512: GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCABULARY,
             n_embd=32,
             n_layer=2,
             n_head=4,
-            n_positions=512,
+            n_positions=n_positions,
             initializer_range=0.4,
             eos_token_id=None,
             bos_token_id=0,
@@ -104,9 +104,9 @@ def short_caches(monkeypatch):
         monkeypatch.setattr(module, "AHEAD", 32)
 
 
-def build(kind: str = "llama") -> torch.nn.Module:
+def build(kind: str = "llama", **other: object) -> torch.nn.Module:
     torch.manual_seed(0)
-    return MAKERS[kind]().eval()
+    return MAKERS[kind](**other).eval()
 
 
 def prompt(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:

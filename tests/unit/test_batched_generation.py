@@ -80,6 +80,18 @@ def test_each_gets_what_it_gets_alone(kind, capture):
     assert SLOTS in sizes_of(model)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "dynamic"])
+def test_one_that_has_left_counts_no_further(kind, capture):
+    """Beside a prompt that nearly fills the context others go on for longer than the context has columns left."""
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}  # of the highest position
+    model = build(kind, n_positions=64) if kind == "gpt2" else build(max_position_embeddings=64, rope_scaling=dynamic)
+    requests = requests_of([8, 58, 5], max_new_tokens=50)
+    requests[1]["max_new_tokens"] = 4
+    wanted = [model.generate(**request) for request in requests]
+    attach(model, "never", capture, slots=SLOTS)
+    assert agree(all_at_once(model, requests), wanted)
+
+
 def test_a_batch_that_shrinks_is_laid_anew(capture):
     model = build()
     requests = requests_of([5] * 8, max_new_tokens=4) + requests_of([6], max_new_tokens=90)

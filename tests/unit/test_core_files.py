@@ -151,6 +151,22 @@ def test_a_file_is_written_whole_or_stays(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_whole(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_that_write_a_file_at_once_write_it_whole(tmp_path, monkeypatch):
+    file, flush = tmp_path / "file", os.fsync
+
+    def meanwhile(descriptor):
+        monkeypatch.setattr(os, "fsync", flush)
+        write_whole(file, "the other's")
+        assert file.read_text() == "the other's"
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_whole(file, "own")
+    assert file.read_text() == "own"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 def test_mount_points_are_known(tmp_path, monkeypatch):

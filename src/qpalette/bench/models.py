@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from qpalette.bench.presets import PRESETS
 from qpalette.core.errors import CheckpointError, InputError, SpecError
 from qpalette.core.records import LinearRecord
+from qpalette.core.text import first_line
 from qpalette.formats.packed import QuantizationFormat
 from qpalette.formats.parts import parts_of, total_bits
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
@@ -80,9 +82,10 @@ def read_config(name: str) -> Any:
         if not path.exists():
             raise InputError(f"'{name}' is neither a config.json nor a preset: known are {', '.join(PRESETS)}")
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"transformers cannot read the config {name} ({reason})") from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever a config class raises on nonsense
+        raise InputError(f"transformers cannot read the config {name} ({first_line(error)})") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -152,7 +155,8 @@ def from_directory(name: str, path: str, dtype: torch.dtype, device: torch.devic
     def build() -> Any:
         model, _ = load_model(place, device, dtype)
         if attention is not None:
-            model.set_attn_implementation(attention)
+            with _attention_told(attention):
+                model.set_attn_implementation(attention)
         return model
 
     return Candidate(
@@ -182,7 +186,7 @@ def _skeleton(config: Any) -> Any:
 
 
 def _plain(config: Any, dtype: torch.dtype, device: torch.device, attention: str | None) -> Any:
-    with device:
+    with device, _attention_told(attention):
         return _class(config)._from_config(config, dtype=dtype, **_attention(attention))
 
 
@@ -208,14 +212,26 @@ def _packed(
     for name, record in records.items():
         tensors |= {f"{name}.{part.suffix}": part.random(record, device) for part in parts_of(record)}
     place = {"": device.index or 0} if device.type == "cuda" else {"": str(device)}
-    model = type(_skeleton(config)).from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype, device_map=place, **_attention(attention)
-    )
+    with _attention_told(attention):
+        model = type(_skeleton(config)).from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, device_map=place, **_attention(attention)
+        )
     for module in model.modules():
         if isinstance(module, QuantExperts):  # of these transformers does not know how biases begin
             for bias in module.parameters(recurse=False):
                 torch.nn.init.zeros_(bias)
     return model
+
+
+@contextmanager
+def _attention_told(name: str | None) -> Iterator[None]:
+    """Raises InputError for an attention that transformers does not know, or that is not installed."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        if name is None:
+            raise
+        raise InputError(f"--attention {name}: {first_line(error)}") from error
 
 
 def _attention(name: str | None) -> dict[str, Any]:

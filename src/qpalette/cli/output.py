@@ -58,17 +58,19 @@ def write_json(value: Any, file: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """The whole of `file` or nothing of it. Raises InputError where its folder does not exist."""
+    """The whole of `file` or nothing of it. Raises InputError as `check_folder`."""
     check_folder(file)
     write_whole(file, text)
 
 
 def check_folder(file: Path) -> None:
-    """Raises InputError where `file` could not be written for want of a folder: ask before long work."""
+    """Raises InputError where `file` could not be written for want of a folder, or is one: ask before long work."""
     from qpalette.core.errors import InputError
 
     if not file.absolute().parent.is_dir():
         raise InputError(f"{file.absolute().parent} does not exist; make it, or choose another place")
+    if file.is_dir():
+        raise InputError(f"{file} is a directory; name a file to write")
 
 
 def _json(value: Any) -> str:

@@ -76,12 +76,15 @@ def plan(
     space = Space(palette, measured, batch, fusion, experts)
     _check_before_the_work(tokens_per_second, measured, solver, plot, (out, report, cache_out))
     checkpoint = _checkpoint(model)
+    options: dict[str, Any] = {"also": also or (), "solver": solver, "rotation": rotation, "seed": seed}
+    if sensitivity is None and checkpoint is not None:
+        _draft(budget, space, checkpoint, {**options, "context": tokens or 1})
     store = None
     if calibration is None or model is None:
         known = _sensitivities(model, sensitivity, checkpoint)
     else:
         known, store = of_calibration(model, calibration, rotation, seed, device)
-    make = partial(_made, known, budget, space, checkpoint, store, also or (), solver, rotation, seed)
+    make = partial(_made, known, budget, space, checkpoint, {**options, "hessians": store})
     found = make(tokens) if tokens is not None else _longest(make, checkpoint, max_loss)
     _write(found, out, cache_out, plot)
     if report is not None:
@@ -190,24 +193,22 @@ def _made(
     budget: Budget,
     space: Space,
     checkpoint: Checkpoint | None,
-    hessians: HessianStore | None,
-    also: Any,
-    solver: str,
-    rotation: str,
-    seed: int,
+    options: dict[str, Any],
     context: int,
 ) -> BudgetPlan:
     from qpalette.pipeline.planning import make_plan
 
-    options: dict[str, Any] = {
-        "hessians": hessians,
-        "also": also,
-        "context": context,
-        "solver": solver,
-        "rotation": rotation,
-        "seed": seed,
-    }
-    return make_plan(known, budget, space, checkpoint, **options)
+    return make_plan(known, budget, space, checkpoint, **options, context=context)
+
+
+def _draft(budget: Budget, space: Space, checkpoint: Checkpoint, options: dict[str, Any]) -> None:
+    """The plan if every weight mattered alike, which minutes of measuring come after: what no plan can do is told by
+    it."""
+    from qpalette.models import find_groups
+    from qpalette.pipeline.planning import even_sensitivities, make_plan
+
+    known = even_sensitivities(find_groups(checkpoint, also=options["also"]).groups)
+    make_plan(known, budget, space, checkpoint, **options)
 
 
 def _check_before_the_work(

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -30,17 +31,23 @@ MOUNTS = Path("/proc/self/mountinfo")
 ATTEMPTS = 100  # to take a lock whose file its holder removes again and again
 BEHIND = 1 << 30  # where Windows locks a byte: a locked one cannot be read, and who holds the lock is to be read
 WAIT_SECONDS = 0.5
+_number = count()  # of a temporary file
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
 def write_whole(file: Path, text: str) -> None:
-    """`file` has all of `text`, or is as it was: written beside it, flushed to disk, renamed."""
-    temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    """`file` has all of `text`, or is as it was: written beside it, flushed to disk, renamed. Where two write it at
+    once, each has a name of its own until then, and the last one stays."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.{next(_number)}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -18,6 +18,16 @@ def count(number: int) -> str:
     return _with_prefix(number, "").rstrip()
 
 
+def first_line(error: object) -> str:
+    """What an error of another's code says, as part of one line: its first line, and what that announces."""
+    said, *rest = str(error).strip().splitlines() or [""]
+    for line in rest:
+        if not said.endswith(":"):
+            break
+        said = f"{said} {line.strip()}"
+    return said
+
+
 def _with_prefix(value: float, unit: str) -> str:
     for prefix in ("", "k", "M", "G"):
         if value < 1000 or prefix == "G":

@@ -13,6 +13,7 @@ import torch
 from qpalette.calibration.cache_moments import Cost, cost_of_noise, key_moments, stream_costs
 from qpalette.core.cache import private_folder
 from qpalette.core.errors import InputError
+from qpalette.core.files import locked
 from qpalette.evaluate.cache_baselines import BaselineCache, parse_baseline
 from qpalette.evaluate.loading import bits_per_weight, load_model, plan_of
 from qpalette.evaluate.metrics import Evaluation, evaluate_models
@@ -87,10 +88,12 @@ def moments_for(
     folder, mark = private_folder("key_moments"), mark_of(model)
     kept = folder / f"{mark}-{context}-{sinks}.safetensors"
     if not kept.exists():
-        texts = sample_windows(
-            model, tokenizer, WINDOWS, min(WINDOW, context), SEED, folder / f"{mark}{TOKEN_FILE}", progress
-        )
-        write_moments(kept, key_moments(model, texts, context, sinks), {"context": str(context), "text": "sampled"})
+        with locked(folder / f"{mark}.partial", kept, wait=True):  # a server and an evaluation, say, begin together
+            if not kept.exists():
+                written = folder / f"{mark}{TOKEN_FILE}"
+                texts = sample_windows(model, tokenizer, WINDOWS, min(WINDOW, context), SEED, written, progress)
+                moments = key_moments(model, texts, context, sinks)
+                write_moments(kept, moments, {"context": str(context), "text": "sampled"})
     return read_moments(kept, layers)
 
 

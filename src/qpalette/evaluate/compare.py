@@ -15,6 +15,7 @@ import torch
 
 from qpalette.core.cache import limit_bytes, mark_used, private_folder
 from qpalette.core.errors import InputError, QPaletteError
+from qpalette.core.text import first_line
 from qpalette.evaluate.kept import KeptPredictions
 from qpalette.evaluate.loading import is_artifact, load_model, load_tokenizer, plan_of, predicted_kl
 from qpalette.evaluate.metrics import Evaluation, Progress, evaluate_models
@@ -97,7 +98,7 @@ def compare(
 
 def reason(error: Exception) -> str:
     """One line: a message of ours as it is, another with its kind."""
-    line = str(error).strip().partition("\n")[0]
+    line = first_line(error)
     return line if isinstance(error, QPaletteError) else f"{type(error).__name__}: {line}"
 
 

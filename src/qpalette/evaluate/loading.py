@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qpalette.core.errors import ArtifactError, CheckpointError, QPaletteError, SpecError, UnsupportedError
+from qpalette.core.text import first_line
 from qpalette.formats.reader import open_artifact
 from qpalette.models import check_finite, check_loaded, find_groups, weight_bytes
 from qpalette.models.model_class import class_of, config_for
@@ -49,9 +50,10 @@ def load(
     try:
         model, tokenizer = _read(directory, given, kind)
         return (model if device_map is not None else model.to(where)).eval(), tokenizer
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise kind(f"transformers cannot load {path} ({type(error).__name__}: {reason})") from error
+    except QPaletteError:
+        raise
+    except Exception as error:  # whatever transformers raises on a config or a tokenizer of nonsense
+        raise kind(f"transformers cannot load {path} ({type(error).__name__}: {first_line(error)})") from error
 
 
 def directory_for(path: str | Path) -> Path:
@@ -66,9 +68,8 @@ def load_tokenizer(path: str | Path) -> Any:
     directory = directory_for(path)
     try:
         return _tokenizer(directory)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"transformers cannot load the tokenizer of {path} ({reason})") from error
+    except Exception as error:  # as above
+        raise CheckpointError(f"transformers cannot load the tokenizer of {path} ({first_line(error)})") from error
 
 
 def load_model(

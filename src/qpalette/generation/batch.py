@@ -157,7 +157,7 @@ class Batch:
                 row.answer.begin()
             except BaseException as error:
                 row.tell(error)
-                del self.rows[row.place]
+                self._leave(row)
         return True
 
     def _go_on(self, alone: Alone) -> None:
@@ -260,6 +260,14 @@ class Batch:
             inputs.offset[row.place] = row.start
         inputs.token[row.place] = int(row.answer.known[0, -1])
 
+    def _leave(self, row: Row) -> None:
+        """Its place goes on with nobody in it, from position 0: else it would count past the model's context, which a
+        table of positions has no row for, and a rotary embedding that looks at the highest one answers for all."""
+        assert self.session is not None
+        del self.rows[row.place]
+        if self.session.inputs.offset is not None:
+            self.session.inputs.offset[row.place] = self.session.used
+
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
@@ -272,11 +280,11 @@ class Batch:
                 row.answer.take(tokens[place : place + 1].clone())
             except BaseException as error:  # its client has left, say
                 row.tell(error)
-                del self.rows[place]
+                self._leave(row)
                 continue
             if row.answer.is_whole:
                 self._finish(row)
-                del self.rows[place]
+                self._leave(row)
 
     def _tokens(self) -> torch.Tensor:
         """int64 [places], on the host."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from qpalette.core.errors import InputError
+from qpalette.core.text import first_line
 from qpalette.generation.step import Inputs, Reduced, Step, compile_options, reduced
 
 MODES = ("never", "background", "now")
@@ -87,7 +88,7 @@ class Compiler:
     def fail(self, error: Exception) -> None:
         """Told once; steps stay as they are."""
         if not self.failed:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             logger.warning("a step cannot be compiled and runs without (%s: %s)", type(error).__name__, reason)
         self.failed = True
 

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers.generation.streamers import BaseStreamer
 
+from qpalette.core.text import first_line
 from qpalette.integrations.metrics import Metrics
 from qpalette.integrations.seed import Seed
 from qpalette.models.vocabulary import context_of
@@ -38,6 +39,7 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 Count = Annotated[int, Field(ge=1)]
 One = Annotated[int, Field(ge=1, le=1)] | None
+Said = Annotated[str, Field(min_length=1)]
 
 
 class _Asked(BaseModel):
@@ -52,7 +54,7 @@ class _Asked(BaseModel):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] | None = None
     frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None  # transformers multiplies by 1 + it
-    stop: str | list[str] | None = None
+    stop: Said | list[Said] | None = None
     n: One = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     generation_config: str | None = None
@@ -74,6 +76,14 @@ class _Message(BaseModel):
     tool_calls: list[dict[str, Any]] = []
 
 
+class _TemplateArguments(BaseModel):
+    """For the model's own template: a client's would run here, and for as long as it likes."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    chat_template: None = None
+
+
 class _Text(BaseModel):
     type: Literal["text"]
 
@@ -82,10 +92,10 @@ class _Chat(_Asked):
     messages: Annotated[list[_Message], Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d+$")], float] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d+$")], Annotated[float, Field(ge=-100, le=100)]] | None = None
     logprobs: Literal[False] | None = None
     response_format: _Text | None = None
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: _TemplateArguments = _TemplateArguments()
 
 
 class _Completion(_Asked):
@@ -113,16 +123,18 @@ class _Handler:
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         try:
-            self._kind.model_validate(body)
+            asked = self._kind.model_validate(body)
         except ValidationError as error:
             raise HTTPException(400, _told(error.errors()[0])) from error
+        if bias := getattr(asked, "logit_bias", None):
+            body["logit_bias"] = bias  # as floats: transformers refuses whole numbers, which OpenAI's clients send
         if body.get("stop") == []:
             del body["stop"]
         _asked.set(body)
         try:
             return await self._handler.handle_request(body, request_id)
         except (ValueError, TypeError, KeyError, TemplateError) as error:  # how transformers and templates refuse
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise HTTPException(400, f"the request cannot be answered ({type(error).__name__}: {reason})") from error
 
 
@@ -161,6 +173,7 @@ class _Manager:
     def _check(self, model: Any, inputs: Any, gen_config: Any) -> None:
         """Raises HTTPException for a prompt that does not fit, and for what a batch would not do without a word."""
         _fit(model, inputs, gen_config)
+        _check_answer(model, gen_config)
         if _asked.get().get("temperature") or _asked.get().get("top_p") is not None:
             gen_config.do_sample = gen_config.temperature != 0  # a model's own default may be not to
         if not self._batches:
@@ -233,6 +246,18 @@ def _fit(model: Any, inputs: Any, gen_config: Any) -> None:
         gen_config.max_new_tokens = min(gen_config.max_new_tokens, context - length)
 
 
+def _check_answer(model: Any, gen_config: Any) -> None:
+    """Raises HTTPException for more answers than one, which a generation config may ask for, too, and for a bias of
+    tokens that are none, which would break off the answer."""
+    for name in ("num_return_sequences", "num_beams"):
+        if (getattr(gen_config, name, None) or 1) > 1:
+            raise HTTPException(400, f"{name} is {getattr(gen_config, name)}: one answer is made for each request")
+    size = model.config.get_text_config().vocab_size
+    biased = [token for tokens in getattr(gen_config, "sequence_bias", None) or () for token in tokens]
+    if isinstance(size, int) and (beyond := [token for token in biased if token >= size]):
+        raise HTTPException(400, f"logit_bias: the model has {size} tokens, and none is {beyond[0]}")
+
+
 def guarded(build: Callable[..., FastAPI], key: str | None) -> Callable[..., Any]:
     """transformers' `build_server`, whose arguments these are, with all of this before it. `key`: what a client has to
     know, as OpenAI's clients send it."""
@@ -263,7 +288,7 @@ async def _one_line(request: Any, error: StarletteHTTPException) -> JSONResponse
 
 
 async def _broken(request: Any, error: Exception) -> JSONResponse:
-    return _error(500, f"the answer broke off ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})")
+    return _error(500, f"the answer broke off ({type(error).__name__}: {first_line(error)})")
 
 
 async def _no_object(request: Any, error: RequestValidationError) -> JSONResponse:

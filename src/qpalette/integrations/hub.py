@@ -7,6 +7,7 @@ from glob import escape
 from pathlib import Path
 
 from qpalette.core.errors import InputError
+from qpalette.core.text import first_line
 from qpalette.formats import check_checksums, open_artifact
 from qpalette.formats.checksums import CHECKSUMS, checked_names
 
@@ -82,10 +83,10 @@ def push(upload: Upload, repository: str, private: bool = False) -> str:
         raise InputError(_refused(repository, error.response.status_code, str(error))) from error
     except (HTTPError, OSError) as error:
         raise InputError(
-            f"the Hub cannot be reached ({_first_line(str(error))}): push again when it can; nothing is lost"
+            f"the Hub cannot be reached ({first_line(error)}): push again when it can; nothing is lost"
         ) from error
     except ValueError as error:  # a card that the Hub does not take
-        raise InputError(f"the Hub does not take it: {_first_line(str(error))}") from error
+        raise InputError(f"the Hub does not take it: {first_line(error)}") from error
     return str(commit.commit_url)
 
 
@@ -95,10 +96,6 @@ def _refused(repository: str, status: int, answer: str) -> str:
         403: f"the token may not write to {repository}: take one with the right to, or another owner",
     }
     return ways.get(status, f"the Hub refused {repository} with {status}: {_last_line(answer)}")
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
 
 
 def _last_line(text: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qpalette.core.errors import InputError, UnsupportedError
+from qpalette.core.text import first_line
 from qpalette.models.vocabulary import check_tokenizer, check_tokens
 
 TASK_FILES = (".yaml", ".yml")
@@ -69,7 +70,7 @@ def run_tasks(
             wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
         )
     except (KeyError, ValueError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise InputError(f"lm-eval cannot run these tasks ({type(error).__name__}: {reason})") from error
     assert results is not None, "only processes of higher rank get nothing"
     return [score for task, metrics in results["results"].items() for score in _scores(task, metrics)]

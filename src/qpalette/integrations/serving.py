@@ -88,7 +88,7 @@ def serve_transformers(
         if type(error).__name__ == "Abort":  # Ctrl-C, after the server has shut down
             return
         if hasattr(error, "format_message"):  # of click: an option that the command does not have
-            reason = error.format_message().partition(" Available options")[0]
+            reason = error.format_message().partition("Available options")[0].strip()
             raise InputError(f"transformers serve: {reason}") from error
         raise
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qpalette.core.errors import CheckpointError, QPaletteError
+from qpalette.core.text import first_line
 from qpalette.models.experts import EXPERT
 from qpalette.models.model_class import build_on_meta
 from qpalette.models.names import Names
@@ -110,10 +111,9 @@ def _loading_info(model: Any, checkpoint: Checkpoint) -> Mapping[str, Any]:
                 output_loading_info=True,
             )
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{checkpoint.location}: its tensors cannot be loaded into {type(model).__name__} "
-            f"({type(error).__name__}: {reason}); check that config.json belongs to it"
+            f"({type(error).__name__}: {first_line(error)}); check that config.json belongs to it"
         ) from error
     return info
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
+from qpalette.core.text import first_line
 
 MAX_REPEATS = 1000  # a corrupt count must not have us build a model of a billion layers or experts
 _REPEATED = re.compile(r"(?!.*(size|dim|channel|width)).*(layer|expert|block|depth|stage).*")
@@ -74,21 +73,30 @@ def config_for(found: type[Any], config: Any) -> Any:
 def build_on_meta(config: Mapping[str, Any]) -> Any | None:
     """The model of a Hugging Face config before anything in it is packed, on the meta device; None when transformers
     has no class for it or cannot build it."""
+    return _built(config)[0]
+
+
+def why_not_built(config: Mapping[str, Any]) -> str:
+    """What hinders `build_on_meta`, as part of one line."""
+    return _built(config)[1]
+
+
+def _built(config: Mapping[str, Any]) -> tuple[Any | None, str]:
+    """The model; or None, and why."""
     from transformers import AutoConfig
 
-    if _repeats(config) > MAX_REPEATS:
-        return None
+    if (repeats := _repeats(config)) > MAX_REPEATS:
+        return None, f"{repeats} layers or experts, and {MAX_REPEATS} are the most"
     plain = {key: _value(each) for key, each in config.items() if key not in ("quantization_config", "auto_map")}
     try:
         parsed = AutoConfig.for_model(**plain)
         found = class_of(parsed)
         if found is None:
-            return None
+            return None, "no class of it generates text"
         with torch.device("meta"):
-            return found._from_config(config_for(found, parsed)).eval()
+            return found._from_config(config_for(found, parsed)).eval(), ""
     except Exception as error:  # whatever a model class raises on a config that is incomplete, or of another release
-        logger.info("transformers builds no model of %r (%s)", config.get("model_type"), error)
-        return None
+        return None, f"{type(error).__name__}: {first_line(error)}"
 
 
 def _repeats(config: Mapping[str, Any]) -> int:

@@ -15,18 +15,17 @@ from qpalette.calibration.hessians import HessianStore
 from qpalette.calibration.rounding import OUTPUT_DAMPING, Rounding
 from qpalette.codes import parse_spec
 from qpalette.codes.trellis import EFFORT
-from qpalette.core.errors import CheckpointError, SpecError
+from qpalette.core.errors import SpecError
 from qpalette.core.rate import parse_rate
 from qpalette.core.records import SIGNS, LinearGroup
 from qpalette.kvcache import CachePlan, parse_cache
 from qpalette.models import check_complete, find_groups
-from qpalette.models.resolver import NO_CLASS
 from qpalette.nn.coded_cache import check_cacheable
 from qpalette.pipeline.forecast import forecast_seconds
 from qpalette.pipeline.jobs import Estimate, estimate
 from qpalette.pipeline.planning import even_sensitivities, make_plan
 from qpalette.pipeline.quantize import Progress, quantize_checkpoint
-from qpalette.pipeline.rehearsal import no_class
+from qpalette.pipeline.rehearsal import check_packable
 from qpalette.pipeline.report import QuantizeReport
 from qpalette.plan import (
     Budget,
@@ -121,7 +120,7 @@ def quantize(
     store = None if directory is None else HessianStore.open(directory)
     rounding = Rounding(damping, output_damping, equalize)
     checkpoint = open_checkpoint(model)
-    _check_packable(checkpoint)
+    check_packable(checkpoint)
     coded = None if cache is None else cache_for(checkpoint, cache)
     wanted: dict[str, Any] = {"include": include, "exclude": exclude}
     if ready is not None:
@@ -164,17 +163,6 @@ def cache_for(checkpoint: Checkpoint, cache: str | CachePlan) -> CachePlan:
     plan = parse_cache(cache) if isinstance(cache, str) else cache
     plan.of_layer(0, check_cacheable(AutoConfig.for_model(**checkpoint.config)))
     return plan
-
-
-def _check_packable(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError with the reason where there is nothing to quantize."""
-    grouping = find_groups(checkpoint)
-    if grouping.all_groups:
-        return
-    reasons = set(grouping.reasons.values())
-    if reasons == {NO_CLASS}:
-        raise CheckpointError(no_class(checkpoint.config))
-    raise CheckpointError(f"no linear of this model can be packed: {', '.join(sorted(reasons)) or 'it has no matrix'}")
 
 
 def _plan_within(

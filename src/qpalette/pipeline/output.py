@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qpalette.core.errors import ArtifactError
+from qpalette.core.errors import ArtifactError, InputError
 from qpalette.core.files import LAST, contents, is_mount_point, locked, move_contents
 from qpalette.formats import open_artifact
 
@@ -33,9 +33,10 @@ class Output:
     def claimed(self) -> Iterator[None]:
         """For one run, which may write it.
 
-        Raises InputError when another run has it, and ArtifactError when OUT exists: a missing or empty directory will
-        do, and to overwrite a quantized model.
+        Raises InputError when another run has it or nothing can be written there, and ArtifactError when OUT exists: a
+        missing or empty directory will do, and to overwrite a quantized model.
         """
+        self._check_place()
         with locked(self.work, self.directory):
             if self.is_volume:
                 self._settle()
@@ -43,7 +44,9 @@ class Output:
             yield
 
     def check(self) -> None:
-        """Raises ArtifactError when something is there that is not to be overwritten."""
+        """Raises ArtifactError when something is there that is not to be overwritten, InputError when nothing can be
+        written there."""
+        self._check_place()
         if not self.directory.exists() or (self.directory.is_dir() and not self._there()):
             return
         if not self.overwrite:
@@ -56,6 +59,16 @@ class Output:
             raise ArtifactError(f"{self.directory} is not overwritten, since it is no quantized model: {error}") from (
                 error
             )
+
+    def _check_place(self) -> None:
+        """As well as it can be known before anything is written: hours of measuring come first."""
+        place = self.directory if self.is_volume else self.directory.parent
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise InputError(f"{self.directory} cannot be written: {place} is no directory")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(f"{self.directory} cannot be written: nothing may be added to {place}")
 
     def put(self, assembled: Path) -> None:
         """`assembled`, a folder in `work`, becomes OUT. Raises ArtifactError when something came there meanwhile."""

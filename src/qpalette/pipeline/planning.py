@@ -17,6 +17,7 @@ from qpalette.models import find_groups
 from qpalette.models.model_class import text_config
 from qpalette.pipeline.footprint import LONGEST, carried_bytes, disk_bytes
 from qpalette.pipeline.jobs import make_jobs
+from qpalette.pipeline.rehearsal import check_packable
 from qpalette.plan import (
     Budget,
     CacheSpace,
@@ -86,13 +87,15 @@ def make_plan(
     that were measured for it; others are multiplied by what is known of it from the Hessian of each group.
 
     Raises BudgetError naming the least that is possible, InputError when sensitivities lack a linear of the checkpoint
-    or a size or memory is asked for without one, SpecError for options that mean nothing.
+    or a size or memory is asked for without one, CheckpointError for a model without linears, SpecError for options
+    that mean nothing.
     """
     if checkpoint is None:
         if budget.size is not None or budget.memory is not None:
             raise InputError("a size or memory counts the whole model: give the model as well, or bits")
         chosen = sensitivities.of_listed
     else:
+        check_packable(checkpoint)
         chosen = sensitivities.of_groups(find_groups(checkpoint, include, exclude, also).groups)
     if hessians is not None and checkpoint is not None and chosen.provenance.get("method") != SHAPED:
         measured = find_groups(checkpoint).groups

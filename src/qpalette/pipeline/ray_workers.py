@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qpalette.core.errors import InputError, QPaletteError
+from qpalette.core.text import first_line
 from qpalette.pipeline.work import Work, encode_batch, read_sources
 from qpalette.pipeline.workers import Batch, Result, from_plain, to_plain
 
@@ -66,7 +67,7 @@ def _get(ray: Any, reference: Any, batch: Batch) -> list[dict[str, Any]]:
         raise
     except ray.exceptions.RayError as error:
         raise InputError(
-            f"Ray lost {batch[0].name} {RETRIES + 1} times ({str(error).partition(chr(10))[0]}); run the same command "
+            f"Ray lost {batch[0].name} {RETRIES + 1} times ({first_line(error)}); run the same command "
             "again: finished linears are kept"
         ) from error
 

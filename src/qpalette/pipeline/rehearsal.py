@@ -9,12 +9,14 @@ import torch
 
 from qpalette.core.errors import ArtifactError, CheckpointError, UnsupportedError
 from qpalette.core.records import LinearRecord
+from qpalette.core.text import first_line
 from qpalette.formats import PackedCheckpoint
 from qpalette.formats.parts import parts_of
+from qpalette.models import find_groups
 from qpalette.models.forward import forward_on_meta
-from qpalette.models.model_class import build_on_meta
+from qpalette.models.model_class import build_on_meta, why_not_built
 from qpalette.models.names import Names
-from qpalette.models.resolver import resolve
+from qpalette.models.resolver import NO_CLASS, resolve
 from qpalette.nn import pack_modules
 from qpalette.storage import Checkpoint
 
@@ -39,12 +41,23 @@ def rehearse(source: Checkpoint, result: PackedCheckpoint, records: Mapping[str,
             raise ArtifactError("transformers tells a model's type by its first parameter, and none would be left")
     except (ArtifactError, UnsupportedError, AttributeError, RuntimeError, TypeError) as error:
         raise CheckpointError(
-            f"{name} could not load the result ({_line(error)}): leave linears out with --exclude"
+            f"{name} could not load the result ({first_line(error)}): leave linears out with --exclude"
         ) from error
     failure = forward_on_meta(model).failure
     if failure is not None and resolve(source).seen.failure is None:
-        reason = f"{name} could not run the result ({_line(failure)})"
+        reason = f"{name} could not run the result ({first_line(failure)})"
         raise CheckpointError(f"{reason}: leave linears out with --exclude") from failure
+
+
+def check_packable(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError with the reason where there is nothing to quantize."""
+    grouping = find_groups(checkpoint)
+    if grouping.all_groups:
+        return
+    reasons = set(grouping.reasons.values())
+    if reasons == {NO_CLASS}:
+        raise CheckpointError(no_class(checkpoint.config))
+    raise CheckpointError(f"no linear of this model can be packed: {', '.join(sorted(reasons)) or 'it has no matrix'}")
 
 
 def no_class(config: Mapping[str, Any]) -> str:
@@ -53,8 +66,8 @@ def no_class(config: Mapping[str, Any]) -> str:
 
     return (
         f"transformers {transformers.__version__} has no class for the model type '{config.get('model_type')}' that it "
-        "can build from config.json, and code of the model's own repository is never run: nothing here could load the "
-        "result. Update transformers, or check the config"
+        f"can build from config.json ({why_not_built(config)}), and code of the model's own repository is never run: "
+        "nothing here could load the result. Update transformers, or check the config"
     )
 
 
@@ -66,7 +79,3 @@ def _check_names(model: Any, records: Mapping[str, LinearRecord], places: Mappin
             found = names.renamed(f"{linear}.{part.suffix}")[0]
             if found != f"{module}.{part.suffix}":
                 raise ArtifactError(f"transformers takes '{linear}.{part.suffix}' for '{found}'")
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

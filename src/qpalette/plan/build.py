@@ -70,7 +70,7 @@ class Space:
     `experts`: those of a layer share their specs, linear by linear ("shared"), share them with experts that are about
     as sensitive ("tiers", see tiers.py), or have their own ("free").
 
-    Raises SpecError for another fusion, another way with experts, or an empty palette.
+    Raises SpecError for another fusion, another way with experts, an empty palette, or a batch below 1.
     """
 
     palette: tuple[Candidate, ...]
@@ -88,6 +88,8 @@ class Space:
             raise SpecError(f"'{self.experts}' is no way with experts: choose {', '.join(EXPERTS)}")
         if not self.palette:
             raise SpecError("the palette is empty: name at least one quantizer")
+        if self.batch < 1:
+            raise SpecError(f"the batch must be at least 1, got {self.batch}")
         if self.profile is not None and self.batch not in self.profile.batches:
             known = ", ".join(map(str, self.profile.batches))
             raise InputError(f"the profile of {self.profile.device} has no batch of {self.batch}: it has {known}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qpalette.core.errors import InputError
+from qpalette.core.text import first_line
 
 
 def parse_device(name: str | torch.device) -> torch.device:
@@ -20,6 +21,12 @@ def parse_device(name: str | torch.device) -> torch.device:
         raise InputError(
             f"there is no device {name}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA device(s)"
         )
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.ones(1, device=device).item()
+        except Exception as error:  # each kind of device has its own
+            reason = first_line(error)
+            raise InputError(f"torch {torch.__version__} cannot compute on {name} here ({reason})") from error
     return device
 
 

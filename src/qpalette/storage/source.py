@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from qpalette.core.errors import CheckpointError
+from qpalette.core.text import first_line
 from qpalette.storage.base import Checkpoint, TensorInfo
 from qpalette.storage.gguf_source import GgufCheckpoint
 from qpalette.storage.quantized.checkpoint import as_plain
@@ -99,7 +100,7 @@ def _fetch(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{hub_id!r} is no local path, and the Hub did not give it ({reason}); "
             "check the name, the network and your access, or download it and give the directory"
