@@ -117,7 +117,9 @@ def main(
         )
     if out is not None:
         where = torch.cuda.get_device_name() if loaded.device.type == "cuda" else "cpu"
-        out.write_text(json.dumps({"date": str(date.today()), "device": where, "model": model, "rows": rows}, indent=1))
+        out.write_text(
+            json.dumps({"date": str(date.today()), "device": where, "model": Path(model).name, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -200,6 +200,32 @@ def coded_caches(result: Result) -> Table:
     return Table.of(result["rows"], shape | times)
 
 
+CACHED = """qpalette bench --config llama-3.1-8b --spec tcq2-3.25 --head tcq2-3.25 --cache none --cache nuq-3 \\
+    --runner graph --attention grouped --device cuda"""
+
+
+@section(
+    "Whole models with caches of codes",
+    *("bench_cache_contexts_h200", "bench_cache_batch8_h200", "bench_cache_prompt_h200"),
+    command=f"""{CACHED} --context 2048 --context 32768 --context 128000 --prefills 0
+    # second: --context 32768 --batch 8 --prefills 0 --steps 32; third: --context 32768 --prefills 2 --steps 16""",
+)
+def cached_models(*results: Result) -> Table:
+    """Llama-3.1-8B's shapes on an H200, steps in CUDA graphs; a cache that no prompt fills is full of random numbers. A
+    ratio is over float16 with a float16 cache at the same context and batch."""
+    rows = [speed for result in results for speed in result["speeds"]]
+    return Table.of(
+        rows,
+        {
+            "": "{model}, {context} tokens, batch {batch}",
+            "tokens/s": "{tokens_per_second:.1f}",
+            "over float16": lambda row: "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+            "prompt, s": lambda row: "" if row["prefill_seconds"] is None else f"{row['prefill_seconds']:.3f}",
+            "peak memory, GB": scaled("peak_bytes", 1e-9, 1),
+        },
+    )
+
+
 @section("CPU without AVX-512, beside llama.cpp", "cpu_peers_avx2", command=AVX2_PEERS)
 def cpu_avx2(result: Result) -> Table:
     """A random model of half a billion weights, tokens per second of one thread's processor time, on an EPYC with AVX2
