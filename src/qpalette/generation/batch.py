@@ -309,7 +309,8 @@ class Batch:
     def _fail(self, error: BaseException) -> None:
         """Of all who are here."""
         for job in (*self.next, *(row.job for row in self.rows.values())):
-            job.future.set_exception(error)
+            if not job.future.done():
+                job.future.set_exception(error)
         if self.session is not None:
             self.session.forget()
         if self.alone is not None:

@@ -169,14 +169,9 @@ class Running:
         from its start looks at itself alone. 96 tokens of SmolLM2 (nuq-4, float32, one thread, a cache of 1024): 0.48 s
         of processor time, and 0.64, 0.55 and 0.44 with 12, 24 and 48 of them held.
         """
-        kept, sessions = 0, self.loop.sessions
-        if self.request.continues:
-            source, held = sessions.longest(self.answer.known[0])
-            kept = held if 2 * held >= self.answer.length else 0
-            if source is not None and source is not self.session and kept:
-                self.session.move(source, kept)
+        source, held = self.loop.sessions.longest(self.answer.known[0]) if self.request.continues else (None, 0)
         try:
-            logits = self._take_prompt(kept)
+            logits = self._take_prompt(source, held if 2 * held >= self.answer.length else 0)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of a class that cannot do with a static cache, or the user's
@@ -184,8 +179,10 @@ class Running:
         self.loop.compile_now(self.step)
         return logits
 
-    def _take_prompt(self, kept: int) -> torch.Tensor:
+    def _take_prompt(self, source: Session | None, kept: int) -> torch.Tensor:
         try:
+            if source is not None and source is not self.session and kept:
+                self.session.move(source, kept)
             return self.session.take(self.request.prompt, kept)
         except torch.OutOfMemoryError:
             pass  # the other sessions' caches are worth less than this request; what failed is free after this block

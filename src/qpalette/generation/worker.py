@@ -68,7 +68,17 @@ class Worker:
         while True:
             with self._asked:
                 self._asked.wait_for(lambda: self._waiting)
-            self._work_on(self._waiting[0])
+            job = self._waiting[0]
+            try:
+                self._work_on(job)
+            except BaseException as error:  # not of the work itself: the thread stays for those who wait
+                self._give_up(job, error)
+
+    def _give_up(self, job: Job | _Alone, error: BaseException) -> None:
+        if self._waiting and self._waiting[0] is job:
+            self._waiting.popleft()
+        if not job.future.done():
+            job.future.set_exception(error)
 
     def _work_on(self, job: Job | _Alone) -> None:
         if isinstance(job, _Alone):

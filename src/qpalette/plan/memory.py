@@ -34,7 +34,7 @@ def device_bytes(config: Mapping[str, Any], context: int, batch: int) -> tuple[i
 
 
 def _cache_per_sequence(text: Mapping[str, Any], context: int) -> int:
-    if "kv_lora_rank" in text:
+    if text.get("kv_lora_rank"):
         per_token = text["kv_lora_rank"] + text["qk_rope_head_dim"]
     else:
         heads = text.get("num_key_value_heads") or text["num_attention_heads"]
