@@ -167,6 +167,16 @@ def test_code_of_a_model_is_not_run_nor_asked_for(tmp_path, monkeypatch):
         load(with_code(tmp_path / "unknown", lambda config: config.update(model_type="evil", architectures=["Model"])))
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer"])
+def test_a_count_that_cannot_be_true_builds_nothing(tmp_path, key):
+    """A million layers would take hours before a weight is missed."""
+    save_model(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: 1_000_000}))
+    with pytest.raises(CheckpointError, match="1000000 layers or experts"):
+        load(tmp_path)
+
+
 def auto_calls(file: Path) -> list[ast.Call]:
     """Calls that may run a model's code unless they are told not to: `Auto...from_pretrained` and `.from_config`."""
     calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]

@@ -14,7 +14,7 @@ from qpalette.core.errors import ArtifactError, CheckpointError, QPaletteError, 
 from qpalette.core.text import first_line
 from qpalette.formats.reader import open_artifact
 from qpalette.models import check_finite, check_loaded, find_groups, weight_bytes
-from qpalette.models.model_class import class_of, config_for
+from qpalette.models.model_class import class_of, config_for, too_many
 from qpalette.models.vocabulary import has_tokenizer
 from qpalette.plan import PLAN_FILE, Plan
 from qpalette.runtime import backends
@@ -100,6 +100,8 @@ def read_model(directory: Path, options: dict[str, Any], kind: type[QPaletteErro
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    if reason := too_many(json.loads((directory / "config.json").read_text(encoding="utf-8"))):
+        raise ValueError(reason)
     found = class_of(config)
     if found is None:
         raise ValueError(f"no class of it generates text from a config of type '{config.model_type}'")

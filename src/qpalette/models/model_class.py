@@ -85,8 +85,8 @@ def _built(config: Mapping[str, Any]) -> tuple[Any | None, str]:
     """The model; or None, and why."""
     from transformers import AutoConfig
 
-    if (repeats := _repeats(config)) > MAX_REPEATS:
-        return None, f"{repeats} layers or experts, and {MAX_REPEATS} are the most"
+    if reason := too_many(config):
+        return None, reason
     plain = {key: _value(each) for key, each in config.items() if key not in ("quantization_config", "auto_map")}
     try:
         parsed = AutoConfig.for_model(**plain)
@@ -97,6 +97,12 @@ def _built(config: Mapping[str, Any]) -> tuple[Any | None, str]:
             return found._from_config(config_for(found, parsed)).eval(), ""
     except Exception as error:  # whatever a model class raises on a config that is incomplete, or of another release
         return None, f"{type(error).__name__}: {first_line(error)}"
+
+
+def too_many(config: Mapping[str, Any]) -> str | None:
+    """Why a model of this config is not to be built, as part of one line: a count in it cannot be true. None: build."""
+    repeats = _repeats(config)
+    return f"{repeats} layers or experts, and {MAX_REPEATS} are the most" if repeats > MAX_REPEATS else None
 
 
 def _repeats(config: Mapping[str, Any]) -> int:
