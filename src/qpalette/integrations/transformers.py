@@ -104,8 +104,8 @@ class QPaletteQuantizer(HfQuantizer):
             module.check_values(name)
             loaded = module.qp_codes
             module.prepare()
-            if module.qp_codes is not loaded:
-                files.let_go(loaded)
+            if module.qp_codes is not loaded and loaded.device.type == "cpu" and loaded.is_contiguous():
+                files.let_go(loaded.data_ptr(), loaded.nbytes)
         # Saved by this class, tensors have its names; a base model's, for one, lack a prefix.
         linears, saved = self.quantization_config.linears, saved_names(model, self._modules.values())
         self.quantization_config.linears = {saved[module]: linears[name] for name, module in self._modules.items()}
