@@ -62,7 +62,8 @@ def train(text: Path, directory: Path, device: str, steps: int, dense: bool = Fa
     config: Any = Qwen3MoeConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **SIZES)
     if dense:
         config = Qwen2Config(vocab_size=len(tokenizer), **DENSE)
-    model, window = AutoModelForCausalLM.from_config(config).to(device), LONG if dense else WINDOW
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).to(device)
+    window = LONG if dense else WINDOW
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.05)
     start, loss = time.perf_counter(), torch.zeros(())

@@ -16,7 +16,7 @@ class MappedFiles:
     again."""
 
     def __init__(self) -> None:
-        maps = MAPS.read_text() if MAPS.exists() else ""
+        maps = MAPS.read_text(encoding="utf-8") if MAPS.exists() else ""
         self.ranges = [(int(start, 16), int(end, 16)) for start, end in _PRIVATE_FILE.findall(maps)]
 
     def let_go(self, start: int, size: int) -> None:
@@ -34,6 +34,6 @@ class MappedFiles:
 
 def resident_bytes(file: Path) -> int:
     """What this process has of a file in memory through its mappings; 0 where nothing is known."""
-    smaps = MAPS.with_name("smaps").read_text() if MAPS.exists() else ""
+    smaps = MAPS.with_name("smaps").read_text(encoding="utf-8") if MAPS.exists() else ""
     of_file = rf"{re.escape(str(file))}\n(?:(?!Rss).*\n)*Rss: +(\d+) kB"
     return sum(1024 * int(rss) for rss in re.findall(of_file, smaps))
