@@ -24,7 +24,7 @@ class MappedFiles:
         has the file's content.
 
         A loader maps a whole file, so what was laid out anew would stay in memory beside its copy as long as any tensor
-        of the file lives: of a 4.8 MB artifact 4732 kB, of which 436 are left.
+        of the file lives.
         """
         first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
         if first < last and any(begin <= first and last <= end for begin, end in self.ranges):

@@ -27,7 +27,7 @@ from qpalette.rotate import random_signs, rotation_for
 from qpalette.storage import Checkpoint, held_bytes
 
 WRITING_THREADS = 4  # files of the result at once
-VERSION = version("qpalette")  # read from files: asked for each linear, 0.12 of the 0.14 s of a draft of SmolLM2
+VERSION = version("qpalette")  # read from files: not for each linear again
 HEADROOM_BYTES = 64 << 20  # tokenizer, headers, documents
 
 

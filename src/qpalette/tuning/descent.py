@@ -24,9 +24,7 @@ FILLS: Any = torch.utils.deterministic  # its attribute is made as it is importe
 SEEDS = 1_000_003  # between those of two runs: more than a run has epochs
 FLOAT32 = torch.float32.itemsize
 KEPT_SHARE = 0.25
-LOGITS_SHARE = (
-    1 / 40
-)  # of a GPU's memory, for the logits of windows that are read in one pass; the rest is some four times
+LOGITS_SHARE = 1 / 40  # of a GPU's memory, for logits of windows read in one pass; all else takes some four times that
 BACKWARD = 2  # passes that a backward pass takes; one more where activations are computed again
 
 
