@@ -22,10 +22,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from qpalette.backends.cpu.step import Program
+from qpalette.backends.cuda.graphs import Capture
 from qpalette.generation import batch, loop
 from qpalette.generation.native import ProgramCapture
 from qpalette.generation.session import Session
-from qpalette.generation.step import Capture
 from qpalette.kvcache import lengths
 
 VOCABULARY = 96

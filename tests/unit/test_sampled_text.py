@@ -21,9 +21,10 @@ from transformers import (
     RwkvForCausalLM,
 )
 
+from qpalette.backends.cuda.graphs import CAPTURE_WARMUP
 from qpalette.core.errors import InputError, UnsupportedError
 from qpalette.evaluate import evaluate_models, model_windows, sample_windows, sampled_text
-from qpalette.evaluate.continuation import WARM_UP, CapturedContinuation
+from qpalette.evaluate.continuation import CapturedContinuation
 from qpalette.evaluate.sampled_text import Chat, chat_of, read_token_file
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes READER known to transformers
 from qpalette.nn.coded_states import READER
@@ -259,4 +260,4 @@ def test_a_captured_step_writes_what_a_growing_cache_does(model, monkeypatch, ca
     monkeypatch.setattr(model.config, "_attn_implementation", attention)
     assert equal(wanted, sample_windows(model, tokenizer, 3, LENGTH, seed=5))
     opening = len(chat_of(tokenizer).opening)
-    assert len(runs) == captures * (LENGTH - opening - 1 - WARM_UP)
+    assert len(runs) == captures * (LENGTH - opening - 1 - CAPTURE_WARMUP)

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from qpalette.backends.cuda.graphs import capture_graph
+from qpalette.backends.cuda.graphs import CAPTURE_WARMUP, capture_graph
 from qpalette.bench.stand_ins import stand_ins
 from qpalette.core.errors import InputError, UnsupportedError
-from qpalette.generation import CAPTURE_WARMUP, compile_options, most_likely
+from qpalette.generation import compile_options, most_likely
 from qpalette.kvcache import CachePlan
 from qpalette.kvcache.vectors import SCALE_ONE
 from qpalette.nn.coded_cache import CodedCache, CodedLayer

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qpalette.backends.cuda.graphs import capture_graph
+from qpalette.backends.cuda.graphs import CAPTURE_WARMUP, Capture, capture_graph
 from qpalette.evaluate.reserved_cache import cache_of, reserve
 from qpalette.nn.coded_states import READER
 from qpalette.nn.token_cache import ATTENTION, TokenCache, can_serve
-
-WARM_UP = 3  # steps before a capture, as torch's documentation of CUDA graphs asks for
-
-Capture = Callable[[Callable[[], None]], Any]  # work, which has run before -> something whose replay() does it again
 
 
 class Continuation:
@@ -62,7 +58,7 @@ class CapturedContinuation:
         if not len(self._token):
             self._token = tokens.to(self.model.device)
         self._token.copy_(tokens)
-        if self._graph is None and self._eager_steps == WARM_UP:
+        if self._graph is None and self._eager_steps == CAPTURE_WARMUP:
             self._graph = self._captured()
         if self._graph is None:
             self._step()

@@ -4,10 +4,9 @@ from qpalette.generation.cache import CacheMaker, CodedTokenCache
 from qpalette.generation.choice import most_likely
 from qpalette.generation.compilation import MODES, check_mode
 from qpalette.generation.fast import Generate, attach, fast
-from qpalette.generation.step import CAPTURE_WARMUP, compile_options
+from qpalette.generation.step import compile_options
 
 __all__ = [
-    "CAPTURE_WARMUP",
     "MODES",
     "CacheMaker",
     "CodedTokenCache",

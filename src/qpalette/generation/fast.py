@@ -15,14 +15,13 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from qpalette.backends.cuda.graphs import capture_graph
+from qpalette.backends.cuda.graphs import Capture, capture_graph
 from qpalette.core.errors import UnsupportedError
 from qpalette.generation.cache import CacheMaker
 from qpalette.generation.compilation import Compiler, check_mode
 from qpalette.generation.loop import Loop
 from qpalette.generation.native import ProgramCapture
 from qpalette.generation.request import NotOurs, NotRead, Request, request_of
-from qpalette.generation.step import Capture
 from qpalette.generation.worker import Worker, decoding_on
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
 from qpalette.nn.token_cache import ATTENTION, TokenCache, can_serve

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qpalette.backends.cuda.graphs import CAPTURE_WARMUP, Capture
 from qpalette.core.errors import UnsupportedError
 from qpalette.generation.answer import Answer
 from qpalette.generation.cache import CacheMaker
@@ -17,7 +18,7 @@ from qpalette.generation.compilation import Compiler
 from qpalette.generation.reader import Reader
 from qpalette.generation.request import NotRead, Request
 from qpalette.generation.session import Session, Sessions
-from qpalette.generation.step import CAPTURE_WARMUP, Capture, Step
+from qpalette.generation.step import Step
 from qpalette.kvcache import bucket
 
 AHEAD = 1024  # new tokens that a cache is made for; an answer that goes on moves to a longer one

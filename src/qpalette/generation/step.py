@@ -13,14 +13,9 @@ from qpalette.backends.cpu.step import Program
 from qpalette.generation.cache import SessionCache
 from qpalette.generation.choice import Choice
 
-CAPTURE_WARMUP = 3  # runs ahead of a capture, as torch's documentation of CUDA graphs asks for
 # Kernels of torch.compile that start before the one ahead of them has ended, and small ones that run as one. A step of
 # 8 layers of Llama-3.1-8B on an H100: 689 instead of 758 us at 3.25 bits.
 COMPILE_OPTIONS = {"triton.enable_pdl": True, "combo_kernels": True}
-
-# work, which has run before -> something whose replay() does it again; None: not yet, it is asked again. It leaves what
-# `work` would.
-Capture = Callable[[Callable[[], None]], Any]
 
 
 def compile_options() -> dict[str, Any]:

@@ -30,25 +30,25 @@ _SHORT = ir.IntType(16)
 _BYTE = ir.IntType(8)
 
 
-class _Lanes(types.Type):
+class Lanes(types.Type):
     def __init__(self, name: str, element: ir.Type, count: int) -> None:
         super().__init__(name=name)
         self.vector = ir.VectorType(element, count)
 
 
-F = _Lanes("float32x16", _FLOAT, LANES)
-I = _Lanes("int32x16", _INT, LANES)  # noqa: E741 - the counterpart of F
-H = _Lanes("int16x32", _SHORT, 2 * LANES)
-B = _Lanes("int8x64", _BYTE, 4 * LANES)
+F = Lanes("float32x16", _FLOAT, LANES)
+I = Lanes("int32x16", _INT, LANES)  # noqa: E741 - the counterpart of F
+H = Lanes("int16x32", _SHORT, 2 * LANES)
+B = Lanes("int8x64", _BYTE, 4 * LANES)
 
 
-@register_model(_Lanes)
+@register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):
-    def __init__(self, dmm: Any, fe_type: _Lanes) -> None:
+    def __init__(self, dmm: Any, fe_type: Lanes) -> None:
         super().__init__(dmm, fe_type, fe_type.vector)
 
 
-def _element_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+def element_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     data = context.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [index])
 
@@ -68,11 +68,11 @@ def _gather(builder: Any, data: Any, index: Any) -> Any:
     return result
 
 
-def _define_load(lanes: _Lanes, alignment: int = 4) -> Any:
+def define_load(lanes: Lanes, alignment: int = 4) -> Any:
     @intrinsic
     def load(typing_context, array, index):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            pointer = _element_pointer(context, builder, signature.args[0], *args)
+            pointer = element_pointer(context, builder, signature.args[0], *args)
             return builder.load(builder.bitcast(pointer, lanes.vector.as_pointer()), align=alignment)
 
         return lanes(array, types.intp), codegen
@@ -80,12 +80,12 @@ def _define_load(lanes: _Lanes, alignment: int = 4) -> Any:
     return load
 
 
-def _define_load_splat(lanes: _Lanes) -> Any:
+def define_load_splat(lanes: Lanes) -> Any:
     @intrinsic
     def load_splat(typing_context, array, index):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             return _splat(
-                builder, builder.load(_element_pointer(context, builder, signature.args[0], *args)), lanes.vector
+                builder, builder.load(element_pointer(context, builder, signature.args[0], *args)), lanes.vector
             )
 
         return lanes(array, types.intp), codegen
@@ -93,7 +93,7 @@ def _define_load_splat(lanes: _Lanes) -> Any:
     return load_splat
 
 
-def _define_splat(lanes: _Lanes, scalar: types.Type) -> Any:
+def define_splat(lanes: Lanes, scalar: types.Type) -> Any:
     @intrinsic
     def splat(typing_context, value):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -104,7 +104,7 @@ def _define_splat(lanes: _Lanes, scalar: types.Type) -> Any:
     return splat
 
 
-def _define(signature: tuple[types.Type, ...], emit: Callable[..., Any]) -> Any:
+def define(signature: tuple[types.Type, ...], emit: Callable[..., Any]) -> Any:
     """An intrinsic whose arguments and result have the fixed types `signature` = (result, *arguments)."""
     result, arguments = signature[0], signature[1:]
     count = len(arguments)
@@ -150,7 +150,7 @@ def _define_load_wide(narrow: ir.Type, widen: Callable[..., Any]) -> Any:
     def load_wide(typing_context, array, index):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             vector = ir.VectorType(narrow, LANES)
-            pointer = _element_pointer(context, builder, signature.args[0], *args)
+            pointer = element_pointer(context, builder, signature.args[0], *args)
             return widen(builder, builder.load(builder.bitcast(pointer, vector.as_pointer()), align=2))
 
         return F(array, types.intp), codegen
@@ -178,7 +178,7 @@ def _define_load_fields(width: int) -> Any:
     @intrinsic
     def load_fields(typing_context, array, index):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            pointer = _element_pointer(context, builder, signature.args[0], *args)
+            pointer = element_pointer(context, builder, signature.args[0], *args)
             return spread(builder, builder.load(builder.bitcast(pointer, stored.as_pointer()), align=1))
 
         return I(array, types.intp), codegen
@@ -195,16 +195,16 @@ def _define_butterfly(distance: int) -> Any:
         partner = builder.shuffle_vector(lanes, ir.Constant(F.vector, ir.Undefined), partners)
         return _call("fma.v16f32", F.vector, builder, lanes, signs, partner)
 
-    return _define((F, F), emit)
+    return define((F, F), emit)
 
 
-def _define_load_quarter(lanes: _Lanes) -> Any:
+def _define_load_quarter(lanes: Lanes) -> Any:
     @intrinsic
     def load_quarter(typing_context, array, index):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             count = lanes.vector.count // 4
             quarter = ir.VectorType(lanes.vector.element, count)
-            pointer = _element_pointer(context, builder, signature.args[0], *args)
+            pointer = element_pointer(context, builder, signature.args[0], *args)
             loaded = builder.load(builder.bitcast(pointer, quarter.as_pointer()), align=1)
             mask = ir.Constant(ir.VectorType(_INT, lanes.vector.count), [i % count for i in range(lanes.vector.count)])
             return builder.shuffle_vector(loaded, ir.Constant(quarter, ir.Undefined), mask)
@@ -215,9 +215,9 @@ def _define_load_quarter(lanes: _Lanes) -> Any:
 
 
 butterfly1, butterfly2, butterfly4, butterfly8 = (_define_butterfly(distance) for distance in (1, 2, 4, 8))
-loadf = _define_load(F)
-loadi = _define_load(I)
-loadb = _define_load(B, 1)
+loadf = define_load(F)
+loadi = define_load(I)
+loadb = define_load(B, 1)
 load_bfloat = _define_load_wide(
     _SHORT, lambda b, x: b.bitcast(b.shl(b.zext(x, I.vector), ir.Constant(I.vector, [16] * LANES)), F.vector)
 )
@@ -226,13 +226,13 @@ load_fields1, load_fields2, load_fields4, load_fields8 = map(_define_load_fields
 load_quarterf = _define_load_quarter(F)  # the 16 bytes at array[index], four times
 load_quarteri = _define_load_quarter(I)
 load_quarterb = _define_load_quarter(B)
-load_splatf = _define_load_splat(F)
-load_splati = _define_load_splat(I)
-load_splath = _define_load_splat(H)
-splatf = _define_splat(F, types.float32)
-splati = _define_splat(I, types.int32)
-splath = _define_splat(H, types.int16)
-splatb = _define_splat(B, types.int8)
+load_splatf = define_load_splat(F)
+load_splati = define_load_splat(I)
+load_splath = define_load_splat(H)
+splatf = define_splat(F, types.float32)
+splati = define_splat(I, types.int32)
+splath = define_splat(H, types.int16)
+splatb = define_splat(B, types.int8)
 
 
 @intrinsic
@@ -260,7 +260,7 @@ def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
     """Write all lanes of a vector from array[index] on."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pointer = _element_pointer(context, builder, signature.args[0], args[0], args[1])
+        pointer = element_pointer(context, builder, signature.args[0], args[0], args[1])
         alignment = signature.args[0].dtype.bitwidth // 8
         builder.store(args[2], builder.bitcast(pointer, signature.args[2].vector.as_pointer()), align=alignment)
         return context.get_dummy_value()
@@ -273,7 +273,7 @@ def store_narrow(typing_context, array, index, value):  # type: ignore[no-untype
     """Write the low bits of sixteen int32 lanes at the uint8 or uint16 array[index : index + 16]."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pointer = _element_pointer(context, builder, signature.args[0], args[0], args[1])
+        pointer = element_pointer(context, builder, signature.args[0], args[0], args[1])
         bits = signature.args[0].dtype.bitwidth
         narrow = builder.trunc(args[2], ir.VectorType(ir.IntType(bits), LANES))
         builder.store(narrow, builder.bitcast(pointer, narrow.type.as_pointer()), align=bits // 8)
@@ -289,7 +289,7 @@ def prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         bytes_ = ir.IntType(8).as_pointer()
-        pointer = builder.bitcast(_element_pointer(context, builder, signature.args[0], *args), bytes_)
+        pointer = builder.bitcast(element_pointer(context, builder, signature.args[0], *args), bytes_)
         arguments = [bytes_, _INT, _INT, _INT]
         function = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0i8"
@@ -321,38 +321,38 @@ def _lookup32(builder: Any, low: Any, high: Any, index: Any) -> Any:
     return _gather(builder, builder.bitcast(table, _FLOAT.as_pointer()), masked)
 
 
-lookup32 = _define((F, F, F, I), _lookup32)  # (entries 0-15, entries 16-31, index): index mod 32 of a 32-entry table
-addf = _define((F, F, F), lambda b, x, y: b.fadd(x, y))
-subf = _define((F, F, F), lambda b, x, y: b.fsub(x, y))
-mulf = _define((F, F, F), lambda b, x, y: b.fmul(x, y))
-fmaf = _define((F, F, F, F), lambda b, x, y, z: _call("fma.v16f32", F.vector, b, x, y, z))
-xori = _define((I, I, I), lambda b, x, y: b.xor(x, y))
-addi = _define((I, I, I), lambda b, x, y: b.add(x, y))
-muli = _define((I, I, I), lambda b, x, y: b.mul(x, y))
-andi = _define((I, I, I), lambda b, x, y: b.and_(x, y))
-ori = _define((I, I, I), lambda b, x, y: b.or_(x, y))
-shli = _define((I, I, I), lambda b, x, y: b.shl(x, y))
-shri = _define((I, I, I), lambda b, x, y: b.lshr(x, y))
-mini = _define((I, I, I), lambda b, x, y: _call("smin.v16i32", I.vector, b, x, y))
-maxi = _define((I, I, I), lambda b, x, y: _call("smax.v16i32", I.vector, b, x, y))
-largest = _define((types.int32, I), lambda b, x: _reduced("smax.v16i32", _INT, b, x))
-total = _define((types.int32, I), lambda b, x: _reduced("add.v16i32", _INT, b, x))
-totalf = _define((types.float32, F), _total)
-funnel_shift_right = _define((I, I, I, I), lambda b, hi, lo, n: _call("fshr.v16i32", I.vector, b, hi, lo, n))
-to_float = _define((F, I), lambda b, x: b.sitofp(x, F.vector))
-to_nearest = _define((I, F), lambda b, x: b.fptosi(_call("rint.v16f32", F.vector, b, x), I.vector))
-scalar_of_bits = _define((types.float32, types.int32), lambda b, x: b.bitcast(x, _FLOAT))
-bits_of_float = _define((I, F), lambda b, x: b.bitcast(x, I.vector))
-float_of_bits = _define((F, I), lambda b, x: b.bitcast(x, F.vector))
+lookup32 = define((F, F, F, I), _lookup32)  # (entries 0-15, entries 16-31, index): index mod 32 of a 32-entry table
+addf = define((F, F, F), lambda b, x, y: b.fadd(x, y))
+subf = define((F, F, F), lambda b, x, y: b.fsub(x, y))
+mulf = define((F, F, F), lambda b, x, y: b.fmul(x, y))
+fmaf = define((F, F, F, F), lambda b, x, y, z: _call("fma.v16f32", F.vector, b, x, y, z))
+xori = define((I, I, I), lambda b, x, y: b.xor(x, y))
+addi = define((I, I, I), lambda b, x, y: b.add(x, y))
+muli = define((I, I, I), lambda b, x, y: b.mul(x, y))
+andi = define((I, I, I), lambda b, x, y: b.and_(x, y))
+ori = define((I, I, I), lambda b, x, y: b.or_(x, y))
+shli = define((I, I, I), lambda b, x, y: b.shl(x, y))
+shri = define((I, I, I), lambda b, x, y: b.lshr(x, y))
+mini = define((I, I, I), lambda b, x, y: _call("smin.v16i32", I.vector, b, x, y))
+maxi = define((I, I, I), lambda b, x, y: _call("smax.v16i32", I.vector, b, x, y))
+largest = define((types.int32, I), lambda b, x: _reduced("smax.v16i32", _INT, b, x))
+total = define((types.int32, I), lambda b, x: _reduced("add.v16i32", _INT, b, x))
+totalf = define((types.float32, F), _total)
+funnel_shift_right = define((I, I, I, I), lambda b, hi, lo, n: _call("fshr.v16i32", I.vector, b, hi, lo, n))
+to_float = define((F, I), lambda b, x: b.sitofp(x, F.vector))
+to_nearest = define((I, F), lambda b, x: b.fptosi(_call("rint.v16f32", F.vector, b, x), I.vector))
+scalar_of_bits = define((types.float32, types.int32), lambda b, x: b.bitcast(x, _FLOAT))
+bits_of_float = define((I, F), lambda b, x: b.bitcast(x, I.vector))
+float_of_bits = define((F, I), lambda b, x: b.bitcast(x, F.vector))
 
 
 def _where_less(builder: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
     return builder.select(builder.fcmp_ordered("<", a, b), x, y)
 
 
-where_lessf = _define((F, F, F, F, F), _where_less)  # (a, b, x, y): x where a < b, else y
-where_lessi = _define((I, F, F, I, I), _where_less)
-where_equal = _define((F, I, I, F, F), lambda b, i, j, x, y: b.select(b.icmp_signed("==", i, j), x, y))
+where_lessf = define((F, F, F, F, F), _where_less)  # (a, b, x, y): x where a < b, else y
+where_lessi = define((I, F, F, I, I), _where_less)
+where_equal = define((F, I, I, F, F), lambda b, i, j, x, y: b.select(b.icmp_signed("==", i, j), x, y))
 
 
 def _place_of_least(builder: Any, lanes: Any, places: Any) -> Any:
@@ -362,10 +362,10 @@ def _place_of_least(builder: Any, lanes: Any, places: Any) -> Any:
 
 
 # (lanes, places): the smallest place of those whose lane is smallest; none may be a NaN
-place_of_least = _define((types.int32, F, I), _place_of_least)
+place_of_least = define((types.int32, F, I), _place_of_least)
 
 
-def _splat_constant(value: int, lanes: _Lanes) -> ir.Constant:
+def _splat_constant(value: int, lanes: Lanes) -> ir.Constant:
     return ir.Constant(lanes.vector, [value] * lanes.vector.count)
 
 
@@ -423,38 +423,38 @@ def _quarter_sums(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
 
 
 # Halves and bytes of two vectors side by side: the first's at even places (low in a lane), the second's at odd ones.
-high_halves = _define((H, I, I), _high_halves)
-low_halves = _define((H, I, I), _low_halves)
-high_bytes = _define((B, H, H), _high_bytes)
-low_bytes = _define((B, H, H), _low_bytes)
-addh = _define((H, H, H), lambda b, x, y: b.add(x, y))
-mulh = _define((H, H, H), lambda b, x, y: b.mul(x, y))
-shlh = _define((H, H, H), lambda b, x, y: b.shl(x, y))
-shrh = _define((H, H, H), lambda b, x, y: b.lshr(x, y))
-shift_in_halves = _define((H, H, H, H), lambda b, hi, lo, n: _call("fshr.v32i16", H.vector, b, hi, lo, n))
-addb = _define((B, B, B), lambda b, x, y: b.add(x, y))
-bytes_of_words = _define((B, I), lambda b, x: b.bitcast(x, B.vector))
-where_negative = _define((B, B, B, B), lambda b, sign, x, y: b.select(_is_negative(b, sign), x, y))
-negateb = _define((B, B), lambda b, x: b.neg(x))
-lookup16 = _define((B, B, B), instructions.lookup16)  # (entries, four times the same sixteen; index): index mod 16
-lookup64 = _define((B, B, B), instructions.lookup64)  # (entries, index): index mod 64
-lookup128 = _define((B, B, B, B), instructions.lookup128)  # (entries 0-63, entries 64-127, index): index mod 128
+high_halves = define((H, I, I), _high_halves)
+low_halves = define((H, I, I), _low_halves)
+high_bytes = define((B, H, H), _high_bytes)
+low_bytes = define((B, H, H), _low_bytes)
+addh = define((H, H, H), lambda b, x, y: b.add(x, y))
+mulh = define((H, H, H), lambda b, x, y: b.mul(x, y))
+shlh = define((H, H, H), lambda b, x, y: b.shl(x, y))
+shrh = define((H, H, H), lambda b, x, y: b.lshr(x, y))
+shift_in_halves = define((H, H, H, H), lambda b, hi, lo, n: _call("fshr.v32i16", H.vector, b, hi, lo, n))
+addb = define((B, B, B), lambda b, x, y: b.add(x, y))
+bytes_of_words = define((B, I), lambda b, x: b.bitcast(x, B.vector))
+where_negative = define((B, B, B, B), lambda b, sign, x, y: b.select(_is_negative(b, sign), x, y))
+negateb = define((B, B), lambda b, x: b.neg(x))
+lookup16 = define((B, B, B), instructions.lookup16)  # (entries, four times the same sixteen; index): index mod 16
+lookup64 = define((B, B, B), instructions.lookup64)  # (entries, index): index mod 64
+lookup128 = define((B, B, B, B), instructions.lookup128)  # (entries 0-63, entries 64-127, index): index mod 128
 # (entries 0-63, entries 64-127, index, first): `first` in the place of each of the first sixteen entries
-lookup128_but_first = _define((B, B, B, B, B), instructions.lookup128_but_first)
+lookup128_but_first = define((B, B, B, B, B), instructions.lookup128_but_first)
 # (total, a, b): each lane's total plus its four products, of unsigned a, or of levels plus MIDDLE, and signed b; beside
 # levels, b is no -128.
-dot_magnitudes = _define((I, I, B, B), instructions.dot_magnitudes)
-dot_levels = _define((I, I, B, B), instructions.dot_levels)
-dot_shorts = _define((I, I, B, B), avx2.dot_shorts)  # (total, a, b): each lane's plus its two products of int16
+dot_magnitudes = define((I, I, B, B), instructions.dot_magnitudes)
+dot_levels = define((I, I, B, B), instructions.dot_levels)
+dot_shorts = define((I, I, B, B), avx2.dot_shorts)  # (total, a, b): each lane's plus its two products of int16
 # Bytes as int16, those at even places or at odd ones.
-even_levels = _define((B, B), lambda b, x: avx2.shorts(b, x, False))
-odd_levels = _define((B, B), lambda b, x: avx2.shorts(b, x, True))
-andb = _define((B, B, B), lambda b, x, y: b.and_(x, y))
-xorb = _define((B, B, B), lambda b, x, y: b.xor(x, y))
-ones_where_negative = _define((B, B), lambda b, x: b.sext(_is_negative(b, x), B.vector))  # all bits of a byte
+even_levels = define((B, B), lambda b, x: avx2.shorts(b, x, False))
+odd_levels = define((B, B), lambda b, x: avx2.shorts(b, x, True))
+andb = define((B, B, B), lambda b, x, y: b.and_(x, y))
+xorb = define((B, B, B), lambda b, x, y: b.xor(x, y))
+ones_where_negative = define((B, B), lambda b, x: b.sext(_is_negative(b, x), B.vector))  # all bits of a byte
 # (a[0] + a[1]) + (a[2] + a[3]) of the four vectors, then that of their next four lanes, and so on.
-quad_sums = _define((F, F, F, F, F), _quad_sums)
-quarter_sums = _define((F, F, F, F, F), _quarter_sums)  # the four quarters of a added, then those of b, and so on
+quad_sums = define((F, F, F, F, F), _quad_sums)
+quarter_sums = define((F, F, F, F, F), _quarter_sums)  # the four quarters of a added, then those of b, and so on
 
 
 @intrinsic
@@ -462,7 +462,7 @@ def store_quarters(typing_context, array, index, stride, value):  # type: ignore
     """Write the four quarters of a vector, `stride` elements apart, from array[index] on."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pointer, (_, _, stride, value) = _element_pointer(context, builder, signature.args[0], *args[:2]), args
+        pointer, (_, _, stride, value) = element_pointer(context, builder, signature.args[0], *args[:2]), args
         count = value.type.count // 4
         for quarter in range(4):
             mask = ir.Constant(ir.VectorType(_INT, count), list(range(quarter * count, (quarter + 1) * count)))

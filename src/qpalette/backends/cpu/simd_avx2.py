@@ -15,21 +15,21 @@ from numba.extending import intrinsic
 
 from qpalette.backends.cpu import avx2
 from qpalette.backends.cpu.simd import (
-    _define,
-    _define_load,
-    _define_load_splat,
-    _define_splat,
-    _element_pointer,
-    _Lanes,
+    Lanes,
+    define,
+    define_load,
+    define_load_splat,
+    define_splat,
+    element_pointer,
 )
 
 HALF = 32  # bytes of a vector
 
 _INT, _SHORT, _BYTE = ir.IntType(32), ir.IntType(16), ir.IntType(8)
 
-W = _Lanes("int16x16", _SHORT, HALF // 2)
-Y = _Lanes("int8x32", _BYTE, HALF)
-V = _Lanes("int32x8", _INT, HALF // 4)
+W = Lanes("int16x16", _SHORT, HALF // 2)
+Y = Lanes("int8x32", _BYTE, HALF)
+V = Lanes("int32x8", _INT, HALF // 4)
 
 
 @intrinsic
@@ -38,7 +38,7 @@ def load_repeated(typing_context, array, index):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         part = ir.VectorType(_BYTE, HALF // 2)
-        pointer = _element_pointer(context, builder, signature.args[0], *args)
+        pointer = element_pointer(context, builder, signature.args[0], *args)
         loaded = builder.load(builder.bitcast(pointer, part.as_pointer()), align=1)
         mask = ir.Constant(ir.VectorType(_INT, HALF), 2 * list(range(HALF // 2)))
         return builder.shuffle_vector(loaded, ir.Constant(part, ir.Undefined), mask)
@@ -51,7 +51,7 @@ def element(typing_context, array, index):  # type: ignore[no-untyped-def]
     """array[index], which is not negative: numba would ask."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.load(_element_pointer(context, builder, signature.args[0], *args))
+        return builder.load(element_pointer(context, builder, signature.args[0], *args))
 
     return array.dtype(array, types.intp), codegen
 
@@ -84,7 +84,7 @@ def _define_shift(left: bool) -> Any:
     def shift(typing_context, vector, counts, index):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             part = ir.VectorType(_SHORT, HALF // 4)
-            pointer = _element_pointer(context, builder, signature.args[1], *args[1:])
+            pointer = element_pointer(context, builder, signature.args[1], *args[1:])
             count = builder.load(builder.bitcast(pointer, part.as_pointer()), align=2)
             return avx2.shifted(builder, args[0], count, left)
 
@@ -95,18 +95,18 @@ def _define_shift(left: bool) -> Any:
 
 # Every lane by the count in the first of eight int16 from array[index] on: 16 bits leave nothing.
 shift_left, shift_right = _define_shift(True), _define_shift(False)
-loadw, loady = _define_load(W, 2), _define_load(Y, 1)
-load_splatw = _define_load_splat(W)
-splatv = _define_splat(V, types.int32)
-orw = _define((W, W, W), lambda b, x, y: b.or_(x, y))
-addw = _define((W, W, W), lambda b, x, y: b.add(x, y))
-mulw = _define((W, W, W), lambda b, x, y: b.mul(x, y))
-negatey = _define((Y, Y), lambda b, x: b.neg(x))
+loadw, loady = define_load(W, 2), define_load(Y, 1)
+load_splatw = define_load_splat(W)
+splatv = define_splat(V, types.int32)
+orw = define((W, W, W), lambda b, x, y: b.or_(x, y))
+addw = define((W, W, W), lambda b, x, y: b.add(x, y))
+mulw = define((W, W, W), lambda b, x, y: b.mul(x, y))
+negatey = define((Y, Y), lambda b, x: b.neg(x))
 # High or low bytes of two vectors of int16 side by side: the first's at even places, the second's at odd ones.
-high_bytes = _define((Y, W, W), avx2.high_bytes)
-low_bytes = _define((Y, W, W), avx2.low_bytes)
-where_negative = _define((Y, Y, Y, Y), avx2.where_negative)
-dot_magnitudes = _define((V, V, Y, Y), avx2.dot_half_unsigned)
+high_bytes = define((Y, W, W), avx2.high_bytes)
+low_bytes = define((Y, W, W), avx2.low_bytes)
+where_negative = define((Y, Y, Y, Y), avx2.where_negative)
+dot_magnitudes = define((V, V, Y, Y), avx2.dot_half_unsigned)
 # Unsigned bytes at even places, or at odd ones, as int16 with the signs of other bytes.
-even_magnitudes = _define((W, Y, Y), lambda b, x, signs: avx2.signed_shorts(b, x, signs, False))
-odd_magnitudes = _define((W, Y, Y), lambda b, x, signs: avx2.signed_shorts(b, x, signs, True))
+even_magnitudes = define((W, Y, Y), lambda b, x, signs: avx2.signed_shorts(b, x, signs, False))
+odd_magnitudes = define((W, Y, Y), lambda b, x, signs: avx2.signed_shorts(b, x, signs, True))

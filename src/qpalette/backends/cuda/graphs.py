@@ -7,6 +7,12 @@ from typing import Any
 
 import torch
 
+CAPTURE_WARMUP = 3  # runs ahead of a capture, as torch's documentation of CUDA graphs asks for
+
+# work, which has run before -> something whose replay() does it again; None: not yet, it is asked again. It leaves what
+# `work` would.
+Capture = Callable[[Callable[[], None]], Any]
+
 
 def capture_graph(work: Callable[[], None], pool: torch.cuda.MemPool | None = None) -> Any:
     """A CUDA graph of `work`, which does not run; it has run before, and reads and writes memory that stays.
