@@ -26,9 +26,9 @@ from qpalette.backends.cuda.decoder import decoder_spec
 from qpalette.backends.cuda.experts import RUN
 from qpalette.backends.cuda.experts import SOURCE as EXPERTS_SOURCE
 from qpalette.backends.cuda.layout import CHUNK
-from qpalette.backends.cuda.multiply import SOURCE, kernel_macros
+from qpalette.backends.cuda.multiply import SOURCE, cuts_of, kernel_macros
 from qpalette.backends.cuda.segments import DeviceLimits, with_segments
-from qpalette.backends.cuda.tiles import COLUMNS, most_columns, shape_of
+from qpalette.backends.cuda.tiles import COLUMNS
 from qpalette.backends.cuda.tiles import SOURCE as TILES_SOURCE
 
 # Dynamic shared memory that a block may ask for, in KiB (CUDA C++ Programming Guide, technical specifications).
@@ -102,7 +102,7 @@ def row_of(
 ) -> dict[str, Any]:
     decoders = sorted({decoder for decoder in map(decoder_spec, specs) if decoder})
     macros, unit = tuple(sorted(constants.items())), with_segments(source, decoders)
-    weights = WEIGHTS_OF_LANE * constants.get("ROW_TILES", 1)
+    weights = WEIGHTS_OF_LANE // cuts_of(batch)
     used, loops = resources(unit, arch, macros), loops_of(compile_cubin(unit, arch, macros))
     return {
         "kernel": kernel,
@@ -125,11 +125,10 @@ def main() -> None:
         for batch in (1, 16)
     ]
     rows += [
-        row_of("tiles", TILES_SOURCE, [spec], arch, columns, shape_of(limits[arch], columns).macros)
+        row_of("tiles", TILES_SOURCE, [spec], arch, columns, kernel_macros(limits[arch], columns))
         for spec in SPECS
         for arch in SHARED
         for columns in COLUMNS
-        if columns <= most_columns(limits[arch])
     ]
     rows += [
         row_of("experts", EXPERTS_SOURCE, specs, arch, RUN, kernel_macros(limits[arch], RUN))

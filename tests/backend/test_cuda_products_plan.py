@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpalette.backends.cuda.decoder import decoder_spec, entries
-from qpalette.backends.cuda.multiply import MOST_NORM, MOST_VALUE, fixed_point
+from qpalette.backends.cuda.multiply import MOST_NORM, MOST_VALUE, fixed_point, most_rows, sum_bytes
 from qpalette.backends.cuda.rotate import split_rotation
 from qpalette.backends.cuda.segments import DeviceLimits, plan_grid
-from qpalette.backends.cuda.tiles import CLUSTERS, COLUMNS, columns_of, most_columns, plan_clusters, shape_of
+from qpalette.backends.cuda.tiles import CLUSTERS, COLUMNS, columns_of, plan_clusters
 from qpalette.codes import FAMILIES, parse_spec
 from qpalette.codes.trellis import MEMORIES
 from qpalette.core.errors import UnsupportedError
@@ -50,14 +50,14 @@ def test_the_largest_sum_fits_in_32_bits(columns: int) -> None:
     st.integers(1, 500),
 )
 def test_rows_are_cut_without_rest_within_what_a_block_holds(
-    segments: list[tuple[int, float]], multiprocessors: int, most_rows: int
+    segments: list[tuple[int, float]], multiprocessors: int, most: int
 ) -> None:
     row_tiles, costs = zip(*segments, strict=True)
-    grid = plan_grid(row_tiles, costs, multiprocessors, most_rows)
+    grid = plan_grid(row_tiles, costs, multiprocessors, most)
     for tiles, rows, blocks in zip(row_tiles, grid.rows_per_block, grid.blocks, strict=True):
-        assert 1 <= rows <= most_rows
+        assert 1 <= rows <= most
         assert (blocks - 1) * rows < tiles <= blocks * rows
-    least = sum(-(-tiles // most_rows) for tiles in row_tiles)
+    least = sum(-(-tiles // most) for tiles in row_tiles)
     rounds = -(-max(least, len(row_tiles)) // multiprocessors)
     assert sum(grid.blocks) <= rounds * multiprocessors
 
@@ -68,20 +68,17 @@ LIMITS = [DeviceLimits(132, kib << 10, (9, 0)) for kib in (99, 163, 227)]  # of 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_a_block_of_many_tokens_has_its_room(limits: DeviceLimits, columns: int) -> None:
-    if columns > most_columns(limits):
-        return
-    shape = shape_of(limits, columns)
-    rows = shape.most_rows(limits)
+    rows = most_rows(limits, columns)
     assert rows >= 8
-    assert shape.room(rows) <= limits.shared_bytes < shape.room(rows + 1)
+    left = limits.shared_bytes - limits.table_bytes
+    assert rows * sum_bytes(columns) <= left < (rows + 1) * sum_bytes(columns)
 
 
-@pytest.mark.parametrize("limits", LIMITS, ids=str)
 @given(tokens=st.integers(17, 1000))
-def test_lots_of_tokens_are_as_few_as_can_be(limits: DeviceLimits, tokens: int) -> None:
-    lots, columns = columns_of(tokens, limits)
-    assert (lots - 1) * most_columns(limits) < tokens <= lots * columns
-    assert columns <= most_columns(limits)
+def test_lots_of_tokens_are_as_few_as_can_be(tokens: int) -> None:
+    lots, columns = columns_of(tokens)
+    assert (lots - 1) * max(COLUMNS) < tokens <= lots * columns
+    assert columns in COLUMNS
 
 
 @given(
@@ -92,11 +89,10 @@ def test_lots_of_tokens_are_as_few_as_can_be(limits: DeviceLimits, tokens: int) 
 )
 def test_every_row_has_a_cluster(segments: list[tuple[int, float]], chunks: int, columns: int, lots: int) -> None:
     row_tiles, costs = zip(*segments, strict=True)
-    shape = shape_of(LIMITS[-1], columns)
-    most_rows = shape.most_rows(LIMITS[-1])
+    most = most_rows(LIMITS[-1], columns)
     at_once = tuple((cluster, max(1, 128 // cluster // lots)) for cluster in CLUSTERS)
-    grid = plan_clusters(row_tiles, costs, chunks, at_once, shape, most_rows)
+    grid = plan_clusters(row_tiles, costs, chunks, at_once, columns, most)
     assert grid.cluster in CLUSTERS
     for tiles, rows, blocks in zip(row_tiles, grid.rows_per_block, grid.blocks, strict=True):
-        assert 1 <= rows <= most_rows
+        assert 1 <= rows <= most
         assert (blocks - 1) * rows < tiles <= blocks * rows

@@ -3,16 +3,14 @@ token's bits depend neither on how the work is cut nor on the tokens beside it."
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from test_cuda_products import check, members
 
 from qpalette.backends.cuda import tiles
 from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct
-from qpalette.backends.cuda.segments import DeviceLimits, device_limits
-from qpalette.backends.cuda.tiles import CLUSTERS, Shape, clusters_there, shape_of
+from qpalette.backends.cuda.segments import device_limits
+from qpalette.backends.cuda.tiles import CLUSTERS, clusters_there
 from qpalette.runtime import PackedLinear, backends
 
 pytestmark = [
@@ -57,14 +55,6 @@ def test_the_same_bits_in_any_cut(
     for cluster in CLUSTERS if device_limits(0).capability >= (9, 0) else CLUSTERS[:1]:
         monkeypatch.setattr(tiles, "clusters_there", lambda *how, only=cluster: {only: there(*how)[only]})
         assert torch.equal(product(found, x), wanted), f"{cluster} blocks share rows"
-    monkeypatch.setattr(tiles, "clusters_there", there)
-
-    def other(limits: DeviceLimits, columns: int) -> Shape:
-        shape = shape_of(limits, columns)
-        return replace(shape, row_tiles=3 - shape.row_tiles, stages=1, threads=128, table_bytes=shape.table_bytes // 2)
-
-    monkeypatch.setattr(tiles, "shape_of", other)
-    assert torch.equal(product(found, x), wanted), "other warps, stages, tables"
 
 
 def test_a_token_is_the_same_bits_in_any_company() -> None:

@@ -6,17 +6,24 @@
 // in fixed point: in any order the same bits, and one set of sums for all warps, so that x' is read once for all rows. (A
 // set per warp took rows in rounds, and read x' in each: 75 instead of 62 us for a Llama-3.1-8B layer at batch 16.)
 //
-// Compile-time constants: THREADS, TABLE_BYTES, BATCH (columns of x': 1, 2, 4, 8 or 16), DECODERS (types).
+// 64 registers hold 16 columns of a chunk of x'. Of more columns a warp has a part of every chunk, and the warps of a team,
+// CUTS of them, walk the same items side by side.
+//
+// Compile-time constants: THREADS, TABLE_BYTES, BATCH (columns of x': 1, 2, 4, 8, 16, 24 or 32), DECODERS (types).
 
 constexpr int WARPS = THREADS / 32;
-constexpr int FRAGMENTS = BATCH > 8 ? 2 : 1;    // of eight columns
+constexpr int CUTS = (BATCH + 15) / 16;         // of a chunk
+constexpr int TEAMS = WARPS / CUTS;
+constexpr int TILES = CHUNK / CUTS;             // that a warp multiplies of a chunk
+constexpr int PAIRS = TILES / 2;                // of them: what a lane loads of x' at once
+constexpr int FRAGMENTS = (BATCH + 7) / 8;      // of eight columns
 constexpr int COLUMNS = BATCH > 8 ? 8 : BATCH;  // of x' in each
-constexpr int PAIRS = CHUNK / 2;                // of tiles: what a lane loads of x' at once
-constexpr int SUMS = 16 * BATCH;                // of a row tile, [column][row]
+constexpr int SUMS = 16 * BATCH;                // of a row tile
+static_assert(CHUNK % (2 * CUTS) == 0 && WARPS % CUTS == 0, "parts of a chunk are alike, and whole teams");
 
 extern __shared__ __align__(16) u8 shared[];  // table, then sums [row tiles][SUMS]
 
-// Adds a lane's four sums of a fragment to the block's; lanes whose columns are not there leave them alone. No branch: code
+// Adds a lane's four sums of a fragment to the block's, [column][row]; lanes whose columns are not there leave them alone. No branch: code
 // behind a divergent one loses the uniform registers, which cost every look-up an instruction.
 __device__ __forceinline__ void add(int *sums, const float (&sum)[4], float fixed_point, u32 lane) {
     const u32 address = (u32)__cvta_generic_to_shared(sums + lane % 4 * 32 + lane / 4), wanted = lane % 4 * 2 < COLUMNS;
@@ -30,7 +37,7 @@ __device__ __forceinline__ void add(int *sums, const float (&sum)[4], float fixe
             :: "r"(address), "r"(fixed[1]), "r"(fixed[3]), "r"(wanted) : "memory");
 }
 
-// A warp's way through its items, which count the rows of a chunk fastest: so that a chunk of x' is loaded once for all.
+// A team's way through its items, which count the rows of a chunk fastest: so that a chunk of x' is loaded once for all.
 template <class D>
 struct Walk {
     const u8 *base;
@@ -39,13 +46,15 @@ struct Walk {
     int chunk, tile, left;  // the item, and how many are left
     const u8 *codes;
 
-    // `rows` row tiles of a matrix of so many chunks, from tile `row` on.
-    __device__ Walk(const u8 *matrix, int chunks, int warp, int row, int rows) : row_bytes((size_t)chunks * D::CHUNK_BYTES), rows(rows) {
-        base = matrix + row * row_bytes;
-        const int items = rows * chunks, begin = items * warp / WARPS;
-        chunk = begin / rows, tile = begin % rows, left = items * (warp + 1) / WARPS - begin;
+    // `rows` row tiles of a matrix of so many chunks, from tile `row` on, and `count` chunks from `first` on.
+    __device__ Walk(const u8 *matrix, int chunks, int row, int rows, int first, int count, int team)
+        : row_bytes((size_t)chunks * D::CHUNK_BYTES), rows(rows) {
+        base = matrix + row * row_bytes + (size_t)first * D::CHUNK_BYTES;
+        const int items = rows * count, begin = items * team / TEAMS;
+        chunk = begin / rows, tile = begin % rows, left = items * (team + 1) / TEAMS - begin;
         point();
     }
+    __device__ Walk(const u8 *matrix, int chunks, int team, int row, int rows) : Walk(matrix, chunks, row, rows, 0, chunks, team) {}
     __device__ void point() { codes = base + tile * row_bytes + (size_t)chunk * D::CHUNK_BYTES; }
     __device__ void advance() {
         left--;
@@ -54,34 +63,50 @@ struct Walk {
     }
 };
 
-// One item: 16 tiles decoded and multiplied. A part of the packed bits is replaced by `next`'s after its last tile: without
-// a branch where decoding is what takes the time, and with one where it is the loads (us of a Llama-3.1-8B layer's gate and
-// up, batch 1, with and without: nuq-3 18.2 and 20.1, tcq2-3 22.2 and 21.7).
+// Whether part `cut` of a chunk has bits in `part` of the packed ones.
 template <class D>
-__device__ __forceinline__ void multiply_item(int *sums, float fixed_point, u32 (&words)[D::WORDS], const Walk<D> &next,
-                                              const uint4 (&x)[FRAGMENTS][PAIRS], u32 lane, u32 unit) {
-    float sum[FRAGMENTS][4] = {};
+__device__ constexpr bool has_bits(int cut, int part) {
+    const int bits = TILES * D::EIGHTHS;
+    return D::words_before(part) * 32 < (cut + 1) * bits && D::words_before(part + 1) * 32 > cut * bits;
+}
+
+// One item: the tiles of a part of a chunk decoded and multiplied. A part of the packed bits is replaced by `next`'s after its
+// last tile: without a branch where decoding is what takes the time, and with one where it is the loads (us of a Llama-3.1-8B
+// layer's gate and up, batch 1, with and without: nuq-3 18.2 and 20.1, tcq2-3 22.2 and 21.7).
+template <class D, int CUT = 0>
+__device__ __forceinline__ void multiply_tiles(float (&sum)[FRAGMENTS][4], u32 (&words)[D::WORDS], const Walk<D> &next,
+                                               const uint4 (&x)[FRAGMENTS][PAIRS], u32 lane, u32 unit) {
     const u8 *codes = next.codes;
     u32 wanted = next.left != 0;
     asm volatile("" : "+l"(codes), "+r"(wanted));  // computed here, once: the compiler would do it again for every part
 #pragma unroll
-    for (int t = 0; t < CHUNK; t++) {
+    for (int i = 0; i < TILES; i++) {
+        const int tile = CUT * TILES + i;
         u32 a[4];
-        D::decode(a, words, t, lane, unit, shared);
+        D::decode(a, words, tile, lane, unit, shared);
 #pragma unroll
-        for (int part = 0; part < D::PARTS; part++)
-            if (D::last_tile(part) == t && (D::HASHED || wanted)) D::load_part(words, part, codes, lane, D::HASHED ? wanted : 1);
+        for (int part = 0; part < D::PARTS; part++) {
+            const bool last = D::last_tile(part) == tile || (i == TILES - 1 && D::last_tile(part) > tile);
+            if (last && has_bits<D>(CUT, part) && (D::HASHED || wanted)) D::load_part(words, part, codes, lane, D::HASHED ? wanted : 1);
+        }
 #pragma unroll
         for (int f = 0; f < FRAGMENTS; f++) {
-            const uint4 b = x[f][t / 2];
-            multiply_tile(sum[f], a, t % 2 ? b.z : b.x, t % 2 ? b.w : b.y);
+            const uint4 b = x[f][i / 2];
+            multiply_tile(sum[f], a, i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
         }
     }
+}
+
+template <class D>
+__device__ __forceinline__ void multiply_item(int *sums, float fixed_point, u32 (&words)[D::WORDS], const Walk<D> &next,
+                                              const uint4 (&x)[FRAGMENTS][PAIRS], u32 lane, u32 unit) {
+    float sum[FRAGMENTS][4] = {};
+    multiply_tiles<D>(sum, words, next, x, lane, unit);
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) add(sums + f * 128, sum[f], fixed_point, lane);
 }
 
-// A chunk of x' into registers; its tiles' pairs, and fragments, lie so many bytes from each other.
+// A chunk of x', or a part of one, into registers; its tiles' pairs, and fragments, lie so many bytes from each other.
 template <int PAIR_BYTES, int FRAGMENT_BYTES>
 __device__ __forceinline__ void load_x(uint4 (&x)[FRAGMENTS][PAIRS], const u8 *chunk) {
 #pragma unroll

@@ -35,6 +35,11 @@ def batch_columns(tokens: int) -> int:
     return 1 << (tokens - 1).bit_length()
 
 
+def cuts_of(batch: int) -> int:
+    """Of a chunk, each a warp's: CUTS of multiply.cuh."""
+    return -(-batch // MOST_BATCH)
+
+
 def most_rows(limits: DeviceLimits, batch: int) -> int:
     """Row tiles whose sums fit in a block's shared memory, beside the table."""
     return (limits.shared_bytes - limits.table_bytes) // sum_bytes(batch)
@@ -56,8 +61,8 @@ def fixed_point(columns: int) -> float:
 
 
 def kernel_macros(limits: DeviceLimits, batch: int) -> dict[str, int]:
-    """The compile-time constants of multiply.cu, beside the decoders; x' takes 32 of a thread's registers, 64 above a
-    batch of 8."""
+    """The compile-time constants of multiply.cuh, beside the decoders; x' takes 32 of a thread's registers, 64 at a
+    batch of 16 and 32."""
     return {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes, "BATCH": batch}
 
 

@@ -12,7 +12,6 @@ from qpalette.backends.cuda.layout import to_chunks
 from qpalette.backends.cuda.multiply import ProductLaunch
 from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct, launch_of
 from qpalette.backends.cuda.rotate import RotationLaunch, padded_columns, rotate
-from qpalette.backends.cuda.segments import device_limits
 from qpalette.backends.cuda.tiles import TileLaunch, columns_of
 from qpalette.backends.cuda.timing import cold_copies, graph_seconds
 from qpalette.codes import parse_spec
@@ -47,7 +46,7 @@ def launch_seconds(parts: Sequence[Part], batch: int, device: torch.device, with
     x = torch.randn(batch, parts[0][2], dtype=torch.float16, device=device)
     if with_rotation or batch > MOST_FUSED_TOKENS:
         return graph_seconds([partial(CudaProduct(these), x) for these in copies])
-    _, columns = columns_of(batch, device_limits(device.index or 0))
+    _, columns = columns_of(batch)
     rotated = rotate(x, members[0].diagonal, members[0].rotation, columns)
     width = sum(member.out_features for member in members)
     y = x.new_empty(batch, width)
@@ -72,7 +71,7 @@ def rotation_seconds(columns: int, batch: int, device: torch.device) -> float:
     """Seconds to rotate `batch` tokens of `columns` values, as their product reads them."""
     member = random_member("nuq-2", 16, columns, device)
     width: int | None
-    lots, width = columns_of(batch, device_limits(device.index or 0))
+    lots, width = columns_of(batch)
     if batch > MOST_FUSED_TOKENS:
         lots, width = batch, None
     launch = RotationLaunch(member.rotation, member.diagonal, columns, batch, width, torch.float16)

@@ -11,7 +11,7 @@ from qpalette.backends.cuda.layout import check_layout
 from qpalette.backends.cuda.multiply import MOST_BATCH, ProductLaunch
 from qpalette.backends.cuda.rotate import ALIGNMENT, TYPES, RotationLaunch, aligned, padded_columns, type_of_values
 from qpalette.backends.cuda.scratch import ONE_AT_A_TIME, scratch
-from qpalette.backends.cuda.segments import MOST_SEGMENTS, device_limits
+from qpalette.backends.cuda.segments import MOST_SEGMENTS
 from qpalette.backends.cuda.tiles import TileLaunch, columns_of
 from qpalette.backends.cuda.unpack import SLAB_BYTES, RescaleLaunch, UnpackLaunch, cut_into_slabs
 from qpalette.core.records import TILE
@@ -112,7 +112,7 @@ class _FusedProduct:
         first = members[0]
         self.tokens, self.device = tokens, first.codes.device
         launch = launch_of(tokens)
-        lots, batch = columns_of(tokens, device_limits(self.device.index or 0))
+        lots, batch = columns_of(tokens)
         self.value_bytes = 2 * lots * batch * padded_columns(first.in_features)
         self.scratch_bytes = self.value_bytes + 4 * lots * batch
         self.rotation = RotationLaunch(

@@ -1,9 +1,11 @@
-// y = W' x' for packed matrices W' (M x K) that read the same x', many columns: decode in registers, multiply by mma, as in
-// tiles.cuh. A cluster of blocks has some row tiles of one segment (matrix), and each block its part of their chunks: x' is
+// y = W' x' for packed matrices W' (M x K) that read the same x', 17 columns or more: as in multiply.cuh, with x' and sums of up
+// to 32 columns. A cluster of blocks has some row tiles of one segment (matrix), and each block its part of their chunks: x' is
 // read by as many blocks as there are clusters, and what the blocks have summed, in integers, is added between them.
 //
 // Nothing of the weights depends on the kernel before: bits and table are fetched before its end is waited for.
 
+constexpr int FRAGMENT_SUMS = 128;  // of a row tile: four of a lane, [half of rows][column % 2][column / 2][row]
+constexpr int X_FRAGMENT = 512, X_PAIR = FRAGMENTS * X_FRAGMENT, X_CHUNK = CHUNK / 2 * X_PAIR;  // bytes of x': 16 of a lane
 constexpr int MOST_BLOCKS = 8;  // of a cluster
 
 __device__ __forceinline__ int blocks_of_cluster() {
@@ -54,7 +56,7 @@ __device__ __forceinline__ void write_sums(const Problem &problem, const Segment
     for (int unit = rank * WARPS + warp; unit < rows * FRAGMENTS; unit += blocks * WARPS) {
         const int token = blockIdx.y * BATCH + unit % FRAGMENTS * 8 + column;
         const int first = (row + unit / FRAGMENTS) * 16 + half * 8 + lane % 2 * 4;
-        const u32 place = address_of(sums + unit * FRAGMENT_SUMS) + lane * 16;
+        const u32 place = (u32)__cvta_generic_to_shared(sums + unit * FRAGMENT_SUMS) + lane * 16;
         int parts[MOST_BLOCKS][4] = {}, total[4] = {};
 #pragma unroll
         for (int other = 0; other < MOST_BLOCKS; other++) load_sums(parts[other], place, other, blocks);
@@ -69,41 +71,57 @@ __device__ __forceinline__ void write_sums(const Problem &problem, const Segment
     }
 }
 
+// Adds a lane's four sums of a fragment to the block's: without conflicts.
+__device__ __forceinline__ void add_fragment(int *sums, const float (&sum)[4], float fixed_point, u32 lane) {
+    const u32 place = (u32)__cvta_generic_to_shared(sums + lane % 4 * 8 + lane / 4);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        asm volatile("red.shared.add.s32 [%0], %1;" :: "r"(place + i * 128), "r"(__float2int_rn(sum[i] * fixed_point)) : "memory");
+}
+
+// All items of a warp that has part CUT of every chunk.
+template <class D, int CUT = 0>
+__device__ __forceinline__ void multiply_items(u32 cut, int *sums, float fixed_point, u32 (&words)[D::WORDS], Walk<D> at,
+                                               uint4 (&x)[FRAGMENTS][PAIRS], const u8 *x_lane, u32 lane, u32 unit) {
+    if constexpr (CUT + 1 < CUTS)
+        if (cut != CUT) return multiply_items<D, CUT + 1>(cut, sums, fixed_point, words, at, x, x_lane, lane, unit);
+    int x_chunk = at.chunk;
+    while (at.left) {
+        if (at.chunk != x_chunk) load_x<X_PAIR, X_FRAGMENT>(x, x_lane + (size_t)(x_chunk = at.chunk) * X_CHUNK);
+        Walk<D> next = at;
+        next.advance();
+        float sum[FRAGMENTS][4] = {};
+        multiply_tiles<D, CUT>(sum, words, next, x, lane, unit);
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; f++) add_fragment(sums + at.tile * SUMS + f * FRAGMENT_SUMS, sum[f], fixed_point, lane);
+        at = next;
+    }
+}
+
 template <class D>
 __device__ __forceinline__ void multiply_segment(const Problem &problem, const Segment &segment) {
     const u32 lane = threadIdx.x % 32;
     const u32 warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // tells the compiler that it is uniform
+    const u32 cut = warp % CUTS;
     const int blocks = blocks_of_cluster(), rank = rank_in_cluster();
     const int row = (blockIdx.x - segment.first_block) / blocks * segment.rows_per_block;
     const int rows = min(segment.rows_per_block, segment.row_tiles - row);
     const int first = problem.chunks * rank / blocks, chunks = problem.chunks * (rank + 1) / blocks - first;
-    Ring ring(problem.x + ((size_t)blockIdx.y * problem.chunks + first) * STAGE_BYTES, chunks);
-    Items<D> at(segment.codes, problem.chunks, row, rows, first, chunks, warp);
-    int *sums = (int *)(shared + SUMS_AT);
-    const u32 unit = segment.hash_unit;
-    // A shuffle to itself: what the compiler knows the remainder to be, it takes again at every look-up (1444 instead of 1315
-    // instructions an item, tcq2-3.25, 64 columns, 16 copies).
-    const u32 copy = __shfl_sync(~0u, lane % D::COPIES * 4, lane);
+    const Walk<D> at(segment.codes, problem.chunks, row, rows, first, chunks, warp / CUTS);
+    const u8 *x_lane = problem.x + ((size_t)blockIdx.y * problem.chunks + first) * X_CHUNK + cut * PAIRS * X_PAIR + lane * 16;
+    int *sums = (int *)(shared + TABLE_BYTES);
 
-    u32 words[ROW_TILES][D::WORDS];
-    if (at.left > 0) load_item<D>(words, at, lane);
-    if (threadIdx.x == 0) ring.prepare();
+    u32 words[D::WORDS] = {};
+#pragma unroll
+    for (int part = 0; part < D::PARTS; part++) D::load_part(words, part, at.codes, lane, at.left && has_bits<D>(cut, part));
     D::fill(shared, segment.entries);
-    for (int i = threadIdx.x; i < at.groups * ROW_TILES * SUMS / 4; i += THREADS) ((int4 *)sums)[i] = make_int4(0, 0, 0, 0);
+    for (int i = threadIdx.x; i < rows * SUMS / 4; i += THREADS) ((int4 *)sums)[i] = make_int4(0, 0, 0, 0);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    __syncthreads();  // the barriers, the table, the zeros are there
-    if (warp == 0) ring.begin(lane);
-    while (ring.chunk < chunks) {
-        ring.wait();
-        while (at.left > 0 && at.chunk == ring.chunk) {
-            Items<D> next = at;
-            next.advance();
-            multiply_item<D>(sums + at.group * ROW_TILES * SUMS, problem.fixed_point, words, next, ring.values(), lane, unit, copy);
-            at = next;
-        }
-        ring.advance(lane);
-    }
+    uint4 x[FRAGMENTS][PAIRS];
+    if (at.left) load_x<X_PAIR, X_FRAGMENT>(x, x_lane + (size_t)at.chunk * X_CHUNK);
+    __syncthreads();  // the table is there, and the zeros
+    multiply_items<D>(cut, sums, problem.fixed_point, words, at, x, x_lane, lane, segment.hash_unit);
     meet();
     write_sums(problem, segment, sums, row, rows, warp, lane);
     if (blocks > 1) meet();  // nobody leaves whose sums another reads
