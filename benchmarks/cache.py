@@ -2,6 +2,7 @@
 
     python benchmarks/cache.py MODEL --text wiki.test.raw --calibration wiki.train.raw --device cuda
     python benchmarks/cache.py MODEL --text FILE --calibration FILE --windows 1 --length 512      # on a CPU
+    [--windows 8] [--length 2048] [--spec vq-3 --spec fp8,sinks=4] [--no-prediction] [--name cache]
 
 Every token is read through the cache, the first four are exact, and all bits are counted but those of exact tokens.
 Predicted is the sum to second order of what the code's real errors cost, by one backward pass on calibration text.
@@ -9,14 +10,13 @@ Predicted is the sum to second order of what the code's real errors cost, by one
 
 from __future__ import annotations
 
-import json
 import time
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from report import commit, device_name, keep
 
 from qpalette.calibration.cache_moments import cost_of_errors, stream_costs
 from qpalette.evaluate import load_model, token_windows
@@ -87,7 +87,7 @@ def main(
     device: str = "cpu",
     spec: Annotated[list[str] | None, typer.Option(help="Only these.")] = None,
     prediction: bool = True,
-    out: Path | None = None,
+    name: str = "cache",
 ) -> None:
     torch.set_float32_matmul_precision("highest")
     loaded, tokenizer = load_model(model, device)
@@ -96,30 +96,27 @@ def main(
     held_out = token_windows(calibration, tokenizer, min(PREDICTED_LENGTH, length))[-PREDICTED_WINDOWS:]
     moments = moments_for(loaded, tokenizer, length, 4, train)
     print_costs(moments)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    facts = {"model": Path(model).name, "windows": windows, "length": len(test[0]), "commit": commit()}
     print("           cache    bits       KL      +-   median  99.9 %  top-1 predicted  seconds")
-    for name in spec if spec is not None else [*OURS, *BESIDE, *(f"{name},sinks=4" for name in BASELINES)]:
+    for cache in spec if spec is not None else [*OURS, *BESIDE, *(f"{other},sinks=4" for other in BASELINES)]:
         start = time.perf_counter()
-        found = evaluate_cache(loaded, tokenizer, name, test, calibration=train)
+        found = evaluate_cache(loaded, tokenizer, cache, test, calibration=train)
         told = None
-        if prediction and parse_baseline(name) is None:
-            plan = parse_cache(name)
+        if prediction and parse_baseline(cache) is None:
+            plan = parse_cache(cache)
             dim = moments[0].mean.shape[-1]
             made = [white(dim)] * len(moments) if plan.transform == "white" else key_transforms(plan, moments)
-            told = predicted(loaded, name, held_out, made)
+            told = predicted(loaded, cache, held_out, made)
         seconds = time.perf_counter() - start
         rows.append({**vars(found), "predicted_cache_kl": told, "seconds": seconds})
         error, shown = found.kl_stderr or 0.0, "" if told is None else f"{told:.4f}"
         print(
-            f"{name:>16} {found.cache_bits:7.4f} {found.kl:8.4f} {error:7.4f} {found.kl_median:8.4f} "
+            f"{cache:>16} {found.cache_bits:7.4f} {found.kl:8.4f} {error:7.4f} {found.kl_median:8.4f} "
             f"{found.kl_999:7.3f} {found.top1:6.3f} {shown:>9}  {seconds:.1f}",
             flush=True,
         )
-    if out is not None:
-        where = torch.cuda.get_device_name() if loaded.device.type == "cuda" else "cpu"
-        out.write_text(
-            json.dumps({"date": str(date.today()), "device": where, "model": Path(model).name, "rows": rows}, indent=1)
-        )
+        keep(name, device_name(device), rows, **facts)
 
 
 if __name__ == "__main__":

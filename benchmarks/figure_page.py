@@ -55,12 +55,14 @@ SECTIONS: dict[str, Section] = {}
 
 
 def section(
-    title: str, *files: str, command: str, name: str | None = None
+    title: str, *files: str, command: str, name: str | None = None, pending: bool = False
 ) -> Callable[[Callable[..., Table]], Callable[..., Table]]:
-    """A section of the page, where it stands, by the name of its function, whose docstring is above the table."""
+    """A section of the page, where it stands, by the name of its function, whose docstring is above the table. One that
+    is `pending` begins with its files: nobody has measured it yet."""
 
     def register(make: Callable[..., Table]) -> Callable[..., Table]:
-        SECTIONS[name or make.__name__] = Section(title, inspect.getdoc(make) or "", files, command, make)
+        if not pending or all((RESULTS / f"{file}.json").exists() for file in files):
+            SECTIONS[name or make.__name__] = Section(title, inspect.getdoc(make) or "", files, command, make)
         return make
 
     return register

@@ -7,46 +7,52 @@ A budget is `--bits` for every number of the linears and of a cache of `--contex
 stored of both counts, and what does not depend on the plan (transforms, exact tokens, what is not quantized) is not in
 it. Beside the joint plan: weights planned at a cache of one code, keys and values alike, and a cache planned at weights
 of one quantizer, each for the code or quantizer whose whole is predicted to lose least. KL from the original with its
-own cache is measured on windows of `--window` tokens, every one read from codes; rounding is data-free.
+own cache is measured on windows of `--window` tokens, every one read from codes; rounding is data-free, and no model is
+written: a linear is rounded once for a quantizer, and put into the model that is measured.
 """
 
 from __future__ import annotations
 
 import math
-import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
-from report import device_name, report
+from report import commit, device_name, report
 
-import qpalette
 from qpalette.api import measure_sensitivities
+from qpalette.calibration.taps import weights_of
+from qpalette.codes.tiles import from_tiles
 from qpalette.core.errors import BudgetError
 from qpalette.evaluate import load_model, token_windows
 from qpalette.evaluate.cache import WINDOW as MOMENT_WINDOW
 from qpalette.evaluate.cache import WINDOWS as MOMENT_WINDOWS
 from qpalette.evaluate.cache import evaluate_cache
 from qpalette.kvcache import CacheCode, CachePlan
-from qpalette.pipeline.planning import BudgetPlan, make_plan
-from qpalette.plan import Budget, Plan, Sensitivities, Space, palette_of
+from qpalette.models import find_groups
+from qpalette.models.model_class import text_config
+from qpalette.pipeline.encode import encode_linear
+from qpalette.pipeline.jobs import Job, make_jobs
+from qpalette.plan import CacheSpace, Candidate, Limits, Plan, Planner, Sensitivities, Space, palette_of
+from qpalette.rotate import Rotation, unrotate_weight
+from qpalette.runtime import select
 from qpalette.storage import Checkpoint, open_checkpoint
 
-AMPLE = 1 << 50  # a memory that everything fits
 UNIFORM_STEPS = 4  # of uniform weights, to a bit
 
 
 @dataclass(frozen=True)
 class Found:
-    """A plan whose `plan.cache` is there, and what it is predicted to lose and stores."""
+    """A plan, and what it is predicted to lose and stores."""
 
     name: str
-    plan: Plan
+    specs: Plan
+    cache: CachePlan
     loss: float
     bits: int  # of the linears
     cache_bits: int
@@ -54,49 +60,37 @@ class Found:
 
 @dataclass(frozen=True)
 class Budgeted:
-    """The plans of one budget."""
+    """The plans of one budget, `room` bits for the linears and `cache`."""
 
     known: Sensitivities
-    checkpoint: Checkpoint
-    effort: str
-    context: int
-    room: int  # bits
+    palette: tuple[Candidate, ...]
+    cache: CacheSpace
+    room: int
 
     def joint(self) -> Found:
-        return self._within(palette_of(self.effort), "joint")
+        return self._within(self.palette, "joint")
 
     def at_uniform_cache(self) -> Found:
-        cache = self._ample.planner.space.cache
-        assert cache is not None
-        linears, weights = replace(self.known, streams=()), sum(linear.shape.weights for linear in self.known.linears)
+        planner = Planner(self.known, Space(self.palette))
 
         def plan(code: CacheCode) -> Found:
-            taken = sum(cache.bits(stream, code) for stream in cache.streams)
-            lost = sum(stream.sensitivity * code.distortion for stream in cache.streams)
-            left = Budget(Fraction(max(1, self.room - taken), weights))
-            found = make_plan(linears, left, Space(palette_of(self.effort)), self.checkpoint)
-            choice, coded = found.planned.choice, CachePlan((code.name,), (code.name,), exact=cache.exact)
-            whole = replace(found.plan, cache=coded)
-            return Found(f"cache {code.name}", whole, choice.loss + lost, choice.bits, taken)
+            taken = sum(self.cache.bits(stream, code) for stream in self.cache.streams)
+            lost = sum(stream.sensitivity * code.distortion for stream in self.cache.streams)
+            choice = planner.plan(Limits(bits=self.room - taken)).choice
+            coded = CachePlan((code.name,), (code.name,), exact=self.cache.exact)
+            return Found(f"cache {code.name}", Plan(choice.specs), coded, choice.loss + lost, choice.bits, taken)
 
-        return least(plan, cache.palette)
+        return least(plan, self.cache.palette)
 
     def at_uniform_weights(self) -> Found:
-        steps = [candidate for candidate in palette_of(self.effort) if candidate.rate * UNIFORM_STEPS % 1 == 0]
+        steps = [candidate for candidate in self.palette if candidate.rate * UNIFORM_STEPS % 1 == 0]
         return least(lambda candidate: self._within((candidate,), f"weights {candidate.spec}"), steps)
 
-    def _within(self, palette: tuple[Any, ...], name: str) -> Found:
+    def _within(self, palette: tuple[Candidate, ...], name: str) -> Found:
         """Both planned together, of this palette."""
-        budget = Budget(memory=self.room // 8 + self._ample.overhead.memory)
-        found = make_plan(self.known, budget, Space(palette), self.checkpoint, context=self.context)
-        choice = found.planned.choice
-        return Found(name, found.plan, choice.loss, choice.bits, choice.cache_bits)
-
-    @cached_property
-    def _ample(self) -> BudgetPlan:
-        """Without a limit: what the planner counts besides, and its space of caches."""
-        space = Space(palette_of(self.effort))
-        return make_plan(self.known, Budget(memory=AMPLE), space, self.checkpoint, context=self.context)
+        choice = Planner(self.known, Space(palette, cache=self.cache)).plan(Limits(memory=self.room)).choice
+        plan = self.cache.plan(choice.cache)
+        return Found(name, Plan(choice.specs), plan, choice.loss, choice.bits, choice.cache_bits)
 
 
 def least(plan: Callable[[Any], Found], choices: Sequence[Any]) -> Found:
@@ -128,62 +122,93 @@ def main(
     name: str = "joint",
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    file = work / "sensitivities.json"
+    file, start = work / "sensitivities.json", time.perf_counter()
     if not file.exists():
-        measure_sensitivities(
-            model, file, calibration, tokens=tokens, window=min(window, tokens), cache=True, device=device
-        )
-    known, checkpoint = Sensitivities.read(file), open_checkpoint(model)
-    known = known.of_listed
-    trial = Trial(model, device, work, *prepared(model, text, calibration, device, window, windows))
+        span = min(window, tokens)
+        measure_sensitivities(model, file, calibration, tokens=tokens, window=span, cache=True, device=device)
+        print(f"sensitivities: {time.perf_counter() - start:.1f} s", flush=True)
+    checkpoint = open_checkpoint(model)
+    known = Sensitivities.read(file).of_groups(find_groups(checkpoint).groups)
+    trial = Trial.of(model, checkpoint, text, calibration, device, window, windows)
     facts = {"model": Path(model).name, "windows": windows, "window": window, "effort": effort, "tokens": tokens}
-    facts["commit"] = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    facts["commit"] = commit()
     rows: list[dict[str, Any]] = []
-    for budget in bits or [3.0, 4.0, 5.0]:
-        for tokens_held in context or [4096, 32_768]:
-            for found in plans_of(known, checkpoint, effort, tokens_held, budget):
-                rows.append({"context": tokens_held, "budget": budget, **trial.run(found)})
+    for held in context or [4096, 32_768]:
+        for budget in bits or [3.0, 4.0, 5.0]:
+            for found in plans_of(known, checkpoint, effort, held, budget):
+                rows.append({"context": held, "budget": budget, **trial.run(found)})
                 report(name, device_name(device), rows, **facts)
 
 
 def plans_of(known: Sensitivities, checkpoint: Checkpoint, effort: str, context: int, bits: float) -> Iterator[Found]:
     numbers = sum(linear.shape.weights for linear in known.linears)
     numbers += context * sum(stream.numbers for stream in known.streams)
-    budgeted = Budgeted(known, checkpoint, effort, context, math.floor(bits * numbers))
+    most = text_config(checkpoint.config).get("max_position_embeddings")
+    cache = CacheSpace(known.streams, context, batch=1, most=most)
+    budgeted = Budgeted(known, palette_of(effort), cache, math.floor(bits * numbers))
     yield budgeted.joint()
     yield budgeted.at_uniform_cache()
     yield budgeted.at_uniform_weights()
 
 
-def prepared(model: str, text: Path, calibration: Path, device: str, window: int, windows: int) -> tuple[Any, ...]:
-    """The original, its tokenizer, windows of the test and of the calibration."""
-    original, tokenizer = load_model(model, device)
-    train = token_windows(calibration, tokenizer, min(MOMENT_WINDOW, window), MOMENT_WINDOWS)
-    return original, tokenizer, token_windows(text, tokenizer, window, windows), train
+@dataclass
+class Rounded:
+    """The model that is measured: each linear takes the values that one spec leaves, data-free, which are made once."""
+
+    model: Any
+    weights: Any  # by name, of the model, where they are changed
+    sources: dict[str, torch.Tensor]
+    kept: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Any, names: Sequence[str]) -> Rounded:
+        weights = weights_of(model, names)
+        return cls(model, weights, {name: weight.values.clone() for name, weight in weights.items()})
+
+    def take(self, jobs: Sequence[Job]) -> Any:
+        for job in jobs:
+            what = (job.name, job.record.spec)
+            if what not in self.kept:
+                self.kept[what] = rounded(job, self.sources[job.name])
+            self.weights[job.name].values.copy_(self.kept[what])
+        return self.model
+
+
+def rounded(job: Job, weight: torch.Tensor) -> torch.Tensor:
+    """What is left of `weight` [M, K] after the packed tensors of `job`, float32 on its device."""
+    record, device = job.record, weight.device
+    encoded = encode_linear(job.name, weight, record, job.signs(), device)
+    codes = encoded.codes.to(device)
+    tiles = select("encode", record.spec, device).decode(record.spec, codes.flatten(0, 1))
+    plain = from_tiles(tiles.reshape(*codes.shape[:2], -1), *weight.shape)
+    scaled = plain * encoded.scales.view(torch.float16).to(device).float()[:, None]
+    return unrotate_weight(scaled, Rotation.parse(record.rotation, record.in_features), job.signs().to(device))
 
 
 @dataclass(frozen=True)
 class Trial:
-    model: str
-    device: str
-    work: Path
+    checkpoint: Checkpoint
     original: Any
     tokenizer: Any
-    test: list[Any]
-    train: list[Any]
+    rounded: Rounded
+    test: list[torch.Tensor]
+    train: list[torch.Tensor]
+
+    @classmethod
+    def of(
+        cls, model: str, checkpoint: Checkpoint, text: Path, calibration: Path, device: str, window: int, windows: int
+    ) -> Trial:
+        original, tokenizer = load_model(model, device)
+        names = [linear.name for group in find_groups(checkpoint).groups for linear in group.linears]
+        train = token_windows(calibration, tokenizer, min(MOMENT_WINDOW, window), MOMENT_WINDOWS)
+        test = token_windows(text, tokenizer, window, windows)
+        return cls(checkpoint, original, tokenizer, Rounded.of(load_model(model, device)[0], names), test, train)
 
     def run(self, found: Found) -> dict[str, Any]:
-        """Quantizes by the plan, unless an earlier one was the same for the weights, and measures."""
-        out = self.work / found.plan.digest[:16]
-        if not out.exists():
-            qpalette.quantize(self.model, out, plan=found.plan, device=self.device)
-        assert found.plan.cache is not None
-        cache = self.work / "cache.json"
-        cache.write_text(found.plan.cache.to_json())
-        packed, _ = load_model(out, self.device)
-        measured = evaluate_cache(packed, self.tokenizer, str(cache), self.test, self.original, calibration=self.train)
+        start = time.perf_counter()
+        model = self.rounded.take(make_jobs(self.checkpoint, found.specs))
+        rounding = time.perf_counter() - start
+        measured = evaluate_cache(model, self.tokenizer, found.cache, self.test, self.original, calibration=self.train)
         return {
             "plan": found.name,
             "MB": (found.bits + found.cache_bits) / 8e6,
@@ -193,6 +218,8 @@ class Trial:
             "KL": measured.kl,
             "KL stderr": measured.kl_stderr,
             "top-1": measured.top1,
+            "rounding s": round(rounding, 1),
+            "measuring s": round(time.perf_counter() - start - rounding, 1),
         }
 
 

@@ -8,7 +8,8 @@ layer sharing their specs, in tiers, and each with its own. The model stays in `
 
     python benchmarks/mixture.py --dense --train TRAIN --device cuda --work DIR
 
-trains a Qwen2 of about that size, whose keys have biases, in `DIR/model`, and nothing else: for `benchmarks/cache.py`.
+trains a Qwen2 of about that size, whose keys have large biases, in `DIR/model`, and nothing else: for
+`benchmarks/cache.py`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ DENSE: dict[str, Any] = {
     **{"hidden_size": 320, "intermediate_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 5},
     **{"num_key_value_heads": 5, "head_dim": 64, "tie_word_embeddings": True, "max_position_embeddings": 2048},
 }
+KEY_BIAS = 8.0  # they begin so far from 0: training alone leaves them small, and those of Qwen2 are not
 VOCABULARY, RATE, TOGETHER = 2048, 1e-3, 8192  # tokens of a step
 WINDOW, LONG = 256, 2048  # tokens of a text: of the mixture; of the other one, as long as its cache is measured
 
@@ -63,6 +65,8 @@ def train(text: Path, directory: Path, device: str, steps: int, dense: bool = Fa
     if dense:
         config = Qwen2Config(vocab_size=len(tokenizer), **DENSE)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).to(device)
+    for layer in model.model.layers if dense else ():
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=KEY_BIAS)
     window = LONG if dense else WINDOW
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.05)

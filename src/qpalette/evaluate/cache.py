@@ -204,7 +204,7 @@ def check_cache(spec: str) -> None:
 def evaluate_cache(
     model: Any,
     tokenizer: Any,
-    spec: str,
+    spec: str | CachePlan,
     windows: Sequence[torch.Tensor],
     reference: Any = None,
     *,
@@ -213,18 +213,19 @@ def evaluate_cache(
 ) -> CacheEvaluation:
     """KL from `reference`, by default `model` itself, with every token read through the cache that `spec` names.
 
-    `windows` are int64 [context] each. `spec` is of `parse_cache`, or a baseline (`cache_baselines.py`). Keys are
-    calibrated on the `calibration` windows, or as `moments_for` does. Raises as that, `parse_cache`, `evaluate_models`.
+    `windows` are int64 [context] each. `spec` is a plan, of `parse_cache`, or a baseline (`cache_baselines.py`). Keys
+    are calibrated on the `calibration` windows, or as `moments_for` does. Raises as that, `parse_cache`,
+    `evaluate_models`.
     """
     length = max(map(len, windows))
-    plan = None if parse_baseline(spec) is not None else parse_cache(spec)
+    plan = spec if isinstance(spec, CachePlan) else None if parse_baseline(spec) is not None else parse_cache(spec)
     made = None if plan is None else transforms_for(model, tokenizer, plan, length, calibration)
-    factory = _Factory(spec, plan, made, length)
+    factory = _Factory(str(spec), plan, made, length)
     found = evaluate_models(model, model if reference is None else reference, windows, progress, factory)
     bits, exact = float(factory.last.bits), min(factory.exact, length)
     return CacheEvaluation(
         **vars(found),
-        cache=spec,
+        cache=str(spec),
         context=length,
         cache_bits=bits,
         cache_bits_with_exact=(bits * (length - exact) + 16 * exact) / length,
