@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from figure_cells import GENERATE, PEERS, layer_microseconds, over_first, scaled
 from figure_page import Cell, Result, Row, Table, row_of, section
+from report import RESULTS
 
 OURS = ("tcq2-2", "tcq2-3", "tcq2-3.25", "tcq2-4", "tcq-3.25", "tcq-4", "vq-3", "vq-4", "nuq-3")
 STEP = "bench_llama-3.1-8b_h100_2026-11-25"
@@ -258,6 +260,30 @@ def serve_load(result: Result) -> Table:
     return Table.of(
         result["rows"], {"clients": "{clients}", "tokens/s": "{tokens/s:.0f}", **seconds, "MiB of memory": "{MiB:.0f}"}
     )
+
+
+def serve_load_gpu(result: Result) -> Table:
+    """SmolLM2-135M at 3.25 bits in float16, up to 8 requests in a batch, half of the answers streamed; memory is what
+    torch has taken of the GPU."""
+    seconds = {
+        "first token, ms": scaled("median s to first token", 1e3),
+        "at worst": scaled("worst s to first token", 1e3),
+    }
+    speed: dict[str, Cell] = {"tokens/s": "{tokens/s:.0f}", "over one client": "{over one client:.2f}"}
+    return Table.of(
+        result["rows"], {"clients": "{clients}", "lost": "{lost}", **speed, **seconds, "MiB of memory": "{MiB:.0f}"}
+    )
+
+
+for _file in sorted(RESULTS.glob("serve_load_h200*.json")):
+    _of = json.loads(_file.read_text(encoding="utf-8"))
+    section(
+        f"A server on a GPU, answers of {_of['tokens']} tokens",
+        _file.stem,
+        command="python benchmarks/serve_load.py ARTIFACT --device cuda --dtype float16 "
+        f"--tokens {_of['tokens']} --compile {_of['compile']}",
+        name=_file.stem,
+    )(serve_load_gpu)
 
 
 @section(

@@ -6,8 +6,8 @@
 Ours are made by the one command, `qpalette quantize MODEL OUT --bits B`, on text of the model's own or on that of
 `--calibration`; what is there already is not made again. nf4 and int8 are written by transformers and bitsandbytes,
 GPTQ of 4 and 3 bits by GPTQModel on the text of `--calibration`, each where its package is installed; `--other` are
-models that exist, such as llama-quantize's. Writes what `compare --json` prints to benchmarks/results/NAME.json, of
-which benchmarks/figures.py makes a section, and a picture to the folder of `--work`.
+models that exist, such as llama-quantize's. Writes what `compare --json` prints to benchmarks/results/NAME.json, after
+each model, of which benchmarks/figures.py makes a section, and a picture to the folder of `--work`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import date
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from report import RESULTS
+from report import RESULTS, device_name
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from qpalette.evaluate.compare import Compared, compare, reason
+from qpalette.report.compare_plot import draw_comparison
 from qpalette.storage import open_checkpoint
 from qpalette.storage.export import export_checkpoint
 
@@ -48,18 +54,24 @@ def main(
     plain = work / "plain"
     if not plain.exists():
         export_checkpoint(open_checkpoint(model), plain)
+    makers: list[partial[Path]] = []
     if find_spec("bitsandbytes") is not None:
-        models += [by_bitsandbytes(plain, work / kind, kind, device) for kind in ("nf4", "int8")]
+        makers += [partial(by_bitsandbytes, plain, work / kind, kind, device) for kind in ("nf4", "int8")]
     if find_spec("gptqmodel") is not None and calibration is not None:
-        models += [by_gptq(plain, work / f"gptq-{each}", each, calibration) for each in GPTQ_BITS]
-    measured = ["--text", text, "--windows", windows, "--device", device, "--no-speed"]
-    drawn = ["--plot", work / f"{name}.png", "--json"]
-    printed = qpalette("compare", model, *models, *(other or ()), *measured, *drawn)
-    result = json.loads(printed)
-    result["text"] = Path(result["text"]).name  # no folder of this machine
-    for row in result["models"]:
-        row["model"] = Path(row["model"]).name
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        makers += [partial(by_gptq, plain, work / f"gptq-{each}", each, calibration) for each in GPTQ_BITS]
+    for make in makers:
+        try:
+            models.append(make())
+        except Exception as error:  # whatever a peer's code raises: the others are measured
+            print(f"{make.args[1].name}: {reason(error)}", flush=True)
+    facts = {"text": text.name, "windows": windows, "device": device_name(device), "date": str(date.today())}
+
+    def found(rows: Sequence[Compared]) -> None:
+        named = [asdict(row) | {"model": Path(row.model).name} for row in rows]  # no folder of this machine
+        (RESULTS / f"{name}.json").write_text(json.dumps(facts | {"models": named}, indent=1) + "\n")
+        print(named[-1], flush=True)
+
+    draw_comparison(compare(model, [*models, *(other or ())], text, windows, device, found=found), work / f"{name}.png")
 
 
 def ours(model: str, bits: str, work: Path, device: str, given: list[Any]) -> Path:
@@ -94,13 +106,10 @@ def by_gptq(source: Path, out: Path, bits: int, calibration: Path) -> Path:
     return out
 
 
-def qpalette(*arguments: object) -> str:
-    """Its standard output, which is shown, too; progress goes where ours does."""
+def qpalette(*arguments: object) -> None:
     command = [sys.executable, "-m", "qpalette.cli", *map(str, arguments)]
     print("$ qpalette", *command[3:], flush=True)
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    print(printed, flush=True)
-    return printed
+    subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

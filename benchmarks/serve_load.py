@@ -5,8 +5,8 @@
 The server runs as a user starts it, in a process of its own. Every second request is streamed; prompts are random
 words, and an answer ends after its tokens at the latest. A request is lost if it raises or has no token. The first
 requests, by which kernels are compiled and steps captured, are not counted. Memory is the server's: of the process on
-a CPU, of the device on a GPU. "tokens per CPU s" is of the server's processor time, threads added up: what counts where
-other work shares the machine.
+a CPU, of the GPU what torch has taken there. "tokens per CPU s" is of the server's processor time, threads added up:
+what counts where other work shares the machine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ from typing import Annotated, Any
 
 import openai
 import psutil
-import torch
 import typer
 from report import device_name, processor, report
+
+from qpalette.integrations.metrics import DEVICE_BYTES
 
 PORT = 8124
 CLIENTS = (1, 4, 8, 16)
@@ -50,13 +52,16 @@ def main(
     device: str = "cpu",
     dtype: str = "float32",
     batch: int = 8,
+    compile: Annotated[str, typer.Option(help="As of `qpalette serve`, on a GPU.")] = "background",
     name: str = "serve_load",
 ) -> None:
     serve = [sys.executable, "-m", "qpalette.cli", "serve", artifact, "--port", str(PORT), "--batch", str(batch)]
+    serve += ["--compile", compile]
     server = subprocess.Popen([*serve, "--", "--device", device, "--dtype", dtype], stdout=subprocess.DEVNULL)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", max_retries=0, timeout=600)
     rows: list[dict[str, Any]] = []
-    facts = {"requests": requests, "tokens": tokens, "batch": batch, "dtype": dtype, "artifact": Path(artifact).name}
+    facts = {"requests": requests, "tokens": tokens, "batch": batch, "dtype": dtype, "compile": compile}
+    facts["artifact"] = Path(artifact).name
     try:
         wait_until_ready(client)
         for count in clients or CLIENTS:
@@ -131,9 +136,10 @@ def measured(timed: tuple[list[Answer], float], clients: int) -> dict[str, Any]:
 
 
 def memory(pid: int, device: str) -> float:
-    if device != "cpu":
-        free, total = torch.cuda.mem_get_info(device)
-        return (total - free) / 2**20
+    if device != "cpu":  # the whole device's would count whoever else is there
+        metrics = urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics").read().decode()
+        (line,) = [line for line in metrics.splitlines() if line.startswith(f"{DEVICE_BYTES} ")]
+        return float(line.split()[1]) / 2**20
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
     return int(line.split()[1]) / 1024
 

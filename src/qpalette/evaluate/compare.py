@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,12 +59,14 @@ def compare(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
+    found: Callable[[Sequence[Compared]], None] = lambda rows: None,
 ) -> list[Compared]:
     """The original, then each of `models`: anything that `load_model` opens, one in memory at a time.
 
     The original reads the windows once (`KeptPredictions`); only its output head stays. `text`, `windows`, `device` and
-    `dtype` are those of `evaluate`; `progress` is called with (windows done, windows of all models). A model that fails
-    has its reason in `failure`, and so has one that has another tokenizer or vocabulary.
+    `dtype` are those of `evaluate`; `progress` is called with (windows done, windows of all models), `found` with the
+    rows so far after each model. A model that fails has its reason in `failure`, and so has one that has another
+    tokenizer or vocabulary.
 
     Raises InputError for a text, device or number of windows that cannot be used, and what loading the original raises.
     """
@@ -81,6 +83,7 @@ def compare(
         del model
         rows = [_row(original, weights, evaluate_models(kept, None, chosen, _part(progress, 0, total)))]
         kept.release()
+        found(rows)
         for name in models:
             told = _part(progress, len(rows) * len(chosen), total)
             _collect()
@@ -93,6 +96,7 @@ def compare(
                 rows.append(Compared(str(name), failure=reason(error)))
                 told(len(chosen), len(chosen))
             mine = None
+            found(rows)
     return rows
 
 

@@ -7,10 +7,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CLIENT_LEFT = 499  # as nginx counts it
+DEVICE_BYTES = "qpalette_device_bytes"
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 Send = Callable[[Any], Awaitable[None]]
@@ -27,6 +29,9 @@ class Metrics:
         )
         self._first = self._seconds("qpalette_first_part_seconds", "Until the first part of an answer's body.")
         self._whole = self._seconds("qpalette_answer_seconds", "Until the end of an answer.")
+        if torch.cuda.is_available():
+            taken = Gauge(DEVICE_BYTES, "Memory that torch has taken of the GPUs.", registry=self.registry)
+            taken.set_function(lambda: sum(map(torch.cuda.memory_reserved, range(torch.cuda.device_count()))))
 
     def _seconds(self, name: str, what: str) -> Histogram:
         return Histogram(name, what, ["path"], registry=self.registry, buckets=SECONDS)
