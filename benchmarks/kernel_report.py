@@ -3,8 +3,8 @@
     python benchmarks/kernel_report.py
 
 Registers and spills are ptxas' own. Instructions per weight are counted in the disassembly (pip package
-nvidia-cuda-nvdisasm): those of the loop that decodes and multiplies a chunk of 16 tiles, over the 128 weights that a
-lane has of it, or of each of its row tiles (of several decoders the mean). That loop holds some fifty instructions that
+nvidia-cuda-nvdisasm): those of the loop that decodes and multiplies a chunk of 16 tiles, or above 16 columns half of
+one, over the weights that a lane has of it (of several decoders the mean). That loop holds some fifty instructions that
 seldom run. Local accesses are what spills cost where it counts: loads and stores of the stack in those loops.
 """
 
@@ -28,8 +28,6 @@ from qpalette.backends.cuda.experts import SOURCE as EXPERTS_SOURCE
 from qpalette.backends.cuda.layout import CHUNK
 from qpalette.backends.cuda.multiply import SOURCE, cuts_of, kernel_macros
 from qpalette.backends.cuda.segments import DeviceLimits, with_segments
-from qpalette.backends.cuda.tiles import COLUMNS
-from qpalette.backends.cuda.tiles import SOURCE as TILES_SOURCE
 
 # Dynamic shared memory that a block may ask for, in KiB (CUDA C++ Programming Guide, technical specifications).
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
@@ -122,13 +120,7 @@ def main() -> None:
         row_of("product", SOURCE, [spec], arch, batch, kernel_macros(limits[arch], batch))
         for spec in SPECS
         for arch in SHARED
-        for batch in (1, 16)
-    ]
-    rows += [
-        row_of("tiles", TILES_SOURCE, [spec], arch, columns, kernel_macros(limits[arch], columns))
-        for spec in SPECS
-        for arch in SHARED
-        for columns in COLUMNS
+        for batch in (1, 16, 32)
     ]
     rows += [
         row_of("experts", EXPERTS_SOURCE, specs, arch, RUN, kernel_macros(limits[arch], RUN))

@@ -25,8 +25,6 @@ from qpalette.backends.cuda.multiply import kernel_macros, most_rows, source_for
 from qpalette.backends.cuda.rotate import MOST_THREADS, cut_of, rotation_macros
 from qpalette.backends.cuda.rotate import SOURCE as ROTATE_SOURCE
 from qpalette.backends.cuda.segments import THREADS, DeviceLimits, with_segments
-from qpalette.backends.cuda.tiles import COLUMNS
-from qpalette.backends.cuda.tiles import source_for as tiles_source_for
 from qpalette.backends.cuda.trellis_encoder import SOURCE, plan_launch
 from qpalette.backends.cuda.unpack import RESCALE_MACROS, RESCALE_SOURCE, unpack_macros
 from qpalette.backends.cuda.unpack import SOURCE as UNPACK_SOURCE
@@ -92,7 +90,7 @@ def test_products_compile_for_every_architecture(spec: str, arch: str) -> None:
     assert compile_cubin(source_for([decoder]), arch, product_macros(arch, 8)).startswith(b"\x7fELF")
 
 
-@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("batch", [1, 16, 24, 32])
 @pytest.mark.parametrize("spec", PRODUCTS)
 def test_products_of_every_family_compile_without_spills(spec: str, batch: int) -> None:
     decoder = decoder_spec(spec)
@@ -118,18 +116,7 @@ def test_a_set_of_decoders_spills_no_more_than_one() -> None:
 def test_products_of_many_tokens_compile_almost_without_spills(spec: str, arch: str) -> None:
     decoder = decoder_spec(spec)
     assert decoder is not None
-    assert resources(tiles_source_for([decoder]), arch, product_macros(arch, COLUMNS[-1])).spilled_bytes <= 28
-
-
-@pytest.mark.parametrize("columns", COLUMNS)
-@pytest.mark.parametrize("spec", PRODUCTS)
-def test_products_of_many_tokens_of_every_family_compile_without_spills(spec: str, columns: int) -> None:
-    decoder = decoder_spec(spec)
-    assert decoder is not None
-    usage = resources(tiles_source_for([decoder]), "sm_90", product_macros("sm_90", columns))
-    assert usage.registers <= 65536 // THREADS
-    if decoder.eighths <= 40:  # as above
-        assert usage.spilled_bytes == 0
+    assert resources(source_for([decoder]), arch, product_macros(arch, 32)).spilled_bytes <= 28
 
 
 @pytest.mark.parametrize(

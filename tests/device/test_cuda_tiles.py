@@ -7,10 +7,9 @@ import pytest
 import torch
 from test_cuda_products import check, members
 
-from qpalette.backends.cuda import tiles
+from qpalette.backends.cuda import multiply
 from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct
-from qpalette.backends.cuda.segments import device_limits
-from qpalette.backends.cuda.tiles import CLUSTERS, clusters_there
+from qpalette.backends.cuda.segments import DeviceLimits, Planner, plan_grid
 from qpalette.runtime import PackedLinear, backends
 
 pytestmark = [
@@ -51,10 +50,14 @@ def test_the_same_bits_in_any_cut(
 ) -> None:
     found = members(list(EXACT), list(rows), columns)
     x = torch.randn(tokens, columns, device="cuda", dtype=torch.float16)
-    wanted, there = product(found, x), clusters_there
-    for cluster in CLUSTERS if device_limits(0).capability >= (9, 0) else CLUSTERS[:1]:
-        monkeypatch.setattr(tiles, "clusters_there", lambda *how, only=cluster: {only: there(*how)[only]})
-        assert torch.equal(product(found, x), wanted), f"{cluster} blocks share rows"
+    wanted = product(found, x)
+    for blocks in (1, 7, 500):
+
+        def cut(limits: DeviceLimits, most_rows: int, blocks: int = blocks) -> Planner:
+            return lambda kernel, row_tiles, costs: plan_grid(row_tiles, costs, blocks, most_rows)
+
+        monkeypatch.setattr(multiply, "block_by_block", cut)
+        assert torch.equal(product(found, x), wanted), f"as for {blocks} multiprocessors"
 
 
 def test_a_token_is_the_same_bits_in_any_company() -> None:

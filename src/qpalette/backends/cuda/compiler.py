@@ -99,8 +99,7 @@ class KernelLaunch:
 
     `arguments` are ctypes values, structures among them; what changes from start to start is written into them before
     it. They are read during `start` alone, which two threads must not do at once. With `overlap` the kernel may start
-    before the one before it has ended, and must wait for it itself (programmatic dependent launch). `cluster`:
-    neighbouring blocks that run at once and read one another's shared memory; above 1 from compute capability 9 on.
+    before the one before it has ended, and must wait for it itself (programmatic dependent launch).
     """
 
     def __init__(
@@ -111,7 +110,6 @@ class KernelLaunch:
         shared_bytes: int,
         arguments: Sequence[Any],
         overlap: bool = False,
-        cluster: int = 1,
     ) -> None:
         driver = _driver()
         self._start, self._success = driver.cuLaunchKernelEx, driver.CUresult.CUDA_SUCCESS
@@ -120,7 +118,7 @@ class KernelLaunch:
         self._address = ctypes.addressof(self._places)
         x, y, z = (*(grid if isinstance(grid, tuple) else (grid,)), 1, 1)[:3]
         self._grid = x, y, z
-        self._config = _configuration(self._grid, block, shared_bytes, _attributes(overlap, cluster))
+        self._config = _configuration(self._grid, block, shared_bytes, _attributes(overlap))
         self._stream = 0
 
     @property
@@ -141,16 +139,6 @@ class KernelLaunch:
             raise UnsupportedError(f"a CUDA kernel does not start: {status.name} (grid {self._grid})")
 
 
-@cache
-def clusters_at_once(kernel: int, cluster: int, block: int, shared_bytes: int) -> int:
-    """How many clusters of so many blocks of the kernel with this handle the current device runs at once, 0 where it
-    has none: its multiprocessors lie in groups of unlike size, which no cluster leaves."""
-    driver = _driver()
-    config = _configuration((cluster, 1, 1), block, shared_bytes, _attributes(False, cluster))
-    status, count = driver.cuOccupancyMaxActiveClusters(driver.CUfunction(kernel), config)
-    return int(count) if status == driver.CUresult.CUDA_SUCCESS else 0
-
-
 def _configuration(grid: tuple[int, int, int], block: int, shared_bytes: int, attributes: list[Any]) -> Any:
     config = _driver().CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
@@ -161,18 +149,13 @@ def _configuration(grid: tuple[int, int, int], block: int, shared_bytes: int, at
     return config
 
 
-@lru_cache(maxsize=16)
-def _attributes(overlap: bool, cluster: int) -> list[Any]:
+@cache
+def _attributes(overlap: bool) -> list[Any]:
     driver, attributes = _driver(), []
     if overlap:
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
-        attributes.append(attribute)
-    if cluster > 1:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
         attributes.append(attribute)
     return attributes
 

@@ -23,18 +23,25 @@ static_assert(CHUNK % (2 * CUTS) == 0 && WARPS % CUTS == 0, "parts of a chunk ar
 
 extern __shared__ __align__(16) u8 shared[];  // table, then sums [row tiles][SUMS]
 
-// Adds a lane's four sums of a fragment to the block's, [column][row]; lanes whose columns are not there leave them alone. No branch: code
+// What the sum at place i of a row tile's is of. Of one fragment [column][row]; of more, whose sums are many, so that a warp adds
+// to 32 banks at once: [fragment][half of rows][column % 2][column / 2][row].
+__device__ __forceinline__ int row_of(int i) { return FRAGMENTS > 1 ? i / 64 % 2 * 8 + i % 8 : i % 16; }
+__device__ __forceinline__ int column_of(int i) { return FRAGMENTS > 1 ? i / 128 * 8 + i / 8 % 4 * 2 + i / 32 % 2 : i / 16; }
+
+// Adds a lane's four sums of a fragment to the block's; lanes whose columns are not there leave them alone. No branch: code
 // behind a divergent one loses the uniform registers, which cost every look-up an instruction.
 __device__ __forceinline__ void add(int *sums, const float (&sum)[4], float fixed_point, u32 lane) {
-    const u32 address = (u32)__cvta_generic_to_shared(sums + lane % 4 * 32 + lane / 4), wanted = lane % 4 * 2 < COLUMNS;
+    constexpr int to_column = FRAGMENTS > 1 ? 128 : 64, to_half = FRAGMENTS > 1 ? 256 : 32;  // bytes: to the next one
+    const u32 address = (u32)__cvta_generic_to_shared(sums + lane % 4 * (FRAGMENTS > 1 ? 8 : 32) + lane / 4);
+    const u32 wanted = lane % 4 * 2 < COLUMNS;
     int fixed[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) fixed[i] = __float2int_rn(sum[i] * fixed_point);
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0;\n@p red.shared.add.s32 [%0], %1;\n@p red.shared.add.s32 [%0 + 32], %2;}"
-        :: "r"(address), "r"(fixed[0]), "r"(fixed[2]), "r"(wanted) : "memory");
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0;\n@p red.shared.add.s32 [%0], %1;\n@p red.shared.add.s32 [%0 + %4], %2;}"
+        :: "r"(address), "r"(fixed[0]), "r"(fixed[2]), "r"(wanted), "n"(to_half) : "memory");
     if (COLUMNS > 1)
-        asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0;\n@p red.shared.add.s32 [%0 + 64], %1;\n@p red.shared.add.s32 [%0 + 96], %2;}"
-            :: "r"(address), "r"(fixed[1]), "r"(fixed[3]), "r"(wanted) : "memory");
+        asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0;\n@p red.shared.add.s32 [%0 + %4], %1;\n@p red.shared.add.s32 [%0 + %5], %2;}"
+            :: "r"(address), "r"(fixed[1]), "r"(fixed[3]), "r"(wanted), "n"(to_column), "n"(to_column + to_half) : "memory");
 }
 
 // A team's way through its items, which count the rows of a chunk fastest: so that a chunk of x' is loaded once for all.
@@ -46,15 +53,13 @@ struct Walk {
     int chunk, tile, left;  // the item, and how many are left
     const u8 *codes;
 
-    // `rows` row tiles of a matrix of so many chunks, from tile `row` on, and `count` chunks from `first` on.
-    __device__ Walk(const u8 *matrix, int chunks, int row, int rows, int first, int count, int team)
-        : row_bytes((size_t)chunks * D::CHUNK_BYTES), rows(rows) {
-        base = matrix + row * row_bytes + (size_t)first * D::CHUNK_BYTES;
-        const int items = rows * count, begin = items * team / TEAMS;
+    // `rows` row tiles of a matrix of so many chunks, from tile `row` on.
+    __device__ Walk(const u8 *matrix, int chunks, int team, int row, int rows) : row_bytes((size_t)chunks * D::CHUNK_BYTES), rows(rows) {
+        base = matrix + row * row_bytes;
+        const int items = rows * chunks, begin = items * team / TEAMS;
         chunk = begin / rows, tile = begin % rows, left = items * (team + 1) / TEAMS - begin;
         point();
     }
-    __device__ Walk(const u8 *matrix, int chunks, int team, int row, int rows) : Walk(matrix, chunks, row, rows, 0, chunks, team) {}
     __device__ void point() { codes = base + tile * row_bytes + (size_t)chunk * D::CHUNK_BYTES; }
     __device__ void advance() {
         left--;
@@ -74,8 +79,9 @@ __device__ constexpr bool has_bits(int cut, int part) {
 // last tile: without a branch where decoding is what takes the time, and with one where it is the loads (us of a Llama-3.1-8B
 // layer's gate and up, batch 1, with and without: nuq-3 18.2 and 20.1, tcq2-3 22.2 and 21.7).
 template <class D, int CUT = 0>
-__device__ __forceinline__ void multiply_tiles(float (&sum)[FRAGMENTS][4], u32 (&words)[D::WORDS], const Walk<D> &next,
-                                               const uint4 (&x)[FRAGMENTS][PAIRS], u32 lane, u32 unit) {
+__device__ __forceinline__ void multiply_item(int *sums, float fixed_point, u32 (&words)[D::WORDS], const Walk<D> &next,
+                                              const uint4 (&x)[FRAGMENTS][PAIRS], u32 lane, u32 unit) {
+    float sum[FRAGMENTS][4] = {};
     const u8 *codes = next.codes;
     u32 wanted = next.left != 0;
     asm volatile("" : "+l"(codes), "+r"(wanted));  // computed here, once: the compiler would do it again for every part
@@ -95,13 +101,6 @@ __device__ __forceinline__ void multiply_tiles(float (&sum)[FRAGMENTS][4], u32 (
             multiply_tile(sum[f], a, i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
         }
     }
-}
-
-template <class D>
-__device__ __forceinline__ void multiply_item(int *sums, float fixed_point, u32 (&words)[D::WORDS], const Walk<D> &next,
-                                              const uint4 (&x)[FRAGMENTS][PAIRS], u32 lane, u32 unit) {
-    float sum[FRAGMENTS][4] = {};
-    multiply_tiles<D>(sum, words, next, x, lane, unit);
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) add(sums + f * 128, sum[f], fixed_point, lane);
 }

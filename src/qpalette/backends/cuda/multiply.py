@@ -1,4 +1,4 @@
-"""Products of a few tokens with packed matrices on a CUDA device."""
+"""Products of a few tokens with packed matrices on a CUDA device: decoded once for up to 32 of them."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ from qpalette.runtime import PackedLinear
 
 TILES_SOURCE = Path(__file__).with_name("multiply.cuh").read_text(encoding="utf-8")
 SOURCE = TILES_SOURCE + Path(__file__).with_name("multiply.cu").read_text(encoding="utf-8")
-MOST_BATCH = 16
+COLUMNS_OF_A_CHUNK = 16  # that a warp's registers hold
+COLUMNS = (1, 2, 4, 8, 16, 24, 32)  # that kernels are compiled for
 MOST_VALUE = 8  # above every table entry (tests/backend/test_cuda_products_plan.py)
 MOST_NORM = 128  # of a token of x': rotate.cu
 
 
-def batch_columns(tokens: int) -> int:
-    """The batch that a kernel is compiled for: the next power of two."""
-    return 1 << (tokens - 1).bit_length()
+def columns_of(tokens: int) -> tuple[int, int]:
+    """(lots, columns of each): the fewest lots of tokens, alike, and the least of COLUMNS that hold them."""
+    lots = -(-tokens // COLUMNS[-1])
+    return lots, min(columns for columns in COLUMNS if lots * columns >= tokens)
 
 
-def cuts_of(batch: int) -> int:
+def cuts_of(columns: int) -> int:
     """Of a chunk, each a warp's: CUTS of multiply.cuh."""
-    return -(-batch // MOST_BATCH)
+    return -(-columns // COLUMNS_OF_A_CHUNK)
 
 
 def most_rows(limits: DeviceLimits, batch: int) -> int:
@@ -78,7 +80,7 @@ class ProductLaunch:
     def __init__(
         self, members: Sequence[PackedLinear], tokens: int, dtype: torch.dtype, first: int, width: int
     ) -> None:
-        limits, batch = device_limits(members[0].codes.device.index or 0), batch_columns(tokens)
+        limits, (lots, batch) = device_limits(members[0].codes.device.index or 0), columns_of(tokens)
         macros = tuple(kernel_macros(limits, batch).items())
         offsets = list(accumulate((member.out_features for member in members), initial=first))
         rows = [all_rows(member) for member in members]
@@ -88,7 +90,8 @@ class ProductLaunch:
         problem.batch, problem.out_type, problem.y_stride = tokens, TYPES[dtype], width
         problem.fixed_point = fixed_point(members[0].in_features)
         room = limits.table_bytes + max(segments.grid.rows_per_block) * sum_bytes(batch)
-        self._launch = KernelLaunch(segments.kernel, segments.blocks, THREADS, room, [problem], limits.overlap)
+        grid = (segments.blocks, lots)
+        self._launch = KernelLaunch(segments.kernel, grid, THREADS, room, [problem], limits.overlap)
 
     def start(self, x: int, x_scales: int, y: int, stream: int) -> None:
         """Addresses of x' and its divisors, as `rotate` leaves them, and of the results."""

@@ -9,10 +9,9 @@ import torch
 
 from qpalette.backends.cuda.backend import CudaBackend
 from qpalette.backends.cuda.layout import to_chunks
-from qpalette.backends.cuda.multiply import ProductLaunch
-from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct, launch_of
+from qpalette.backends.cuda.multiply import ProductLaunch, columns_of
+from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct
 from qpalette.backends.cuda.rotate import RotationLaunch, padded_columns, rotate
-from qpalette.backends.cuda.tiles import TileLaunch, columns_of
 from qpalette.backends.cuda.timing import cold_copies, graph_seconds
 from qpalette.codes import parse_spec
 from qpalette.core.records import tiles_of
@@ -51,11 +50,10 @@ def launch_seconds(parts: Sequence[Part], batch: int, device: torch.device, with
     width = sum(member.out_features for member in members)
     y = x.new_empty(batch, width)
 
-    def start(launch: ProductLaunch | TileLaunch) -> None:
+    def start(launch: ProductLaunch) -> None:
         launch.start(rotated.values.data_ptr(), rotated.scales.data_ptr(), y.data_ptr(), _stream(device))
 
-    make = launch_of(batch)
-    return graph_seconds([partial(start, make(these, batch, x.dtype, 0, width)) for these in copies])
+    return graph_seconds([partial(start, ProductLaunch(these, batch, x.dtype, 0, width)) for these in copies])
 
 
 def plain_seconds(rows: int, columns: int, batch: int, device: torch.device) -> float:

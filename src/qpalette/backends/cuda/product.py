@@ -8,18 +8,17 @@ from itertools import accumulate
 import torch
 
 from qpalette.backends.cuda.layout import check_layout
-from qpalette.backends.cuda.multiply import MOST_BATCH, ProductLaunch
+from qpalette.backends.cuda.multiply import ProductLaunch, columns_of
 from qpalette.backends.cuda.rotate import ALIGNMENT, TYPES, RotationLaunch, aligned, padded_columns, type_of_values
 from qpalette.backends.cuda.scratch import ONE_AT_A_TIME, scratch
 from qpalette.backends.cuda.segments import MOST_SEGMENTS
-from qpalette.backends.cuda.tiles import TileLaunch, columns_of
 from qpalette.backends.cuda.unpack import SLAB_BYTES, RescaleLaunch, UnpackLaunch, cut_into_slabs
 from qpalette.core.records import TILE
 from qpalette.runtime import PackedLinear
 
 # Above so many tokens matrices are decoded and multiplied by cuBLAS.
 MOST_FUSED_TOKENS = 128
-MANY = 1 << 16  # tokens: a rotation is cut alike for any number above MOST_BATCH
+MANY = 1 << 16  # tokens: a rotation is cut alike for any number above MOST_FUSED_TOKENS
 
 
 class CudaProduct:
@@ -99,19 +98,12 @@ class CudaProduct:
         return self._by_library[dtype]
 
 
-def launch_of(tokens: int) -> type[ProductLaunch | TileLaunch]:
-    """What multiplies up to MOST_FUSED_TOKENS tokens."""
-    return ProductLaunch if tokens <= MOST_BATCH else TileLaunch
-
-
 class _FusedProduct:
-    """A rotation and its products, for one number of tokens and one type: weights exist in registers alone. Up to
-    MOST_BATCH tokens lie in registers, too."""
+    """A rotation and its products, for one number of tokens and one type: weights exist in registers alone."""
 
     def __init__(self, members: Sequence[PackedLinear], tokens: int, dtype: torch.dtype, overlap: bool) -> None:
         first = members[0]
         self.tokens, self.device = tokens, first.codes.device
-        launch = launch_of(tokens)
         lots, batch = columns_of(tokens)
         self.value_bytes = 2 * lots * batch * padded_columns(first.in_features)
         self.scratch_bytes = self.value_bytes + 4 * lots * batch
@@ -120,7 +112,7 @@ class _FusedProduct:
         )
         starts = list(accumulate((member.out_features for member in members), initial=0))
         self.products = [
-            launch(members[i : i + MOST_SEGMENTS], tokens, dtype, starts[i], starts[-1])
+            ProductLaunch(members[i : i + MOST_SEGMENTS], tokens, dtype, starts[i], starts[-1])
             for i in range(0, len(members), MOST_SEGMENTS)
         ]
 

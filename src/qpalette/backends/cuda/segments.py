@@ -86,11 +86,10 @@ def all_rows(packed: PackedLinear) -> Rows:
 
 @dataclass(frozen=True)
 class Grid:
-    """`blocks[i]` blocks, or clusters of `cluster` blocks, take `rows_per_block[i]` row tiles each of segment i."""
+    """`blocks[i]` blocks take `rows_per_block[i]` row tiles each of segment i."""
 
     rows_per_block: tuple[int, ...]
     blocks: tuple[int, ...]
-    cluster: int = 1
 
 
 # Of a kernel, the row tiles of each segment and the cost of each one's.
@@ -170,7 +169,7 @@ class Segments:
 
     @property
     def blocks(self) -> int:
-        return sum(self.grid.blocks) * self.grid.cluster
+        return sum(self.grid.blocks)
 
 
 def prepare_segments(
@@ -204,7 +203,7 @@ def prepare_segments(
             decoder=indices[i],
             hash_unit=spec.hash_unit(table_bytes),
         )
-        first_block += grid.blocks[i] * grid.cluster
+        first_block += grid.blocks[i]
     return Segments(tuple(rows), kernel, problem, grid)
 
 
