@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -30,7 +31,14 @@ from qpalette.core.files import write_whole
 from qpalette.core.records import LinearShape
 from qpalette.core.resume import PartialFigures
 from qpalette.evaluate import loading
-from qpalette.evaluate.cache import directory_of, plan_for, stored_plan, stream_sensitivities, transforms_for
+from qpalette.evaluate.cache import (
+    directory_of,
+    plan_for,
+    planned_context,
+    stored_plan,
+    stream_sensitivities,
+    transforms_for,
+)
 from qpalette.evaluate.held_out import split, usual, windows_around
 from qpalette.evaluate.loading import load_model
 from qpalette.evaluate.sampled_text import TOKEN_FILE
@@ -43,7 +51,8 @@ from qpalette.models import find_groups, token_tables
 from qpalette.models.vocabulary import context_of
 from qpalette.nn.coded_cache import CodedCache
 from qpalette.pipeline.planning import SHAPED
-from qpalette.plan import SensitiveLinear, Sensitivities
+from qpalette.plan import SensitiveLinear, SensitiveStream, Sensitivities
+from qpalette.plan.streams import streams_of, streams_to_json
 from qpalette.runtime.device import parse_device
 from qpalette.storage import Checkpoint, open_checkpoint
 
@@ -124,16 +133,23 @@ def cache(
 
 
 def cache_maker(
-    model: Any, tokenizer: Any, spec: str | CachePlan | None, writing: Progress | None = None
+    model: Any,
+    tokenizer: Any,
+    spec: str | CachePlan | None,
+    writing: Progress | None = None,
+    length: int | None = None,
 ) -> CacheMaker | None:
-    """Makes caches of any length, alike; None where keys and values stay as they are. Takes and raises what `load` and
-    `cache` do; `writing` is called with (tokens written, tokens in all) where the model writes a text to calibrate on.
+    """Makes caches of any length, alike, whose keys are calibrated for `length` tokens, by default for what the model's
+    cache was planned for; None where keys and values stay as they are. Takes and raises what `load` and `cache` do;
+    `writing` is called with (tokens written, tokens in all) where the model writes a text to calibrate on.
     """
     directory = directory_of(model)
     if spec == "none" or (spec is None and stored_plan(directory) is None):
         return None
     plan = plan_for(model, spec)
-    transforms = transforms_for(model, tokenizer, plan, CACHE_LENGTH, progress=writing)
+    # One calibration for caches of all lengths, since the tokens of one move to the next.
+    wanted = length or planned_context(directory) or CACHE_LENGTH
+    transforms = transforms_for(model, tokenizer, plan, wanted, progress=writing)
     return lambda config, length: CodedTokenCache(config, length, plan, transforms)
 
 
@@ -289,6 +305,26 @@ def calibrated_sensitivities(
     found = replace(known, linears=(*known.linears, *beside))
     write_whole(kept, found.to_json())
     partial.remove()
+    return found
+
+
+def cache_sensitivities(
+    model: str | Path,
+    directory: str | Path,
+    context: int,
+    *,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> tuple[SensitiveStream, ...]:
+    """What errors in keys and values cost in a cache of `context` tokens, on the windows that the calibration in
+    `directory` has set aside. They are kept there. Raises as `stream_sensitivities`."""
+    store = HessianStore.open(directory)
+    kept = store.directory / f"streams-{context}.json"
+    if kept.exists():
+        return streams_of(json.loads(kept.read_text(encoding="utf-8")), str(kept))
+    loaded, tokenizer = load_model(open_checkpoint(model).location, str(device))
+    found = stream_sensitivities(loaded, tokenizer, store.held_out, context=context, progress=progress)
+    write_whole(kept, json.dumps(streams_to_json(found)))
     return found
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, NanoChatConfig
 
 import qpalette
 from qpalette import recipe
+from qpalette.calibration.cache_moments import key_moments
 from qpalette.calibration.hessians import HessianStore
 from qpalette.core.errors import BudgetError, CheckpointError, SpecError
+from qpalette.evaluate.cache import planned_context, stored_plan
 from qpalette.formats import open_artifact
 from qpalette.plan import Budget
 from qpalette.recipe import Recipe, Wish, compress
@@ -96,9 +99,53 @@ def test_the_next_budget_measures_nothing_anew(model, text, tmp_path):  # noqa: 
     assert "calibrate" in watcher.told
 
 
-def test_a_memory_is_kept(model, text, tmp_path):  # noqa: F811
-    least = compress(model, tmp_path / "out", Budget(memory=1 << 19), text=text, recipe=SHORT, context=64)
-    assert least.planned.memory_bytes <= 1 << 19
+MEMORY = 1 << 19
+
+
+def test_a_memory_is_kept_by_weights_and_cache_together(model, text, tmp_path, monkeypatch):  # noqa: F811
+    contexts = []
+
+    def moments(model, windows, context, *more):
+        contexts.append(context)
+        return key_moments(model, windows, context, *more)
+
+    caches = import_module("qpalette.evaluate.cache")
+    monkeypatch.setattr(caches, "key_moments", moments)
+    monkeypatch.setattr(caches, "SHORTEST", 1)
+    watcher = Stop()
+    options = {"text": text, "recipe": SHORT, "context": 128}
+    found = compress(model, tmp_path / "out", Budget(memory=MEMORY), watcher=watcher, **options)
+    assert "cache" in watcher.told
+    assert found.planned.memory_bytes <= MEMORY
+    assert stored_plan(tmp_path / "out") == found.planned.plan.cache is not None
+    assert planned_context(tmp_path / "out") == 128
+    packed, tokenizer = qpalette.load(tmp_path / "out", fast=True)
+    assert contexts == [128, 128]  # for the plan, and of the result, whose windows are shorter
+    packed.generate(**tokenizer("a", return_tensors="pt"), max_new_tokens=2)
+    watcher = Stop()
+    compress(model, tmp_path / "next", Budget(memory=MEMORY), watcher=watcher, **options)
+    assert "cache" not in watcher.told
+
+
+def test_what_a_coded_cache_leaves_is_the_weights(model, text, tmp_path):  # noqa: F811
+    wish = partial(Wish.of, model, tmp_path / "out", text=text, recipe=SHORT, context=256)
+    memory = wish(Budget(memory=MEMORY), cache="none").draft().overhead.memory + 40_000
+    coded, plain = (wish(Budget(memory=memory), cache=cache).draft() for cache in (None, "none"))
+    assert plain.plan.cache is None is not coded.plan.cache
+    assert max(coded.memory_bytes, plain.memory_bytes) <= memory
+    assert coded.planned.choice.bits > plain.planned.choice.bits
+    least = coded.overhead.memory + 40_000  # bytes: a cache of 16 bits alone takes 64 kB
+    assert wish(Budget(memory=least)).draft().memory_bytes <= least
+    with pytest.raises(BudgetError):
+        wish(Budget(memory=least), cache="none")
+
+
+def test_a_dry_run_tells_the_cache(run, model, text, tmp_path):  # noqa: F811
+    options = ["--memory", str(MEMORY), "--context", "256", "--text", str(text), "--dry-run", "--json"]
+    said = run("quantize", model, tmp_path / "out", *options)
+    cache = json.loads(said.out)["cache"]
+    assert (cache["context"], cache["batch"]) == (256, 1)
+    assert 0 < cache["bits_per_number"] < 16
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,7 @@ STAGES: dict[str, tuple[str, Callable[[str], Bar]]] = {
     "text": ("writing text", token_bar),
     "calibrate": ("calibrating", step_bar),
     "sensitivities": ("sensitivities", step_bar),
+    "cache": ("cache", step_bar),
     "quantize": ("quantizing", weight_bar),
     "original": ("original", _share_bar),
     "tuning": ("tuning", _share_bar),

@@ -97,7 +97,8 @@ Cache = Annotated[
     typer.Option(
         "--cache",
         metavar="SPEC",
-        help="How OUT keeps keys and values where nothing else is said: vq-3, a plan file.  [default: as --plan says]",
+        help="How OUT keeps keys and values where nothing else is said: vq-3, a plan file, none (16 bits).  "
+        "[default: as --plan says; within --memory, planned]",
     ),
 ]
 Tune = Annotated[

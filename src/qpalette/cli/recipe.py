@@ -68,19 +68,24 @@ def _show_forecast(
     model: str, out: Path, budget: Budget, text: Path | None, recipe: Recipe, as_json: bool, options: dict[str, Any]
 ) -> None:
     from qpalette.recipe import Wish, forecast
+    from qpalette.report.plan_facts import cache_fact, cache_of
 
     plan = Wish.of(model, out, budget, text=text, recipe=recipe, **options).draft()
+    cache = cache_of(plan)
     steps = forecast(model, text, plan.plan, recipe, options["device"])
     total = sum(step.seconds for step in steps)
     rate = float(plan.planned.average_bits)
     if as_json:
         steps_json = [vars(step) for step in steps]
-        return print_json({"dry_run": True, "bits_per_weight": rate, "steps": steps_json, "seconds": total})
+        told = {"dry_run": True, "bits_per_weight": rate, "steps": steps_json, "seconds": total, "cache": cache}
+        return print_json(told)
     rows = [(step.name, step.what, _duration(step.seconds)) for step in steps]
     print_table(f"{model}: nothing is written", ("step", "on", "about"), rows)
     facts = {"bits per weight": f"{rate:.4f}, everything counted", "time needed": f"about {_duration(total)}"}
     if plan.disk_bytes is not None and budget.size is not None:
         facts["size"] = f"at most {size(plan.disk_bytes)}"
+    if cache is not None:
+        facts["cache"] = f"planned, too; if every number mattered alike: {cache_fact(cache, plan.planned.choice.loss)}"
     print_facts(str(out), facts)
 
 

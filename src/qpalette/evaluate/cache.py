@@ -37,7 +37,7 @@ from qpalette.kvcache import (
     write_moments,
 )
 from qpalette.nn.coded_cache import CodedCache, check_cacheable
-from qpalette.plan import SensitiveStream
+from qpalette.plan import CONTEXT, SensitiveStream
 from qpalette.plan.streams import KINDS
 from qpalette.storage import local_path
 
@@ -102,14 +102,15 @@ def stream_sensitivities(
     tokenizer: Any,
     windows: Sequence[torch.Tensor],
     *,
+    context: int | None = None,
     seed: int = 0,
     progress: MetricsProgress | None = None,
 ) -> tuple[SensitiveStream, ...]:
     """d(KL per token) / d(distortion) of all keys and of all values of each layer, by one backward pass a window; keys
-    transformed as a cache does it by default, calibrated on the same windows, int64 [length] each. Raises as
-    `moments_for`."""
+    transformed as a cache of `context` tokens does it by default (None: of as many as the longest window has),
+    calibrated on the same windows, int64 [length] each. Raises as `moments_for`, SpecError as `key_transforms`."""
     sinks, code = EXACT.sinks, parse_cache(NEAR)
-    moments = moments_for(model, tokenizer, max(map(len, windows)), sinks, windows)
+    moments = moments_for(model, tokenizer, context or max(map(len, windows)), sinks, windows)
     transforms = [transform.to(model.device) for transform in key_transforms(code, moments)]
     shapes: dict[int, tuple[int, int, int]] = {}
 
@@ -140,6 +141,13 @@ def stored_plan(directory: Path) -> CachePlan | None:
         return read_cache_plan(file)
     whole = plan_of(directory)
     return None if whole is None else whole.cache
+
+
+def planned_context(directory: Path) -> int | None:
+    """How many tokens the cache of a quantized model's directory was planned for; None where nobody says."""
+    whole = plan_of(directory)
+    told = None if whole is None else whole.provenance.get(CONTEXT)
+    return told if type(told) is int and told > 0 else None
 
 
 def plan_for(model: Any, spec: str | CachePlan | None) -> CachePlan:

@@ -100,8 +100,8 @@ def quantize(
     otherwise: "lm_head", "embed_tokens". `include` and `exclude` are patterns over the names of linears, of those in a
     plan as well: with `include` only what matches one is quantized, and what matches an `exclude` is not (all as in
     `find_groups`). `cache` is how the model keeps keys and values unless it is told otherwise, as `qpalette.cache`
-    takes it; None: as the plan says, or as they are. `device` is where weights are encoded, such as "cuda"; `workers`,
-    `ray` and `sign_seeds` as in `quantize_checkpoint`.
+    takes it, or "none", as they are; None: as the plan says, or as they are. `device` is where weights are encoded,
+    such as "cuda"; `workers`, `ray` and `sign_seeds` as in `quantize_checkpoint`.
 
     Raises SpecError on options that mean nothing or do not fit the model, BudgetError naming the least that is possible
     on a budget that nothing fits, CheckpointError on a model that cannot be read, HessianError on Hessians that are
@@ -121,7 +121,7 @@ def quantize(
     rounding = Rounding(damping, output_damping, equalize)
     checkpoint = open_checkpoint(model)
     check_packable(checkpoint)
-    coded = None if cache is None else cache_for(checkpoint, cache)
+    coded = None if cache in (None, UNCODED) else cache_for(checkpoint, cache)
     wanted: dict[str, Any] = {"include": include, "exclude": exclude}
     if ready is not None:
         ready = ready if effort is None else ready.with_effort(effort)
@@ -135,7 +135,7 @@ def quantize(
         options |= {"rotation": rotation, "seed": seed}
         palette = preferred(palette_of(effort or "standard"), prefer, profile_of(target, device))
         ready = _plan_within(checkpoint, bits, size, known, palette, wanted, options)
-    ready = ready if coded is None else replace(ready, cache=coded)
+    ready = ready if cache is None else replace(ready, cache=coded)
     if dry_run:
         check_complete(checkpoint)
         return replace(
@@ -156,6 +156,9 @@ def quantize(
         overwrite=overwrite,
         base_model=base_model,
     )
+
+
+UNCODED = "none"  # of a cache: keys and values as they are
 
 
 def cache_for(checkpoint: Checkpoint, cache: str | CachePlan) -> CachePlan:

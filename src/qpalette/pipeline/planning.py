@@ -19,6 +19,7 @@ from qpalette.pipeline.footprint import LONGEST, carried_bytes, disk_bytes
 from qpalette.pipeline.jobs import make_jobs
 from qpalette.pipeline.rehearsal import check_packable
 from qpalette.plan import (
+    CONTEXT,
     Budget,
     CacheSpace,
     Overhead,
@@ -26,6 +27,7 @@ from qpalette.plan import (
     Planned,
     Planner,
     SensitiveLinear,
+    SensitiveStream,
     Sensitivities,
     Space,
     device_bytes,
@@ -143,11 +145,12 @@ def longest_context(make: Callable[[int], BudgetPlan], most: int, loss: float | 
     return low, best
 
 
-def even_sensitivities(groups: Sequence[LinearGroup]) -> Sensitivities:
-    """Every weight counts alike: what to minimise when nothing is known of the model."""
+def even_sensitivities(groups: Sequence[LinearGroup], streams: Sequence[SensitiveStream] = ()) -> Sensitivities:
+    """Every weight counts alike: what to minimise when nothing is known of the model. `streams` are as they are."""
     return Sensitivities(
         tuple(SensitiveLinear(shape, group.name, float(shape.weights)) for group in groups for shape in group.linears),
         {"method": "every weight alike"},
+        streams=tuple(streams),
     )
 
 
@@ -221,6 +224,7 @@ class _Draft:
             "solver": solver,
             "sensitivities": dict(self.sensitivities.provenance),
             **({} if space.profile is None else {"latency": space.profile.device, "fusion": space.fusion}),
+            **({} if space.cache is None else {CONTEXT: self.context}),
         }
         known = {name: value for name, value in prediction.items() if value is not None}
         return Plan(specs, self.rotation, self.seed, self.sensitivities.values, known, provenance, launches)

@@ -18,10 +18,11 @@ from qpalette.plan.planner import Choice, FrontPoint, Planned, Planner
 from qpalette.plan.preference import ALLOWED, TARGETS, preferred, profile_of
 from qpalette.plan.profile import Head, LatencyProfile, Launch
 from qpalette.plan.sensitivities import SensitiveLinear, Sensitivities
-from qpalette.plan.streams import CacheSpace, SensitiveStream
+from qpalette.plan.streams import CONTEXT, CacheSpace, SensitiveStream, even_streams
 
 __all__ = [
     "ALLOWED",
+    "CONTEXT",
     "EXPERTS",
     "FUSIONS",
     "PLAN_FILE",
@@ -47,6 +48,7 @@ __all__ = [
     "candidate_of",
     "counted_rate",
     "device_bytes",
+    "even_streams",
     "is_expert",
     "palette_of",
     "parse_size",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from qpalette.core.errors import InputError
@@ -37,11 +38,16 @@ def _cache_per_sequence(text: Mapping[str, Any], context: int) -> int:
     if text.get("kv_lora_rank"):
         per_token = text["kv_lora_rank"] + text["qk_rope_head_dim"]
     else:
-        heads = text.get("num_key_value_heads") or text["num_attention_heads"]
-        per_token = 2 * heads * (text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
+        per_token = 2 * prod(cached_heads(text))
     kinds = text.get("layer_types") or ["full_attention"] * text["num_hidden_layers"]
     layers = sum(kind in ATTENTION for kind in kinds)
     return ELEMENT_BYTES * per_token * layers * bucket(context, text.get("max_position_embeddings"))
+
+
+def cached_heads(text: Mapping[str, Any]) -> tuple[int, int]:
+    """(heads, numbers of each) of a layer's keys, and of its values. Raises KeyError."""
+    heads = text.get("num_key_value_heads") or text["num_attention_heads"]
+    return heads, text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
 
 
 def _activations_per_sequence(text: Mapping[str, Any], context: int) -> int:

@@ -15,6 +15,7 @@ from qpalette.kvcache import EXACT, PAGE, CacheCode, CachePlan, Exact, VectorFor
 from qpalette.plan.problem import Floats
 
 KEYS, VALUES = KINDS = ("keys", "values")
+CONTEXT = "context"  # in the provenance of a plan with a cache: the tokens that it was planned for
 EXACT_BYTES = 2  # of a number of an exact token
 RING_BYTES = 8  # of a place of the window, that says which token is there
 FLOAT_BYTES = 4
@@ -84,6 +85,12 @@ class CacheSpace:
         """By the names of the streams."""
         keys, values = (tuple(codes[stream.name] for stream in self.streams if stream.kind == kind) for kind in KINDS)
         return CachePlan(keys, values, exact=self.exact)
+
+
+def even_streams(layers: int, heads: int, dim: int, tokens: int) -> tuple[SensitiveStream, ...]:
+    """Where every number of `tokens` tokens counts alike: nothing is known of the model."""
+    even = float(tokens * heads * dim)
+    return tuple(SensitiveStream(layer, kind, heads, dim, even) for layer in range(layers) for kind in KINDS)
 
 
 def streams_to_json(streams: Sequence[SensitiveStream]) -> list[dict[str, Any]]:

@@ -15,20 +15,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qpalette.api import calibrate, calibrated_sensitivities
+from transformers import AutoConfig
+
+from qpalette.api import cache_sensitivities, calibrate, calibrated_sensitivities
 from qpalette.calibration.hessians import HessianStore
 from qpalette.core.cache import limit_bytes, mark_used, private_folder
-from qpalette.core.errors import CheckpointError, HessianError, SpecError
+from qpalette.core.errors import CheckpointError, HessianError, SpecError, UnsupportedError
 from qpalette.core.files import locked
 from qpalette.evaluate.sampled_text import TOKEN_FILE
 from qpalette.evaluate.text_source import check_text
 from qpalette.kvcache import CachePlan
+from qpalette.kvcache.vectors import BLOCK
 from qpalette.models import check_complete, find_groups, token_tables
-from qpalette.pipeline.api import cache_for
+from qpalette.models.model_class import text_config
+from qpalette.nn.coded_cache import check_cacheable
+from qpalette.pipeline.api import UNCODED, cache_for
 from qpalette.pipeline.output import Output
 from qpalette.pipeline.planning import BudgetPlan, even_sensitivities, make_plan
 from qpalette.pipeline.quantize import rehearsed_jobs
-from qpalette.plan import Budget, Sensitivities, Space, palette_of
+from qpalette.plan import Budget, SensitiveStream, Sensitivities, Space, even_streams, palette_of
+from qpalette.plan.memory import cached_heads
 from qpalette.plan.preference import preferred, profile_of
 from qpalette.recipe.options import Recipe, recipe_of
 from qpalette.storage import Checkpoint, open_checkpoint
@@ -57,7 +63,8 @@ class Wish:
     budget: Budget
     space: Space
     options: dict[str, Any]  # of `make_plan`
-    cache: CachePlan | None = None  # of the result, where it is not left as it is
+    cache: CachePlan | None = None  # of the result, where one was asked for
+    streams: tuple[SensitiveStream, ...] = ()  # of a cache that is planned with the weights: its shapes
 
     @classmethod
     def of(
@@ -87,8 +94,10 @@ class Wish:
         checkpoint = open_checkpoint(model)
         palette = preferred(palette_of(recipe.effort), prefer, profile_of(target, device))
         options = {"context": context, "rotation": rotation, "seed": seed, "exclude": exclude, "device": device}
-        coded = None if cache is None else cache_for(checkpoint, cache)
-        wish = cls(checkpoint, budget, Space(palette, batch=batch), options, coded).rehearsed()
+        coded = None if cache in (None, UNCODED) else cache_for(checkpoint, cache)
+        planned = cache is None and budget.memory is not None
+        streams = _streams(checkpoint, context * batch) if planned else ()
+        wish = cls(checkpoint, budget, Space(palette, batch=batch), options, coded, streams).rehearsed()
         check_complete(checkpoint)
         return wish
 
@@ -108,10 +117,21 @@ class Wish:
         """The plan if every weight mattered alike: known at once, and as large as the true one."""
         wanted = {name: self.options[name] for name in ("also", "exclude")}
         groups = find_groups(self.checkpoint, **wanted).groups
-        return make_plan(even_sensitivities(groups), self.budget, self.space, self.checkpoint, **self.options)
+        even = even_sensitivities(groups, self.streams)
+        return make_plan(even, self.budget, self.space, self.checkpoint, **self.options)
 
     def plan(self, known: Sensitivities, store: HessianStore) -> BudgetPlan:
         return make_plan(known, self.budget, self.space, self.checkpoint, hessians=store, **self.options)
+
+
+def _streams(checkpoint: Checkpoint, tokens: int) -> tuple[SensitiveStream, ...]:
+    """Of a cache of so many tokens, every number alike; none where the model's cache cannot be coded."""
+    try:
+        layers = check_cacheable(AutoConfig.for_model(**checkpoint.config))
+        heads, dim = cached_heads(text_config(checkpoint.config))
+    except (UnsupportedError, KeyError, ValueError):  # ValueError: transformers knows no such model
+        return ()
+    return even_streams(layers, heads, dim, tokens) if dim % BLOCK == 0 else ()
 
 
 def compress(
@@ -132,8 +152,9 @@ def compress(
     `model` is a directory, a .gguf file or a Hub id. `text`, a UTF-8 file, is what it is calibrated and tuned on; None:
     the model writes it. `recipe` says how much each step may cost, by default what suits the device. `options` are
     context, batch, prefer, target, rotation, seed, exclude and cache, as in `quantize` and `make_plan`; embeddings and
-    output head are planned with the linears unless `exclude` names them. `watcher` is told of the stages "text",
-    "calibrate", "sensitivities", "quantize", "original" and "tuning".
+    output head are planned with the linears unless `exclude` names them. Within a memory the codes of keys and values
+    are planned with those of the weights, where the model's cache can be coded, unless `cache` says how they are kept.
+    `watcher` is told of the stages "text", "calibrate", "sensitivities", "cache", "quantize", "original" and "tuning".
 
     Raises BudgetError naming the least that is possible, SpecError, InputError, CheckpointError and ArtifactError as
     the steps do; what can be known beforehand before the work.
@@ -165,6 +186,8 @@ def compress(
             device=device,
             progress=_stage(watcher, "sensitivities"),
         )
+        if wish.streams:
+            known = replace(known, streams=_measured_streams(model, moments, wish, device, watcher))
     store = HessianStore.open(moments)
     found = wish.plan(known, store)
     tuned = quantize_and_tune(
@@ -182,6 +205,18 @@ def compress(
     )
     mark_used(moments, limit_bytes())
     return Compressed(found, tuned)
+
+
+def _measured_streams(
+    model: str | Path, moments: Path, wish: Wish, device: str, watcher: Watcher
+) -> tuple[SensitiveStream, ...]:
+    """None where transformers does not show what the model's attention is given: its cache stays in 16 bits."""
+    context, told = wish.options["context"], _stage(watcher, "cache")
+    try:
+        return cache_sensitivities(model, moments, context, device=device, progress=told)
+    except UnsupportedError as error:
+        logger.warning("the cache stays in 16 bits: %s", error)
+        return ()
 
 
 def fitted(tuning: Tuning, tokens: int) -> Tuning:

@@ -58,7 +58,8 @@ def cache_of(found: BudgetPlan) -> dict[str, Any] | None:
     }
 
 
-def _cache_fact(cache: dict[str, Any] | None, loss: float) -> str:
+def cache_fact(cache: dict[str, Any] | None, loss: float) -> str:
+    """What `cache_of` says, in a line; empty where nothing was planned."""
     if cache is None:
         return ""
     return (
@@ -108,7 +109,7 @@ def facts_of(found: BudgetPlan, budget: str) -> dict[str, str]:
         "size": f"{size(choice.bits // 8)} of linears"
         + ("" if found.disk_bytes is None else f", {size(found.disk_bytes)} on disk with everything"),
         "memory": "" if found.memory_bytes is None else f"{size(found.memory_bytes)}, cache and activations included",
-        "cache": _cache_fact(cache_of(found), choice.loss),
+        "cache": cache_fact(cache_of(found), choice.loss),
         "speed": ""
         if choice.seconds is None
         else f"{1 / choice.seconds:.1f} tokens/s predicted in {len(choice.launches)} launches, "
