@@ -21,6 +21,8 @@ from qpalette.backends.cuda.compiler import compile_cubin, resources
 from qpalette.backends.cuda.decoder import decoder_spec
 from qpalette.backends.cuda.experts import FUNCTIONS, GATE_THREADS, MOST_EXPERTS, ROUTES_SOURCE, RUN
 from qpalette.backends.cuda.experts import SOURCE as EXPERTS_SOURCE
+from qpalette.backends.cuda.int8 import MACROS as INT8_MACROS
+from qpalette.backends.cuda.int8 import SOURCE as INT8_SOURCE
 from qpalette.backends.cuda.multiply import kernel_macros, most_rows, source_for
 from qpalette.backends.cuda.rotate import MOST_THREADS, cut_of, rotation_macros
 from qpalette.backends.cuda.rotate import SOURCE as ROTATE_SOURCE
@@ -228,9 +230,15 @@ def test_rescaling_compiles() -> None:
     assert compile_cubin(RESCALE_SOURCE, "sm_80", tuple(sorted(RESCALE_MACROS.items()))).startswith(b"\x7fELF")
 
 
+@pytest.mark.parametrize("arch", SHARED)
+def test_what_is_around_products_of_int8_compiles(arch: str) -> None:
+    assert resources(INT8_SOURCE, arch, tuple(sorted(INT8_MACROS.items()))).spilled_bytes == 0
+
+
 @pytest.mark.parametrize("specs", [["tcq-3.25"], ["vq-6"], ["nuq-4", "tcq-2.125", "tcq2-3.25"]], ids=str)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_unpacking_compiles_without_spills(specs: list[str], arch: str) -> None:
+@pytest.mark.parametrize("in_int8", [False, True])
+def test_unpacking_compiles_without_spills(specs: list[str], arch: str, in_int8: bool) -> None:
     decoders = [decoder for decoder in map(decoder_spec, specs) if decoder]
-    macros = tuple(sorted(unpack_macros(LIMITS[arch]).items()))
+    macros = tuple(sorted(unpack_macros(LIMITS[arch], in_int8).items()))
     assert resources(with_segments(UNPACK_SOURCE, decoders), arch, macros).spilled_bytes == 0

@@ -144,6 +144,6 @@ def test_every_row_is_in_one_slab_and_no_slab_is_too_high(row_tiles: list[int], 
         for part in parts:
             assert part.source.packed is members[part.index]
             assert part.place == place
-            place += part.source.rows
+            place += part.source.height
             found[part.index] += range(part.source.first_row, part.source.first_row + part.source.rows)
     assert all(rows == list(range(16 * tiles - 3)) for rows, tiles in zip(found.values(), row_tiles, strict=True))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qpalette.backends.cuda import compiler, product, segments
+from qpalette.backends.cuda import compiler, library, segments
 from qpalette.backends.cuda.decoder import decoder_spec
 from qpalette.backends.cuda.decoder_sets import DecoderSets
 from qpalette.backends.cuda.layout import from_chunks
@@ -136,7 +136,7 @@ def test_products_by_the_library(specs: list[str], shape: tuple[int, int, int], 
 
 @pytest.mark.parametrize("dtype", list(LIBRARY_TOLERANCE))
 def test_matrices_that_are_decoded_slab_by_slab(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "SLAB_BYTES", 300 * 1024 * dtype.itemsize)
+    monkeypatch.setattr(library, "SLAB_BYTES", 300 * 1024 * dtype.itemsize)
     check(["tcq2-3.25", "nuq-4", "vq-3", "tcq-2.125"], [1000, 48, 32, 500], 1000, 170, dtype)
 
 

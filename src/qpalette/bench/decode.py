@@ -51,6 +51,7 @@ class Speed:
     first_tokens_per_second: float | None = None
     warm_seconds: float | None = None
     cache: str | None = None  # of codes; None: keys and values as they are
+    prefill: str | None = None  # the road of prompts that was asked for
 
     @property
     def tokens_per_second(self) -> float:
@@ -190,6 +191,7 @@ def measure_speed(
         random_weights=candidate.random_weights,
         bits_per_weight=candidate.bits_per_weight,
         cache=None if cache is None else str(cache),
+        prefill=candidate.road,
         runner=runner,
         batch=batch,
         context=context,

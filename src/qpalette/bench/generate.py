@@ -66,6 +66,7 @@ def measure_generate(
         random_weights=candidate.random_weights,
         bits_per_weight=candidate.bits_per_weight,
         cache=None if cache is None else str(cache),
+        prefill=candidate.road,
         runner=GENERATE,
         batch=batch,
         context=context,

@@ -37,6 +37,7 @@ class Candidate:
     random_weights: bool
     bits_per_weight: float | None = None  # of the quantized linears, everything counted; None where none is
     caches: tuple[CachePlan | None, ...] = (None,)  # to time it with: of codes; None: keys and values as they are
+    road: str | None = None  # of its prompts: `runtime/prefill.py`; None: the present one
 
     def build(self) -> Any:
         """The model on its device, in evaluation mode."""
@@ -44,7 +45,8 @@ class Candidate:
 
     def title(self, cache: CachePlan | None) -> str:
         """What it is called with one of its caches."""
-        return self.name if cache is None else f"{self.name}, cache {cache}"
+        name = self.name if self.road is None else f"{self.name}, prompts {self.road}"
+        return name if cache is None else f"{name}, cache {cache}"
 
 
 class _Sketch(Checkpoint):

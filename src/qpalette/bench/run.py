@@ -11,6 +11,7 @@ from qpalette.bench.breakdown import Share, breakdown
 from qpalette.bench.decode import GENERATE, PREFILLS, Speed, measure_speed, release
 from qpalette.bench.generate import make_fast, measure_generate
 from qpalette.bench.models import Candidate
+from qpalette.runtime import prefill_by
 
 Result = tuple[Speed, list[Share] | None]
 
@@ -34,25 +35,39 @@ def measure(
     memory for is told to `too_large`, and left out; None: torch.OutOfMemoryError goes on.
     """
     for candidate in candidates:
-        model = candidate.build()
-        for cache in candidate.caches:
-            if runner == GENERATE:
-                make_fast(model, compile, cache)
-            for context, batch in product(contexts, batches):
-                try:
-                    if runner == GENERATE:
-                        result: Result = measure_generate(candidate, model, batch, context, steps, cache=cache), None
-                    else:
-                        speed, decoder = measure_speed(candidate, model, batch, context, steps, runner, prefills, cache)
-                        first = (context, batch) == (contexts[0], batches[0])
-                        result = speed, breakdown(decoder) if look and first else None
-                        del decoder
-                except torch.OutOfMemoryError:
-                    if too_large is None:
-                        raise
-                    too_large(f"{candidate.title(cache)}, context {context}, batch {batch}")
-                else:
-                    yield result
-                release()
-        del model
+        with prefill_by(candidate.road):
+            yield from _measured(candidate, batches, contexts, steps, runner, look, compile, prefills, too_large)
         release()
+
+
+def _measured(
+    candidate: Candidate,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    steps: int,
+    runner: str,
+    look: bool,
+    compile: str,
+    prefills: int,
+    too_large: Callable[[str], None] | None,
+) -> Iterator[Result]:
+    model = candidate.build()
+    for cache in candidate.caches:
+        if runner == GENERATE:
+            make_fast(model, compile, cache)
+        for context, batch in product(contexts, batches):
+            try:
+                if runner == GENERATE:
+                    result: Result = measure_generate(candidate, model, batch, context, steps, cache=cache), None
+                else:
+                    speed, decoder = measure_speed(candidate, model, batch, context, steps, runner, prefills, cache)
+                    first = (context, batch) == (contexts[0], batches[0])
+                    result = speed, breakdown(decoder) if look and first else None
+                    del decoder
+            except torch.OutOfMemoryError:
+                if too_large is None:
+                    raise
+                too_large(f"{candidate.title(cache)}, context {context}, batch {batch}")
+            else:
+                yield result
+            release()

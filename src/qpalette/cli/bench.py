@@ -18,6 +18,7 @@ from qpalette.cli.output import (
     step_bar,
     write_json,
 )
+from qpalette.cli.prefill import HELP as PREFILL_HELP
 from qpalette.core.text import size
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ Cache = Annotated[
         "are. Repeatable.  [default: as OUT says]",
     ),
 ]
+Roads = Annotated[list[str] | None, typer.Option("--prefill", metavar="ROAD", help=f"{PREFILL_HELP} Repeatable.")]
 Attention = Annotated[
     str | None, typer.Option("--attention", metavar="A", help="transformers' attn_implementation, or grouped.")
 ]
@@ -120,6 +122,7 @@ def bench(
     runner: Runner = None,
     compile: Compile = "never",
     cache: Cache = None,
+    prefill: Roads = None,
     attention: Attention = None,
     with_breakdown: Breakdown = False,
     plot: Plot = None,
@@ -135,6 +138,7 @@ def bench(
     from qpalette.bench import default_runner
     from qpalette.cli.answer import parse_dtype
     from qpalette.core.errors import InputError
+    from qpalette.runtime import check_road
     from qpalette.runtime.device import parse_device
 
     batches, contexts = tuple(batch or BATCHES), tuple(context or CONTEXTS)
@@ -147,9 +151,10 @@ def bench(
     where = parse_device(device)
     kind = dtype or ("float16" if where.type == "cuda" else "bfloat16")
     asked: list[str | None] = [*cache] if cache else [None]
+    roads: list[str | None] = [*map(check_road, prefill)] if prefill else [None]
     common, caches = (parse_dtype(kind), where, attention), tuple(_cache(one, model) for one in asked)
     candidates = _quantized(model, config, spec or [], plan, head, rotation, layers, common)
-    candidates = [replace(candidate, caches=caches) for candidate in candidates]
+    candidates = [replace(candidate, caches=caches, road=road) for candidate in candidates for road in roads]
     if not alone:
         candidates.insert(0, _original(model, config, reference, kind, layers, common))
     if not candidates:
@@ -336,10 +341,10 @@ def _report(speeds: list[Speed], shares: dict[str, list[Share]], device: Any) ->
 
 
 def _fields(speed: Speed) -> dict[str, Any]:
-    """All of them; those of the runner "generate" and of a cache of codes where they exist."""
+    """All of them; those of the runner "generate", of a cache of codes and of a road for prompts where they exist."""
     from dataclasses import asdict
 
-    own = ("first_token_seconds", "first_tokens_per_second", "warm_seconds", "cache")
+    own = ("first_token_seconds", "first_tokens_per_second", "warm_seconds", "cache", "prefill")
     return {name: value for name, value in asdict(speed).items() if name not in own or value is not None}
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from qpalette.cli.output import CACHE_HELP, print_error, print_note, quiet_transformers
+from qpalette.cli.prefill import Prefill, use_prefill
 
 HELP = "/reset forgets the conversation, /exit or end of input leaves, Ctrl-C stops an answer"
 
@@ -36,6 +37,7 @@ def chat(
             "token.",
         ),
     ] = "background",
+    prefill: Prefill = None,
 ) -> None:
     """Talk to a model. It remembers the conversation until /reset; /exit leaves.
 
@@ -45,6 +47,7 @@ def chat(
     from qpalette.core.errors import InputError
 
     check_sampling(max_new_tokens, temperature)
+    use_prefill(prefill)
     quiet_transformers()
 
     loaded, tokenizer = open_model(model, engine, device, dtype, compile, cache)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qpalette.cli.output import print_facts, print_json, print_note, quiet_transformers, step_bar, token_bar
+from qpalette.cli.prefill import Prefill, use_prefill
 
 if TYPE_CHECKING:
     from qpalette.evaluate import Evaluation
@@ -68,6 +69,7 @@ def evaluate(
     cache: Cache = None,
     cache_text: CacheText = None,
     length: Lengths = None,
+    prefill: Prefill = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -81,6 +83,7 @@ def evaluate(
     from qpalette.runtime.device import parse_device
 
     where = parse_device(device)
+    use_prefill(prefill)
     if tasks is not None:
         from qpalette.cli.tasks import score_tasks
 
@@ -146,6 +149,8 @@ def _predicted(result: Evaluation) -> str:
 
 def _facts(result: Evaluation) -> dict[str, str]:
     """Only what was measured."""
+    from qpalette.runtime import INT8, prefill_road
+
     error = "" if result.kl_stderr is None else f" +- {result.kl_stderr:.4f}"
     facts = {
         "perplexity": f"{result.perplexity:.3f}",
@@ -159,6 +164,7 @@ def _facts(result: Evaluation) -> dict[str, str]:
         "bits per weight": ""
         if result.bits_per_weight is None
         else f"{result.bits_per_weight:.4f}, everything counted",
+        "packed matrices": "multiplied in int8" if prefill_road() == INT8 else "",
         "on": f"{result.windows} windows, {result.tokens} predictions",
     }
     return {name: value for name, value in facts.items() if value}

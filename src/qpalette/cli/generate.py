@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qpalette.cli.output import CACHE_HELP, print_json, print_note, quiet_transformers
+from qpalette.cli.prefill import Prefill, use_prefill
 
 
 def generate(
@@ -31,6 +32,7 @@ def generate(
             "token.",
         ),
     ] = "never",
+    prefill: Prefill = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling, when the temperature is above 0.")] = 0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
@@ -49,6 +51,7 @@ def generate(
     check_sampling(max_new_tokens, temperature)
     if not prompt.strip():
         raise InputError("the prompt is empty")
+    use_prefill(prefill)
     quiet_transformers()
     import torch
 

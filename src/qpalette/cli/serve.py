@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qpalette.cli.output import CACHE_HELP, print_note
+from qpalette.cli.prefill import Prefill, use_prefill
 
 LOCAL = "127.0.0.1"
 
@@ -35,6 +36,7 @@ def serve(
             "now, before the first token.",
         ),
     ] = "background",
+    prefill: Prefill = None,
 ) -> None:
     """Serve /v1/chat/completions, streaming too, and /v1/models. Options after -- are the engine's own.
 
@@ -47,6 +49,7 @@ def serve(
     from qpalette.kvcache import parse_cache
 
     check_mode(compile)
+    use_prefill(prefill)
     if cache not in (None, "none"):
         parse_cache(str(cache))
         if engine == "vllm" or "--continuous-batching" in context.args:

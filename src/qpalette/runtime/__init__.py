@@ -16,8 +16,10 @@ from qpalette.runtime.experts import PreparedExperts, packed_experts
 from qpalette.runtime.gate import Gate, recognise
 from qpalette.runtime.kept import keeping
 from qpalette.runtime.ops import PreparedLinears, backend_for, packed_linear, packed_linears
+from qpalette.runtime.prefill import INT8, check_road, prefill_by, prefill_road
 
 __all__ = [
+    "INT8",
     "TILES",
     "Backend",
     "ExpertsProduct",
@@ -30,12 +32,15 @@ __all__ = [
     "Verdict",
     "backend_for",
     "backends",
+    "check_road",
     "in_one_basis",
     "in_runs",
     "keeping",
     "packed_experts",
     "packed_linear",
     "packed_linears",
+    "prefill_by",
+    "prefill_road",
     "recognise",
     "register",
     "select",

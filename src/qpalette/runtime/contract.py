@@ -90,6 +90,7 @@ class Backend(ABC):
     layout: ClassVar[str] = TILES  # how it likes its codes; `to_layout` and `from_layout` convert
     fuses: ClassVar[bool] = False  # whether `linears` is better than `linear` one by one
     stream: ClassVar[type[Stream]] = Stream  # what keeps keys or values as codes
+    in_int8: ClassVar[bool] = False  # whether it can multiply prompts so: `prefill.py`
 
     @abstractmethod
     def supports(self, operation: Operation, spec: str, device: torch.device) -> Verdict:

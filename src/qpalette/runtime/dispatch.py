@@ -9,8 +9,10 @@ from pkgutil import iter_modules
 
 import torch
 
+from qpalette.core.environment import PREFILL
 from qpalette.core.errors import UnsupportedError
 from qpalette.runtime.contract import Backend, Operation
+from qpalette.runtime.prefill import INT8, prefill_road
 
 ENVIRONMENT = "QPALETTE_BACKEND"
 
@@ -38,9 +40,16 @@ def backends() -> dict[str, Backend]:
 def select(operation: Operation, spec: str, device: torch.device, prefer: str | None = None) -> Backend:
     """The best backend for the job; `prefer` or the variable QPALETTE_BACKEND allows that one alone.
 
-    Raises UnsupportedError with the reason of each backend when none fits.
+    Raises UnsupportedError with the reason of each backend when none fits, and where that one has not the asked road
+    for prompts.
     """
-    return _select(operation, spec, device, prefer or os.environ.get(ENVIRONMENT) or None)
+    backend = _select(operation, spec, device, prefer or os.environ.get(ENVIRONMENT) or None)
+    if operation == "linear" and not backend.in_int8 and prefill_road() == INT8:
+        raise UnsupportedError(
+            f"backend '{backend.name}' multiplies no prompts in int8: leave out --prefill ({PREFILL}), or take "
+            f"{ENVIRONMENT}=ref, which is slow"
+        )
+    return backend
 
 
 @lru_cache(maxsize=1024)

@@ -34,6 +34,7 @@ class CudaBackend(Backend):
     layout = LAYOUT
     fuses = True
     stream = CudaStream
+    in_int8 = True
 
     def supports(self, operation: str, spec: str, device: torch.device) -> Verdict:
         if device.type != "cuda":

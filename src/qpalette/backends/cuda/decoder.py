@@ -10,6 +10,7 @@ import torch
 
 from qpalette.codes import parse_spec
 from qpalette.codes.description import Decoder
+from qpalette.runtime.prefill import weights_in_int8
 
 COMMON_SOURCE = Path(__file__).with_name("common.cuh").read_text(encoding="utf-8")
 SOURCE = COMMON_SOURCE + Path(__file__).with_name("decoder.cuh").read_text(encoding="utf-8")
@@ -69,18 +70,21 @@ def with_decoders(source: str, decoders: tuple[DecoderSpec, ...]) -> str:
 
 
 @lru_cache(maxsize=1024)
-def entries(spec: str, device: torch.device) -> torch.Tensor:
-    """The table on `device`: int32 [2^index_bits], one or two float16, the first weight in the low half."""
+def entries(spec: str, device: torch.device, in_int8: bool = False) -> torch.Tensor:
+    """The table on `device`: int32 [2^index_bits], one or two float16, the first weight in the low half; or bytes, each
+    in the place of one."""
     quantizer = parse_spec(spec)
     values, decoder = quantizer.entries(), quantizer.decoder
     assert decoder is not None, "supports() said no"
+    if in_int8:
+        values = weights_in_int8(values, spec).numbers
     if _in_pairs(decoder):
         values = torch.cartesian_prod(values[:, 0], values[:, 0])
     return _pack(values).to(device)
 
 
 def _pack(values: torch.Tensor) -> torch.Tensor:
-    halves = values.half().view(torch.int16)
+    halves = values.to(torch.int16) & 0xFF if values.dtype == torch.int8 else values.half().view(torch.int16)
     if halves.shape[1] == 1:
         halves = torch.cat([halves, torch.zeros_like(halves)], dim=1)
     return halves.contiguous().view(torch.int32)[:, 0].contiguous()

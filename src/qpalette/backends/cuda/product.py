@@ -7,18 +7,18 @@ from itertools import accumulate
 
 import torch
 
+from qpalette.backends.cuda.int8 import Int8Product
 from qpalette.backends.cuda.layout import check_layout
+from qpalette.backends.cuda.library import LibraryProduct
 from qpalette.backends.cuda.multiply import ProductLaunch, columns_of
-from qpalette.backends.cuda.rotate import ALIGNMENT, TYPES, RotationLaunch, aligned, padded_columns, type_of_values
+from qpalette.backends.cuda.rotate import ALIGNMENT, TYPES, RotationLaunch, aligned, padded_columns
 from qpalette.backends.cuda.scratch import ONE_AT_A_TIME, scratch
 from qpalette.backends.cuda.segments import MOST_SEGMENTS
-from qpalette.backends.cuda.unpack import SLAB_BYTES, RescaleLaunch, UnpackLaunch, cut_into_slabs
-from qpalette.core.records import TILE
 from qpalette.runtime import PackedLinear
+from qpalette.runtime.prefill import FEW_TOKENS, FLOAT, INT8, road_of
 
-# Above so many tokens matrices are decoded and multiplied by cuBLAS.
-MOST_FUSED_TOKENS = 128
-MANY = 1 << 16  # tokens: a rotation is cut alike for any number above MOST_FUSED_TOKENS
+MOST_FUSED_TOKENS = FEW_TOKENS  # above, matrices are decoded and multiplied by cuBLAS
+BY_LIBRARY = {FLOAT: LibraryProduct, INT8: Int8Product}
 
 
 class CudaProduct:
@@ -39,7 +39,7 @@ class CudaProduct:
         self._tensors = [first.diagonal, *(tensor for member in members for tensor in (member.codes, member.scales))]
         self._addresses = self._present_addresses()
         self._fused: dict[tuple[int, torch.dtype], _FusedProduct] = {}
-        self._by_library: dict[torch.dtype, _LibraryProduct] = {}
+        self._by_library: dict[tuple[str, torch.dtype], LibraryProduct] = {}
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """One tensor [..., M] for each member, of x's dtype; contiguous where there are more than MOST_FUSED_TOKENS:
@@ -74,7 +74,7 @@ class CudaProduct:
         tokens = x.numel() // self.inputs
         stream = torch._C._cuda_getCurrentRawStream(self.index)  # no object of it, as torch.compile's code
         if tokens > MOST_FUSED_TOKENS:
-            library_product = self._library_product(x.dtype)
+            library_product = self._library_product(road_of(tokens, self.inputs), x.dtype)
             with ONE_AT_A_TIME:
                 return library_product(x, tokens, y, stream)
         assert y is not None
@@ -92,10 +92,10 @@ class CudaProduct:
             product = self._fused[tokens, dtype] = _FusedProduct(self.members, tokens, dtype, self.overlap)
         return product
 
-    def _library_product(self, dtype: torch.dtype) -> _LibraryProduct:
-        if dtype not in self._by_library:
-            self._by_library[dtype] = _LibraryProduct(self.members, dtype, self.overlap)
-        return self._by_library[dtype]
+    def _library_product(self, road: str, dtype: torch.dtype) -> LibraryProduct:
+        if (road, dtype) not in self._by_library:
+            self._by_library[road, dtype] = BY_LIBRARY[road](self.members, dtype, self.overlap)
+        return self._by_library[road, dtype]
 
 
 class _FusedProduct:
@@ -122,77 +122,3 @@ class _FusedProduct:
         self.rotation.start(self.tokens, x, values, scales, stream)
         for product in self.products:
             product.start(values, scales, y, stream)
-
-
-class _LibraryProduct:
-    """Matrices decoded, slab by slab, and multiplied by the vendor's library, in x's own 16 bits: bfloat16, or float16,
-    where a token that could leave its range is divided before and multiplied after. float32 goes through float16."""
-
-    def __init__(self, members: Sequence[PackedLinear], dtype: torch.dtype, overlap: bool) -> None:
-        first = members[0]
-        self.columns, self.dtype = padded_columns(first.in_features), type_of_values(dtype, None)
-        self.device, self.wide = first.codes.device, dtype == torch.float32
-        self.rows = [member.out_features for member in members]
-        self.rotation = RotationLaunch(
-            first.rotation, first.diagonal, first.in_features, MANY, None, dtype, overlap=overlap
-        )
-        row_bytes = self.columns * self.dtype.itemsize
-        slabs = cut_into_slabs(members, max(1, SLAB_BYTES // (TILE * row_bytes)))
-        self.slabs = [(UnpackLaunch([part.source for part in parts], self.dtype), parts) for parts in slabs]
-        self.slab_bytes = row_bytes * max(sum(part.source.rows for part in parts) for parts in slabs)
-        self.in_pieces = {part.index for parts in slabs for part in parts if part.source.rows < self.rows[part.index]}
-        self.rescale = RescaleLaunch(self.device) if dtype == torch.float16 else None
-        self._views: tuple[int, list[list[torch.Tensor]]] = (0, [])
-
-    def __call__(self, x: torch.Tensor, tokens: int, joined: torch.Tensor | None, stream: int) -> list[torch.Tensor]:
-        """x of `tokens` rows -> [tokens, M] of each member, in `joined` [..., sum of M], or where torch puts them."""
-        values = torch.empty(tokens, self.columns, dtype=self.dtype, device=self.device)
-        room = scratch(self.device, stream, self.slab_bytes + 4 * tokens)
-        slabs, scales = self._weights(room), room.data_ptr() + self.slab_bytes
-        self.rotation.start(tokens, x.data_ptr(), values.data_ptr(), scales, stream)
-        outputs = self._outputs(tokens, x.dtype, joined)
-        for (unpack, parts), weights in zip(self.slabs, slabs, strict=True):
-            unpack.start(room.data_ptr(), stream)
-            for part, weight in zip(parts, weights, strict=True):
-                y = outputs[part.index]
-                if y is None:
-                    outputs[part.index] = self._multiply(values, weight)
-                else:
-                    first = part.source.first_row
-                    self._multiply(values, weight, y[:, first : first + part.source.rows])
-        products = [y for y in outputs if y is not None]
-        self._rescale(room[self.slab_bytes : self.slab_bytes + 4 * tokens].view(torch.float32), products, stream)
-        return products
-
-    def _outputs(self, tokens: int, dtype: torch.dtype, joined: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """[tokens, M] of each member; None where one product makes all of it."""
-        if joined is not None:
-            return list(joined.view(tokens, -1).split(self.rows, dim=1))
-        return [
-            torch.empty(tokens, rows, dtype=dtype, device=self.device) if index in self.in_pieces else None
-            for index, rows in enumerate(self.rows)
-        ]
-
-    def _weights(self, room: torch.Tensor) -> list[list[torch.Tensor]]:
-        """Of each part of each slab, transposed, where `room` is; kept, as making them takes the host as long as
-        starting a kernel does."""
-        address = room.data_ptr()
-        if self._views[0] == address:
-            return self._views[1]
-        weight = room[: self.slab_bytes].view(self.dtype).view(-1, self.columns)
-        places = [[(part.place, part.place + part.source.rows) for part in parts] for _, parts in self.slabs]
-        views = [[weight[first:end].T for first, end in slab] for slab in places]
-        if not torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
-            self._views = (address, views)
-        return views
-
-    def _multiply(self, values: torch.Tensor, weight: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.mm(values, weight, torch.float32, out=y) if self.wide else torch.mm(values, weight, out=y)
-
-    def _rescale(self, scales: torch.Tensor, products: Sequence[torch.Tensor], stream: int) -> None:
-        if self.wide:
-            for y in products:
-                y.mul_(scales[:, None])
-        elif self.rescale is not None:
-            for i in range(0, len(products), MOST_SEGMENTS):
-                self.rescale.start(scales, products[i : i + MOST_SEGMENTS], stream)

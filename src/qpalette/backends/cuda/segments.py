@@ -74,6 +74,11 @@ class Rows(NamedTuple):
         return min(TILE * self.tiles, self.packed.out_features - self.first_row)
 
     @property
+    def height(self) -> int:
+        """Of its whole tiles."""
+        return TILE * self.tiles
+
+    @property
     def spec(self) -> DecoderSpec:
         spec = decoder_spec(self.packed.spec)
         assert spec is not None, "supports() said no"
@@ -180,9 +185,10 @@ def prepare_segments(
     macros: tuple[tuple[str, int], ...],
     table_bytes: int,
     planner: Planner,
+    in_int8: bool = False,
 ) -> Segments:
     """Of at most MOST_SEGMENTS matrices that read one input, for the kernel `name` of `source`: where each writes, in
-    elements of y, and how their rows are cut."""
+    elements of y, how their rows are cut, and what is in their tables."""
     device = rows[0].packed.codes.device
     specs = tuple(part.spec for part in rows)
     kernel, indices = kernel_of(source, name, macros, specs, device.index or 0)
@@ -193,7 +199,7 @@ def prepare_segments(
         packed = part.packed
         problem.segments[i] = Segment(
             codes=packed.codes[part.first :].data_ptr(),
-            entries=entries(packed.spec, device).data_ptr(),
+            entries=entries(packed.spec, device, in_int8).data_ptr(),
             scales=packed.scales[part.first_row :].data_ptr(),
             row_tiles=part.tiles,
             rows=part.rows,

@@ -1,14 +1,27 @@
-// Packed matrices decoded to float16 or bfloat16, row scales applied, for batches where a library's matrix product wins.
+// Packed matrices decoded to float16 or bfloat16, row scales applied, or to int8 without them, for batches where a library's
+// matrix product wins.
 //
 // A block has some row tiles of one segment, and its warps take turns at their chunks. A warp asks for the next chunk's bits
 // as soon as the last tile of the present one is decoded. Columns lie in the order of a product's fragments (rotate.cu), as
-// x' does then: so that a lane writes 16 bytes at once.
+// x' does then: so that a lane writes eight weights at once.
 //
-// Compile-time constants: THREADS, TABLE_BYTES, DECODERS (types).
+// Compile-time constants: THREADS, TABLE_BYTES, DECODERS (types), IN_INT8 (tables have bytes in the place of halves).
 
 constexpr int WARPS = THREADS / 32;
 
 extern __shared__ __align__(16) u8 table[];
+
+#if IN_INT8
+
+typedef uint2 Eight;  // weights: two tiles' neighbouring columns of one row
+
+__device__ __forceinline__ Eight row_of(u32 a, u32 b, u32 c, u32 d, u16, bool) {
+    return make_uint2(__byte_perm(a, b, 0x6420), __byte_perm(c, d, 0x6420));
+}
+
+#else
+
+typedef uint4 Eight;
 
 // Two float16 weights times the scale of their row, as float16.
 __device__ __forceinline__ u32 scaled(u32 weights, u32 scales) {
@@ -25,8 +38,7 @@ __device__ __forceinline__ u32 scaled_bfloat16(u32 weights, float scale) {
     return both;
 }
 
-// 16 bytes of two tiles' neighbouring columns, of one row.
-__device__ __forceinline__ uint4 scaled_row(u32 a, u32 b, u32 c, u32 d, u16 scale, bool bfloat16) {
+__device__ __forceinline__ Eight row_of(u32 a, u32 b, u32 c, u32 d, u16 scale, bool bfloat16) {
     if (bfloat16) {
         const float factor = half_to_float(scale);
         return make_uint4(scaled_bfloat16(a, factor), scaled_bfloat16(b, factor), scaled_bfloat16(c, factor), scaled_bfloat16(d, factor));
@@ -34,6 +46,8 @@ __device__ __forceinline__ uint4 scaled_row(u32 a, u32 b, u32 c, u32 d, u16 scal
     const u32 both = scale * 65537u;
     return make_uint4(scaled(a, both), scaled(b, both), scaled(c, both), scaled(d, both));
 }
+
+#endif
 
 template <class D>
 __device__ void unpack_segment(const Problem &problem, const Segment &segment) {
@@ -52,7 +66,7 @@ __device__ void unpack_segment(const Problem &problem, const Segment &segment) {
         const int first = (row + item / problem.chunks) * 16 + lane / 4, second = first + 8;
         const u16 first_scale = first < segment.rows ? segment.scales[first] : 0;
         const u16 second_scale = second < segment.rows ? segment.scales[second] : 0;
-        uint4 *to = (uint4 *)((u16 *)problem.y + segment.out_offset) + (size_t)first * stride + item % problem.chunks * (CHUNK * 2) + lane % 4;
+        Eight *to = (Eight *)problem.y + segment.out_offset / 8 + (size_t)first * stride + item % problem.chunks * (CHUNK * 2) + lane % 4;
         const u8 *next = codes + (size_t)(item + WARPS) * D::CHUNK_BYTES;
         const u32 wanted = item + WARPS < items;
 #pragma unroll
@@ -63,8 +77,8 @@ __device__ void unpack_segment(const Problem &problem, const Segment &segment) {
 #pragma unroll
             for (int part = 0; part < D::PARTS; part++)
                 if (D::last_tile(part) / 2 == tile / 2) D::load_part(words, part, next, lane, wanted);
-            if (first < segment.rows) to[0] = scaled_row(a[0], a[2], b[0], b[2], first_scale, bfloat16);
-            if (second < segment.rows) to[8 * stride] = scaled_row(a[1], a[3], b[1], b[3], second_scale, bfloat16);
+            if (first < segment.rows) to[0] = row_of(a[0], a[2], b[0], b[2], first_scale, bfloat16);
+            if (second < segment.rows) to[8 * stride] = row_of(a[1], a[3], b[1], b[3], second_scale, bfloat16);
         }
     }
 }

@@ -44,24 +44,24 @@ class Outputs(ctypes.Structure):
     )
 
 
-def unpack_macros(limits: DeviceLimits) -> dict[str, int]:
+def unpack_macros(limits: DeviceLimits, in_int8: bool = False) -> dict[str, int]:
     """The compile-time constants of unpack.cu, beside the decoders."""
-    return {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes}
+    return {"THREADS": THREADS, "TABLE_BYTES": limits.table_bytes, "IN_INT8": int(in_int8)}
 
 
 class UnpackLaunch:
-    """W', row scales applied, [rows, columns of all chunks] of float16 or bfloat16, the columns in the order of
-    `rotate` for batch None, one matrix's rows below the other's."""
+    """W', row scales applied, [rows, columns of all chunks] of float16 or bfloat16, or without them, of int8; the
+    columns in the order of `rotate` for batch None, one matrix's whole tiles below the other's."""
 
     def __init__(self, rows: Sequence[Rows], dtype: torch.dtype) -> None:
-        limits = device_limits(rows[0].packed.codes.device.index or 0)
-        macros = tuple(unpack_macros(limits).items())
+        limits, in_int8 = device_limits(rows[0].packed.codes.device.index or 0), dtype == torch.int8
+        macros = tuple(unpack_macros(limits, in_int8).items())
         columns = rows[0].packed.codes.shape[1] * CHUNK * TILE
-        offsets = [columns * height for height in accumulate((part.rows for part in rows), initial=0)]
+        offsets = [columns * height for height in accumulate((part.height for part in rows), initial=0)]
         planner = block_by_block(limits, max(part.tiles for part in rows))
-        segments = prepare_segments(rows, offsets, SOURCE, "unpack", macros, limits.table_bytes, planner)
+        segments = prepare_segments(rows, offsets, SOURCE, "unpack", macros, limits.table_bytes, planner, in_int8)
         self._problem = segments.problem
-        self._problem.out_type, self._problem.y_stride = TYPES[dtype], columns
+        self._problem.out_type, self._problem.y_stride = TYPES.get(dtype, 0), columns
         self._launch = KernelLaunch(segments.kernel, segments.blocks, THREADS, limits.table_bytes, [self._problem])
 
     def start(self, out: int, stream: int) -> None:
@@ -90,7 +90,7 @@ def cut_into_slabs(members: Sequence[PackedLinear], most_tiles: int) -> list[lis
             if count > left or len(slabs[-1]) == MOST_SEGMENTS:
                 slabs.append([])
                 left = most_tiles
-            place = slabs[-1][-1].place + slabs[-1][-1].source.rows if slabs[-1] else 0
+            place = slabs[-1][-1].place + slabs[-1][-1].source.height if slabs[-1] else 0
             slabs[-1].append(Part(index, Rows(member, first, count), place))
             left -= count
     return slabs

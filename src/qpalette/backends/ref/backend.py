@@ -8,12 +8,14 @@ from qpalette.codes import parse_spec
 from qpalette.codes.tiles import from_tiles
 from qpalette.rotate import Rotation, diagonal_of, unrotate_weight
 from qpalette.runtime import Backend, ExpertsProduct, PackedExperts, PackedLinear, Verdict
+from qpalette.runtime.prefill import INT8, product_in_int8, road_of, tokens_in_int8, weights_in_int8
 
 
 class ReferenceBackend(Backend):
     name = "ref"
     priority = 0
     fuses = True
+    in_int8 = True
 
     def supports(self, operation: str, spec: str, device: torch.device) -> Verdict:
         return Verdict(True)
@@ -28,6 +30,9 @@ class ReferenceBackend(Backend):
         rotation = Rotation.parse(packed.rotation, packed.in_features)
         work = x.to(torch.promote_types(x.dtype, torch.float32))
         rotated = rotation.apply(work * diagonal_of(packed.diagonal, packed.in_features))
+        if road_of(len(x), packed.in_features) == INT8:
+            weights = weights_in_int8(self._unscaled(packed), packed.spec)
+            return product_in_int8(tokens_in_int8(rotated), weights, _row_scales(packed)).to(x.dtype)
         return (rotated @ self.rotated_weight(packed).T.to(rotated.dtype)).to(x.dtype)
 
     def experts(self, experts: PackedExperts) -> ExpertsProduct:
@@ -50,10 +55,16 @@ class ReferenceBackend(Backend):
         return unrotate_weight(self.rotated_weight(packed), rotation, diagonal)
 
     def rotated_weight(self, packed: PackedLinear) -> torch.Tensor:
+        return self._unscaled(packed) * _row_scales(packed)[:, None]
+
+    def _unscaled(self, packed: PackedLinear) -> torch.Tensor:
         rows, columns, words = packed.codes.shape
         tiles = self.decode(packed.spec, packed.codes.reshape(-1, words)).reshape(rows, columns, -1)
-        unscaled = from_tiles(tiles, packed.out_features, packed.in_features)
-        return unscaled * packed.scales.view(torch.float16).float()[:, None]
+        return from_tiles(tiles, packed.out_features, packed.in_features)
+
+
+def _row_scales(packed: PackedLinear) -> torch.Tensor:
+    return packed.scales.view(torch.float16).float()
 
 
 def _of_token(
