@@ -34,6 +34,7 @@ TILE = 16  # tokens of a matrix instruction
 TURNED_FROM = 9  # tokens from which on torch multiplies them by the transform
 PIECE = 4096  # tokens that are float32 at a time
 WRITE_THREADS, READ_THREADS = 256, 256
+NEAR_DIM = 128  # of a vector: what its errors are fed back by, 64 kB, fits in shared memory
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class AttendProblem(ctypes.Structure):
 
 def write_macros(keys: Coded, values: Coded, dtype: torch.dtype, turned: bool) -> dict[str, int]:
     unbiased = {"KEY_UNBIASED": int(keys.unbiased), "VALUE_UNBIASED": int(values.unbiased)}
-    own = {"TYPE": TYPES[dtype], "TURNED": int(turned), "THREADS": WRITE_THREADS}
+    own = {"TYPE": TYPES[dtype], "TURNED": int(turned), "THREADS": WRITE_THREADS, "NEAR_DIM": NEAR_DIM}
     return keys.macros("KEY") | values.macros("VALUE") | unbiased | own
 
 
@@ -154,7 +155,8 @@ def start_write(streams: list[tuple[WriteStream, Coded]], problem: WriteProblem,
     if turned:
         blocks, floats = -(-vectors // (threads // 32)), threads // 32 * max(each.dim for each in coded)
     else:
-        blocks, floats = vectors, 2 * max(each.dim for each in coded) + threads
+        near = max((each.dim**2 for each in coded if each.dim <= NEAR_DIM), default=0)
+        blocks, floats = vectors, 2 * max(each.dim for each in coded) + threads + near
     macros = write_macros(coded[0], coded[1], dtype, turned)
     _start(WRITE_SOURCE, "cache_write", macros, device, (blocks, len(streams)), threads, 4 * floats, problem)
 

@@ -1,12 +1,12 @@
 // New tokens of a layer become codes: keys and values, transformed, coded, stored, in one launch (docs/cache.md).
 //
 // A block has a vector, and all its threads multiply it by its matrix; with TURNED that is done, and every warp has
-// vectors of its own. A warp codes eight coordinates at a time: all lanes compare with the points, and the errors are
-// fed back to what is behind, by rows of the matrix that were loaded while the eight before were coded. That is the
-// launch's longest chain; points are in shared memory and the matrix in the second cache before the kernel ahead has ended.
+// vectors of its own. A warp codes eight coordinates at a time, and their errors are fed back to what is behind. That is
+// the launch's longest chain, so that it stays in registers: what a block needs of the matrix is in shared memory before
+// the kernel ahead has ended, and passes from lane to lane by shuffles alone.
 //
 // Compile-time constants: of the first and second stream KEY_ and VALUE_ DIM, WIDTH, BITS, UNBIASED; TYPE (of vectors,
-// sinks and ring: 0 float16, 1 bfloat16), TURNED, THREADS.
+// sinks and ring: 0 float16, 1 bfloat16), TURNED, THREADS, NEAR_DIM (of a vector whose feedback fits in shared memory).
 
 constexpr int BLOCK = 8;  // as kvcache.vectors has it
 constexpr int WARPS = THREADS / 32;
@@ -30,6 +30,12 @@ struct Problem {
     int batch, heads, count, length, sink_count, window;
 };
 
+__device__ __forceinline__ void copy_ahead(float *near, const float *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(near)), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 __device__ __forceinline__ float sum_of_warp(float value) {
 #pragma unroll
     for (int step = 16; step; step /= 2) value += __shfl_xor_sync(~0u, value, step);
@@ -41,33 +47,75 @@ __device__ __forceinline__ int byte_of_scale(float scale) {
     return (int)fminf(fmaxf(rintf(log2f(scale) * SCALE_STEPS) + SCALE_ONE, 0.f), 255.f);
 }
 
-// Which point is nearest to `wanted`, the first of equals, for the unit that this lane and its neighbours have.
+// Which point is nearest to `wanted`, the first of equals, 0 for what is no number. Few points are compared by the lane
+// that has the coordinate; else lanes that stand for a unit of the block at lane `first` have some of them each.
 template <class F>
-__device__ __forceinline__ int nearest(const float *points, const float *wanted) {
-    constexpr int LANES = 32 * F::WIDTH / BLOCK;
-    const int lane = threadIdx.x % 32, own = lane % LANES;
-    float target[F::WIDTH];
+struct Nearest {
+    static constexpr int COUNT = 1 << F::BITS, LANES = 32 * F::WIDTH / BLOCK, GROUPS = 4;  // compared side by side
+    static constexpr bool ALONE = F::WIDTH == 1 && COUNT <= 16;
+    float held[ALONE ? COUNT : 1];
+
+    __device__ __forceinline__ Nearest(const float *points) {
+        if constexpr (ALONE)
 #pragma unroll
-    for (int c = 0; c < F::WIDTH; c++) target[c] = wanted[lane / LANES * F::WIDTH + c];
-    float lowest = __int_as_float(0x7f800000);
-    int where = own;  // also of what is no number
-#pragma unroll 4
-    for (int point = own; point < 1 << F::BITS; point += LANES) {
-        float distance = 0;
+            for (int i = 0; i < COUNT; i++) held[i] = points[i];
+    }
+
+    __device__ __forceinline__ int alone(float wanted) const {
+        float lowest[GROUPS];
+        int where[GROUPS];
 #pragma unroll
-        for (int c = 0; c < F::WIDTH; c++) {
-            const float apart = __fsub_rn(target[c], points[point * F::WIDTH + c]);
-            distance = c ? __fadd_rn(distance, __fmul_rn(apart, apart)) : __fmul_rn(apart, apart);
+        for (int group = 0; group < GROUPS; group++) {
+            lowest[group] = __int_as_float(0x7f800000), where[group] = 0;
+#pragma unroll
+            for (int k = 0; k < COUNT / GROUPS; k++) {
+                const int point = group * (COUNT / GROUPS) + k;
+                const float apart = __fsub_rn(wanted, held[point]), distance = __fmul_rn(apart, apart);
+                if (distance < lowest[group]) lowest[group] = distance, where[group] = point;
+            }
         }
-        if (distance < lowest) lowest = distance, where = point;
-    }
 #pragma unroll
-    for (int step = LANES / 2; step; step /= 2) {
-        const float other = __shfl_xor_sync(~0u, lowest, step);
-        const int place = __shfl_xor_sync(~0u, where, step);
-        if (other < lowest || (other == lowest && place < where)) lowest = other, where = place;
+        for (int group = 1; group < GROUPS; group++)
+            if (lowest[group] < lowest[0]) lowest[0] = lowest[group], where[0] = where[group];
+        return where[0];
     }
-    return where;
+
+    __device__ __forceinline__ int together(const float *points, float wanted, int first) const {
+        const int lane = threadIdx.x % 32, own = lane % LANES;
+        float target[F::WIDTH];
+#pragma unroll
+        for (int c = 0; c < F::WIDTH; c++) target[c] = __shfl_sync(~0u, wanted, first + lane / LANES * F::WIDTH + c);
+        float lowest = __int_as_float(0x7f800000);
+        int where = own;
+#pragma unroll 4
+        for (int point = own; point < COUNT; point += LANES) {
+            float distance = 0;
+#pragma unroll
+            for (int c = 0; c < F::WIDTH; c++) {
+                const float apart = __fsub_rn(target[c], points[point * F::WIDTH + c]);
+                distance = c ? __fadd_rn(distance, __fmul_rn(apart, apart)) : __fmul_rn(apart, apart);
+            }
+            if (distance < lowest) lowest = distance, where = point;
+        }
+#pragma unroll
+        for (int step = LANES / 2; step; step /= 2) {
+            const float other = __shfl_xor_sync(~0u, lowest, step);
+            const int place = __shfl_xor_sync(~0u, where, step);
+            if (other < lowest || (other == lowest && place < where)) lowest = other, where = place;
+        }
+        return __shfl_sync(~0u, where, lane % BLOCK / F::WIDTH * LANES);  // of the unit that this lane's coordinate is in
+    }
+
+    __device__ __forceinline__ int find(const float *points, float wanted, int first) const {
+        if constexpr (ALONE) return alone(wanted);
+        else return together(points, wanted, first);
+    }
+};
+
+// a / b, 1 / b known: three dependent instructions where a division has some ten.
+__device__ __forceinline__ float quotient(float a, float b, float reciprocal) {
+    const float near = __fmul_rn(a, reciprocal);
+    return __fmaf_rn(__fmaf_rn(-b, near, a), reciprocal, near);
 }
 
 template <class F>
@@ -90,26 +138,43 @@ __device__ __forceinline__ void store(const u8 *index, u8 *codes) {
 template <class F>
 struct Feedback {
     static constexpr int OWN = (F::DIM + 31) / 32;
+    // One vector a block: the matrix is in shared memory as a whole, where that is enough.
+    static constexpr bool NEAR = !TURNED && F::DIM <= NEAR_DIM;
+    static constexpr bool AHEAD = TURNED;  // of a block, while the one before is coded: else registers are short
     float weight[BLOCK][OWN];
 
-    __device__ __forceinline__ void load(const float *matrix, int start) {
+    // Of coordinates from 32 `from` on: those before are coded.
+    __device__ __forceinline__ void load(const float *matrix, int start, int from) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int j = 0; j < BLOCK; j++)
 #pragma unroll
-            for (int i = 0; i < OWN; i++) weight[j][i] = i * 32 + lane < F::DIM ? matrix[(start + j) * F::DIM + i * 32 + lane] : 0;
+            for (int i = 0; i < OWN; i++)
+                if (i >= from) weight[j][i] = i * 32 + lane < F::DIM ? matrix[(start + j) * F::DIM + i * 32 + lane] : 0;
+    }
+
+    // All threads ask for what is right of the diagonal blocks, in shared memory.
+    static __device__ __forceinline__ void copy(const float *matrix, float *near) {
+        for (int at = 4 * threadIdx.x; at < F::DIM * F::DIM; at += 4 * THREADS)
+            if (at % F::DIM >= (at / F::DIM / BLOCK + 1) * BLOCK) copy_ahead(near + at, matrix + at);
     }
 };
 
-// A warp codes y, in shared memory like `points`, `index` and `errors`; 32 lanes have what is carried to later coordinates.
+// A warp codes y, in shared memory like `points` and `index`; a lane has every 32nd coordinate, and what errors carry to it.
 template <class F, bool UNBIASED>
-__device__ __forceinline__ void code(const float *feedback, const float *gain, const float *points, const float *y, u8 *index, float *errors, u8 *codes, u8 *scale_byte) {
+__device__ __forceinline__ void code(const float *feedback, const float *gain, const float *points, const float *y, u8 *index, u8 *codes, u8 *scale_byte) {
     constexpr int OWN = Feedback<F>::OWN;
+    constexpr bool AHEAD = Feedback<F>::AHEAD;
     const int lane = threadIdx.x % 32;
-    Feedback<F> next;
-    if (feedback) next.load(feedback, 0);
-    float square = 0;
-    for (int i = lane; i < F::DIM; i += 32) square += y[i] * y[i];
+    const Nearest<F> nearest(points);
+    Feedback<F> own, next;
+    if (AHEAD && feedback) next.load(feedback, 0, 0);
+    float number[OWN], square = 0;
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        number[i] = i * 32 + lane < F::DIM ? y[i * 32 + lane] : 0;
+        square += number[i] * number[i];
+    }
     square = sum_of_warp(square);
     const float root = sqrtf(square / F::DIM);
     int byte = 0;
@@ -118,37 +183,37 @@ __device__ __forceinline__ void code(const float *feedback, const float *gain, c
         byte = byte_of_scale(root * *gain);
         scale = scale_of(byte), divisor = scale == 0 ? 1 : scale;
     }
+    const float reciprocal = __frcp_rn(divisor);
     float carried[OWN] = {}, cross = 0, of_levels = 0;
+#pragma unroll
+    for (int i = 0; i < OWN; i++)
 #pragma unroll 1
-    for (int start = 0; start < F::DIM; start += BLOCK) {
-        const Feedback<F> own = next;
-        if (feedback && start + BLOCK < F::DIM) next.load(feedback, start + BLOCK);
+        for (int first = 0; first < (F::DIM - i * 32 < 32 ? F::DIM - i * 32 : 32); first += BLOCK) {
+            const int start = i * 32 + first;
+            if (feedback && !AHEAD) own.load(feedback, start, i);
+            if (feedback && AHEAD) {
+                own = next;
+                if (start + BLOCK < F::DIM) next.load(feedback, start + BLOCK, i);
+            }
+            const int where = nearest.find(points, quotient(number[i] + carried[i], divisor, reciprocal), first);
+            const float level = points[where * F::WIDTH + lane % F::WIDTH], error = number[i] - level * scale;
+            if (lane / BLOCK == first / BLOCK) {
+                cross += number[i] * level, of_levels += level * level;
+                if (lane % F::WIDTH == 0) index[(i * 32 + lane) / F::WIDTH] = where;
+            }
+            if (feedback)
 #pragma unroll
-        for (int i = 0; i < OWN; i++)
-            if (const int place = i * 32 + lane - start; place >= 0 && place < BLOCK) errors[place] = (y[start + place] + carried[i]) / divisor;
-        __syncwarp();
-        const int where = nearest<F>(points, errors);
-        constexpr int LANES = 32 * F::WIDTH / BLOCK;
-        __syncwarp();
-        if (lane % LANES < F::WIDTH) {
-            const int place = lane / LANES * F::WIDTH + lane % LANES;
-            const float level = points[where * F::WIDTH + lane % LANES], number = y[start + place];
-            errors[place] = number - level * scale;
-            cross += number * level, of_levels += level * level;
+                for (int j = 0; j < BLOCK; j++) {
+                    const float made = __shfl_sync(~0u, error, first + j);
+#pragma unroll
+                    for (int k = i; k < OWN; k++) carried[k] += own.weight[j][k] * made;
+                }
         }
-        if (lane % LANES == 0) index[start / F::WIDTH + lane / LANES] = where;
-        __syncwarp();
-        if (feedback)
-#pragma unroll
-            for (int j = 0; j < BLOCK; j++)
-#pragma unroll
-                for (int i = 0; i < OWN; i++) carried[i] += own.weight[j][i] * errors[j];
-        __syncwarp();
-    }
     if (!feedback) {
         cross = sum_of_warp(cross), of_levels = sum_of_warp(of_levels);
         byte = byte_of_scale(UNBIASED ? square / cross : cross / of_levels);
     }
+    __syncwarp();
     store<F>(index, codes);
     if (lane == 0) *scale_byte = byte;
 }
@@ -171,15 +236,16 @@ __device__ __forceinline__ void write(const Problem &problem, const Stream &stre
     extern __shared__ __align__(16) float shared[];
     __shared__ __align__(16) float points[(1 << F::BITS) * F::WIDTH];
     __shared__ u8 indexes[TURNED ? WARPS : 1][F::UNITS];
-    __shared__ float errors[TURNED ? WARPS : 1][BLOCK];
     const int warp = threadIdx.x / 32, vectors = problem.batch * problem.heads * problem.count;
-    float *y = shared + (TURNED ? warp * F::DIM : 0), *x = shared + F::DIM, *sums = x + F::DIM;
+    float *y = shared + (TURNED ? warp * F::DIM : 0), *x = shared + F::DIM, *sums = x + F::DIM, *near = sums + THREADS;
     Transform<F::DIM, THREADS, 1> transform;
     const int first = TURNED ? blockIdx.x * WARPS + warp : blockIdx.x, step = TURNED ? gridDim.x * WARPS : gridDim.x;
     const int first_head = first / problem.count % problem.heads;
     if (!TURNED) {
         transform.load(stream.matrix + (stream.is_shared ? 0 : (size_t)first_head * F::DIM * F::DIM), 0);
-        if (stream.feedback) fetch_all(stream.feedback + (size_t)first_head * F::DIM * F::DIM, F::DIM * F::DIM * 4);
+        const float *feedback = stream.feedback + (size_t)first_head * F::DIM * F::DIM;
+        if (stream.feedback && Feedback<F>::NEAR) Feedback<F>::copy(feedback, near);
+        if (stream.feedback && !Feedback<F>::NEAR) fetch_all(feedback, F::DIM * F::DIM * 4);
     }
     for (int i = threadIdx.x; i < (1 << F::BITS) * F::WIDTH; i += THREADS) points[i] = stream.points[i];
     __syncthreads();
@@ -196,6 +262,7 @@ __device__ __forceinline__ void write(const Problem &problem, const Stream &stre
             const u16 *from = stream.vectors + batch * stream.vector_batch + head * stream.vector_head + offset * stream.vector_token;
             const size_t own = stream.is_shared ? 0 : head;
             for (int i = threadIdx.x; i < F::DIM; i += THREADS) x[i] = load(from, i, TYPE) - stream.mean[own * F::DIM + i];
+            wait_for_copies();
             __syncthreads();
             transform.apply(stream.matrix + own * F::DIM * F::DIM, x, sums, y);
         }
@@ -203,8 +270,9 @@ __device__ __forceinline__ void write(const Problem &problem, const Stream &stre
         if (TURNED || warp == 0) {
             u8 *page = stream.pages + ((size_t)item * stream.page_count + token / PAGE) * F::PAGE_BYTES;
             const int place = token % PAGE;
-            const float *feedback = stream.feedback ? stream.feedback + (size_t)head * F::DIM * F::DIM : nullptr;
-            code<F, UNBIASED>(feedback, stream.gain + head, points, y, indexes[TURNED ? warp : 0], errors[TURNED ? warp : 0], page + place * F::CODE_BYTES, page + PAGE * F::CODE_BYTES + place);
+            const float *feedback = Feedback<F>::NEAR ? near : stream.feedback + (size_t)head * F::DIM * F::DIM;
+            if (!stream.feedback) feedback = nullptr;
+            code<F, UNBIASED>(feedback, stream.gain + head, points, y, indexes[TURNED ? warp : 0], page + place * F::CODE_BYTES, page + PAGE * F::CODE_BYTES + place);
             __syncwarp();
         }
     }
