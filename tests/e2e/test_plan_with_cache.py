@@ -1,19 +1,26 @@
 """One budget for weights and cache: streams are items of the same problem, and every byte counts."""
 
 import json
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_model import VOCABULARY, build
 from typer.testing import CliRunner
 
+import qpalette
 from qpalette.cli.app import app
 from qpalette.core.errors import BudgetError, InputError
+from qpalette.evaluate import load_model
 from qpalette.evaluate.cache import stored_plan, stream_sensitivities
+from qpalette.formats import DequantizedCheckpoint, open_artifact
 from qpalette.kvcache import PAGE, CachePlan, lengths, parse_cache, parse_code
+from qpalette.models import find_groups
+from qpalette.pipeline.jobs import make_jobs
 from qpalette.pipeline.planning import longest_context, make_plan
 from qpalette.plan import (
     Budget,
@@ -27,6 +34,9 @@ from qpalette.plan import (
     parse_size,
 )
 from qpalette.storage import open_checkpoint
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import joint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT = 512
@@ -47,8 +57,6 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def known(checkpoint):
-    from qpalette.models import find_groups
-
     linears = tuple(
         SensitiveLinear(shape, group.name, 1.0 + index)
         for index, group in enumerate(find_groups(checkpoint).groups)
@@ -166,6 +174,20 @@ def test_a_plan_keeps_its_cache(tmp_path):
     assert plan.digest == replace(plan, cache=None).digest  # what is stored of the weights is the same
     (tmp_path / "qpalette_plan.json").write_text(plan.to_json())
     assert stored_plan(tmp_path) == plan.cache
+
+
+def test_joint_rounds_in_memory_what_quantize_writes(checkpoint, tmp_path):
+    specs = {linear.name: "tcq-3-L12" for group in find_groups(checkpoint).groups for linear in group.linears}
+    plan = Plan(specs | {next(iter(specs)): "nuq-2"})
+    qpalette.quantize(checkpoint.location, tmp_path / "out", plan=plan)
+    stored = DequantizedCheckpoint(open_artifact(tmp_path / "out"), torch.float32)
+    model = load_model(checkpoint.location)[0]
+    measured = joint.Rounded.of(model, list(specs))
+    for _ in range(2):  # the second time nothing is rounded
+        measured.take(make_jobs(checkpoint, plan))
+        for name in specs:
+            assert torch.equal(model.get_submodule(name).weight, stored.read(f"{name}.weight"))
+    assert len(measured.kept) == len(specs)
 
 
 def test_sensitivities_of_streams_predict(tmp_path):
