@@ -269,10 +269,11 @@ def biased_caches(result: Result) -> Table:
     pending=True,
 )
 def joint(result: Result) -> Table:
-    """SmolLM2-135M-Instruct, embeddings as they are, rounded data-free: one plan for the codes of linears and cache,
-    beside weights that are planned at a cache of one code, and a cache that is planned at weights of one code, each the
-    best of its kind. The budget is for a number of either, and a cache of so many tokens; KL on windows of 2048 tokens
-    of the WikiText-2 test text, all read through the cache."""
+    """SmolLM2-135M-Instruct, embeddings as they are, rounded data-free: one plan for linears and cache in which each
+    stream of the cache has a code of its own ("joint"), the best with one code for all of them ("cache", which
+    `qpalette plan` has taken since), and a cache that is planned at weights of one code, the best such. The budget is
+    for a number of either, and a cache of so many tokens; KL on windows of 2048 tokens of the WikiText-2 test text, all
+    read through the cache."""
     kl = {"KL": kl_of("KL"), "standard error": "{KL stderr:.4f}", "predicted": kl_of("predicted KL")}
     what = {"plan": "{plan}", "tokens": "{context}", "bits of a number": "{budget:g}"}
     sizes = {"MB": "{MB:.1f}", "of it weights": "{weights MB:.1f}", "bits of a cached number": "{cache bits:.3f}"}

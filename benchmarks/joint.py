@@ -5,8 +5,8 @@
 
 A budget is `--bits` for every number of the linears and of a cache of `--context` tokens, one sequence; everything
 stored of both counts, and what does not depend on the plan (transforms, exact tokens, what is not quantized) is not in
-it. Beside the joint plan: weights planned at a cache of one code, keys and values alike, and a cache planned at weights
-of one quantizer, each for the code or quantizer whose whole is predicted to lose least. KL from the original with its
+it. Beside the joint plan, whose cache has one code: one that gives each stream of the cache a code of its own, and a
+cache planned at weights of one quantizer, that whose whole is predicted to lose least. KL from the original with its
 own cache is measured on windows of `--window` tokens, every one read from codes; rounding is data-free, and no model is
 written: a linear is rounded once for a quantizer, and put into the model that is measured.
 """
@@ -33,7 +33,7 @@ from qpalette.evaluate import load_model, token_windows
 from qpalette.evaluate.cache import WINDOW as MOMENT_WINDOW
 from qpalette.evaluate.cache import WINDOWS as MOMENT_WINDOWS
 from qpalette.evaluate.cache import evaluate_cache
-from qpalette.kvcache import CacheCode, CachePlan
+from qpalette.kvcache import CachePlan
 from qpalette.models import find_groups
 from qpalette.models.model_class import text_config
 from qpalette.pipeline.encode import encode_linear
@@ -70,17 +70,8 @@ class Budgeted:
     def joint(self) -> Found:
         return self._within(self.palette, "joint")
 
-    def at_uniform_cache(self) -> Found:
-        planner = Planner(self.known, Space(self.palette))
-
-        def plan(code: CacheCode) -> Found:
-            taken = sum(self.cache.bits(stream, code) for stream in self.cache.streams)
-            lost = sum(stream.sensitivity * code.distortion for stream in self.cache.streams)
-            choice = planner.plan(Limits(bits=self.room - taken)).choice
-            coded = CachePlan((code.name,), (code.name,), exact=self.cache.exact)
-            return Found(f"cache {code.name}", Plan(choice.specs), coded, choice.loss + lost, choice.bits, taken)
-
-        return least(plan, self.cache.palette)
+    def free(self) -> Found:
+        return self._within(palette_of(self.effort), "a code each", streams="free")
 
     def at_uniform_weights(self) -> Found:
         steps = [candidate for candidate in self.palette if candidate.rate * UNIFORM_STEPS % 1 == 0]
@@ -147,7 +138,7 @@ def plans_of(known: Sensitivities, checkpoint: Checkpoint, effort: str, context:
     cache = CacheSpace(known.streams, context, batch=1, most=most)
     budgeted = Budgeted(known, palette_of(effort), cache, math.floor(bits * numbers))
     yield budgeted.joint()
-    yield budgeted.at_uniform_cache()
+    yield budgeted.free()
     yield budgeted.at_uniform_weights()
 
 

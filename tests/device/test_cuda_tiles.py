@@ -53,7 +53,7 @@ def test_the_same_bits_in_any_cut(
     wanted = product(found, x)
     for blocks in (1, 7, 500):
 
-        def cut(limits: DeviceLimits, most_rows: int, blocks: int = blocks) -> Planner:
+        def cut(limits: DeviceLimits, most_rows: int, lots: int, blocks: int = blocks) -> Planner:
             return lambda kernel, row_tiles, costs: plan_grid(row_tiles, costs, blocks, most_rows)
 
         monkeypatch.setattr(multiply, "block_by_block", cut)

@@ -84,7 +84,7 @@ class ProductLaunch:
         macros = tuple(kernel_macros(limits, batch).items())
         offsets = list(accumulate((member.out_features for member in members), initial=first))
         rows = [all_rows(member) for member in members]
-        planner = block_by_block(limits, most_rows(limits, batch))
+        planner = block_by_block(limits, most_rows(limits, batch), lots)
         segments = prepare_segments(rows, offsets, SOURCE, "multiply", macros, limits.table_bytes, planner)
         self._problem = problem = segments.problem
         problem.batch, problem.out_type, problem.y_stride = tokens, TYPES[dtype], width

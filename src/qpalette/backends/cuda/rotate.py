@@ -28,7 +28,6 @@ MOST_FLOATS = 5632  # of A, twice, and of its output, in a block's shared memory
 # of 4096 x 14336 in 4 and 14 blocks a token: 15.2 and 16.1 us for one token, 18.6 and 16.7 for 8, 22.2 and 21.2 for 16.
 FEW_BLOCKS = 4
 BLOCKS_OF_A_FEW_TOKENS = 16
-BLOCKS_OF_MANY_TOKENS = 128  # about one for each multiprocessor
 MOST_OF_A_FEW_TOKENS = 16
 # Many tokens.
 MOST_SUMS = 56  # of a thread: rows times values
@@ -103,8 +102,7 @@ class Cut:
 def cut_of(order: int, log_h: int, inputs: int, tokens: int) -> Cut:
     """For a few tokens the fewest rows per thread that leave few blocks, or as few blocks as can be. For many, which
     keep the device busy anyway, the most rows per thread, for each of which it would read the token again, and then the
-    most values, as a factor that is loaded from shared memory serves them all; between, fewer rows of the same threads
-    until the device is busy: a token's bits are those that it has among many."""
+    most values, as a factor that is loaded from shared memory serves them all."""
     if tokens > MOST_OF_A_FEW_TOKENS:
         cuts = [
             cut
@@ -112,9 +110,7 @@ def cut_of(order: int, log_h: int, inputs: int, tokens: int) -> Cut:
             for cut in _cuts(order, log_h, inputs, log_values, MOST_SUMS >> log_values, MOST_FLOATS_OF_MANY)
         ]
         enough = [cut for cut in cuts if cut.lines << log_h >> cut.log_values >= LEAST_THREADS] or cuts
-        fewest = max(enough, key=lambda cut: (cut.each, cut.log_values, -cut.blocks))
-        alike = [cut for cut in enough if (cut.log_values, cut.threads) == (fewest.log_values, fewest.threads)]
-        return min(alike, key=lambda cut: (max(cut.blocks * tokens, BLOCKS_OF_MANY_TOKENS), cut.blocks))
+        return max(enough, key=lambda cut: (cut.each, cut.log_values, -cut.blocks))
     few = FEW_BLOCKS if tokens == 1 else BLOCKS_OF_A_FEW_TOKENS
     cuts = _cuts(order, log_h, inputs, max(0, log_h - MOST_ROW_BITS), MOST_EACH, MOST_FLOATS)
     return min(cuts, key=lambda cut: (max(cut.blocks, few), cut.each))
