@@ -68,7 +68,11 @@ from test_cli import _plain_output, model, packed, run, text  # noqa: F401 - fix
         (("tune", "{packed}", "--reference", "{packed}"), "quantized already"),
         (("tune", "{packed}", "--reference", "{model}", "--text", "{missing}"), "does not exist"),
         (("tune", "{packed}", "--reference", "{model}", "--out", "{model}"), "exists already"),
-        (("tune", "{packed}", "--reference", "{model}", "--steps", "0"), "the steps must be at least 1, got 0"),
+        (("tune", "{packed}", "--reference", "{model}", "--steps", "0"), "error: steps must be at least 1, got 0"),
+        (
+            ("tune", "{packed}", "--reference", "{model}", "--save-every", "0"),
+            "error: save-every must be at least 1, got 0",
+        ),
         (("tune", "{packed}", "--reference", "{model}", "--learning-rate", "nan"), "a positive number, got nan"),
         (("tune", "{packed}", "--reference", "{model}", "--dtype", "int4"), "choose float32 or bfloat16"),
         (("tune", "{packed}", "--reference", "{model}", "--device", "abacus"), "'abacus' is not a device"),

@@ -22,6 +22,7 @@ CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/r
 ON_CPU = ("--", "--device", "cpu", "--dtype", "float32")
 CONTEXT = 256  # of the tiny model
 PROMPT = [{"role": "user", "content": "hello"}]
+IMAGE = {"image_url": {"url": "data:image/png;base64,AAAA"}}
 
 BAD: dict[str, tuple[str, Any, str]] = {
     "prompt beyond the context": (
@@ -42,6 +43,21 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "a message without a role": (CHAT, {"messages": [{"content": "hi"}]}, "messages.0.role"),
     "content as a number": (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
     "a part without a type": (CHAT, {"messages": [{"role": "user", "content": [{}]}]}, "messages.0.content"),
+    "an image": (
+        CHAT,
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "what?"}, {"type": "image_url", **IMAGE}]}
+            ]
+        },
+        "no image_url",
+    ),
+    "an image, as input": (
+        RESPONSES,
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,AAAA"}]}]},
+        "no input_image",
+    ),
+    "a part of no kind": (CHAT, {"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "no smell"),
     "prompt as a list": (COMPLETIONS, {"prompt": ["a"]}, "prompt"),
     "an empty prompt": (COMPLETIONS, {"prompt": ""}, "the prompt is empty"),
     "unknown model": (CHAT, {"messages": PROMPT, "model": "another"}, "another"),

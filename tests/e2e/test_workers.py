@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from test_pipeline_quantize import Q, files_of, run, write_llama
 from qpalette.calibration import Calibration, HessianStore
 from qpalette.core.errors import CheckpointError, InputError
 from qpalette.models import find_groups
-from qpalette.pipeline import workers
+from qpalette.pipeline import quantize_checkpoint, workers
 from qpalette.pipeline.work import Work
 from qpalette.storage import open_checkpoint
 
@@ -82,6 +83,16 @@ def test_ray_tells_what_is_wrong_with_a_weight(tmp_path):
     source = write_llama(tmp_path / "source", **{f"{Q}.weight".replace(".", "__"): weight})
     with pytest.raises(CheckpointError, match=f"{Q}.weight' holds NaN"):
         run(source, tmp_path / "out", "nuq-2", ray="local")
+
+
+@pytest.mark.parametrize("address", ["nowhere", "auto"])
+def test_a_cluster_that_is_not_there_is_told_before_the_work(source, tmp_path, monkeypatch, address):
+    pytest.importorskip("ray")
+    module = sys.modules[quantize_checkpoint.__module__]
+    monkeypatch.setattr(module, "rehearsed_jobs", lambda *given: pytest.fail("the work has begun"))
+    with pytest.raises(InputError, match=rf"no Ray cluster at '{address}' .*; give its address, or local") as told:
+        run(source, tmp_path / "out", "nuq-2", workers=2, ray=address)
+    assert "\n" not in str(told.value)
 
 
 def test_without_ray(source, tmp_path, monkeypatch):

@@ -336,7 +336,7 @@ def test_the_model_goes_with_its_last_user():
     model = build()
     attach(model, "never", None, slots=SLOTS)
     all_at_once(model, requests_of(LENGTHS[:3]))
-    model.generate.worker.alone(gc.collect)  # after the batch, which ends behind its answers
+    model.generate.worker.alone(lambda has_left: gc.collect())  # after the batch, which ends behind its answers
     gone = weakref.ref(model)
     del model
     gc.collect()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,7 +45,7 @@ def test_a_batch_that_fails_leaves_the_thread_to_others(
     for _ in range(2):
         with pytest.raises((RuntimeError, ValueError), match=error):
             answering.answer(SimpleNamespace(), REQUEST)  # type: ignore[arg-type]
-    assert answering.alone(lambda: 3) == 3
+    assert answering.alone(lambda has_left: 3) == 3
 
 
 def test_what_fails_ahead_of_a_batch_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,4 +56,28 @@ def test_what_fails_ahead_of_a_batch_is_told_once(monkeypatch: pytest.MonkeyPatc
     answering = Worker(2)
     with pytest.raises(RuntimeError, match="no such device"):
         answering.answer(SimpleNamespace(), REQUEST)  # type: ignore[arg-type]
-    assert answering.alone(lambda: 3) == 3
+    assert answering.alone(lambda has_left: 3) == 3
+
+
+def test_work_is_told_that_its_caller_was_interrupted() -> None:
+    """Of any kind: whoever waits is interrupted while the thread is at it, and that need not go on."""
+    begun, ended = threading.Event(), threading.Event()
+    patience = 60
+
+    def work(has_left: Callable[[], bool]) -> None:
+        begun.set()
+        deadline = time.monotonic() + patience
+        while not has_left() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if has_left():
+            ended.set()
+
+    class Interrupted(Future):  # type: ignore[type-arg]
+        def result(self, timeout: float | None = None) -> Any:
+            begun.wait(patience)
+            raise KeyboardInterrupt
+
+    answering = Worker(2)
+    with pytest.raises(KeyboardInterrupt):
+        answering._wait_for(worker._Alone(work, Interrupted()))
+    assert ended.wait(patience)

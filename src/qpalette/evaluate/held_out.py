@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from itertools import count as naturals
 
 from torch import Tensor
 
@@ -37,19 +38,29 @@ def split(windows: Sequence[Tensor], most: int) -> tuple[list[Tensor], list[Tens
 
 def windows_around(count: int, length: int, most: int) -> int:
     """How many windows of `length` tokens have `count` to fit something to, and at least one held out."""
-    number = count + 1
-    while _held_out([length] * number, most).count(False) < count:
-        number += 1
-    return number
+    held, unit = 0, max(BLOCK, length)
+    for number in naturals(1):
+        held += _is_apart(number * length, length, unit)
+        if number > count and number - (held or _ending(number, most)) >= count:
+            return number
+    raise AssertionError("a text without an end has an answer")
 
 
 def _held_out(lengths: Sequence[int], most: int) -> list[bool]:
     unit = max(BLOCK, *lengths)
-    apart = [
-        any(block % EVERY == EVERY - 1 for block in range((end - length) // unit, (end - 1) // unit + 1))
-        for end, length in zip(accumulate(lengths), lengths, strict=True)
-    ]
+    apart = [_is_apart(end, length, unit) for end, length in zip(accumulate(lengths), lengths, strict=True)]
     if any(apart):
         return apart
-    rest = len(lengths) - min(most, len(lengths) - 1)
+    rest = len(lengths) - _ending(len(lengths), most)
     return [index >= rest for index in range(len(lengths))]
+
+
+def _is_apart(end: int, length: int, unit: int) -> bool:
+    """Whether the `length` tokens before `end` touch the last block of `EVERY`, in blocks of `unit`."""
+    first, last = (end - length) // unit, (end - 1) // unit
+    return any(block % EVERY == EVERY - 1 for block in range(first, last + 1))
+
+
+def _ending(count: int, most: int) -> int:
+    """How many windows are held out of a text without such a block."""
+    return min(most, count - 1)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from qpalette.backends.cuda.graphs import Capture, capture_graph
@@ -97,8 +97,11 @@ class Generate:
             return answer(given.pop("streamer", None), given)
         except NotOurs as error:
             reason = error
-        plain = partial(self.plain if self.cache is None else self._plain_with_cache, *args, **kwargs)
-        result = plain() if answer == self._answer_here else self.worker.alone(plain)  # type: ignore[union-attr]
+        plain = self.plain if self.cache is None else self._plain_with_cache
+        if self.worker is None or self.worker.is_current:
+            result = plain(*args, **kwargs)
+        else:
+            result = self.worker.alone(lambda has_left: plain(**self._until(has_left, args, kwargs)))
         if isinstance(reason, NotRead):  # though there is nothing wrong with the request
             self.unread = self.stamp
         return result
@@ -143,6 +146,14 @@ class Generate:
         if any(given.get(name) is not None for name in elsewhere):
             raise NotOurs
         return self._with_stop_strings(given, tokenizer)
+
+    def _until(self, has_left: Callable[[], bool], args: Any, kwargs: Any) -> dict[str, Any]:
+        """The arguments by name, for an answer that ends once `has_left`."""
+        bound = inspect.signature(self.plain).bind(*args, **kwargs).arguments
+        given = bound | bound.pop("kwargs", {})
+        criteria = StoppingCriteriaList(given.get("stopping_criteria") or [])
+        criteria.append(_Left(has_left))
+        return given | {"stopping_criteria": criteria}
 
     def _plain_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' own loop, over a cache of ours that has room for the request."""
@@ -191,6 +202,18 @@ class Generate:
             self.stamp = stamp
             self.loop = Loop(model, Compiler(model, self.compile, self.context), self.capture, self.cache or TokenCache)
         return self.loop
+
+
+class _Left(StoppingCriteria):
+    """Breaks off what nobody waits for, between two tokens of transformers' own loop."""
+
+    def __init__(self, has_left: Callable[[], bool]) -> None:
+        self.has_left = has_left
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+        if self.has_left():
+            raise InterruptedError
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _decode(

@@ -38,13 +38,15 @@ class Loop:
         self.has_told = False  # that a step cannot be captured: others may be
         self.warm_since: float | None = None  # time.perf_counter() of the latest capture
 
-    def run(self, request: Request) -> torch.Tensor:
+    def run(self, request: Request, has_left: Callable[[], bool] = lambda: False) -> torch.Tensor:
         """The prompt and the new tokens, int64 [batch, tokens] on the host. What breaks a request off passes through,
-        and leaves the session empty."""
+        and leaves the session empty: InterruptedError, once `has_left`, which is asked between two tokens."""
         running = Running(self, request)
         try:
             running.begin()
-            running.run()
+            running.run(has_left)
+            if not running.answer.is_whole:
+                raise InterruptedError
             running.answer.end()
         except BaseException:
             running.session.forget()

@@ -19,9 +19,10 @@ from qpalette.generation.request import Request
 
 @dataclass(frozen=True)
 class _Alone:
-    """Work during which no request is answered. `left` is set where nobody waits for it any more."""
+    """Work during which no request is answered. `left` is set where nobody waits for it any more; the work is given
+    what tells so, and may end with it."""
 
-    work: Callable[[], Any]
+    work: Callable[[Callable[[], bool]], Any]
     future: Future[Any] = field(default_factory=Future)
     left: threading.Event = field(default_factory=threading.Event)
 
@@ -44,11 +45,12 @@ class Worker:
     def answer(self, loop: Loop, request: Request) -> torch.Tensor:
         """As `Loop.run`. Waits for it."""
         if not request.continues:
-            return self.alone(lambda: _run(loop, request))
+            return self.alone(lambda has_left: _run(loop, request, has_left))
         return self._wait_for(Job(loop, request))
 
-    def alone(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns, done in the thread while no request is answered. Waits for it."""
+    def alone(self, work: Callable[[Callable[[], bool]], Any]) -> Any:
+        """What `work` returns, done in the thread while no request is answered. Waits for it. `work` is given a
+        function that says whether the caller has been interrupted, so that it need not go on."""
         return self._wait_for(_Alone(work))
 
     def _wait_for(self, job: Job | _Alone) -> Any:
@@ -86,7 +88,7 @@ class Worker:
             if job.left.is_set():
                 return
             try:
-                job.future.set_result(job.work())
+                job.future.set_result(job.work(job.left.is_set))
             except BaseException as error:
                 job.future.set_exception(error)
             return
@@ -104,9 +106,9 @@ class Worker:
         return job
 
 
-def _run(loop: Loop, request: Request) -> torch.Tensor:
+def _run(loop: Loop, request: Request, has_left: Callable[[], bool]) -> torch.Tensor:
     with decoding_on(request.ids.device):
-        return loop.run(request)
+        return loop.run(request, has_left)
 
 
 @contextmanager

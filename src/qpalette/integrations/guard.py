@@ -33,6 +33,7 @@ from qpalette.models.vocabulary import context_of
 OPEN = "/health"  # without a key
 METRICS = "/metrics"
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", METRICS, OPEN)
+TEXT = ("text", "input_text", "output_text")  # kinds of a message's parts
 OF_EACH = ("max_new_tokens", "eos_token_id")  # what continuous batching takes from each request
 
 Receive = Callable[[], Awaitable[Any]]
@@ -120,6 +121,8 @@ class _Handler:
 
     def __init__(self, handler: Any, kind: type[_Asked]) -> None:
         self._handler, self._kind = handler, kind
+        if (convert := getattr(handler, "get_processor_inputs_from_messages", None)) is not None:
+            handler.get_processor_inputs_from_messages = partial(_converted, convert)
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         try:
@@ -136,6 +139,19 @@ class _Handler:
         except (ValueError, TypeError, KeyError, TemplateError) as error:  # how transformers and templates refuse
             reason = first_line(error)
             raise HTTPException(400, f"the request cannot be answered ({type(error).__name__}: {reason})") from error
+
+
+def _converted(convert: Callable[..., Any], messages: Any, modality: Any) -> Any:
+    """Messages as `convert` of transformers makes them for a model. Raises HTTPException for a part that it would leave
+    out without a word, such as an image for a model of text."""
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None  # no dictionary: told by `convert`
+        for part in content if isinstance(content, list) else ():
+            if part["type"] in TEXT:
+                continue
+            if not convert([{"role": message["role"], "content": [part]}], modality)[0]["content"]:
+                raise HTTPException(400, f"this model reads no {part['type']}: send it text")
+    return convert(messages, modality)
 
 
 class _Manager:

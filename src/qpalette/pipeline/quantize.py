@@ -6,7 +6,7 @@ import errno
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -92,7 +92,7 @@ def quantize_checkpoint(
     output, device = Output(Path(output_dir).expanduser().resolve(), overwrite), parse_device(device)
     if workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
-    with output.claimed():
+    with output.claimed(), _cluster(ray, workers):  # what cannot be reached is told before the work
         jobs = rehearsed_jobs(checkpoint, plan, hessians, rounding)
         for spec in set(plan.specs.values()):
             select("encode", spec, device)
@@ -120,7 +120,7 @@ def quantize_checkpoint(
                 jobs,
                 partial,
                 device,
-                lambda batches: _finished(work, checkpoint, batches, workers, ray, device),
+                lambda batches: _finished(work, checkpoint, batches, workers, ray is not None, device),
                 progress,
             )
             partial.check_source(checkpoint)
@@ -172,14 +172,22 @@ def _full_disk_is_told(partial: PartialResults) -> Iterator[None]:
         ) from error
 
 
+def _cluster(address: str | None, workers: int) -> AbstractContextManager[None]:
+    if address is None:
+        return nullcontext()
+    from qpalette.pipeline.ray_workers import connected
+
+    return connected(address, workers)
+
+
 def _finished(
-    work: Work, checkpoint: Checkpoint, batches: Sequence[Batch], workers: int, ray: str | None, device: torch.device
+    work: Work, checkpoint: Checkpoint, batches: Sequence[Batch], workers: int, in_ray: bool, device: torch.device
 ) -> Iterator[Result]:
     """Batches and their packed tensors, as they are finished: here, in processes of this host, or in a Ray cluster."""
-    if ray is not None:
+    if in_ray:
         from qpalette.pipeline.ray_workers import run_in_ray
 
-        return run_in_ray(work, batches, workers, device, ray)
+        return run_in_ray(work, batches, workers, device)
     if workers > 1:
         return run_in_processes(work, batches, workers, device)
     read = ahead(lambda batch: read_sources(checkpoint, batch), batches)

@@ -6,6 +6,7 @@ The hosts need the same release and the model at the same path; results travel t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,16 +20,10 @@ LOCAL = "local"  # in place of an address: a cluster of this host alone, for as 
 RETRIES = 3
 
 
-def run_in_ray(
-    work: Work, batches: Sequence[Batch], workers: int, device: torch.device, address: str
-) -> Iterator[Result]:
-    """Each batch with its packed tensors, as they are finished; `workers` batches at a time.
-
-    With a device "cuda" each batch has one GPU. Raises what `encode_batch` raises, and InputError when Ray is not
-    installed, not reached at `address`, or loses a batch too often.
-    """
+@contextmanager
+def connected(address: str, workers: int) -> Iterator[None]:
+    """A cluster for `run_in_ray`. Raises InputError when Ray is not installed, or not reached at `address`."""
     ray = _ray()
-    task = ray.remote(max_retries=RETRIES, num_cpus=1, num_gpus=int(device.type == "cuda"))(_encode)
     try:
         ray.init(
             address=None if address == LOCAL else address,
@@ -37,19 +32,33 @@ def run_in_ray(
             log_to_driver=False,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"there is no Ray cluster at '{address}' ({error}); give its address, or {LOCAL}") from error
+        raise InputError(
+            f"there is no Ray cluster at '{address}' ({first_line(error)}); give its address, or {LOCAL}"
+        ) from error
     try:
-        waiting = list(reversed(batches))
-        running: dict[Any, Batch] = {}
-        while waiting or running:
-            while waiting and len(running) < workers:
-                batch = waiting.pop()
-                running[task.remote(work, batch, str(device))] = batch
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            batch = running.pop(done)
-            yield batch, [from_plain(values) for values in _get(ray, done, batch)]
+        yield
     finally:
         ray.shutdown()
+
+
+def run_in_ray(work: Work, batches: Sequence[Batch], workers: int, device: torch.device) -> Iterator[Result]:
+    """Each batch with its packed tensors, as they are finished, in the cluster that is `connected`; `workers` batches
+    at a time.
+
+    With a device "cuda" each batch has one GPU. Raises what `encode_batch` raises, and InputError when Ray loses a
+    batch too often.
+    """
+    ray = _ray()
+    task = ray.remote(max_retries=RETRIES, num_cpus=1, num_gpus=int(device.type == "cuda"))(_encode)
+    waiting = list(reversed(batches))
+    running: dict[Any, Batch] = {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            batch = waiting.pop()
+            running[task.remote(work, batch, str(device))] = batch
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        batch = running.pop(done)
+        yield batch, [from_plain(values) for values in _get(ray, done, batch)]
 
 
 def _encode(work: Work, batch: Batch, device: str) -> list[dict[str, Any]]:

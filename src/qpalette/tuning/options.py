@@ -36,7 +36,9 @@ class Tuning:
             if field.name == "seed" or isinstance(value, bool) or value is None or value >= least.get(field.name, 1):
                 continue
             if field.name != "learning_rate":
-                raise InputError(f"{_spelled(field.name)} must be at least {least.get(field.name, 1)}, got {value}")
+                raise InputError(
+                    f"{field.name.replace('_', '-')} must be at least {least.get(field.name, 1)}, got {value}"
+                )
         if not 0 < self.learning_rate < float("inf"):
             raise InputError(f"the learning rate must be a positive number, got {self.learning_rate:g}")
 
@@ -64,7 +66,3 @@ class Silent:
 
     def held_out(self, step: int, kl: float) -> None:
         pass
-
-
-def _spelled(field: str) -> str:
-    return "the " + field.replace("_", " ")
