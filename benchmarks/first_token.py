@@ -69,14 +69,17 @@ def timed(start: str, arguments: list[str], environment: dict[str, str]) -> dict
     """Seconds of a process until it prints, and until its end; what it prints last, where that is an object."""
     began = time.perf_counter()
     command = [sys.executable, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment) as run,
+    ):
         assert run.stdout is not None
         printed = run.stdout.read(1)
         first = time.perf_counter() - began
         printed += run.stdout.read()
-        _, said = run.communicate()
-    if run.returncode:
-        raise SystemExit(said)
+        if run.wait():
+            said.seek(0)
+            raise SystemExit(said.read())
     found = json.loads(printed) if printed.startswith("{") else {"first token printed": first}
     return {"start": start, "whole process": time.perf_counter() - began, **found}
 
