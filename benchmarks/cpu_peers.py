@@ -1,12 +1,16 @@
 """Tokens/s on the processor beside llama.cpp's, in one run; and with a text, KL to the same original.
 
     python benchmarks/cpu_peers.py [--llama DIR] [--threads 2] [--rounds 5] [--spec tcq-4 ...]
-    python benchmarks/cpu_peers.py --model FILE.gguf --text FILE [--windows 4] [--work DIR]
+    python benchmarks/cpu_peers.py --model MODEL --text FILE [--windows 4] [--also embed_tokens] [--work DIR]
+                                   [--peer Q4_K_M ...] [--artifact OUT ...]
     python benchmarks/cpu_peers.py --processor-time
 
-Without a model: random weights of a Llama of 503 million (`SYNTHETIC`). With one, a GGUF file of 16-bit floats: peers'
-files are made of it by their own llama-quantize, and ours by `qpalette.quantize`. All take turns, round by round, and
-the median counts. Ours are what `generate` gives a user, theirs what llama-bench prints (tg, pp). The tools are looked
+Without a model: random weights of a Llama of 503 million (`SYNTHETIC`). With one, a GGUF file of 16-bit floats or a
+checkpoint of transformers, of which one is written (a Llama or Qwen2): peers'
+files are made of it by their own llama-quantize, and ours by `qpalette.quantize`; an --artifact is ours, too, made
+before of the same model, such as a planned one. Bits are those of a whole file over the model's weights; KL is that of
+ours as it runs here, bytes and all, of theirs with their weights in float32. All take turns, round by round, and the
+median counts. Ours are what `generate` gives a user, theirs what llama-bench prints (tg, pp). The tools are looked
 for in --llama and on the PATH. Where others use the machine, --processor-time counts seconds of one thread's processor
 time: theirs are differences of whole runs of two lengths. Building them:
 
@@ -28,10 +32,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
-from gguf import GGUFWriter
+from gguf_files import write_checkpoint, write_random
 from report import processor, report
 from transformers import AutoConfig
 
@@ -57,7 +60,6 @@ PEERS = ["Q4_0", "Q2_K"]
 YARDSTICK = "llama.cpp Q4_0"
 CONTEXT, PROMPT = 16, 512  # tokens before what is decoded; tokens of a prefill
 SHORTEST = 11  # new tokens that the harness takes
-REPEATED = 16  # rows of a random matrix that are its first ones again: quantizing takes the same time otherwise
 
 
 Clock = Callable[[], float]
@@ -70,6 +72,7 @@ class Contestant:
     name: str
     measure: Callable[[], tuple[float, float]]
     megabytes: float | None = None
+    bits: float | None = None
     kl: float | None = None
     speeds: list[tuple[float, float]] = field(default_factory=list)
 
@@ -123,42 +126,14 @@ def ours(name: str, candidate: Candidate, steps: int, clock: Clock, megabytes: f
     return Contestant(name, measure, megabytes)
 
 
-def write_synthetic(file: Path) -> None:
-    """As float16, N(0, 0.02)."""
-    sizes, random = SYNTHETIC, np.random.default_rng(0)
-    hidden, inner, heads = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_attention_heads"]
-    narrow = hidden // heads * sizes["num_key_value_heads"]
-
-    def matrix(rows: int, columns: int) -> np.ndarray:
-        few = random.standard_normal((rows // REPEATED, columns), dtype=np.float32)
-        return np.tile((0.02 * few).astype(np.float16), (REPEATED, 1))
-
-    writer = GGUFWriter(file, "llama")
-    writer.add_vocab_size(sizes["vocab_size"])
-    writer.add_context_length(sizes["max_position_embeddings"])
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(inner)
-    writer.add_block_count(sizes["num_hidden_layers"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(sizes["num_key_value_heads"])
-    writer.add_rope_dimension_count(hidden // heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_file_type(1)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_tensor("token_embd.weight", matrix(sizes["vocab_size"], hidden))
-    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
-    shapes = {"attn_q": (hidden, hidden), "attn_k": (narrow, hidden), "attn_v": (narrow, hidden)}
-    shapes |= {"attn_output": (hidden, hidden), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden)}
-    shapes |= {"ffn_down": (hidden, inner)}
-    for layer in range(sizes["num_hidden_layers"]):
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(hidden, np.float32))
-        for name, shape in shapes.items():
-            writer.add_tensor(f"blk.{layer}.{name}.weight", matrix(*shape))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def file_of(model: Path | None, work: Path) -> Path:
+    """What llama-quantize reads: the random model, `model` itself, or a file of the checkpoint at `model`."""
+    if model is not None and not model.is_dir():
+        return model
+    file = work / ("synthetic.gguf" if model is None else f"{model.name}-f16.gguf")
+    if not file.exists():
+        write_random(file, SYNTHETIC) if model is None else write_checkpoint(model, file)
+    return file
 
 
 def peers_of(
@@ -191,22 +166,29 @@ def of_synthetic(specs: list[str], dtype: torch.dtype, steps: int, clock: Clock)
     ]
 
 
-def of_model(source: Path, specs: list[str], dtype: torch.dtype, steps: int, clock: Clock, work: Path) -> list[Any]:
-    made = []
-    for spec in specs:
-        out = work / f"{source.stem}-{spec}"
+def uniform_ones(source: Path, specs: list[str], also: list[str], work: Path) -> dict[str, Path]:
+    placed = {spec: work / "-".join([source.stem, spec, *also]) for spec in specs}
+    for spec, out in placed.items():
         if not out.exists():
-            qpalette.quantize(source, out, spec=spec)
-        candidate = from_directory(spec, str(out), dtype, torch.device("cpu"), None)
+            qpalette.quantize(source, out, spec=spec, also=also)
+    return placed
+
+
+def of_artifacts(placed: dict[str, Path], dtype: torch.dtype, steps: int, clock: Clock) -> list[Any]:
+    made = []
+    for name, out in placed.items():
+        candidate = from_directory(name, str(out), dtype, torch.device("cpu"), None)
         megabytes = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
-        made.append((ours(spec, candidate, steps, clock, megabytes), out))
+        made.append((ours(name, candidate, steps, clock, megabytes), out))
     return made
 
 
 def measure_losses(contestants: list[Any], source: Path, text: Path, windows: int, length: int) -> None:
     original, tokenizer = load_model(source)
     chosen = token_windows(text, tokenizer, length, windows)
+    weights = sum(parameter.numel() for parameter in original.parameters())
     for contestant, place in contestants:
+        contestant.bits = 8e6 * contestant.megabytes / weights
         contestant.kl = evaluate_models(load_model(place)[0], original, chosen).kl
 
 
@@ -218,7 +200,8 @@ def rows_of(contestants: list[Contestant], model: str) -> list[dict[str, Any]]:
     rows = []
     for each in contestants:
         decode, prefill = medians(each)
-        row: dict[str, Any] = {"model": model, "weights": each.name, "MB": each.megabytes, "KL": each.kl}
+        row: dict[str, Any] = {"model": model, "weights": each.name, "MB": each.megabytes, "bits": each.bits}
+        row["KL"] = each.kl
         row |= {"decode tokens/s": decode, "over Q4_0": base and decode / base[0]}
         row |= {"prefill tokens/s": prefill, "prefill over Q4_0": base and prefill / base[1]}
         rows.append(row | {"least": min(speeds[0] for speeds in each.speeds)})
@@ -227,7 +210,7 @@ def rows_of(contestants: list[Contestant], model: str) -> list[dict[str, Any]]:
 
 def main(
     llama: Annotated[Path | None, typer.Option(help="Where llama.cpp was built.")] = None,
-    model: Annotated[Path | None, typer.Option(help="A GGUF file of 16-bit floats.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A GGUF file of 16-bit floats, or a Llama or Qwen2.")] = None,
     text: Annotated[Path | None, typer.Option(help="Measures KL, too.")] = None,
     windows: int = 4,
     length: int = 512,
@@ -238,6 +221,8 @@ def main(
     peers: Annotated[
         list[str] | None, typer.Option("--peer", help="Types of llama-quantize; Q4_0 is compared to.")
     ] = None,
+    also: Annotated[list[str] | None, typer.Option(help="What each --spec packs, too, such as embed_tokens.")] = None,
+    artifacts: Annotated[list[Path] | None, typer.Option("--artifact", help="Made of --model before.")] = None,
     dtype: str = "float32",
     work: Annotated[Path, typer.Option(help="Where files go; kept, so that a rerun is quick.")] = Path("out"),
     processor_time: Annotated[bool, typer.Option(help="Of one thread.")] = False,
@@ -250,14 +235,13 @@ def main(
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     specs, types, kind = spec or SPECS, peers or PEERS, getattr(torch, dtype)
-    source = model or work / "synthetic.gguf"
-    if not source.exists():
-        write_synthetic(source)
+    source = file_of(model, work)
     others = peers_of(source, types, llama, threads, steps, clock, work)
     if model is None:
         contestants = [each for each, _ in others] + of_synthetic(specs, kind, steps, clock)
     else:
-        placed = others + of_model(model, specs, kind, steps, clock, work)
+        made = uniform_ones(model, specs, also or [], work) | {each.name: each for each in artifacts or []}
+        placed = others + of_artifacts(made, kind, steps, clock)
         contestants = [each for each, _ in placed]
         if text is not None:
             measure_losses(placed, model, text, windows, length)

@@ -1,10 +1,12 @@
 """Seconds before the first token of a model of many rates on the processor: first start, and with its kernels on disk.
 
     python benchmarks/first_token.py
+    python benchmarks/first_token.py --model ARTIFACT
 
 The model is a chain of one small linear for each of 27 quantizers, every fourth of the palette: what counts is what is
 compiled and loaded, not the products. Each start is a process of its own; it reads a prompt of 32 tokens (weights are
-decoded whole) and makes two tokens (products of one vector).
+decoded whole) and makes two tokens (products of one vector). With --model it is `qpalette generate` on a model that is
+there, as a user starts it: seconds until the first of the answer is printed, Python and torch included.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
-from report import processor, report
+from report import commit, processor, report
 
 FEATURES, PROMPT, EVERY = 256, 32, 4
 
@@ -57,19 +61,44 @@ def start() -> dict[str, float]:
     return {name: at - before for (name, at), (_, before) in zip(marks[1:], marks, strict=False)}
 
 
-def main(one_start: bool = False) -> None:
+def of_a_model(model: Path) -> list[str]:
+    return ["-m", "qpalette.cli", "generate", str(model), "Why is the sky blue?", "--max-new-tokens", "16"]
+
+
+def timed(start: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """Seconds of a process until it prints, and until its end; what it prints last, where that is an object."""
+    began = time.perf_counter()
+    command = [sys.executable, *arguments]
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment) as run,
+    ):
+        assert run.stdout is not None
+        printed = run.stdout.read(1)
+        first = time.perf_counter() - began
+        printed += run.stdout.read()
+        if run.wait():
+            said.seek(0)
+            raise SystemExit(said.read())
+    found = json.loads(printed) if printed.startswith("{") else {"first token printed": first}
+    return {"start": start, "whole process": time.perf_counter() - began, **found}
+
+
+def main(
+    model: Annotated[Path | None, typer.Option(help="A quantized directory.")] = None,
+    one_start: bool = False,
+    name: str | None = None,
+) -> None:
     if one_start:
         print(json.dumps(start()))
         return
-    rows = []
+    arguments = [__file__, "--one-start"] if model is None else of_a_model(model)
     with tempfile.TemporaryDirectory() as cache:
-        for name in ("first", "second"):
-            began = time.perf_counter()
-            command = [sys.executable, __file__, "--one-start"]
-            environment = {**os.environ, "QPALETTE_COMPILE_CACHE": cache}
-            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-            rows.append({"start": name, "whole process": time.perf_counter() - began, **json.loads(printed)})
-    report("first_token_cpu", processor(), rows, features=FEATURES, prompt=PROMPT, every=EVERY)
+        environment = {**os.environ, "QPALETTE_COMPILE_CACHE": cache}
+        rows = [timed(each, arguments, environment) for each in ("first", "second", "third")]
+    facts: dict[str, Any] = {"commit": commit(), "load": os.getloadavg()[0]}
+    facts |= {"features": FEATURES, "prompt": PROMPT, "every": EVERY} if model is None else {"model": model.name}
+    report(name or ("first_token_cpu" if model is None else "first_token_model"), processor(), rows, **facts)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ A Qwen3-MoE of 8 experts, top 2, some 20 M parameters, trained on TRAIN with its
 measured on TEST. Each budget, everything counted: data-free and on both sides, uniform; planned, with the experts of a
 layer sharing their specs, in tiers, and each with its own. The model stays in `--work`.
 
-    python benchmarks/mixture.py --dense --train TRAIN --device cuda --work DIR
+    python benchmarks/mixture.py --dense --train TRAIN --device cuda --work DIR [--width 320]
 
 trains a Qwen2 of about that size, whose keys have large biases, in `DIR/model`, and nothing else: for
-`benchmarks/cache.py`.
+`benchmarks/cache.py`, and of 512, of which llama.cpp's blocks of 256 are parts, for `benchmarks/cpu_peers.py`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ SIZES: dict[str, Any] = {
     **{"norm_topk_prob": True, "output_router_logits": True, "router_aux_loss_coef": 0.01, "tie_word_embeddings": True},
 }
 DENSE: dict[str, Any] = {
-    **{"hidden_size": 320, "intermediate_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 5},
-    **{"num_key_value_heads": 5, "head_dim": 64, "tie_word_embeddings": True, "max_position_embeddings": 2048},
+    **{"intermediate_size": 1024, "num_hidden_layers": 10},
+    **{"tie_word_embeddings": True, "max_position_embeddings": 2048},
 }
+HEAD = 64  # of the dense one
 KEY_BIAS = 8.0  # they begin so far from 0: training alone leaves them small, and those of Qwen2 are not
 VOCABULARY, RATE, TOGETHER = 2048, 1e-3, 8192  # tokens of a step
 WINDOW, LONG = 256, 2048  # tokens of a text: of the mixture; of the other one, as long as its cache is measured
@@ -56,18 +57,19 @@ def tokenizer_of(text: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def train(text: Path, directory: Path, device: str, steps: int, dense: bool = False) -> dict[str, float]:
-    """Writes the checkpoint, of a mixture or `dense`; returns what it cost, and its last loss."""
+def train(text: Path, directory: Path, device: str, steps: int, width: int = 0) -> dict[str, float]:
+    """Writes the checkpoint, of a mixture or, with a `width`, a dense one; returns what it cost, and its last loss."""
     torch.manual_seed(0)
     tokenizer = tokenizer_of(text)
     ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"))["input_ids"], device=device)
     config: Any = Qwen3MoeConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **SIZES)
-    if dense:
-        config = Qwen2Config(vocab_size=len(tokenizer), **DENSE)
+    if width:
+        heads = {"num_attention_heads": width // HEAD, "num_key_value_heads": width // HEAD}
+        config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=width, **heads, **DENSE)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).to(device)
-    for layer in model.model.layers if dense else ():
+    for layer in model.model.layers if width else ():
         torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=KEY_BIAS)
-    window = LONG if dense else WINDOW
+    window = LONG if width else WINDOW
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.05)
     start, loss = time.perf_counter(), torch.zeros(())
@@ -82,7 +84,7 @@ def train(text: Path, directory: Path, device: str, steps: int, dense: bool = Fa
         schedule.step()
         if step % 100 == 0:
             print(f"step {step}: {loss.item():.3f}", flush=True)
-    if not dense:
+    if not width:
         model.config.output_router_logits = False
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -93,6 +95,7 @@ def main(
     train_text: Annotated[Path, typer.Option("--train")],
     text: Annotated[Path | None, typer.Option("--text")] = None,
     dense: Annotated[bool, typer.Option("--dense")] = False,
+    width: Annotated[int, typer.Option(help="Of the dense one.")] = 320,
     device: str = "cpu",
     steps: int = 400,
     bits: Annotated[list[str] | None, typer.Option()] = None,
@@ -104,7 +107,7 @@ def main(
 ) -> None:
     source, moments, facts = work / "model", work / "moments", {"steps": steps, "effort": effort, "tokens": tokens}
     if not source.exists():
-        facts |= train(train_text, source, device, steps, dense)
+        facts |= train(train_text, source, device, steps, width if dense else 0)
     if dense:
         print(facts)
         return

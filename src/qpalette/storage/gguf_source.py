@@ -27,6 +27,7 @@ FLOATS = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
+NO_TOKENIZER = (None, "none", "no_vocab")  # nothing said, or one of llama.cpp's two words for it
 LAYER = re.compile(r"blk\.(\d+)\.")
 MOST_LAYERS = 256  # twice the deepest model's; transformers takes a time that grows with their square
 ROPE_FACTORS = "rope_freqs.weight"  # goes into the config
@@ -85,7 +86,7 @@ class GgufCheckpoint(Checkpoint):
 
     def save_side_files(self, directory: Path) -> None:
         kind = _metadata(self.file, self._reader, "tokenizer.ggml.model")
-        if kind is None:
+        if kind in NO_TOKENIZER:
             logger.warning("%s has no tokenizer; none is written", self.file)
         else:
             pre = _metadata(self.file, self._reader, "tokenizer.ggml.pre") if kind == "gpt2" else None
