@@ -20,7 +20,6 @@ from qpalette.runtime.prefill import FEW_TOKENS, FLOAT, INT8, road_of
 
 MOST_FUSED_TOKENS = FEW_TOKENS  # above, matrices are decoded and multiplied by cuBLAS
 BY_LIBRARY = {FLOAT: LibraryProduct, INT8: Int8Product}
-MANY = 1 << 16  # tokens: a rotation is cut alike for any number above MOST_BATCH
 
 
 class CudaProduct:
