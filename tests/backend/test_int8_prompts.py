@@ -123,7 +123,7 @@ def test_no_sum_leaves_int32(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.usefixtures("in_int8")
 def test_a_backend_without_it_refuses_by_name() -> None:
     cpu = torch.device("cpu")
-    with pytest.raises(UnsupportedError, match="backend 'cpu' multiplies no prompts in int8"):
+    with pytest.raises(UnsupportedError, match="backend 'cpu' has no int8 for prompts"):
         select("linear", "nuq-4", cpu)
     linear = QuantLinear(LinearRecord("nuq-4", 32, 64, "h64", 0))
     with pytest.raises(UnsupportedError, match="leave out --prefill"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import weakref
 from typing import Any
 
@@ -24,6 +25,7 @@ from qpalette.bench.breakdown import PARTS, Kernel, part_of, shares_of
 from qpalette.bench.models import PRESETS, first_layers, groups_of, records_of, with_head
 from qpalette.cli import main
 from qpalette.codes import parse_spec
+from qpalette.core.environment import PREFILL
 from qpalette.core.errors import InputError, SpecError, UnsupportedError
 from qpalette.evaluate import bits_per_weight
 from qpalette.formats import packed_bits
@@ -275,6 +277,19 @@ def test_bench_prints_a_ratio_in_the_same_run(run, config_file, tmp_path):  # no
     shown = run(*command, "--breakdown")
     assert "(random weights)" in shown.out
     assert "Where a step goes" in shown.out
+
+
+def test_bench_times_prompts_by_each_road(run, config_file, monkeypatch):  # noqa: F811
+    monkeypatch.delenv(PREFILL, raising=False)
+    options = ("--batch", 1, "--context", 150, "--steps", 2, "--prefills", 1, "--dtype", "float32")
+    command = ("bench", "--config", config_file, "--spec", "nuq-4", *options, "--prefill", "float", "--prefill", "int8")
+    speeds = json.loads(run(*command, "--json").out)["speeds"]
+    assert [speed.get("prefill") for speed in speeds] == [None, "float", "int8"]
+    assert [speed["model"].endswith(f"prompts {speed.get('prefill')}") for speed in speeds] == [False, True, True]
+    assert all(speed["prefill_seconds"] > 0 for speed in speeds)
+    assert PREFILL not in os.environ
+    monkeypatch.setenv("QPALETTE_BACKEND", "cpu")
+    assert "has no int8 for prompts" in run(*command[:-4], "--alone", "--prefill", "int8").err
 
 
 def test_bench_of_what_generate_runs(run, config_file, monkeypatch):  # noqa: F811

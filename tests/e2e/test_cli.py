@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import qpalette
 from qpalette.cli import main
 from qpalette.cli import quantize as commands
+from qpalette.core.environment import PREFILL
 from qpalette.pipeline import quantize as quantize_a_model
 
 VOCABULARY = 128
@@ -356,6 +357,22 @@ def test_eval_compares_with_the_reference(run, model, packed, text):
     shown = run("eval", model, "--reference", model, "--text", text, "--windows", "1").out
     assert "100.0 %" in shown
     assert "nats per token" in shown
+
+
+def test_eval_says_what_prompts_in_int8_cost(run, model, packed, text, monkeypatch):
+    command = ("eval", packed, "--reference", model, "--text", text, "--windows", "2")
+    monkeypatch.setenv(PREFILL, "float")  # what a command sets is gone behind this test
+    refused = run(*command, "--prefill", "int8")
+    assert (refused.code, "backend 'cpu' has no int8 for prompts" in refused.err) == (1, True)
+    monkeypatch.setenv("QPALETTE_BACKEND", "ref")
+    kls = {}
+    for road in ("float", "int8"):
+        report = json.loads(run(*command, "--prefill", road, "--json").out)
+        assert report["prefill"] == road
+        kls[road] = report["kl"]
+    assert kls["int8"] != kls["float"]
+    assert kls["int8"] < 1.5 * kls["float"], "of 4 bits: int8 adds a few percent to the error of nuq-4"
+    assert "multiplied in int8" in run(*command, "--prefill", "int8").out
 
 
 def test_generate_streams_what_json_says(run, packed):

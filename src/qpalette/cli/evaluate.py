@@ -80,6 +80,7 @@ def evaluate(
     from qpalette.evaluate import evaluate as measure
     from qpalette.evaluate.text_source import check_text
     from qpalette.evaluate.windows import WINDOW, check_limit
+    from qpalette.runtime import prefill_road
     from qpalette.runtime.device import parse_device
 
     where = parse_device(device)
@@ -100,7 +101,7 @@ def evaluate(
     with token_bar("writing text") as writing, step_bar("windows") as bar:
         result = measure(model, reference, text, windows, where, progress=bar.show, writing=writing.show)
     if as_json:
-        print_json(result)
+        print_json({**vars(result), "prefill": prefill_road()})
     else:
         print_facts(model, _facts(result))
 

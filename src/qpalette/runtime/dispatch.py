@@ -46,7 +46,7 @@ def select(operation: Operation, spec: str, device: torch.device, prefer: str | 
     backend = _select(operation, spec, device, prefer or os.environ.get(ENVIRONMENT) or None)
     if operation == "linear" and not backend.in_int8 and prefill_road() == INT8:
         raise UnsupportedError(
-            f"backend '{backend.name}' multiplies no prompts in int8: leave out --prefill ({PREFILL}), or take "
+            f"backend '{backend.name}' has no int8 for prompts: leave out --prefill ({PREFILL}), or take "
             f"{ENVIRONMENT}=ref, which is slow"
         )
     return backend

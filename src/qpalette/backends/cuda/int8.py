@@ -21,7 +21,7 @@ SOURCE = COMMON_SOURCE + Path(__file__).with_name("int8.cu").read_text(encoding=
 THREADS, EACH = 256, 8
 MACROS = {"THREADS": THREADS, "EACH": EACH, "LARGEST": LARGEST, "LEAST_EXPONENT": LEAST_EXPONENT}
 ROWS_OF_A_BLOCK = 4 * THREADS
-# Of a product at a time, 16 MB: they are read again from the second-level cache, not from memory. (Not measured.)
+# At a time, an estimate, not measured: 16 MB, which the second-level cache still has when they are read again.
 MOST_SUMS = 1 << 22
 
 
