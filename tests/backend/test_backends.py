@@ -1,7 +1,7 @@
 """Every spec on every backend against the reference: equal codes, equal weights, products within float32 rounding."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -74,6 +74,30 @@ def test_products_are_within_float32_rounding(name: str, spec: str, batch: int) 
     stored = random_linear(spec, out_features, in_features)
     for found in (packed_linear(x, packed), REF.linear(x, stored)):
         check_float32(found, exact(stored), operands(x, stored), terms(stored))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("spec", ["tcq-2.375-L12", "tcq2-2.125-L12", "vq-3", "nuq-4"])
+def test_two_threads_are_as_right_as_one(name: str, spec: str) -> None:
+    """Codes, their layout, weights and products: elsewhere there may be one thread in each process of the tests."""
+    tiles, packed = torch.randn(70, 256, generator=generator()), random_linear(spec, 257, 176)
+    ready = laid_out(name, packed)
+    assert torch.equal(backends()[name].rotated_weight(ready), REF.rotated_weight(packed))
+    for batch in (1, 7, 16, 80):
+        x = torch.randn(batch, 176, generator=generator(3))
+        check_float32(packed_linear(x, ready), exact(packed), operands(x, packed), terms(packed))
+    codes = backends()[name].encode(spec, tiles)
+    torch.set_num_threads(1)
+    assert torch.equal(codes, backends()[name].encode(spec, tiles))
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qpalette.cli.output import print_facts, print_json, quiet_transformers, step_bar, token_bar
+
+if TYPE_CHECKING:
+    from qpalette.calibration.hessians import Calibration
 
 
 def calibrate(
@@ -44,10 +47,7 @@ def calibrate(
 
     Example: [bold]qpalette calibrate MODEL DIR --text wiki.train.raw[/]
     """
-    from dataclasses import asdict
-
     from qpalette.api import calibrate as run
-    from qpalette.calibration.hessians import HessianStore
     from qpalette.cli.answer import parse_dtype
     from qpalette.core.errors import InputError
 
@@ -70,6 +70,14 @@ def calibrate(
             progress=bar.show,
             writing=writing.show,
         )
+    _show(found, directory, as_json)
+
+
+def _show(found: Calibration, directory: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from qpalette.calibration.hessians import HessianStore
+
     experts = sorted(HessianStore.open(directory).expert_tokens.values())
     if as_json:
         print_json(asdict(found) | {"expert_tokens": experts})

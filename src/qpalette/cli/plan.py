@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,20 +61,12 @@ def plan(
     """
     if calibration is not None and (sensitivity is not None or model is None):
         raise typer.BadParameter("--calibration needs a MODEL and no --sensitivity: it has its own")
-    from qpalette.plan import EXPERTS, FUSIONS, LatencyProfile, Space, palette_of, preferred, profile_of
-
     tokens = _context(context, memory, max_loss)
     measured_peers = [] if peers is None else _peers(peers, report)
-    if fusion not in FUSIONS:
-        raise typer.BadParameter(f"--fusion is one of {', '.join(FUSIONS)}")
-    if experts not in EXPERTS:
-        raise typer.BadParameter(f"--experts is one of {', '.join(EXPERTS)}")
+    prefer = prefer or ("balanced" if tokens_per_second is None else "quality")
+    space = _space(effort, family or (), prefer, profile, target, batch, fusion, experts)
     budget = budget_of(bits, disk, memory, tokens_per_second)
-    measured = None if profile is None else LatencyProfile.read(profile)
-    chosen = prefer or ("balanced" if tokens_per_second is None else "quality")
-    palette = preferred(palette_of(effort, family or ()), chosen, measured or profile_of(target))
-    space = Space(palette, measured, batch, fusion, experts)
-    _check_before_the_work(tokens_per_second, measured, solver, plot, (out, report, cache_out))
+    _check_before_the_work(tokens_per_second, space.profile, solver, plot, (out, report, cache_out))
     checkpoint = _checkpoint(model)
     options: dict[str, Any] = {"also": also or (), "solver": solver, "rotation": rotation, "seed": seed}
     if sensitivity is None and checkpoint is not None:
@@ -88,11 +80,7 @@ def plan(
     found = make(tokens) if tokens is not None else _longest(make, checkpoint, max_loss)
     _write(found, out, cache_out, plot)
     if report is not None:
-        from qpalette.report.plan_page import plan_page
-
-        name = model or str(sensitivity)
-        command = f"{shlex.join(['qpalette', *sys.argv[1:]])}\nqpalette quantize MODEL OUT --plan {out or 'PLAN.json'}"
-        write_text(report, plan_page(found, str(budget), command, name, checkpoint, measured_peers))
+        _write_page(report, found, budget, model or str(sensitivity), out, checkpoint, measured_peers)
     if as_json:
         from qpalette.report.plan_facts import plan_json
 
@@ -115,6 +103,43 @@ def _write(found: BudgetPlan, out: Path | None, cache_out: Path | None, plot: Pa
         from qpalette.report.plan_plot import draw_plan
 
         draw_plan(found, plot, FRONT_POINTS)
+
+
+def _write_page(
+    file: Path,
+    found: BudgetPlan,
+    budget: Budget,
+    name: str,
+    out: Path | None,
+    checkpoint: Checkpoint | None,
+    peers: Sequence[dict[str, Any]],
+) -> None:
+    from qpalette.report.plan_page import plan_page
+
+    command = f"{shlex.join(['qpalette', *sys.argv[1:]])}\nqpalette quantize MODEL OUT --plan {out or 'PLAN.json'}"
+    write_text(file, plan_page(found, str(budget), command, name, checkpoint, peers))
+
+
+def _space(
+    effort: str,
+    families: Sequence[str],
+    prefer: str,
+    profile: str | None,
+    target: str | None,
+    batch: int,
+    fusion: str,
+    experts: str,
+) -> Space:
+    """What a plan chooses from. Raises BadParameter for a word that is none of those known."""
+    from qpalette.plan import EXPERTS, FUSIONS, LatencyProfile, Space, palette_of, preferred, profile_of
+
+    if fusion not in FUSIONS:
+        raise typer.BadParameter(f"--fusion is one of {', '.join(FUSIONS)}")
+    if experts not in EXPERTS:
+        raise typer.BadParameter(f"--experts is one of {', '.join(EXPERTS)}")
+    measured = None if profile is None else LatencyProfile.read(profile)
+    palette = preferred(palette_of(effort, families), prefer, measured or profile_of(target))
+    return Space(palette, measured, batch, fusion, experts)
 
 
 def budget_of(bits: str | None, disk: str | None, memory: str | None, tokens_per_second: float | None = None) -> Budget:

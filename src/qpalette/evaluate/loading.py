@@ -44,12 +44,14 @@ def load(
     place = local_path(path)
     quantized = is_artifact(place)
     directory = directory_for(place)
-    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
+    # To a GPU each tensor goes by itself: packed ones would be laid out for the processor first, and then again.
+    spread = {"": where} if device_map is None and where.type == "cuda" else device_map
+    options = {"dtype": dtype, "device_map": spread, "quantization_config": quantization_config}
     kind = ArtifactError if quantized else CheckpointError
     given = {name: value for name, value in options.items() if value is not None}
     try:
         model, tokenizer = _read(directory, given, kind)
-        return (model if device_map is not None else model.to(where)).eval(), tokenizer
+        return (model if spread is not None else model.to(where)).eval(), tokenizer
     except QPaletteError:
         raise
     except Exception as error:  # whatever transformers raises on a config or a tokenizer of nonsense

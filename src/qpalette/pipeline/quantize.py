@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -105,15 +105,7 @@ def quantize_checkpoint(
         checkpoint.check_values(packed.carried)
         partial.open(checkpoint)
         _check_disk(packed, jobs, partial)
-        if (warning := packed.shares.warning()) is not None:
-            logger.warning("%s: %s", checkpoint.location.name, warning)
-        if transposed := transposed_modules(checkpoint, (job.name for job in jobs)):
-            logger.warning(
-                "%s and %d more are Conv1D, stored transposed: in the result their rows are outputs, as in any other "
-                "linear",
-                *(transposed[0], len(transposed) - 1),
-            )
-
+        _warn(packed, checkpoint, jobs)
         with _full_disk_is_told(partial):
             work = Work(checkpoint.location, checkpoint.fingerprint, hessians, rounding, torch.get_num_threads())
             qualities = _quantize_linears(
@@ -125,11 +117,9 @@ def quantize_checkpoint(
             )
             partial.check_source(checkpoint)
             calibration = None if hessians is None else hessians.calibration
-            measured = [(job, qualities[job.name]) for job in jobs]
-            results = [LinearResult(job.name, job.record, found.distortion, found.proxy) for job, found in measured]
             report = QuantizeReport(
-                *(output.directory, results, packed.total_bytes, plan.digest, checkpoint.fingerprint),
-                *(packed.shares, calibration),
+                *(output.directory, _results(jobs, qualities), packed.total_bytes, plan.digest),
+                *(checkpoint.fingerprint, packed.shares, calibration),
             )
             write_documents(packed, report, plan, base_model)
             export_checkpoint(packed, partial.assembled, max_shard_bytes, WRITING_THREADS)
@@ -147,6 +137,23 @@ def rehearsed_jobs(
     jobs = make_jobs(checkpoint, plan, hessians, rounding)
     rehearse(checkpoint, planned_result(checkpoint, plan, jobs, hessians), {job.name: job.record for job in jobs})
     return jobs
+
+
+def _warn(packed: PackedCheckpoint, checkpoint: Checkpoint, jobs: Sequence[Job]) -> None:
+    """Of what is right, and may not be what is expected."""
+    if (warning := packed.shares.warning()) is not None:
+        logger.warning("%s: %s", checkpoint.location.name, warning)
+    if transposed := transposed_modules(checkpoint, (job.name for job in jobs)):
+        logger.warning(
+            "%s and %d more are Conv1D, stored transposed: in the result their rows are outputs, as in any other "
+            "linear",
+            *(transposed[0], len(transposed) - 1),
+        )
+
+
+def _results(jobs: Sequence[Job], qualities: Mapping[str, Quality]) -> list[LinearResult]:
+    measured = ((job, qualities[job.name]) for job in jobs)
+    return [LinearResult(job.name, job.record, found.distortion, found.proxy) for job, found in measured]
 
 
 def _learned(
