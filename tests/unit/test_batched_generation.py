@@ -33,7 +33,7 @@ LENGTHS = [9, 20, 3, 31, 14, 7, 25]  # more than slots
 def held(generate) -> Iterator[None]:
     """What is asked for within waits until the end."""
     free, taken = threading.Event(), threading.Event()
-    thread = threading.Thread(target=generate.worker.alone, args=(lambda: (taken.set(), free.wait(60)),))
+    thread = threading.Thread(target=generate.worker.alone, args=(lambda has_left: (taken.set(), free.wait(60)),))
     thread.start()
     taken.wait(60)
     yield

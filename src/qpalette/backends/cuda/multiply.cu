@@ -12,6 +12,10 @@ constexpr int X_PAIR = 64 * BATCH, X_FRAGMENT = 64 * COLUMNS, X_CHUNK = CHUNK / 
 template <class D>
 constexpr bool LOADS_AHEAD = D::HASHED && (D::VALUES == 2 || FRAGMENTS == 1);
 
+// Whether the scale of a thread's first sum is loaded before the loop, and has a register in it.
+template <class D>
+constexpr bool HOLDS_SCALE = LOADS_AHEAD<D> || FRAGMENTS <= 2;
+
 // All items of a warp that has part CUT of every chunk.
 template <class D, int CUT = 0>
 __device__ __forceinline__ void multiply_items(u32 cut, int *sums, float fixed_point, u32 (&words)[D::WORDS], Walk<D> at,
@@ -53,15 +57,15 @@ __device__ void multiply_segment(const Problem &problem, const Segment &segment)
     u16 first_scale = 0;     // of the thread's first sum,
     float first_factor = 0;  // or, loaded ahead, times that of its column
     if constexpr (LOADS_AHEAD<D>) first_factor = first_row < segment.rows ? half_to_float(segment.scales[first_row]) : 0;
-    else first_scale = first_row < segment.rows ? segment.scales[first_row] : 0;
+    else if constexpr (HOLDS_SCALE<D>) first_scale = first_row < segment.rows ? segment.scales[first_row] : 0;
     wait_for_previous_kernel();
     let_next_kernel_start();
     uint4 x[FRAGMENTS][PAIRS];
-    int x_chunk = LOADS_AHEAD<D> ? at.chunk : -1;
-    if constexpr (LOADS_AHEAD<D>) {
+    constexpr bool loads_x = LOADS_AHEAD<D> || CUTS > 1;  // of two cuts: else tcq-4.5 spills 132 bytes (sm_89), and not with it
+    int x_chunk = loads_x ? at.chunk : -1;
+    if constexpr (loads_x)
         if (at.left) load_x<X_PAIR, X_FRAGMENT>(x, x_lane + (size_t)x_chunk * X_CHUNK);
-        first_factor *= problem.x_scales[lot + column_of(threadIdx.x % SUMS)];
-    }
+    if constexpr (LOADS_AHEAD<D>) first_factor *= problem.x_scales[lot + column_of(threadIdx.x % SUMS)];
     __syncthreads();  // the table is there, and the zeros
     multiply_items<D>(cut, sums, problem.fixed_point, words, at, x, x_chunk, x_lane, lane, unit);
     __syncthreads();
@@ -73,7 +77,7 @@ __device__ void multiply_segment(const Problem &problem, const Segment &segment)
         if constexpr (LOADS_AHEAD<D>)
             factor = i < THREADS ? first_factor : half_to_float(segment.scales[r]) * problem.x_scales[column];
         else
-            factor = half_to_float(i < THREADS ? first_scale : segment.scales[r]);
+            factor = half_to_float(HOLDS_SCALE<D> && i < THREADS ? first_scale : segment.scales[r]);
         const size_t place = (size_t)column * problem.y_stride + segment.out_offset + r;
         if constexpr (LOADS_AHEAD<D>) store(problem.y, place, problem.out_type, sums[i] * unit_of_sums * factor);
         else store(problem.y, place, problem.out_type, sums[i] * unit_of_sums * problem.x_scales[column] * factor);
