@@ -40,16 +40,19 @@ inline u32 __byte_perm(u32 a, u32 b, u32 select) {
 }
 """
 DRIVER = """
-// The numbers of each vector and part, as a lane of its own looks them up, where no other copy of the table is there.
+// The numbers of each vector and part, as a lane of its own looks them up in one of two tables; the other is not there.
 template <class F, int PARTS>
 void show(const u8 *codes, const u32 *entries, u8 *tables, FILE *out) {
     typedef Looks<F> L;
     for (int v = 0; v < VECTORS; v++)
         for (int part = 0; part < PARTS; part++) {
-            const int lane = threadIdx.x = (11 * v + part) % 32, copy = v % 2 * 32 + lane * L::WORDS % 32;
+            const int lane = (11 * v + part) % 32, copy = v % 2 * 32 + lane * L::WORDS % 32;
+            threadIdx.x = 0;
             memset(tables, 255, L::TABLE_BYTES);
-            for (int at = 0; at < (1 << L::BITS) * L::WORDS; at++)
-                ((u32 *)tables)[at / L::WORDS * 64 + copy + at % L::WORDS] = entries[at];
+            spread_table<F, 1>(entries, tables, v % 2);
+            for (int at = 0; at < L::TABLE_BYTES / 4; at++)  // only the lane's own copy stays
+                if (at % 64 < copy || at % 64 >= copy + L::WORDS) ((u32 *)tables)[at] = ~0u;
+            threadIdx.x = lane;
             Piece<F, PARTS> piece;
             piece.load(codes + v * F::CODE_BYTES, part);
             const Indexes<F, PARTS> indexes(piece);

@@ -46,17 +46,6 @@ struct Problem {
     float scale;                     // times log2(e)
 };
 
-// The copies of each entry, as the first or the second table.
-template <class F>
-__device__ __forceinline__ void spread_table(const u32 *from, u8 *memory, int table) {
-    typedef Looks<F> L;
-    constexpr int ROW = STRIDE / 8, COUNT = (1 << L::BITS) * ROW;  // words
-#pragma unroll
-    for (int i = 0; i < (COUNT + THREADS - 1) / THREADS; i++)
-        if (const int at = threadIdx.x + i * THREADS; at < COUNT)
-            ((u32 *)memory)[at / ROW * 2 * ROW + table * ROW + at % ROW] = from[at / ROW * L::WORDS + at % L::WORDS];
-}
-
 // --- products -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -387,8 +376,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_attend(const __gr
     transform.load(matrix, 0);
     constexpr int KEY_BYTES = Looks<Keys>::TABLE_BYTES, VALUE_BYTES = Looks<Values>::TABLE_BYTES;
     constexpr int TABLES = KEY_BYTES > VALUE_BYTES ? KEY_BYTES : VALUE_BYTES;
-    spread_table<Keys>(problem.keys.table, memory, 0);
-    if (!SAME) spread_table<Values>(problem.values.table, memory, 1);
+    spread_table<Keys, THREADS>(problem.keys.table, memory, 0);
+    if (!SAME) spread_table<Values, THREADS>(problem.values.table, memory, 1);
     for (int d = threadIdx.x; d < KEY_DIM; d += THREADS) means[d] = mean[d];
     fetch_all(inverse, VALUE_DIM * VALUE_DIM * 4), fetch_all(value_mean, VALUE_DIM * 4);
     wait_for_previous_kernel();

@@ -45,6 +45,17 @@ __device__ __forceinline__ void load_bytes(const u8 *from, u32 *words) {
     }
 }
 
+// The copies of each entry, as the first or the second table.
+template <class F, int BLOCK_THREADS>
+__device__ __forceinline__ void spread_table(const u32 *from, u8 *memory, int table) {
+    typedef Looks<F> L;
+    constexpr int ROW = STRIDE / 8, COUNT = (1 << L::BITS) * ROW;  // words
+#pragma unroll
+    for (int i = 0; i < (COUNT + BLOCK_THREADS - 1) / BLOCK_THREADS; i++)
+        if (const int at = threadIdx.x + i * BLOCK_THREADS; at < COUNT)
+            ((u32 *)memory)[at / ROW * 2 * ROW + table * ROW + at % ROW] = from[at / ROW * L::WORDS + at % L::WORDS];
+}
+
 // Where this lane's entries begin, of the first or of the second table. That its bits are not those of an index is hidden from
 // the compiler, which would combine them by another instruction in every look-up.
 template <class F>
