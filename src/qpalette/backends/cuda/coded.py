@@ -55,8 +55,8 @@ class Coded:
 
     @property
     def table_bytes(self) -> int:
-        """In shared memory, with a copy for each bank."""
-        return 128 << self.code.index_bits * (2 if self.pairs else 1)
+        """In shared memory, with a copy for each bank, and room between for another table's."""
+        return 256 << self.code.index_bits * (2 if self.pairs else 1)
 
     @property
     def padded(self) -> int:
@@ -212,7 +212,7 @@ def plan_attend(keys: Coded, values: Coded, shape: tuple[int, int, int], length:
     warps, own_rows = macros["WARPS"], macros["ROWS"]
     tiles = ceil(length / (TILE * warps))
     splits = max(1, min(limits.multiprocessors // (batch * heads * row_blocks), tiles))
-    tables = keys.table_bytes + (0 if macros["SAME"] else values.table_bytes)
+    tables = max(keys.table_bytes, values.table_bytes)
     parts = warps * 4 * (16 + own_rows * (values.padded + 4))
     sums = own_rows * 4 * max(32 * warps, keys.dim, values.dim)
     return AttendPlan(macros, (splits, heads * row_blocks, batch), max(tables + sums, parts, 64 * splits))

@@ -46,14 +46,6 @@ struct Problem {
     float scale;                     // times log2(e)
 };
 
-template <class F>
-__device__ __forceinline__ void spread_table(const u32 *from, u32 *table) {
-    typedef Looks<F> L;
-#pragma unroll
-    for (int i = 0; i < (L::TABLE_BYTES / 4 + THREADS - 1) / THREADS; i++)
-        if (const int at = threadIdx.x + i * THREADS; at < L::TABLE_BYTES / 4) table[at] = from[at / (L::COPIES * L::WORDS) * L::WORDS + at % L::WORDS];
-}
-
 // --- products -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -132,17 +124,18 @@ __device__ __forceinline__ float log2_of_scale(u32 byte) { return ((int)byte - S
 
 // `turned` are the queries of this lane; factor and offset of query g: a score is factor * product + offset.
 __device__ __forceinline__ void attend_tile(const Tile &tile, u32 wanted, const u32 (&turned)[Piece<Keys, 4>::NUMBERS / 2], float factor,
-                                            float offset, const u8 *key_table, const u8 *value_table, Sums &sums) {
+                                            float offset, const u8 *tables, u32 key_start, u32 value_start, Sums &sums) {
     const int t = threadIdx.x % 4;
     // Queries fill eight of the sixteen rows: two steps share an operand, whose lower rows are queries in one and whose
     // upper rows are in the other; its other half is then multiplied for nothing, as zeros would be.
+    const Indexes<Keys, 4> keys[2] = {tile.key[0], tile.key[1]};
     float product[2][2][4] = {}, score[2][2];  // [tokens 0 to 7, 8 to 15]; [query g: tokens 2 t and 2 t + 1]
 #pragma unroll
     for (int i = 0; i < Piece<Keys, 4>::NUMBERS / 4; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             u32 k[2];
-            tile.key[half].look_up(key_table, i, k);
+            keys[half].look_up(tables, key_start, i, k);
             const u32 *both = turned + i / 2 * 4;
             multiply_tile(product[half][i % 2], both[0], both[2], both[1], both[3], k[0], k[1]);
         }
@@ -182,13 +175,14 @@ __device__ __forceinline__ void attend_tile(const Tile &tile, u32 wanted, const 
         for (int j = 0; j < WIDE / 16; j++)
 #pragma unroll
             for (int c = 0; c < 4; c++) sums.out[j][c] *= shrinks[c % 2];
+    const Indexes<Values, 8> values[2][2] = {{tile.value[0][0], tile.value[0][1]}, {tile.value[1][0], tile.value[1][1]}};
 #pragma unroll
     for (int i = 0; i < WIDE / 32; i++) {
         u32 v[2][2][2];
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
-            for (int odd = 0; odd < 2; odd++) tile.value[half][odd].look_up(value_table, i, v[half][odd]);
+            for (int odd = 0; odd < 2; odd++) values[half][odd].look_up(tables, value_start, i, v[half][odd]);
 #pragma unroll
         for (int j = 0; j < 2; j++)
             multiply_tile(sums.out[2 * i + j], __byte_perm(v[0][0][j], v[0][1][j], 0x5410), __byte_perm(v[0][0][j], v[0][1][j], 0x7632),
@@ -200,7 +194,7 @@ __device__ __forceinline__ int first_tile() { return (threadIdx.x / 32 * gridDim
 
 // A warp's tiles, every (WARPS * splits)th; `next` is the first, if there is one.
 __device__ __forceinline__ void attend_tiles(const Problem &problem, const Where &where, Tile &next, const float *queries, const float *factors,
-                                             const float *offsets, const u8 *key_table, const u8 *value_table, Part &part) {
+                                             const float *offsets, const u8 *tables, Part &part) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, query = min(g, ROWS - 1), stride = WARPS * gridDim.x * KEYS;
     constexpr int NUMBERS = Piece<Keys, 4>::NUMBERS;
     u32 turned[NUMBERS / 2];
@@ -211,13 +205,14 @@ __device__ __forceinline__ void attend_tiles(const Problem &problem, const Where
         turned[i] = pack(at < KEY_DIM ? own[at] : 0, at + 1 < KEY_DIM ? own[at + 1] : 0);
     }
     const float factor = factors[query], offset = offsets[query];
+    const u32 key_start = start_of_lane<Keys>(0), value_start = start_of_lane<Values>(SAME ? 0 : 1);
     Sums sums = {LOWEST, 0, {}};
 #pragma unroll 1
     for (int begin = first_tile(); begin < where.tokens; begin += stride) {
         const Tile tile = next;
         if (begin + stride < where.tokens) next.load(problem, where, begin + stride);
         if (const u32 wanted = __ballot_sync(~0u, tile.counts))
-            attend_tile(tile, wanted, turned, factor, offset, key_table, value_table, sums);
+            attend_tile(tile, wanted, turned, factor, offset, tables, key_start, value_start, sums);
     }
     sums.sum += __shfl_xor_sync(~0u, sums.sum, 1);
     sums.sum += __shfl_xor_sync(~0u, sums.sum, 2);
@@ -379,10 +374,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_attend(const __gr
     // Before the wait, what is of the model.
     Transform<KEY_DIM, THREADS, ROWS> transform;
     transform.load(matrix, 0);
-    constexpr int KEY_BYTES = Looks<Keys>::TABLE_BYTES, TABLES = KEY_BYTES + (SAME ? 0 : Looks<Values>::TABLE_BYTES);
-    u8 *key_table = memory, *value_table = memory + TABLES - Looks<Values>::TABLE_BYTES;
-    spread_table<Keys>(problem.keys.table, (u32 *)key_table);
-    if (!SAME) spread_table<Values>(problem.values.table, (u32 *)value_table);
+    constexpr int KEY_BYTES = Looks<Keys>::TABLE_BYTES, VALUE_BYTES = Looks<Values>::TABLE_BYTES;
+    constexpr int TABLES = KEY_BYTES > VALUE_BYTES ? KEY_BYTES : VALUE_BYTES;
+    spread_table<Keys, THREADS>(problem.keys.table, memory, 0);
+    if (!SAME) spread_table<Values, THREADS>(problem.values.table, memory, 1);
     for (int d = threadIdx.x; d < KEY_DIM; d += THREADS) means[d] = mean[d];
     fetch_all(inverse, VALUE_DIM * VALUE_DIM * 4), fetch_all(value_mean, VALUE_DIM * 4);
     wait_for_previous_kernel();
@@ -412,7 +407,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_attend(const __gr
     }
     __syncthreads();
     Part *parts = (Part *)memory;
-    attend_tiles(problem, where, tile, turned, factors, offsets, copy_of_lane<Keys>(key_table), copy_of_lane<Values>(value_table), parts[warp]);
+    attend_tiles(problem, where, tile, turned, factors, offsets, memory, parts[warp]);
     Transform<VALUE_DIM, THREADS, ROWS> back;
     back.load(inverse, 0);
     __syncthreads();
