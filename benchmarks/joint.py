@@ -71,15 +71,16 @@ class Budgeted:
         return self._within(self.palette, "joint")
 
     def free(self) -> Found:
-        return self._within(palette_of(self.effort), "a code each", streams="free")
+        return self._within(self.palette, "a code each", streams="free")
 
     def at_uniform_weights(self) -> Found:
         steps = [candidate for candidate in self.palette if candidate.rate * UNIFORM_STEPS % 1 == 0]
         return least(lambda candidate: self._within((candidate,), f"weights {candidate.spec}"), steps)
 
-    def _within(self, palette: tuple[Candidate, ...], name: str) -> Found:
+    def _within(self, palette: tuple[Candidate, ...], name: str, streams: str = "alike") -> Found:
         """Both planned together, of this palette."""
-        choice = Planner(self.known, Space(palette, cache=self.cache)).plan(Limits(memory=self.room)).choice
+        space = Space(palette, streams=streams, cache=self.cache)
+        choice = Planner(self.known, space).plan(Limits(memory=self.room)).choice
         plan = self.cache.plan(choice.cache)
         return Found(name, Plan(choice.specs), plan, choice.loss, choice.bits, choice.cache_bits)
 

@@ -176,6 +176,16 @@ def test_a_plan_keeps_its_cache(tmp_path):
     assert stored_plan(tmp_path) == plan.cache
 
 
+def test_a_code_for_each_stream_promises_no_more_loss_than_one_for_all(known, checkpoint):
+    """At equal bits; what `qpalette plan` takes is one for all."""
+    alike, free, weights = joint.plans_of(known, checkpoint, "fast", CONTEXT, 5.0)
+    assert len({*alike.cache.keys, *alike.cache.values}) == 1 < len({*free.cache.keys, *free.cache.values})
+    assert free.loss <= alike.loss <= weights.loss
+    assert len(set(weights.specs.specs.values())) == 1
+    chosen = planned(known, checkpoint, memory_of(known, checkpoint, 60_000)).plan.cache
+    assert len({*chosen.keys, *chosen.values}) == 1
+
+
 def test_joint_rounds_in_memory_what_quantize_writes(checkpoint, tmp_path):
     specs = {linear.name: "tcq-3-L12" for group in find_groups(checkpoint).groups for linear in group.linears}
     plan = Plan(specs | {next(iter(specs)): "nuq-2"})
