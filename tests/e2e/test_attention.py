@@ -6,9 +6,12 @@ import pytest
 import torch
 from tiny_model import build
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qpalette.core.errors import UnsupportedError
+from qpalette.generation import fast
 from qpalette.integrations.attention import grouped
 
 
@@ -63,3 +66,31 @@ def test_prefill_goes_to_sdpa_itself():
     module.is_causal = True
     wanted, _ = sdpa_attention_forward(module, query, key, key, None)
     assert torch.equal(grouped(module, query, key, key, None)[0], wanted)
+
+
+class _Largest(TorchDispatchMode):
+    """Of the new tensors that are made: numbers in memory of their own."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if torch.is_tensor(each)}
+        for made in tree_leaves(result):
+            if torch.is_tensor(made) and made.untyped_storage().data_ptr() not in given:
+                self.numbers = max(self.numbers, made.numel())
+        return result
+
+
+def test_nothing_is_as_large_as_the_keys():
+    """Whatever transformers' own attention does for a group of queries, a step reads its cache in place."""
+    query, key = torch.randn(2, 6, 1, 16), torch.randn(2, 2, 200, 16)
+    mask = torch.ones(2, 1, 1, 200, dtype=torch.bool)
+    with _Largest() as largest:
+        grouped(nn.Module(), query, key, key, mask)
+    assert query.numel() <= largest.numbers < key.numel() // 2
+
+
+@pytest.mark.parametrize(("implementation", "wanted"), [("sdpa", "grouped"), ("eager", "eager")])
+def test_a_fast_model_on_a_cpu_shares_keys(implementation, wanted):
+    assert fast(model(implementation)).config._attn_implementation == wanted

@@ -50,17 +50,25 @@ def fast(model: Any, compile: str = "never", cache: CacheMaker | None = None, sl
         return model
     kind = next(iter(devices)).type
     if kind == "cpu":
+        if cache is None:
+            _share_keys(model)
         attach(model, "never", ProgramCapture(), cache, slots)
         return model
     if kind != "cuda":
         if cache is not None:
             attach(model, "never", None, cache, slots)
         return model
+    _share_keys(model)
+    attach(model, compile, partial(capture_graph, pool=torch.cuda.MemPool()), cache, slots)
+    return model
+
+
+def _share_keys(model: Any) -> None:
+    """Between the queries of a group: sdpa of some transformers writes them out for each. With 5.17 that was 79 of the
+    88 ms that a token of SmolLM2 took on two cores (`benchmarks/cpu_step.py --batch 1`)."""
     config = model.config.get_text_config()
     if config._attn_implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is None:
         model.set_attn_implementation("grouped")
-    attach(model, compile, partial(capture_graph, pool=torch.cuda.MemPool()), cache, slots)
-    return model
 
 
 def attach(

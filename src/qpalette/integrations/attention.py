@@ -1,7 +1,8 @@
 """Attention for one new token over a static cache, in which queries that share a key are rows of one product.
 
 A static cache brings a mask, and with a mask transformers' sdpa first writes out keys and values once for each query of
-a group (`repeat_kv`): for Llama-3.1-8B at 1024 tokens, 4 times 4.7 MB a layer. Here they are read as they are.
+a group (`repeat_kv`; newer ones do so while torch.compile traces): for Llama-3.1-8B at 1024 tokens, 4 times 4.7 MB a
+layer. Here they are read as they are.
 It is registered by transformers' own door: `attn_implementation="grouped"`.
 """
 
@@ -31,8 +32,8 @@ def grouped(
     """query [B, H, 1, D], key and value [B, H / G, L, D], mask [B, 1, 1, L] -> [B, 1, H, D]; sdpa for what is else. Key
     and value may be a `CodedPair`, both the same one.
 
-    One launch where the device has clusters of blocks (`backends/cuda/attend.cu`); elsewhere two products and a softmax
-    in float32: the first product spreads over the keys, too.
+    One launch where the device has clusters of blocks (`backends/cuda/attend.cu`), one call of torch's on a CPU;
+    elsewhere two products and a softmax in float32: the first product spreads over the keys, too.
 
     Raises UnsupportedError for attention sinks, which sdpa would leave out without a word; soft caps it refuses itself.
     """
@@ -52,6 +53,10 @@ def grouped(
     assert attention_mask is not None
     if attends(query, key, value, attention_mask):
         return attend(query, key, value, attention_mask, scale), None
+    if query.device.type == "cpu":
+        rows = _rows(query, key)
+        attended = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scale)
+        return _heads(attended, query), None
     scores = _rows(query, key) @ key.transpose(-1, -2) * scale
     if attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
