@@ -133,8 +133,9 @@ def test_products_of_many_tokens_compile_almost_without_spills(spec: str, arch: 
     ],
 )
 def test_rotations_compile(order: int, log_h: int, inputs: int, arch: str) -> None:
-    for tokens, norm, signs in ((1, False, True), (8, False, False), (100, True, True), (1, False, False)):
-        cut = cut_of(order, log_h, inputs, tokens)
+    kinds = ((1, False, True), (8, False, False), (32, False, True), (100, True, True), (1, False, False))
+    for tokens, norm, signs in kinds:
+        cut = cut_of(order, log_h, inputs, tokens, fused=not norm)
         assert cut.threads <= MOST_THREADS
         assert cut.blocks * cut.lines * cut.each << log_h >= inputs, "every row has a thread"
         macros = tuple(sorted(rotation_macros(order, log_h, cut, 0, norm, 1, signs).items()))

@@ -29,6 +29,11 @@ MOST_FLOATS = 5632  # of A, twice, and of its output, in a block's shared memory
 FEW_BLOCKS = 4
 BLOCKS_OF_A_FEW_TOKENS = 16
 MOST_OF_A_FEW_TOKENS = 16
+# More tokens share so many blocks, or twice as many, where a thread of a cut for many would have more products with A than
+# these: order 28 has 1568, and took 12 us of the 34 of 4096 x 14336 at 32 tokens, 3.5 at 16 (tiles.py, H200); order 2 has 16,
+# and was slower in more blocks.
+BLOCKS_OF_MORE_TOKENS = 512
+MOST_PRODUCTS = 512
 # Many tokens.
 MOST_SUMS = 56  # of a thread: rows times values
 MOST_LOG_VALUES = 2
@@ -98,11 +103,17 @@ class Cut:
     threads: int
     blocks: int
 
+    def products(self, order: int) -> int:
+        """With A, of a thread."""
+        return order * self.each << self.log_values
 
-def cut_of(order: int, log_h: int, inputs: int, tokens: int) -> Cut:
+
+def cut_of(order: int, log_h: int, inputs: int, tokens: int, fused: bool = False) -> Cut:
     """For a few tokens the fewest rows per thread that leave few blocks, or as few blocks as can be. For many, which
     keep the device busy anyway, the most rows per thread, for each of which it would read the token again, and then the
-    most values, as a factor that is loaded from shared memory serves them all."""
+    most values, as a factor that is loaded from shared memory serves them all. Between them, `fused` with a product,
+    are those whose blocks would be few and long."""
+    many, few = None, FEW_BLOCKS if tokens == 1 else BLOCKS_OF_A_FEW_TOKENS
     if tokens > MOST_OF_A_FEW_TOKENS:
         cuts = [
             cut
@@ -110,10 +121,13 @@ def cut_of(order: int, log_h: int, inputs: int, tokens: int) -> Cut:
             for cut in _cuts(order, log_h, inputs, log_values, MOST_SUMS >> log_values, MOST_FLOATS_OF_MANY)
         ]
         enough = [cut for cut in cuts if cut.lines << log_h >> cut.log_values >= LEAST_THREADS] or cuts
-        return max(enough, key=lambda cut: (cut.each, cut.log_values, -cut.blocks))
-    few = FEW_BLOCKS if tokens == 1 else BLOCKS_OF_A_FEW_TOKENS
+        many = max(enough, key=lambda cut: (cut.each, cut.log_values, -cut.blocks))
+        if not fused or many.products(order) <= MOST_PRODUCTS:
+            return many
+        few = min(few, BLOCKS_OF_MORE_TOKENS // tokens)
     cuts = _cuts(order, log_h, inputs, max(0, log_h - MOST_ROW_BITS), MOST_EACH, MOST_FLOATS)
-    return min(cuts, key=lambda cut: (max(cut.blocks, few), cut.each))
+    cut = min(cuts, key=lambda cut: (max(cut.blocks, few), cut.each))
+    return many if many and tokens * cut.blocks > 2 * BLOCKS_OF_MORE_TOKENS else cut
 
 
 def _cuts(order: int, log_h: int, inputs: int, log_values: int, most_each: int, most_floats: int) -> list[Cut]:
@@ -180,7 +194,7 @@ class RotationLaunch:
     ) -> None:
         device = diagonal.device.index or 0
         split = split_rotation(rotation, inputs, diagonal.device)
-        cut = cut_of(split.order, split.log_h, inputs, tokens)
+        cut = cut_of(split.order, split.log_h, inputs, tokens, batch is not None)
         signs = diagonal.dtype == torch.uint8
         kind = (TYPES[dtype], norm is not None, batch, signs, table is not None)
         macros = rotation_macros(split.order, split.log_h, cut, *kind)
