@@ -14,7 +14,7 @@ from qpalette.kvcache import parse_code
 
 pytest.importorskip("cuda.core", reason="needs qpalette[cuda]")
 
-from qpalette.backends.cuda import coded
+from qpalette.backends.cuda import coded, teams
 from qpalette.backends.cuda.attend import SOURCE as ATTEND_SOURCE
 from qpalette.backends.cuda.attend import warps_of
 from qpalette.backends.cuda.compiler import compile_cubin, resources
@@ -104,6 +104,17 @@ def test_products_of_every_family_compile_without_spills(spec: str, batch: int) 
     assert usage.registers <= 65536 // THREADS
     if decoder.eighths <= 40:  # 64 words of x' and 32 of codes, at 8 bits and batch 16, are more than there are
         assert usage.spilled_bytes <= (FEW_BYTES if batch == 32 else 0)
+
+
+@pytest.mark.parametrize("columns", teams.COLUMNS)
+@pytest.mark.parametrize("spec", ["tcq2-3.25", "tcq-3.25", "tcq-8", "vq-3", "nuq-8"])
+def test_products_in_teams_compile_almost_without_spills(spec: str, columns: int) -> None:
+    decoder = decoder_spec(spec)
+    assert decoder is not None
+    macros = tuple(sorted(teams.kernel_macros(LIMITS["sm_90"], columns).items()))
+    usage = resources(teams.source_for([decoder], columns), "sm_90", macros)
+    assert usage.registers <= 65536 // THREADS
+    assert usage.spilled_bytes <= (0 if columns < 64 else 24 if decoder.eighths <= 32 else 448)
 
 
 def test_segments_of_different_decoders_compile_together() -> None:
