@@ -14,7 +14,7 @@ from qpalette.kvcache import parse_code
 
 pytest.importorskip("cuda.core", reason="needs qpalette[cuda]")
 
-from qpalette.backends.cuda import coded
+from qpalette.backends.cuda import coded, teams
 from qpalette.backends.cuda.attend import SOURCE as ATTEND_SOURCE
 from qpalette.backends.cuda.attend import warps_of
 from qpalette.backends.cuda.compiler import compile_cubin, resources
@@ -106,6 +106,17 @@ def test_products_of_every_family_compile_without_spills(spec: str, batch: int) 
         assert usage.spilled_bytes <= (FEW_BYTES if batch == 32 else 0)
 
 
+@pytest.mark.parametrize("columns", teams.COLUMNS)
+@pytest.mark.parametrize("spec", ["tcq2-3.25", "tcq-3.25", "tcq-8", "vq-3", "nuq-8"])
+def test_products_in_teams_compile_almost_without_spills(spec: str, columns: int) -> None:
+    decoder = decoder_spec(spec)
+    assert decoder is not None
+    macros = tuple(sorted(teams.kernel_macros(LIMITS["sm_90"], columns).items()))
+    usage = resources(teams.source_for([decoder], columns), "sm_90", macros)
+    assert usage.registers <= 65536 // THREADS
+    assert usage.spilled_bytes <= (0 if columns < 64 else 24 if decoder.eighths <= 32 else 448)
+
+
 def test_segments_of_different_decoders_compile_together() -> None:
     decoders = [decoder for decoder in map(decoder_spec, ["tcq2-3.25", "vq-3", "tcq-4"]) if decoder is not None]
     assert compile_cubin(source_for(decoders), "sm_90", product_macros("sm_90", 1)).startswith(b"\x7fELF")
@@ -133,8 +144,9 @@ def test_products_of_many_tokens_compile_almost_without_spills(spec: str, arch: 
     ],
 )
 def test_rotations_compile(order: int, log_h: int, inputs: int, arch: str) -> None:
-    for tokens, norm, signs in ((1, False, True), (8, False, False), (100, True, True), (1, False, False)):
-        cut = cut_of(order, log_h, inputs, tokens)
+    kinds = ((1, False, True), (8, False, False), (32, False, True), (100, True, True), (1, False, False))
+    for tokens, norm, signs in kinds:
+        cut = cut_of(order, log_h, inputs, tokens, fused=not norm)
         assert cut.threads <= MOST_THREADS
         assert cut.blocks * cut.lines * cut.each << log_h >= inputs, "every row has a thread"
         macros = tuple(sorted(rotation_macros(order, log_h, cut, 0, norm, 1, signs).items()))

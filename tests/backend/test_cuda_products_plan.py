@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qpalette.backends.cuda import teams
 from qpalette.backends.cuda.decoder import decoder_spec, entries
 from qpalette.backends.cuda.multiply import (
     COLUMNS,
@@ -87,3 +88,31 @@ def test_lots_of_tokens_are_as_few_as_can_be(tokens: int) -> None:
     assert (lots - 1) * max(COLUMNS) < tokens <= lots * columns
     assert columns in COLUMNS
     assert lots == 1 or columns > 16  # a token's chunk is cut alike in any company
+
+
+@given(tokens=st.integers(teams.FROM, 1000))
+def test_lots_in_teams_are_as_few_as_can_be(tokens: int) -> None:
+    lots, columns = teams.columns_of(tokens)
+    assert (lots - 1) * max(teams.COLUMNS) < tokens <= lots * columns
+    assert columns in teams.COLUMNS
+
+
+@pytest.mark.parametrize("columns", teams.COLUMNS)
+def test_the_ring_of_a_team_has_room(columns: int) -> None:
+    assert 2 <= teams.stages_of(LIMITS[-1], columns) <= teams.MOST_STAGES
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9000), st.sampled_from([8.0, 12.0, 16.4, 24.0])), min_size=1, max_size=8),
+    st.integers(1, 70),
+    st.integers(8, 140),
+)
+def test_items_of_teams_are_cut_without_rest(
+    segments: list[tuple[int, float]], chunks: int, multiprocessors: int
+) -> None:
+    row_tiles, costs = zip(*segments, strict=True)
+    planner = teams.Planner(chunks, multiprocessors)
+    grid = planner(None, row_tiles, costs)
+    for tiles, own, blocks in zip(row_tiles, grid.rows_per_block, grid.blocks, strict=True):
+        items = -(-tiles // teams.GROUP) * -(-chunks // teams.RUN)
+        assert (blocks - 1) * own < items <= blocks * own

@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_cuda_products import check, members
 
-from qpalette.backends.cuda import multiply
+from qpalette.backends.cuda import multiply, teams
 from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct
-from qpalette.backends.cuda.segments import DeviceLimits, Planner, plan_grid
+from qpalette.backends.cuda.segments import DeviceLimits, Grid, Planner, plan_grid
 from qpalette.runtime import PackedLinear, backends
 
 pytestmark = [
@@ -56,7 +56,11 @@ def test_the_same_bits_in_any_cut(
         def cut(limits: DeviceLimits, most_rows: int, lots: int, blocks: int = blocks) -> Planner:
             return lambda kernel, row_tiles, costs: plan_grid(row_tiles, costs, blocks, most_rows)
 
+        def cut_in_teams(items: tuple[int, ...], costs: tuple[float, ...], *_: int, blocks: int = blocks) -> Grid:
+            return plan_grid(items, costs, blocks, max(items))
+
         monkeypatch.setattr(multiply, "block_by_block", cut)
+        monkeypatch.setattr(teams, "plan_grid", cut_in_teams)
         assert torch.equal(product(found, x), wanted), f"as for {blocks} multiprocessors"
 
 

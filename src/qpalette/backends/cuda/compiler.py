@@ -37,6 +37,8 @@ def _compile(
 ) -> bytes:
     cuda = _cuda_core()
     defines = [(name, str(value)) for name, value in macros] or None  # cuda.core refuses an empty list
+    if dict(macros).get("WGMMA"):  # instructions that no other architecture has
+        arch += "a"
     options = cuda.ProgramOptions(arch=arch, std=_STANDARD, define_macro=defines, **more)
     try:
         return bytes(cuda.Program(source, "c++", options).compile("cubin", logs=logs).code)

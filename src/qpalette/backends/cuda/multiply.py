@@ -77,6 +77,8 @@ class ProductLaunch:
     """y = W' x' of at most MOST_SEGMENTS matrices in the chunk layout, for one number of tokens and one type of y: side
     by side from column `first` on, in rows of `width`."""
 
+    zero_bytes = 0  # that it wants
+
     def __init__(
         self, members: Sequence[PackedLinear], tokens: int, dtype: torch.dtype, first: int, width: int
     ) -> None:
@@ -93,7 +95,7 @@ class ProductLaunch:
         grid = (segments.blocks, lots)
         self._launch = KernelLaunch(segments.kernel, grid, THREADS, room, [problem], limits.overlap)
 
-    def start(self, x: int, x_scales: int, y: int, stream: int) -> None:
+    def start(self, x: int, x_scales: int, y: int, stream: int, zeros: int = 0) -> None:
         """Addresses of x' and its divisors, as `rotate` leaves them, and of the results."""
         problem = self._problem
         problem.x, problem.x_scales, problem.y = x, x_scales, y

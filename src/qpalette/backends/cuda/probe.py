@@ -7,11 +7,14 @@ from functools import partial
 
 import torch
 
+from qpalette.backends.cuda import teams
 from qpalette.backends.cuda.backend import CudaBackend
 from qpalette.backends.cuda.layout import to_chunks
-from qpalette.backends.cuda.multiply import ProductLaunch, columns_of
-from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct
+from qpalette.backends.cuda.multiply import ProductLaunch
+from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct, columns_of
 from qpalette.backends.cuda.rotate import RotationLaunch, padded_columns, rotate
+from qpalette.backends.cuda.segments import device_limits
+from qpalette.backends.cuda.teams import TeamLaunch
 from qpalette.backends.cuda.timing import cold_copies, graph_seconds
 from qpalette.codes import parse_spec
 from qpalette.core.records import tiles_of
@@ -45,15 +48,21 @@ def launch_seconds(parts: Sequence[Part], batch: int, device: torch.device, with
     x = torch.randn(batch, parts[0][2], dtype=torch.float16, device=device)
     if with_rotation or batch > MOST_FUSED_TOKENS:
         return graph_seconds([partial(CudaProduct(these), x) for these in copies])
-    _, columns = columns_of(batch)
-    rotated = rotate(x, members[0].diagonal, members[0].rotation, columns)
+    limits = device_limits(device.index or 0)
+    in_teams = teams.serves(batch, limits)
+    _, columns = columns_of(batch, limits)
+    rotated = rotate(x, members[0].diagonal, members[0].rotation, columns, cores=in_teams)
     width = sum(member.out_features for member in members)
     y = x.new_empty(batch, width)
+    kind = TeamLaunch if in_teams else ProductLaunch
+    launches = [kind(these, batch, x.dtype, 0, width) for these in copies]
+    zeros = torch.zeros(launches[0].zero_bytes, dtype=torch.uint8, device=device)  # only before the first
 
-    def start(launch: ProductLaunch) -> None:
-        launch.start(rotated.values.data_ptr(), rotated.scales.data_ptr(), y.data_ptr(), _stream(device))
+    def start(launch: ProductLaunch | TeamLaunch) -> None:
+        addresses = rotated.values.data_ptr(), rotated.scales.data_ptr(), y.data_ptr()
+        launch.start(*addresses, _stream(device), zeros.data_ptr())
 
-    return graph_seconds([partial(start, ProductLaunch(these, batch, x.dtype, 0, width)) for these in copies])
+    return graph_seconds([partial(start, launch) for launch in launches])
 
 
 def plain_seconds(rows: int, columns: int, batch: int, device: torch.device) -> float:
@@ -69,10 +78,12 @@ def rotation_seconds(columns: int, batch: int, device: torch.device) -> float:
     """Seconds to rotate `batch` tokens of `columns` values, as their product reads them."""
     member = random_member("nuq-2", 16, columns, device)
     width: int | None
-    lots, width = columns_of(batch)
+    limits = device_limits(device.index or 0)
+    lots, width = columns_of(batch, limits)
     if batch > MOST_FUSED_TOKENS:
         lots, width = batch, None
-    launch = RotationLaunch(member.rotation, member.diagonal, columns, batch, width, torch.float16)
+    cores = width is not None and teams.serves(batch, limits)
+    launch = RotationLaunch(member.rotation, member.diagonal, columns, batch, width, torch.float16, cores=cores)
     inputs = [torch.randn(batch, columns, dtype=torch.float16, device=device) for _ in range(20)]
     values = torch.empty(lots * (width or 1), padded_columns(columns), dtype=torch.float16, device=device)
     scales = torch.empty(len(values), dtype=torch.float32, device=device)

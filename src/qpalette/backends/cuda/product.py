@@ -7,13 +7,15 @@ from itertools import accumulate
 
 import torch
 
+from qpalette.backends.cuda import multiply, teams
 from qpalette.backends.cuda.int8 import Int8Product
 from qpalette.backends.cuda.layout import check_layout
 from qpalette.backends.cuda.library import LibraryProduct
-from qpalette.backends.cuda.multiply import ProductLaunch, columns_of
+from qpalette.backends.cuda.multiply import ProductLaunch
 from qpalette.backends.cuda.rotate import ALIGNMENT, TYPES, RotationLaunch, aligned, padded_columns
 from qpalette.backends.cuda.scratch import ONE_AT_A_TIME, scratch
-from qpalette.backends.cuda.segments import MOST_SEGMENTS
+from qpalette.backends.cuda.segments import MOST_SEGMENTS, DeviceLimits, device_limits
+from qpalette.backends.cuda.teams import TeamLaunch
 from qpalette.runtime import PackedLinear
 from qpalette.runtime.prefill import FEW_TOKENS, FLOAT, INT8, road_of
 
@@ -104,21 +106,41 @@ class _FusedProduct:
     def __init__(self, members: Sequence[PackedLinear], tokens: int, dtype: torch.dtype, overlap: bool) -> None:
         first = members[0]
         self.tokens, self.device = tokens, first.codes.device
-        lots, batch = columns_of(tokens)
-        self.value_bytes = 2 * lots * batch * padded_columns(first.in_features)
-        self.scratch_bytes = self.value_bytes + 4 * lots * batch
-        self.rotation = RotationLaunch(
-            first.rotation, first.diagonal, first.in_features, tokens, batch, dtype, overlap=overlap
-        )
+        limits = device_limits(self.device.index or 0)
+        in_teams = teams.serves(tokens, limits)
+        lots, batch = columns_of(tokens, limits)
+        launch = TeamLaunch if in_teams else ProductLaunch
         starts = list(accumulate((member.out_features for member in members), initial=0))
-        self.products = [
-            ProductLaunch(members[i : i + MOST_SEGMENTS], tokens, dtype, starts[i], starts[-1])
+        self.products: list[TeamLaunch | ProductLaunch] = [
+            launch(members[i : i + MOST_SEGMENTS], tokens, dtype, starts[i], starts[-1])
             for i in range(0, len(members), MOST_SEGMENTS)
         ]
+        zero_bytes = sum(product.zero_bytes for product in self.products)
+        self.rotation = RotationLaunch(
+            first.rotation,
+            first.diagonal,
+            first.in_features,
+            tokens,
+            batch,
+            dtype,
+            overlap=overlap,
+            cores=in_teams,
+            zero_bytes=zero_bytes,
+        )
+        self.value_bytes = 2 * lots * batch * padded_columns(first.in_features)
+        self.scale_bytes = -(-4 * lots * batch // ALIGNMENT) * ALIGNMENT
+        self.scratch_bytes = self.value_bytes + self.scale_bytes + zero_bytes
 
     def __call__(self, x: int, y: int, stream: int) -> None:
         values = scratch(self.device, stream, self.scratch_bytes).data_ptr()
         scales = values + self.value_bytes
-        self.rotation.start(self.tokens, x, values, scales, stream)
+        zeros = scales + self.scale_bytes
+        self.rotation.start(self.tokens, x, values, scales, stream, zeros=zeros)
         for product in self.products:
-            product.start(values, scales, y, stream)
+            product.start(values, scales, y, stream, zeros)
+            zeros += product.zero_bytes
+
+
+def columns_of(tokens: int, limits: DeviceLimits) -> tuple[int, int]:
+    """(lots, columns of each) of the product of so many tokens."""
+    return teams.columns_of(tokens) if teams.serves(tokens, limits) else multiply.columns_of(tokens)

@@ -13,7 +13,8 @@
 // NORM the input goes through RMSNorm first (x / rms(x) * weight).
 //
 // Compile-time constants: DENSE, LOG_H, LOG_VALUES, LINES, EACH (1, or a divisor of DENSE), IN_TYPE, NORM, SIGNS (d: 1 packed
-// signs, 0 float16 values), BATCH (0 and 1: tokens one by one), TABLED (a token's diagonal is that of its owner).
+// signs, 0 float16 values), BATCH (0 and 1: tokens one by one), TABLED (a token's diagonal is that of its owner), CORES (the
+// order within 32 inputs of eight columns: 1 as wgmma reads them, [eight inputs][column], 0 as a lane has them, [column][lane]).
 
 constexpr int H = 1 << LOG_H, VALUES = 1 << LOG_VALUES, ROW_THREADS = H / VALUES, BLOCK = DENSE * H, GROUP = LINES * EACH;
 constexpr int THREADS = (ROW_THREADS * LINES + 31) / 32 * 32;
@@ -97,12 +98,13 @@ __device__ __forceinline__ size_t place(int k, int token, int padded) {
     constexpr int columns = ALL_COLUMNS > 8 ? 8 : ALL_COLUMNS;
     const int lane = k % 8 / 2, element = k % 32 / 16 * 4 + k % 16 / 8 * 2 + k % 2, column = token % ALL_COLUMNS;
     const size_t first = (size_t)(token / ALL_COLUMNS) * ALL_COLUMNS * padded + (size_t)(k / 32) * 32 * ALL_COLUMNS;
-    return first + lane * 8 + element + column / 8 * 32 * columns + column % 8 * 32;
+    const int within = CORES ? k % 32 / 8 * 64 + column % 8 * 8 + k % 8 : lane * 8 + element + column % 8 * 32;
+    return first + within + column / 8 * 32 * columns;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 rotate(const void *x, long long x_stride, const void *diagonals, const float *dense, const void *weight, float epsilon, int inputs,
-       int padded, u16 *out, float *scales, const int *owners) {
+       int padded, u16 *out, float *scales, const int *owners, uint4 *zeros, int zero_count) {
     extern __shared__ __align__(16) float room[];  // [GROUP * H]
     __shared__ float squares[THREADS / 32], weighted_squares[THREADS / 32];
     __shared__ __align__(16) float factors[DENSE][LINES][EACH_ROOM];
@@ -131,7 +133,11 @@ rotate(const void *x, long long x_stride, const void *diagonals, const float *de
         if (part == 0) wait_for_previous_kernel();  // nothing above depends on it
 #pragma unroll
         for (int i = 0; i < PART; i++) elements[i] = load_values<IN_TYPE>(x, start + safe_base + min(part + i, DENSE - 1) * H + column);
-        if (part == 0) __syncthreads();  // the factors are there
+        if (part == 0) {
+            const int of_all = gridDim.x * gridDim.y * THREADS;
+            for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * THREADS + thread; i < zero_count; i += of_all) zeros[i] = {};
+            __syncthreads();  // the factors are there
+        }
 #pragma unroll
         for (int i = 0; i < PART; i++) {
             if (part + i >= DENSE) break;

@@ -29,6 +29,11 @@ MOST_FLOATS = 5632  # of A, twice, and of its output, in a block's shared memory
 FEW_BLOCKS = 4
 BLOCKS_OF_A_FEW_TOKENS = 16
 MOST_OF_A_FEW_TOKENS = 16
+# More tokens share so many blocks, or twice as many, where a thread of a cut for many would have more products with A
+# than these: order 28 has 1568, and took 12 us of the 34 of 4096 x 14336 at 32 tokens, 3.5 at 16 (tiles.py, H200);
+# order 2 has 16, and was slower in more blocks.
+BLOCKS_OF_MORE_TOKENS = 512
+MOST_PRODUCTS = 512
 # Many tokens.
 MOST_SUMS = 56  # of a thread: rows times values
 MOST_LOG_VALUES = 2
@@ -98,11 +103,17 @@ class Cut:
     threads: int
     blocks: int
 
+    def products(self, order: int) -> int:
+        """With A, of a thread."""
+        return order * self.each << self.log_values
 
-def cut_of(order: int, log_h: int, inputs: int, tokens: int) -> Cut:
+
+def cut_of(order: int, log_h: int, inputs: int, tokens: int, fused: bool = False) -> Cut:
     """For a few tokens the fewest rows per thread that leave few blocks, or as few blocks as can be. For many, which
     keep the device busy anyway, the most rows per thread, for each of which it would read the token again, and then the
-    most values, as a factor that is loaded from shared memory serves them all."""
+    most values, as a factor that is loaded from shared memory serves them all. Between them, `fused` with a product,
+    are those whose blocks would be few and long."""
+    many, few = None, FEW_BLOCKS if tokens == 1 else BLOCKS_OF_A_FEW_TOKENS
     if tokens > MOST_OF_A_FEW_TOKENS:
         cuts = [
             cut
@@ -110,10 +121,13 @@ def cut_of(order: int, log_h: int, inputs: int, tokens: int) -> Cut:
             for cut in _cuts(order, log_h, inputs, log_values, MOST_SUMS >> log_values, MOST_FLOATS_OF_MANY)
         ]
         enough = [cut for cut in cuts if cut.lines << log_h >> cut.log_values >= LEAST_THREADS] or cuts
-        return max(enough, key=lambda cut: (cut.each, cut.log_values, -cut.blocks))
-    few = FEW_BLOCKS if tokens == 1 else BLOCKS_OF_A_FEW_TOKENS
+        many = max(enough, key=lambda cut: (cut.each, cut.log_values, -cut.blocks))
+        if not fused or many.products(order) <= MOST_PRODUCTS:
+            return many
+        few = min(few, BLOCKS_OF_MORE_TOKENS // tokens)
     cuts = _cuts(order, log_h, inputs, max(0, log_h - MOST_ROW_BITS), MOST_EACH, MOST_FLOATS)
-    return min(cuts, key=lambda cut: (max(cut.blocks, few), cut.each))
+    cut = min(cuts, key=lambda cut: (max(cut.blocks, few), cut.each))
+    return many if many and tokens * cut.blocks > 2 * BLOCKS_OF_MORE_TOKENS else cut
 
 
 def _cuts(order: int, log_h: int, inputs: int, log_values: int, most_each: int, most_floats: int) -> list[Cut]:
@@ -139,6 +153,7 @@ def rotation_macros(
     batch: int | None,
     signs: bool = True,
     tabled: bool = False,
+    cores: bool = False,
 ) -> dict[str, int]:
     """The compile-time constants of rotate.cu."""
     return {
@@ -152,6 +167,7 @@ def rotation_macros(
         "SIGNS": int(signs),
         "BATCH": batch or 0,
         "TABLED": int(tabled),
+        "CORES": int(cores),
     }
 
 
@@ -164,7 +180,8 @@ def type_of_values(dtype: torch.dtype, batch: int | None) -> torch.dtype:
 class RotationLaunch:
     """`rotate` for one diagonal and rotation, and for one number of tokens: any above 16, in lots of `batch`, or each
     in an order of its own, where that is None; any where it is 1. `table`: addresses of diagonals like `diagonal`,
-    int64, of which a token has its owner's."""
+    int64, of which a token has its owner's. `cores`: in the order that wgmma reads. `zero_bytes`: of memory that is
+    set to zero for the product, a multiple of 16."""
 
     def __init__(
         self,
@@ -177,19 +194,21 @@ class RotationLaunch:
         norm: tuple[torch.Tensor, float] | None = None,
         overlap: bool = True,
         table: torch.Tensor | None = None,
+        cores: bool = False,
+        zero_bytes: int = 0,
     ) -> None:
         device = diagonal.device.index or 0
         split = split_rotation(rotation, inputs, diagonal.device)
-        cut = cut_of(split.order, split.log_h, inputs, tokens)
+        cut = cut_of(split.order, split.log_h, inputs, tokens, batch is not None)
         signs = diagonal.dtype == torch.uint8
-        kind = (TYPES[dtype], norm is not None, batch, signs, table is not None)
+        kind = (TYPES[dtype], norm is not None, batch, signs, table is not None, cores)
         macros = rotation_macros(split.order, split.log_h, cut, *kind)
         shared_bytes = 4 * cut.lines * cut.each << split.log_h
         kernel = load_kernel(SOURCE, "rotate", macros, device, shared_bytes)
         weight, epsilon = norm or (diagonal, 0.0)
         diagonals = diagonal if table is None else table
         self._kept = (split.dense, diagonals, weight)
-        self._x, self._out, self._scales, self._owners = (ctypes.c_void_p() for _ in range(4))
+        self._x, self._out, self._scales, self._owners, self._zeros = (ctypes.c_void_p() for _ in range(5))
         arguments = [
             self._x,
             ctypes.c_longlong(inputs),
@@ -202,15 +221,18 @@ class RotationLaunch:
             self._out,
             self._scales,
             self._owners,
+            self._zeros,
+            ctypes.c_int(zero_bytes // ALIGNMENT),
         ]
         overlap = overlap and torch.cuda.get_device_capability(device) >= (9, 0)
         self._blocks = cut.blocks
         self._launch = KernelLaunch(kernel, (tokens, cut.blocks), cut.threads, shared_bytes, arguments, overlap)
 
-    def start(self, tokens: int, x: int, out: int, scales: int, stream: int, owners: int = 0) -> None:
+    def start(self, tokens: int, x: int, out: int, scales: int, stream: int, owners: int = 0, zeros: int = 0) -> None:
         """`tokens` rows at address x, contiguous and aligned; results and divisors go to `out` and `scales`; `owners`:
-        int32, a token's place in the table."""
+        int32, a token's place in the table; `zeros`: what is set to zero."""
         self._x.value, self._out.value, self._scales.value, self._owners.value = x, out, scales, owners
+        self._zeros.value = zeros
         self._launch.grid = (tokens, self._blocks, 1)
         self._launch.start(stream)
 
@@ -221,12 +243,13 @@ def rotate(
     rotation: str,
     batch: int | None,
     norm: tuple[torch.Tensor, float] | None = None,
+    cores: bool = False,
 ) -> Rotated:
     """Q diag(d) x for x [N, K]; d as packed signs, uint8 [ceil(K/8)], or as the bits of float16 values, int16 [K].
 
-    For `batch` columns (1, 2, 4, or a multiple of 8) in the order of `multiply.cu`, more tokens in lots of so many;
-    None gives [N, padded K], each row in the order of a single column. `norm` is (weight [K], epsilon) of an RMSNorm to
-    apply first.
+    For `batch` columns (1, 2, 4, or a multiple of 8) in the order of `multiply.cu`, or with `cores` in wgmma's, more
+    tokens in lots of so many; None gives [N, padded K], each row in the order of a single column. `norm` is (weight
+    [K], epsilon) of an RMSNorm to apply first.
     Raises ValueError when the weight's type is not x's, or the diagonal's none of the two.
     """
     tokens, inputs = x.shape
@@ -238,7 +261,7 @@ def rotate(
     columns = -(-tokens // batch) * batch if batch else tokens
     values = x.new_empty(columns, padded_columns(inputs), dtype=type_of_values(x.dtype, batch))
     scales = torch.empty(columns, dtype=torch.float32, device=x.device)
-    launch = RotationLaunch(rotation, diagonal, inputs, tokens, batch, x.dtype, norm, overlap=False)
+    launch = RotationLaunch(rotation, diagonal, inputs, tokens, batch, x.dtype, norm, overlap=False, cores=cores)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     launch.start(tokens, x.data_ptr(), values.data_ptr(), scales.data_ptr(), stream)
     return Rotated(values, scales)

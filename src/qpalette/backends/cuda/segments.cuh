@@ -7,11 +7,12 @@ struct Segment {
     const u32 *entries;  // the decoder's table
     const u16 *scales;   // [M] float16
     int row_tiles, rows;
-    int rows_per_block;  // row tiles
+    int rows_per_block;  // row tiles, or items: see teams.cu
     int first_block;     // that works on this segment
     int out_offset;      // of its first output, in elements of y
     int decoder;         // its index in DECODERS
     u32 hash_unit;       // see Decoder::decode
+    int first_tile;      // row tiles of the segments before
 };
 
 struct Problem {
@@ -22,6 +23,9 @@ struct Problem {
     int segment_count, chunks, batch, y_stride;
     int out_type;       // see common.cuh
     float fixed_point;  // what a sum is multiplied by to become an integer: no sum can leave 32 bits, see multiply.py
+    int sum_tiles;      // row tiles of all segments: of what blocks add up, in teams.cu
+    int *sums;          // [lots][sum_tiles][SUMS], zeros before
+    int *counts;        // [lots][sum_tiles] of the runs that have been added; zeros before
 };
 
 template <class... Types>

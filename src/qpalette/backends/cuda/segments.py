@@ -38,6 +38,7 @@ class Segment(ctypes.Structure):
         ("out_offset", ctypes.c_int),
         ("decoder", ctypes.c_int),
         ("hash_unit", ctypes.c_uint32),
+        ("first_tile", ctypes.c_int),
     )
 
 
@@ -55,6 +56,9 @@ class Problem(ctypes.Structure):
         ("y_stride", ctypes.c_int),
         ("out_type", ctypes.c_int),
         ("fixed_point", ctypes.c_float),
+        ("sum_tiles", ctypes.c_int),
+        ("sums", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
     )
 
 
@@ -197,7 +201,7 @@ def prepare_segments(
     kernel, indices = kernel_of(source, name, macros, specs, device.index or 0)
     grid = planner(kernel, tuple(part.tiles for part in rows), tuple(map(decode_cost, specs)))
     problem = Problem(segment_count=len(rows), chunks=rows[0].packed.codes.shape[1])
-    first_block = 0
+    first_block = first_tile = 0
     for i, (part, spec) in enumerate(zip(rows, specs, strict=True)):
         packed = part.packed
         problem.segments[i] = Segment(
@@ -211,7 +215,9 @@ def prepare_segments(
             out_offset=offsets[i],
             decoder=indices[i],
             hash_unit=spec.hash_unit(table_bytes),
+            first_tile=first_tile,
         )
+        first_tile += part.tiles
         first_block += grid.blocks[i]
     return Segments(tuple(rows), kernel, problem, grid)
 

@@ -1,0 +1,141 @@
+"""Products of 17 to 128 tokens on a CUDA device of compute capability 9.0: decoded once for up to 64 of them, and
+multiplied by four warps together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpalette.backends.cuda.compiler import KernelLaunch
+from qpalette.backends.cuda.decoder import DecoderSpec
+from qpalette.backends.cuda.layout import CHUNK
+from qpalette.backends.cuda.multiply import fixed_point, sum_bytes
+from qpalette.backends.cuda.rotate import TYPES
+from qpalette.backends.cuda.segments import (
+    THREADS,
+    DeviceLimits,
+    Grid,
+    all_rows,
+    device_limits,
+    plan_grid,
+    prepare_segments,
+    with_segments,
+)
+from qpalette.core.records import TILE
+from qpalette.runtime import PackedLinear
+
+SOURCE = Path(__file__).with_name("teams.cu").read_text(encoding="utf-8")
+INSTRUCTION = """
+// sum (+)= a b of a tile of each warp of a team and all columns, begun.
+__device__ __forceinline__ void multiply_tile_of_team(float (&sum)[{fragments}][4], const u32 (&a)[4],
+                                                      unsigned long long b, int add) {{
+    asm volatile("{{.reg .pred p; setp.ne.b32 p, {add}, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {operands};}}"
+        : {sums} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add) : "memory");
+}}
+"""
+FROM = 17  # tokens
+COLUMNS = (24, 32, 48, 64)  # that kernels are compiled for
+RUN = 2  # chunks that are summed in floating point
+CONTROL_BYTES = 128
+MOST_STAGES = 4
+GROUP = THREADS // 32  # row tiles that a block has at once
+
+
+def serves(tokens: int, limits: DeviceLimits) -> bool:
+    """wgmma is of this compute capability alone."""
+    return tokens >= FROM and limits.capability == (9, 0)
+
+
+def columns_of(tokens: int) -> tuple[int, int]:
+    """(lots, columns of each), as for fewer tokens."""
+    lots = -(-tokens // COLUMNS[-1])
+    return lots, min(columns for columns in COLUMNS if lots * columns >= tokens)
+
+
+def stage_bytes(columns: int) -> int:
+    """Of a chunk of x'."""
+    return 2 * TILE * CHUNK * columns
+
+
+def stages_of(limits: DeviceLimits, columns: int) -> int:
+    """Chunks of x' in shared memory."""
+    return min(MOST_STAGES, (limits.shared_bytes - limits.table_bytes - CONTROL_BYTES) // stage_bytes(columns))
+
+
+def kernel_macros(limits: DeviceLimits, columns: int) -> dict[str, int]:
+    """The compile-time constants of teams.cu, beside the decoders."""
+    return {
+        "THREADS": THREADS,
+        "TABLE_BYTES": limits.table_bytes,
+        "BATCH": columns,
+        "RUN": RUN,
+        "STAGES": stages_of(limits, columns),
+        "WGMMA": 1,
+    }
+
+
+def source_of(columns: int) -> str:
+    """The kernel; the instruction has as many operands as its number of columns wants."""
+    count = columns // 2
+    sums, a = (", ".join(f"%{i}" for i in numbers) for numbers in (range(count), range(count, count + 4)))
+    instruction = INSTRUCTION.format(
+        fragments=columns // 8,
+        columns=columns,
+        operands=f"{{{sums}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0",
+        add=f"%{count + 5}",
+        sums=", ".join(f'"+f"(sum[{i // 4}][{i % 4}])' for i in range(count)),
+    )
+    return instruction + SOURCE
+
+
+def source_for(decoders: Sequence[DecoderSpec], columns: int) -> str:
+    """One translation unit: every decoder of the kernel's set, then the kernel."""
+    return with_segments(source_of(columns), decoders)
+
+
+class TeamLaunch:
+    """y = W' x' of at most MOST_SEGMENTS matrices in the chunk layout, for one number of tokens and one type of y, as
+    ProductLaunch is for fewer. Sums of blocks are added up in `zero_bytes` of memory, which are zero before."""
+
+    def __init__(
+        self, members: Sequence[PackedLinear], tokens: int, dtype: torch.dtype, first: int, width: int
+    ) -> None:
+        limits, (lots, columns) = device_limits(members[0].codes.device.index or 0), columns_of(tokens)
+        offsets = list(accumulate((member.out_features for member in members), initial=first))
+        rows = [all_rows(member) for member in members]
+        planner = Planner(members[0].codes.shape[1], max(1, limits.multiprocessors // lots))
+        macros = tuple(kernel_macros(limits, columns).items())
+        segments = prepare_segments(
+            rows, offsets, source_of(columns), "multiply_by_teams", macros, limits.table_bytes, planner
+        )
+        self._problem = problem = segments.problem
+        problem.batch, problem.out_type, problem.y_stride = tokens, TYPES[dtype], width
+        problem.fixed_point = fixed_point(members[0].in_features)
+        problem.sum_tiles = sum(part.tiles for part in rows)
+        self._count_bytes = -(-4 * lots * problem.sum_tiles // 16) * 16
+        self.zero_bytes = self._count_bytes + lots * problem.sum_tiles * sum_bytes(columns)
+        room = limits.table_bytes + CONTROL_BYTES + stages_of(limits, columns) * stage_bytes(columns)
+        self._launch = KernelLaunch(segments.kernel, (segments.blocks, lots), THREADS, room, [problem], limits.overlap)
+
+    def start(self, x: int, x_scales: int, y: int, stream: int, zeros: int = 0) -> None:
+        """Addresses of x' and its divisors, as `rotate` leaves them, of the results, and of zeros."""
+        problem = self._problem
+        problem.x, problem.x_scales, problem.y = x, x_scales, y
+        problem.counts, problem.sums = zeros, zeros + self._count_bytes
+        self._launch.start(stream)
+
+
+class Planner:
+    """Items are alike: a group of row tiles and a run of chunks, of which a block takes some in a row."""
+
+    def __init__(self, chunks: int, multiprocessors: int) -> None:
+        self.runs, self.multiprocessors = -(-chunks // RUN), multiprocessors
+
+    def __call__(self, kernel: Any, row_tiles: tuple[int, ...], costs: tuple[float, ...]) -> Grid:
+        items = tuple(-(-tiles // GROUP) * self.runs for tiles in row_tiles)
+        return plan_grid(items, costs, self.multiprocessors, max(items))
