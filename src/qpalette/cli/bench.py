@@ -198,7 +198,7 @@ def _measure(
     batches, contexts = how[:2]
     total = sum(len(candidate.caches) for candidate in candidates) * len(batches) * len(contexts)
     with step_bar("models x batches") as bar:
-        for result, parts in measure(candidates, *how, told=stages(bar.tell)):
+        for result, parts in measure(candidates, *(*how, stages(bar.tell))):
             speeds.append(result)
             if parts:
                 shares[result.model] = parts
