@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import weakref
 from typing import Any
 
@@ -20,6 +21,7 @@ from qpalette.bench import (
     measure,
     measure_speed,
     read_config,
+    stages,
 )
 from qpalette.bench.breakdown import PARTS, Kernel, part_of, shares_of
 from qpalette.bench.models import PRESETS, first_layers, groups_of, records_of, with_head
@@ -188,6 +190,19 @@ def test_one_model_is_gone_before_the_next_is_built(monkeypatch):
     one, other = (from_config(name, CONFIG, None, torch.float32, CPU, None) for name in ("one", "other"))
     assert len(list(measure([one, other], (1, 2), (8,), 2, "eager", look=True))) == 4
     assert alive == [0, 0]
+
+
+def test_each_stage_is_told_of_while_it_goes_on_and_afterwards():
+    """At once here; no stage of a second that is over in less."""
+    for patience, wanted in ((0.0, ["building", "reading a first prompt", "first steps, runner eager"]), (60.0, [])):
+        told = []
+        candidate = from_config("tiny", CONFIG, None, torch.float32, CPU, None)
+        assert len(list(measure([candidate], (1,), (8,), 2, "eager", told=stages(told.append, patience)))) == 1
+        done = [line.partition(": ")[2].rpartition(": ")[0] for line in told if not line.endswith("...")]
+        assert done == wanted
+    heard = threading.Event()
+    with stages(lambda message: heard.set(), 0.0)("waiting"):
+        assert heard.wait(60)
 
 
 # --- where the time goes -----------------------------------------------------------------------------------------

@@ -3,11 +3,14 @@
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
 
+from qpalette.core.errors import UnsupportedError
 from qpalette.nn import QuantExperts
 from qpalette.nn.quant_experts import _gate_of
 from qpalette.runtime import Gate, in_runs
@@ -70,13 +73,68 @@ def test_what_is_exchanged_is_seen(layer: QuantExperts) -> None:
     assert torch.allclose(before, one_by_one(layer), rtol=1e-5, atol=1e-7)
 
 
+def traced(layer: QuantExperts) -> tuple[Any, list[int]]:
+    """The layer compiled, and how many operands each graph has that torch made of it."""
+    operands: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        operands.append(len(inputs))
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    torch.compiler.reset()
+    return torch.compile(layer, fullgraph=True, backend=backend), operands
+
+
 def test_compiled_whole(layer: QuantExperts) -> None:
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled, operands = traced(layer)
     assert torch.equal(compiled(X, INDEX, WEIGHTS), layer(X, INDEX, WEIGHTS))
     x = X.clone().requires_grad_()
     (found,) = torch.autograd.grad(compiled(x, INDEX, WEIGHTS).square().sum(), x)
     (wanted,) = torch.autograd.grad(one_by_one_of(layer, x).square().sum(), x)
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+    assert operands == [4, 4]  # what came in, and one expert's codes: however many experts there are
+
+
+def test_compiled_with_biases_and_a_gate_of_its_own(layer: QuantExperts) -> None:
+    own = torch.Generator().manual_seed(3)
+    for name, size in (("gate_up_proj_bias", 96), ("down_proj_bias", 64)):
+        layer.register_parameter(name, torch.nn.Parameter(torch.randn(4, size, generator=own)))
+    layer._gate = lambda first: first[..., :48].tanh() * first[..., 48:]
+    compiled, _ = traced(layer)
+    biases = [layer.gate_up_proj_bias, layer.down_proj_bias]
+    found, wanted = compiled(X, INDEX, WEIGHTS), one_by_one(layer)
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    shares = zip(*(torch.autograd.grad(each.square().sum(), biases) for each in (found, wanted)), strict=True)
+    assert all(torch.allclose(share, due, rtol=1e-4, atol=1e-4) for share, due in shares)
+
+
+def test_compiled_sees_what_is_exchanged(layer: QuantExperts) -> None:
+    """Without being compiled again; a copy is compiled for its own; what no operator computes is told."""
+    compiled, operands = traced(layer)
+    before, down = compiled(X, INDEX, WEIGHTS), layer.get_submodule("2.down_proj")
+    down.qp_scales = (2 * down.qp_scales.view(torch.float16)).view(torch.int16)
+    after = compiled(X, INDEX, WEIGHTS)
+    assert torch.equal(after, layer(X, INDEX, WEIGHTS))
+    assert not torch.equal(after, before)
+    assert len(operands) == 1
+    twin = copy.deepcopy(layer)
+    twin.get_submodule("0.down_proj").qp_scales.zero_()
+    assert torch.equal(torch.compile(twin, backend="aot_eager")(X, INDEX, WEIGHTS), twin(X, INDEX, WEIGHTS))
+    down.fit("scales")
+    with pytest.raises(UnsupportedError, match="compile it again"):
+        compiled(X, INDEX, WEIGHTS)
+    torch.compiler.reset()
+    assert torch.allclose(
+        torch.compile(layer, backend="eager")(X, INDEX, WEIGHTS), one_by_one(layer), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_exported_with_its_tensors(layer: QuantExperts) -> None:
+    """What is exported runs where nobody knows this process' names."""
+    program = torch.export.export(layer, (X, INDEX, WEIGHTS))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "qpalette.experts.default" in called
+    assert torch.equal(program.module()(X, INDEX, WEIGHTS), layer(X, INDEX, WEIGHTS))
 
 
 def one_by_one_of(layer: QuantExperts, x: torch.Tensor) -> torch.Tensor:

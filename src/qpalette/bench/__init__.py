@@ -5,6 +5,7 @@ from qpalette.bench.decode import GENERATE, RUNNERS, Decoder, Speed, default_run
 from qpalette.bench.generate import check_steps, measure_generate
 from qpalette.bench.models import PRESETS, Candidate, from_config, from_directory, read_config
 from qpalette.bench.run import measure
+from qpalette.bench.stages import stages
 
 __all__ = [
     "GENERATE",
@@ -23,4 +24,5 @@ __all__ = [
     "measure_generate",
     "measure_speed",
     "read_config",
+    "stages",
 ]

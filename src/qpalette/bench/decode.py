@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qpalette.backends.cuda.graphs import CAPTURE_WARMUP, capture_graph
+from qpalette.bench.stages import Stages, silent
 from qpalette.bench.stand_ins import stand_ins
 from qpalette.core.errors import InputError, UnsupportedError
 from qpalette.generation import compile_options, most_likely
@@ -171,6 +172,7 @@ def measure_speed(
     runner: str,
     prefills: int = PREFILLS,
     cache: CachePlan | None = None,
+    told: Stages = silent,
 ) -> tuple[Speed, Decoder]:
     """Prefill, if it is to be timed at all, and decode at one batch size over a cache of codes, or of what they stand
     for; the decoder comes back for a look at where the time goes."""
@@ -179,12 +181,16 @@ def measure_speed(
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     decoder, prefill = Decoder(model, batch, context, steps + PROFILED, runner, cache), None
+    which = f"{candidate.title(cache)}, context {context}, batch {batch}"
     if prefills:
-        decoder.prefill()  # compiles kernels, and allocates
+        with told(f"{which}: reading a first prompt"):
+            decoder.prefill()  # compiles kernels, and allocates
         prefill = statistics.median(decoder.prefill() for _ in range(prefills))
     else:
-        decoder.fill()
-    decoder.warm_up()
+        with told(f"{which}: filling the cache"):
+            decoder.fill()
+    with told(f"{which}: first steps, runner {runner}"):
+        decoder.warm_up()
     decode = decoder.time_steps(steps)
     speed = Speed(
         model=candidate.title(cache),

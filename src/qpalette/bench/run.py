@@ -11,6 +11,7 @@ from qpalette.bench.breakdown import Share, breakdown
 from qpalette.bench.decode import GENERATE, PREFILLS, Speed, measure_speed, release
 from qpalette.bench.generate import make_fast, measure_generate
 from qpalette.bench.models import Candidate
+from qpalette.bench.stages import Stages, silent
 from qpalette.runtime import prefill_by
 
 Result = tuple[Speed, list[Share] | None]
@@ -26,17 +27,18 @@ def measure(
     compile: str = "never",
     prefills: int = PREFILLS,
     too_large: Callable[[str], None] | None = None,
+    told: Stages = silent,
 ) -> Iterator[Result]:
     """The speed of every candidate with each of its caches, at every context and batch size, and with `look` where a
     step goes at the first ones. `compile` is what the runner "generate" is told; `prefills` how many prompts the others
     time.
 
     A candidate is gone before the next is built, so that its memory is in nobody else's peak. What a device has no
-    memory for is told to `too_large`, and left out; None: torch.OutOfMemoryError goes on.
+    memory for is told to `too_large`, and left out; None: torch.OutOfMemoryError goes on. `told` is told of each stage.
     """
     for candidate in candidates:
         with prefill_by(candidate.road):
-            yield from _measured(candidate, batches, contexts, steps, runner, look, compile, prefills, too_large)
+            yield from _measured(candidate, batches, contexts, steps, runner, look, compile, prefills, too_large, told)
         release()
 
 
@@ -50,8 +52,10 @@ def _measured(
     compile: str,
     prefills: int,
     too_large: Callable[[str], None] | None,
+    told: Stages,
 ) -> Iterator[Result]:
-    model = candidate.build()
+    with told(f"{candidate.name}: building"):
+        model = candidate.build()
     for cache in candidate.caches:
         if runner == GENERATE:
             make_fast(model, compile, cache)
@@ -60,7 +64,8 @@ def _measured(
                 if runner == GENERATE:
                     result: Result = measure_generate(candidate, model, batch, context, steps, cache=cache), None
                 else:
-                    speed, decoder = measure_speed(candidate, model, batch, context, steps, runner, prefills, cache)
+                    about = (candidate, model, batch, context, steps, runner, prefills, cache, told)
+                    speed, decoder = measure_speed(*about)
                     first = (context, batch) == (contexts[0], batches[0])
                     result = speed, breakdown(decoder) if look and first else None
                     del decoder

@@ -191,14 +191,14 @@ def _measure(
     candidates: list[Candidate], how: tuple[Any, ...], device: Any, out: Path | None
 ) -> tuple[list[Speed], dict[str, list[Share]]]:
     """Speeds, and where a step's time goes by model; `how` is what `measure` takes after the candidates."""
-    from qpalette.bench import measure
+    from qpalette.bench import measure, stages
 
     speeds: list[Speed] = []
     shares: dict[str, list[Share]] = {}
     batches, contexts = how[:2]
     total = sum(len(candidate.caches) for candidate in candidates) * len(batches) * len(contexts)
     with step_bar("models x batches") as bar:
-        for result, parts in measure(candidates, *how):
+        for result, parts in measure(candidates, *(*how, stages(bar.tell))):
             speeds.append(result)
             if parts:
                 shares[result.model] = parts

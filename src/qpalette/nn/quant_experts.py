@@ -14,7 +14,17 @@ from qpalette.models.resolver import Place
 from qpalette.nn.packed_module import PackedModule
 from qpalette.nn.packed_weight import PackedStack
 from qpalette.nn.quant_linear import QuantLinear
-from qpalette.runtime import Gate, PackedExperts, PreparedExperts, in_runs, packed_experts, recognise
+from qpalette.runtime import (
+    Gate,
+    PackedExperts,
+    PreparedExperts,
+    held_experts,
+    hold,
+    in_runs,
+    is_one_operator,
+    packed_experts,
+    recognise,
+)
 
 DOWN = "down_proj"  # the parameter of what comes last, in every class that holds experts
 
@@ -41,7 +51,7 @@ class QuantExperts(nn.Module):
         shapes = _shapes(original, self.first, self.down)
         wanted = {f"{index}.{leaf}": shape for index in range(original.num_experts) for leaf, shape in shapes.items()}
         check_fit(records, wanted, name)
-        self._gate, self._operator, self._seen = _gate_of(original), None, -1
+        self._gate, self._operator, self._seen, self._name = _gate_of(original), None, -1, hold(self)
         weight = original.down_proj
         add_linears(self, records, weight.dtype, weight.device)
         for bias in ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias"):
@@ -52,41 +62,57 @@ class QuantExperts(nn.Module):
         """hidden_states [tokens, K]; experts int64 [tokens, top k] and their weights -> [tokens, K]."""
         if hidden_states.is_meta:
             return torch.empty_like(hidden_states)
-        compiling = torch.compiler.is_compiling()
-        operator = None if compiling else self._present_operator()
+        if torch.compiler.is_compiling():
+            return self._traced(hidden_states, experts, weights)
+        operator = self.present_operator()
         if operator is not None:
             return operator(hidden_states, experts, weights)
-        if compiling and not self._one_by_one():
-            return packed_experts(hidden_states, experts, weights, self._packed())
-        return in_runs(hidden_states, experts, weights, self._original[0].num_experts, self._run)
+        return self._in_runs(hidden_states, experts, weights)
 
-    def _present_operator(self) -> PreparedExperts | None:
+    def _traced(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Of this process, a graph knows the experts by a name; one that leaves it has their tensors."""
+        if torch.compiler.is_exporting():
+            if isinstance(self._gate, Gate) and self.is_one_operator():
+                return packed_experts(x, experts, weights, self._packed())
+        elif is_one_operator(self._name):
+            codes = _linear(self.get_submodule("0"), self.down).qp_codes
+            return held_experts(x, experts, weights, codes, *self._biases, self._name)
+        return self._in_runs(x, experts, weights)
+
+    def present_operator(self) -> PreparedExperts | None:
         """None where the experts must be called one by one."""
         if self._seen != PackedModule.exchanged:
-            self._operator = None if self._one_by_one() else PreparedExperts(self._packed())
+            self._operator = PreparedExperts(self._packed()) if self.is_one_operator() else None
             self._seen = PackedModule.exchanged
         return self._operator
 
-    def _one_by_one(self) -> bool:
-        """Whether a linear is more than its packed matrix: fitted, adapted, brought from elsewhere when it is called;
-        under torch.compile, whether the class has an activation of its own as well, which is no operator's."""
+    def is_one_operator(self) -> bool:
+        """False where a linear is more than its packed matrix: fitted, adapted, brought from elsewhere when it is
+        called."""
         linears = [linear for expert in self.children() for linear in expert.children()]
         plain = all(type(each) is QuantLinear and not each.fitted and "forward" not in vars(each) for each in linears)
-        if not plain or len({(each.layout, each.qp_codes.device) for each in linears}) != 1:
-            return True
-        own_gate = torch.compiler.is_compiling() and not isinstance(self._gate, Gate)
-        return own_gate or linears[0].qp_codes.device.type == "meta"
+        alike = plain and len({(each.layout, each.qp_codes.device) for each in linears}) == 1
+        return alike and linears[0].qp_codes.device.type != "meta"
 
     def _packed(self) -> PackedExperts:
         experts = [[_linear(expert, leaf).stored for leaf in (*self.first, self.down)] for expert in self.children()]
-        first_bias = self._parameters.get("gate_up_proj_bias", self._parameters.get("up_proj_bias"))
+        first_bias, last_bias = self._biases
         return PackedExperts(
             first=[linears[:-1] for linears in experts],
             last=[linears[-1] for linears in experts],
             gate=self._gate,
             first_bias=first_bias,
-            last_bias=self._parameters.get("down_proj_bias"),
+            last_bias=last_bias,
         )
+
+    @property
+    def _biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of what comes first, and of what comes last."""
+        first = self._parameters.get("gate_up_proj_bias", self._parameters.get("up_proj_bias"))
+        return first, self._parameters.get("down_proj_bias")
+
+    def _in_runs(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return in_runs(x, experts, weights, self._original[0].num_experts, self._run)
 
     def _run(self, x: torch.Tensor, index: int) -> torch.Tensor:
         expert = self.get_submodule(str(index))
@@ -101,6 +127,11 @@ class QuantExperts(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What is prepared has addresses in it, which a copy does not share."""
         return self.__dict__ | {"_operator": None, "_seen": -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another holder."""
+        super().__setstate__(state)
+        self._name = hold(self)
 
     @property
     def gate_up_proj(self) -> PackedStack:

@@ -14,6 +14,7 @@ from qpalette.runtime.contract import (
 from qpalette.runtime.dispatch import backends, register, select
 from qpalette.runtime.experts import PreparedExperts, packed_experts
 from qpalette.runtime.gate import Gate, recognise
+from qpalette.runtime.held_experts import held_experts, hold, is_one_operator
 from qpalette.runtime.kept import keeping
 from qpalette.runtime.ops import PreparedLinears, backend_for, packed_linear, packed_linears
 from qpalette.runtime.prefill import INT8, check_road, prefill_by, prefill_road
@@ -33,8 +34,11 @@ __all__ = [
     "backend_for",
     "backends",
     "check_road",
+    "held_experts",
+    "hold",
     "in_one_basis",
     "in_runs",
+    "is_one_operator",
     "keeping",
     "packed_experts",
     "packed_linear",

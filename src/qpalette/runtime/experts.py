@@ -148,9 +148,14 @@ def _experts(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *table
 
 @torch.library.impl(LIBRARY, "experts_backward", "CompositeExplicitAutograd")
 def _experts_backward(gradient: torch.Tensor, x: torch.Tensor, *rest: Any) -> Tensors:
-    """Of x, the weights and the biases there are: the plain products once more, as nothing between them is kept."""
     index, weights, *operands = rest
-    experts = _tables(*operands)
+    return gradients_of(gradient, x, index, weights, _tables(*operands))
+
+
+def gradients_of(
+    gradient: torch.Tensor, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: PackedExperts
+) -> Tensors:
+    """Of x, the weights and the biases there are: the plain products once more, as nothing between them is kept."""
     leaves = [each.detach().requires_grad_() for each in _differentiated(x, weights, experts)]
     biases = iter(leaves[2:])
     first_bias, last_bias = (None if bias is None else next(biases) for bias in (experts.first_bias, experts.last_bias))
