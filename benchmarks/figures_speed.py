@@ -192,12 +192,14 @@ def greedy(*results: Result) -> Table:
     "Caches of codes on a GPU",
     *("cuda_cache_h200", "cuda_cache_h200_write"),
     command="""python benchmarks/cuda_cache.py
-python benchmarks/cuda_cache.py --context 2048 --context 32768 --batch 1 --code nuq-3 --name cuda_cache_h200_write""",
+python benchmarks/cuda_cache.py --context 2048 --context 32768 --batch 1 --batch 8 \\
+    --code nuq-3 --code vq-2.5/vq-2 --name cuda_cache_h200_write""",
 )
 def coded_caches(*results: Result) -> Table:
     """One layer of Llama-3.1-8B's shapes for one new token on an H200, microseconds, in CUDA graphs: attention over
-    codes and their writing, beside attention over keys and values in 16 bits by our kernel and by torch's. The last two
-    lines are of the kernel that writes by a chain in registers, the others of the one before it."""
+    codes and their writing, beside attention over keys and values in 16 bits by our kernel and by torch's. The last eight
+    lines are of the present kernels, which write by a chain in registers and look up with one instruction for an
+    address; the others are of those before them."""
     times = {
         "attention": scaled("attend us", 1, 1),
         "with writing": scaled("both us", 1, 1),
