@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import figures_glance  # noqa: F401  # sections stand in the order of their import
-import figures_quality  # noqa: F401
-import figures_speed  # noqa: F401
+# Sections stand in the order of their import.
+import figures_glance  # noqa: F401  # isort: skip
+import figures_quality  # noqa: F401  # isort: skip
+import figures_speed  # noqa: F401  # isort: skip
+import figures_prompts  # noqa: F401  # isort: skip
+import figures_cpu  # noqa: F401  # isort: skip
 from figure_page import filled, page
 
 ROOT = Path(__file__).resolve().parent.parent

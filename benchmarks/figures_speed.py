@@ -12,7 +12,6 @@ from report import RESULTS
 OURS = ("tcq2-2", "tcq2-3", "tcq2-3.25", "tcq2-4", "tcq-3.25", "tcq-4", "vq-3", "vq-4", "nuq-3")
 STEP = "bench_llama-3.1-8b_h100_2026-11-25"
 BENCH = "qpalette bench --config CONFIG --spec SPEC --head tcq2-3.25 --device cuda"
-AVX2_PEERS = "python benchmarks/cpu_peers.py --llama DIR --processor-time --rounds 1 --steps 16"
 GRAPH = f"{BENCH} --runner compile-graph --attention grouped"
 
 
@@ -197,8 +196,8 @@ python benchmarks/cuda_cache.py --context 2048 --context 32768 --batch 1 --batch
 )
 def coded_caches(*results: Result) -> Table:
     """One layer of Llama-3.1-8B's shapes for one new token on an H200, microseconds, in CUDA graphs: attention over
-    codes and their writing, beside attention over keys and values in 16 bits by our kernel and by torch's. The last eight
-    lines are of the present kernels, which write by a chain in registers and look up with one instruction for an
+    codes and their writing, beside attention over keys and values in 16 bits by our kernel and by torch's. The last
+    eight lines are of the present kernels, which write by a chain in registers and look up with one instruction for an
     address; the others are of those before them."""
     times = {
         "attention": scaled("attend us", 1, 1),
@@ -234,15 +233,6 @@ def cached_models(*results: Result) -> Table:
             "peak memory, GB": scaled("peak_bytes", 1e-9, 1),
         },
     )
-
-
-@section("CPU without AVX-512, beside llama.cpp", "cpu_peers_avx2", command=AVX2_PEERS)
-def cpu_avx2(result: Result) -> Table:
-    """A random model of half a billion weights, tokens per second of one thread's processor time, on an EPYC with AVX2
-    that other work shared; one round."""
-    speeds = {"decoding": "{decode tokens/s:.1f}", "over Q4_0": "{over Q4_0:.2f}"}
-    speeds |= {"prompt": "{prefill tokens/s:.1f}", "prompt over Q4_0": "{prefill over Q4_0:.2f}"}
-    return Table.of(result["rows"], {"weights": "{weights}", **speeds})
 
 
 @section("A conversation", "conversation", command="python benchmarks/conversation.py")

@@ -1,0 +1,61 @@
+"""The tables of what runs on a processor beside llama.cpp."""
+
+from __future__ import annotations
+
+from figure_cells import kl_of
+from figure_page import Cell, Result, Table, section
+
+AVX2_PEERS = "python benchmarks/cpu_peers.py --llama DIR --processor-time --rounds 1 --steps 16"
+SPEEDS: dict[str, Cell] = {
+    "decoding": "{decode tokens/s:.1f}",
+    "over Q4_0": "{over Q4_0:.2f}",
+    "prompt": "{prefill tokens/s:.1f}",
+    "prompt over Q4_0": "{prefill over Q4_0:.2f}",
+}
+
+
+@section("CPU without AVX-512, beside llama.cpp", "cpu_peers_avx2", command=AVX2_PEERS)
+def cpu_avx2(result: Result) -> Table:
+    """A random model of half a billion weights, tokens per second of one thread's processor time, on an EPYC with AVX2
+    that other work shared; one round."""
+    return Table.of(result["rows"], {"weights": "{weights}", **SPEEDS})
+
+
+@section(
+    "CPU with AVX-512, beside llama.cpp",
+    "cpu_peers_avx512",
+    command="python benchmarks/cpu_peers.py --llama DIR --threads 2 --rounds 5 --steps 48 --name cpu_peers_avx512",
+    pending=True,
+)
+def cpu_avx512(result: Result) -> Table:
+    """A random model of half a billion weights on two cores of a Xeon with AVX-512, tokens per second, medians of
+    rounds in which all take turns."""
+    return Table.of(result["rows"], {"weights": "{weights}", **SPEEDS})
+
+
+@section(
+    "SmolLM2 with AVX-512, beside llama.cpp",
+    "cpu_peers_smollm2_avx512",
+    command="""python benchmarks/cpu_peers.py --llama DIR --threads 2 --rounds 5 --steps 48 --model MODEL --text TEXT
+    --spec tcq-4 --spec nuq-4 --spec tcq-3 --also embed_tokens --peer Q4_0 --peer Q2_K --peer Q3_K_M --peer Q4_K_M
+    --name cpu_peers_smollm2_avx512""",
+    pending=True,
+)
+def cpu_smollm2_avx512(result: Result) -> Table:
+    """SmolLM2-135M-Instruct there: bits of the whole file over the weights, KL to the same original; ours by one code,
+    rounded without calibration. Rows of 576 numbers are no multiple of 256: llama.cpp replaces most of its K types."""
+    facts: dict[str, Cell] = {"bits": "{bits:.2f}", "KL": kl_of("KL")}
+    return Table.of(result["rows"], {"weights": "{weights}", **facts, **SPEEDS})
+
+
+@section(
+    "A step of several sequences with AVX-512",
+    "cpu_batch_avx512",
+    command="""python benchmarks/cpu_step.py ARTIFACT --dtype float32 --batch 1 --batch 8 --threads 2 --rounds 40
+    --name cpu_batch_avx512""",
+    pending=True,
+)
+def cpu_batch_avx512(result: Result) -> Table:
+    """Milliseconds of SmolLM2-135M in nuq-3 on two cores of the Xeon: the step, and its kernels one by one."""
+    rows = [row for row in result["rows"] if row["batch 8"] >= 0.1]
+    return Table.of(rows, {"": "{what}", "batch 1": "{batch 1:.2f}", "batch 8": "{batch 8:.2f}"})
