@@ -140,6 +140,16 @@ def test_what_a_coded_cache_leaves_is_the_weights(model, text, tmp_path):  # noq
         wish(Budget(memory=least), cache="none")
 
 
+def test_what_a_given_cache_leaves_is_the_weights(model, text, tmp_path):  # noqa: F811
+    wish = partial(Wish.of, model, tmp_path / "out", text=text, recipe=SHORT, context=256)
+    memory = wish(Budget(memory=MEMORY), cache="none").draft().overhead.memory + 30_000
+    plain, eight, three = (
+        wish(Budget(memory=memory), cache=cache).draft() for cache in ("none", "white:nuq-8", "white:vq-3")
+    )
+    assert max(each.memory_bytes for each in (plain, eight, three)) <= memory
+    assert plain.planned.choice.bits < eight.planned.choice.bits < three.planned.choice.bits
+
+
 def test_a_dry_run_tells_the_cache(run, model, text, tmp_path):  # noqa: F811
     options = ["--memory", str(MEMORY), "--context", "256", "--text", str(text), "--dry-run", "--json"]
     said = run("quantize", model, tmp_path / "out", *options)
