@@ -5,14 +5,16 @@
 A Llama of random weights is planned for a memory, with a cache of 16 bits and with one of codes, quantized, and run in
 a process of its own to the last token of the context, in bfloat16. Tensors are counted; "peak" is the process' largest
 resident memory over that of the same with a model of one layer and 64 hidden units, which is what Python, torch and
-compiled kernels take. Pages of programs and libraries do not count: how many of them are mapped depends on what else
-the machine has read. Each runs twice, and the second is measured: to compile kernels takes memory of its own, and the
-two models do not share all of theirs. Linux alone.
+compiled kernels take. "peak, freed memory given back" is the same where the C library and the vendor's product return
+at once what was freed (`GIVING_BACK`), of which they keep some otherwise. Pages of programs and libraries do not count:
+how many of them are mapped depends on what else the machine has read. Each runs twice, and the second is measured: to
+compile kernels takes memory of its own, and the two models do not share all of theirs. Linux alone.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -37,6 +39,8 @@ from qpalette.storage import Checkpoint, open_checkpoint
 
 WIDTH = 64  # of a head
 NEW = 4  # tokens after the prompt
+GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MKL_DISABLE_FAST_MM": "1"}
+PEAKS: dict[str, dict[str, str]] = {"peak": {}, "peak, freed memory given back": GIVING_BACK}  # and the environment
 
 
 def main(
@@ -54,7 +58,7 @@ def main(
         for coded in (False, True):
             base = measured(Path(folder, f"base-{coded}"), 64, 1, context, room, coded)
             row = measured(Path(folder, f"model-{coded}"), hidden, layers, context, room, coded)
-            row["peak"] -= base["peak"]
+            row |= {peak: row[peak] - base[peak] for peak in PEAKS}
             rows.append({"keys and values": "codes" if coded else "16 bits", **row})
             report("memory_promise", processor(), rows, hidden=hidden, layers=layers, context=context, unit="bytes")
 
@@ -67,10 +71,14 @@ def measured(folder: Path, hidden: int, layers: int, context: int, room: float, 
     (folder / "plan.json").write_text(found.plan.to_json())
     qpalette.quantize(folder / "model", folder / "out", plan=folder / "plan.json")
     command = [sys.executable, __file__, "--run", str(folder / "out"), "--context", str(context)]
-    for _ in range(2):
-        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert found.memory_bytes is not None
-    return {"promised": found.memory_bytes, **json.loads(printed.splitlines()[-1])}
+    row = {"promised": found.memory_bytes}
+    for peak, environment in PEAKS.items():
+        for _ in range(2):
+            ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+        told = json.loads(ran.stdout.splitlines()[-1])
+        row |= told["held"] | {peak: told["peak"]}
+    return row
 
 
 def planned(checkpoint: Checkpoint, context: int, room: float, coded: bool) -> BudgetPlan:
@@ -90,7 +98,7 @@ def planned(checkpoint: Checkpoint, context: int, room: float, coded: bool) -> B
     return plan(plan(1 << 40).overhead.memory + int(room * numbers / 8))
 
 
-def held(directory: Path, context: int) -> dict[str, int]:
+def held(directory: Path, context: int) -> dict[str, Any]:
     model = load_model(str(directory), dtype=torch.bfloat16)[0]
     loop: Any = attach(model, "never", None, cache_maker(model, None, None))
     for tokens in (NEW, context - NEW):  # the first loads kernels, which takes some MB more for a while
@@ -100,8 +108,7 @@ def held(directory: Path, context: int) -> dict[str, int]:
     assert session.used >= context - 1
     tensors = [*model.parameters(), *model.buffers()]
     return {
-        "tensors": sum(each.nbytes for each in tensors),
-        "cache": session.inputs.cache.bytes,
+        "held": {"tensors": sum(each.nbytes for each in tensors), "cache": session.inputs.cache.bytes},
         "peak": in_status("VmHWM") - in_status("RssFile") + resident_bytes(directory / "model.safetensors"),
     }
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from qpalette.backends.cpu import product
 from qpalette.backends.cpu.operands import TYPES, read_values, write_values
 from qpalette.codes import parse_spec
 from qpalette.core.records import LinearRecord
@@ -24,6 +25,7 @@ CPU = backends()["cpu"]
 GROUPS = {
     "one way": [("nuq-4", 576), ("nuq-2", 40), ("nuq-5", 192)],
     "float32 alone": [("nuq-6", 576), ("nuq-8", 40), ("nuq-5", 192)],  # whatever the type of the input
+    "tall": [("nuq-6", 700)],
     "several": [("nuq-4", 100), ("tcq-2-L12", 576), ("nuq-3", 64), ("tcq-4-L12", 16)],
 }
 INPUTS = [576, 90]
@@ -209,3 +211,32 @@ def test_results_are_rounded_as_torch_does(dtype: torch.dtype) -> None:
     expected = wide.to(dtype)
     assert torch.equal(found.isnan(), wide.isnan())
     assert torch.equal(found[~found.isnan()], expected[~found.isnan()])
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that torch had taken at once, over what it had before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    events = found.profiler.kineto_results.events()
+    taken = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return int(np.cumsum([size for _, size in taken]).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_tokens_take_some_rows_and_tokens_in_float32_at_a_time(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of matrices that are decoded for the vendor's product: beside x and results no whole one is in memory."""
+    piece, strip, tokens, inputs, rows = 32, 1 << 14, 500, 90, 700
+    (member,) = random_group("tall", inputs)
+    x = random_vectors(tokens, inputs, dtype=dtype)
+    whole = packed_linear(x, member)
+    monkeypatch.setattr(product, "PIECE", piece)
+    monkeypatch.setattr(product, "STRIP", strip)
+    assert strip < inputs * rows / 3
+    cut = packed_linear(x, member)
+    kept = (tokens * (inputs + rows)) * dtype.itemsize  # the rotated input, and the results
+    at_a_time = strip + piece * (4 * inputs + strip // inputs)  # numbers; a rotation makes its input anew a few times
+    assert kept < peak_bytes(lambda: packed_linear(x, member)) < kept + 4 * at_a_time < kept + 4 * inputs * rows
+    difference = (cut - whole).double().norm() / whole.double().norm()
+    assert difference < (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_cuda_products import SPECS, as_stored, diagonal_of, expected, members, place, with_diagonal
+from test_cuda_products import SPECS, as_stored, check_captured, diagonal_of, expected, members, place, with_diagonal
 
 from qpalette.backends.cuda import int8, library
 from qpalette.backends.cuda.product import CudaProduct
@@ -155,13 +155,4 @@ def test_stored_codes_give_the_same_bits() -> None:
 
 
 def test_a_captured_product_replays_with_what_is_there_then() -> None:
-    found, x = members(["tcq2-3.25", "nuq-4"], [256, 48], 1024), torch.randn(160, 1024, device="cuda").half()
-    prepared = CudaProduct(found)
-    prepared(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = prepared(x)
-    x.copy_(torch.randn_like(x))
-    graph.replay()
-    for y, wanted in zip(captured, prepared(x), strict=True):
-        assert torch.equal(y, wanted)
+    check_captured(torch.randn(160, 1024, device="cuda").half())

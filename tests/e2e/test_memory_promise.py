@@ -4,16 +4,19 @@ Weights are tensors of the model, and the cache is what `generate` has taken: co
 besides (the interpreter, torch, compiled kernels) is no part of the promise; `benchmarks/memory_promise.py` shows it.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_model import VOCABULARY, build
+from transformers import AutoConfig
 
 import qpalette
 from qpalette.core.mapped import resident_bytes
 from qpalette.evaluate import load_model
 from qpalette.generation import attach
 from qpalette.generation.cache import CodedTokenCache
-from qpalette.kvcache import Transform, white
+from qpalette.kvcache import SHAPED, WHITE, Transform, bucket, parse_cache, white
 from qpalette.models import find_groups
 from qpalette.pipeline.planning import make_plan
 from qpalette.plan import (
@@ -105,6 +108,26 @@ def test_the_promise_is_what_is_held(tmp_path, checkpoint, coded, context, batch
     assert 0 < beside < activations / 10
 
 
+@pytest.mark.parametrize(
+    "spec", ["vq-3", "vq-3/nuq-2,sinks=9", "balanced:vq4-2", "mean:nuq-4,window=64", "white:vq-2.5,sinks=0,window=7"]
+)
+def test_a_given_cache_counts_its_own_bytes(checkpoint, spec):
+    """Not 16 bits a number, nor those of a cache that would be planned."""
+    cache, context, batch = parse_cache(spec), 1300, 2
+    space = Space(palette_of(families=("nuq",)), batch=batch)
+    found = partial(make_plan, budget=Budget(memory=1 << 40), space=space, checkpoint=checkpoint, context=context)
+    given, plain = found(sensitivities(checkpoint, True), cache=cache), found(sensitivities(checkpoint, False))
+    assert given.plan.cache is None  # it is not planned
+    sixteen = device_bytes(checkpoint.config, context, batch)[0]
+    config = AutoConfig.for_model(**checkpoint.config)
+    transforms = None if cache.transform == WHITE else [transform(cache.transform) for _ in range(2)]
+    held = CodedTokenCache(config, bucket(context, config.max_position_embeddings), cache, transforms)
+    for layer in held.layers:
+        layer.lazy_initialization(*torch.zeros(2, batch, HEADS, 1, DIM, dtype=torch.bfloat16))
+    counted = given.overhead.memory - plain.overhead.memory + sixteen
+    assert counted == held.bytes + sum(map(transform_bytes, transforms or ())) < sixteen / 2
+
+
 def test_codes_are_in_memory_once(tmp_path, checkpoint):
     """Laid out anew on a processor: pages of the file that had them are let go, though norms keep it mapped."""
     qpalette.quantize(checkpoint.location, tmp_path / "out", spec="nuq-4")
@@ -115,10 +138,11 @@ def test_codes_are_in_memory_once(tmp_path, checkpoint):
     assert resident_bytes(file) < file.stat().st_size - codes / 2
 
 
-def transform() -> Transform:
-    """With all that a calibrated one has."""
+def transform(kind: str = SHAPED) -> Transform:
+    """With all that a calibrated one of its kind has."""
     matrix, inverse = (each.expand(HEADS, DIM, DIM).clone() for each in (white(DIM).matrix, white(DIM).inverse))
-    return Transform(matrix, inverse, torch.zeros(HEADS, DIM), torch.zeros(HEADS, DIM, DIM), torch.ones(HEADS))
+    shaping = (torch.zeros(HEADS, DIM, DIM), torch.ones(HEADS)) if kind == SHAPED else ()
+    return Transform(matrix, inverse, torch.zeros(HEADS, DIM), *shaping)
 
 
 def transform_bytes(transform: Transform) -> int:

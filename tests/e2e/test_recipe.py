@@ -140,6 +140,16 @@ def test_what_a_coded_cache_leaves_is_the_weights(model, text, tmp_path):  # noq
         wish(Budget(memory=least), cache="none")
 
 
+def test_what_a_given_cache_leaves_is_the_weights(model, text, tmp_path):  # noqa: F811
+    wish = partial(Wish.of, model, tmp_path / "out", text=text, recipe=SHORT, context=256)
+    memory = wish(Budget(memory=MEMORY), cache="none").draft().overhead.memory + 30_000
+    plain, eight, three = (
+        wish(Budget(memory=memory), cache=cache).draft() for cache in ("none", "white:nuq-8", "white:vq-3")
+    )
+    assert max(each.memory_bytes for each in (plain, eight, three)) <= memory
+    assert plain.planned.choice.bits < eight.planned.choice.bits < three.planned.choice.bits
+
+
 def test_a_dry_run_tells_the_cache(run, model, text, tmp_path):  # noqa: F811
     options = ["--memory", str(MEMORY), "--context", "256", "--text", str(text), "--dry-run", "--json"]
     said = run("quantize", model, tmp_path / "out", *options)
@@ -199,6 +209,8 @@ def test_the_command(run, model, text, tmp_path):  # noqa: F811
     assert run(*command, "--report", tmp_path / "no" / "plan.html").code == 1
     assert run(*command, "--fast", "--report", page).code == 2
     assert run(*command, "--fast", "--tokens", "64").code == 2
+    assert run(*command, "--fast", "--steps", "1").code == 2
+    assert "at most 1 steps" in run(*command, "--steps", "1", "--dry-run").out
     assert "128 tokens" in run(*command, "--tokens", "128", "--dry-run").out
     assert run(*command, "--tokens", "1", "--dry-run").code == 2
     result = run(*command, "--json", "--report", page)
@@ -276,6 +288,16 @@ def test_a_text_of_any_length_leaves_windows_to_tune_on(tokens):
     assert tuning.window <= Tuning().window
     if tokens >= 4 * Tuning().held_out * Tuning().window:
         assert tuning == Tuning()
+
+
+def test_little_text_is_written_side_by_side():
+    """In windows enough for that; a text that is given is cut as usual."""
+    usual = Recipe(32_768, window=1024)
+    assert usual.of(None, None, None, written=True) == usual
+    assert usual.of(6144, 5, "fast", written=True) == replace(
+        usual, tokens=6144, window=384, effort="fast", tuning=replace(usual.tuning, steps=5)
+    )
+    assert usual.of(6144, None, None, written=False).window == usual.window == usual.of(32_768, None, None, True).window
 
 
 def test_a_short_text_is_enough(model, tmp_path):  # noqa: F811

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from qpalette.cli.output import Bar
     from qpalette.pipeline import Estimate, LinearResult, QuantizeReport
 
+# Options that `pipeline.quantize` takes under their names.
+ROUNDING = (
+    *("bits", "spec", "effort", "rotation", "seed", "plan", "sensitivity", "prefer", "target", "calibration"),
+    *("damping", "output_damping", "equalize", "device", "cache", "sign_seeds", "workers", "ray"),
+)
 AT_ONCE = 0.005  # seconds; a linear that takes less was finished by an earlier run
 
 
@@ -53,6 +58,7 @@ def quantize(
     text: option.Text = None,
     page: option.Page = None,
     tokens: option.Tokens = None,
+    steps: option.Steps = None,
     device: option.Device = "cpu",
     workers: option.Workers = 1,
     ray: option.Ray = None,
@@ -68,56 +74,77 @@ def quantize(
 
     Example: [bold]qpalette quantize SmolLM2-135M-Instruct.Q4_1.gguf OUT --bits 3.25[/]
     """
-    budget = (bits, disk, memory)
-    if [any(limit is not None for limit in budget), spec is not None, plan is not None].count(True) != 1:
-        raise typer.BadParameter(
-            "give one of --bits (such as 3.25), --size (6GB) or --memory (8GB), --spec (tcq-3.25), and --plan FILE"
-        )
-    if memory is None and (context is not None or batch is not None):
-        raise typer.BadParameter("--context and --batch are what --memory must hold: give it, such as --memory 8GB")
+    given = dict(locals())
+    _check_target(given)
     by_steps = fast or spec is not None or plan is not None or sensitivity is not None or calibration is not None
     if not by_steps:
-        manual = {"--include": include, "--also": also, "--ray": ray, "--workers": workers != 1}
-        manual |= {"--sign-seeds": sign_seeds != 1, "--no-equalize": not equalize}
-        manual |= {"--damping": damping != DAMPING, "--output-damping": output_damping != OUTPUT_DAMPING}
-        if given := next((name for name, value in manual.items() if value), None):
-            raise typer.BadParameter(f"{given} is of the rounding alone: add --fast, or --calibration DIR")
-        from qpalette.cli.recipe import run_recipe
-
-        run_recipe(
-            model, out, budget, text, tokens, best, effort, dry_run, page, as_json,
-            context=4096 if context is None else context, batch=1 if batch is None else batch,
-            prefer=prefer, target=target, rotation=rotation, seed=seed, exclude=exclude or (), cache=cache,
-            device=device, overwrite=overwrite,
-        )  # fmt: skip
+        _check_recipe(given)
+        _run_recipe(given)
         return
-    if best or memory is not None:
-        raise typer.BadParameter(
-            "--best and --memory are of all steps together: leave out --fast, --spec, --plan, --sensitivity and "
-            "--calibration"
-        )
-    if page is not None or tokens is not None:
-        raise typer.BadParameter(
-            "--report and --tokens are of all steps together; qpalette plan has the one, qpalette calibrate the other"
-        )
-    if text is not None and not tune:
-        raise typer.BadParameter("--text is what is calibrated or tuned on: leave out --fast, or add --tune")
-    if calibration is None and (damping != DAMPING or output_damping != OUTPUT_DAMPING or not equalize):
-        raise typer.BadParameter(
-            "--damping, --output-damping and --no-equalize are of calibrated rounding: --calibration"
-        )
-    if sensitivity is not None and bits is None and disk is None:
-        raise typer.BadParameter("--sensitivity decides how --bits or --size are spent: give one of them")
-    options: dict[str, Any] = {"bits": bits, "spec": spec, "effort": effort, "rotation": rotation, "seed": seed}
-    options |= {"plan": plan, "size": disk, "sensitivity": sensitivity, "prefer": prefer, "target": target}
-    options |= {"calibration": calibration, "damping": damping, "also": also or (), "device": device}
-    options |= {"output_damping": output_damping, "equalize": equalize}
-    options |= {"include": include or (), "exclude": exclude or (), "cache": cache}
-    options |= {"sign_seeds": sign_seeds, "workers": workers, "ray": ray}
+    _check_rounding(given)
+    options: dict[str, Any] = {name: given[name] for name in ROUNDING} | {"size": disk}
+    options |= {name: given[name] or () for name in ("also", "include", "exclude")}
     if tune and not dry_run:
         _quantize_and_tune(model, out, text, options, overwrite, as_json)
     else:
         _quantize(model, out, options, dry_run, overwrite, as_json)
+
+
+def _check_target(given: dict[str, Any]) -> None:
+    """What says how far: one way of them."""
+    budget = any(given[name] is not None for name in ("bits", "disk", "memory"))
+    if [budget, given["spec"] is not None, given["plan"] is not None].count(True) != 1:
+        raise typer.BadParameter(
+            "give one of --bits (such as 3.25), --size (6GB) or --memory (8GB), --spec (tcq-3.25), and --plan FILE"
+        )
+    if given["memory"] is None and (given["context"] is not None or given["batch"] is not None):
+        raise typer.BadParameter("--context and --batch are what --memory must hold: give it, such as --memory 8GB")
+
+
+def _check_recipe(given: dict[str, Any]) -> None:
+    """Nothing that is of the rounding alone."""
+    manual = {"--include": given["include"], "--also": given["also"], "--ray": given["ray"]}
+    manual |= {"--workers": given["workers"] != 1, "--sign-seeds": given["sign_seeds"] != 1}
+    manual |= {"--no-equalize": not given["equalize"], "--damping": given["damping"] != DAMPING}
+    manual |= {"--output-damping": given["output_damping"] != OUTPUT_DAMPING}
+    if name := next((name for name, value in manual.items() if value), None):
+        raise typer.BadParameter(f"{name} is of the rounding alone: add --fast, or --calibration DIR")
+
+
+def _run_recipe(given: dict[str, Any]) -> None:
+    from qpalette.cli.recipe import run_recipe
+
+    told = ("model", "out", "text", "tokens", "steps", "best", "effort", "dry_run", "page", "as_json")
+    as_given = ("prefer", "target", "rotation", "seed", "cache", "device", "overwrite")
+    run_recipe(
+        **{name: given[name] for name in (*told, *as_given)},
+        limits=(given["bits"], given["disk"], given["memory"]),
+        context=4096 if given["context"] is None else given["context"],
+        batch=1 if given["batch"] is None else given["batch"],
+        exclude=given["exclude"] or (),
+    )
+
+
+def _check_rounding(given: dict[str, Any]) -> None:
+    """Nothing that is of all steps together, or means nothing here."""
+    if given["best"] or given["memory"] is not None:
+        raise typer.BadParameter(
+            "--best and --memory are of all steps together: leave out --fast, --spec, --plan, --sensitivity and "
+            "--calibration"
+        )
+    if any(given[name] is not None for name in ("page", "tokens", "steps")):
+        raise typer.BadParameter(
+            "--report, --tokens and --steps are of all steps together; qpalette plan, calibrate and tune have them"
+        )
+    if given["text"] is not None and not given["tune"]:
+        raise typer.BadParameter("--text is what is calibrated or tuned on: leave out --fast, or add --tune")
+    damped = given["damping"] != DAMPING or given["output_damping"] != OUTPUT_DAMPING
+    if given["calibration"] is None and (damped or not given["equalize"]):
+        raise typer.BadParameter(
+            "--damping, --output-damping and --no-equalize are of calibrated rounding: --calibration"
+        )
+    if given["sensitivity"] is not None and given["bits"] is None and given["disk"] is None:
+        raise typer.BadParameter("--sensitivity decides how --bits or --size are spent: give one of them")
 
 
 def _quantize(model: str, out: Path, options: dict[str, Any], dry_run: bool, overwrite: bool, as_json: bool) -> None:

@@ -118,6 +118,10 @@ Tokens = Annotated[
         "--tokens", metavar="N", min=2, help="How much text to calibrate on.  [default: by device and --best]"
     ),
 ]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", metavar="N", min=1, help="Of tuning, at most.  [default: by device and --best]"),
+]
 Device = Annotated[str, typer.Option("--device", help="Where to encode, such as cuda.")]
 Workers = Annotated[int, typer.Option("--workers", help="Processes; with --device cuda they share the GPUs.")]
 Ray = Annotated[

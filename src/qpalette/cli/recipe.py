@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ def run_recipe(
     limits: Limits,
     text: Path | None,
     tokens: int | None,
+    steps: int | None,
     best: bool,
     effort: str | None,
     dry_run: bool,
@@ -46,9 +46,7 @@ def run_recipe(
     from qpalette.cli.plan import budget_of
     from qpalette.recipe import compress, recipe_of
 
-    recipe, budget = recipe_of(best, options["device"]), budget_of(*limits)
-    changed: dict[str, Any] = {"effort": effort, "tokens": tokens}
-    recipe = replace(recipe, **{name: value for name, value in changed.items() if value is not None})
+    recipe, budget = recipe_of(best, options["device"]).of(tokens, steps, effort, text is None), budget_of(*limits)
     if dry_run:
         return _show_forecast(model, out, budget, text, recipe, as_json, options)
     if page is not None:

@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from transformers import AutoConfig
+
 from qpalette.calibration.gains import feedback_gains, with_feedback
 from qpalette.calibration.hessians import HessianStore
 from qpalette.calibration.rounding import ROUNDING, Rounding
 from qpalette.core.errors import BudgetError, InputError
 from qpalette.core.records import LinearGroup
 from qpalette.formats import total_bits
-from qpalette.kvcache import PAGE
+from qpalette.kvcache import PAGE, CachePlan
 from qpalette.models import find_groups
 from qpalette.models.model_class import text_config
+from qpalette.nn.coded_cache import check_cacheable
 from qpalette.pipeline.footprint import LONGEST, carried_bytes, disk_bytes
 from qpalette.pipeline.jobs import make_jobs
 from qpalette.pipeline.rehearsal import check_packable
@@ -31,8 +34,10 @@ from qpalette.plan import (
     Sensitivities,
     Space,
     device_bytes,
+    even_streams,
     stored_bits,
 )
+from qpalette.plan.memory import cached_heads
 from qpalette.storage import Checkpoint
 
 ATTEMPTS = 4
@@ -74,6 +79,7 @@ def make_plan(
     exclude: Sequence[str] = (),
     hessians: HessianStore | None = None,
     rounding: Rounding = ROUNDING,
+    cache: CachePlan | None = None,
     device: str = "cpu",
     context: int = 4096,
     solver: str = "exact",
@@ -85,8 +91,9 @@ def make_plan(
     `also` names optional linears to quantize ("lm_head", "embed_tokens"), `include` and `exclude` which of the others
     are and are not, as in `find_groups`. A memory budget is for `space.batch` sequences of `context` tokens; where the
     sensitivities have streams of a cache, codes are chosen for them by the same measure, else keys and values take 16
-    bits. With `hessians` the plan is for calibrated rounding. What feedback takes off the error is in the sensitivities
-    that were measured for it; others are multiplied by what is known of it from the Hessian of each group.
+    bits, or what `cache` says, which is not planned then. With `hessians` the plan is for calibrated rounding. What
+    feedback takes off the error is in the sensitivities that were measured for it; others are multiplied by what is
+    known of it from the Hessian of each group.
 
     Raises BudgetError naming the least that is possible, InputError when sensitivities lack a linear of the checkpoint
     or a size or memory is asked for without one, CheckpointError for a model without linears, SpecError for options
@@ -104,10 +111,10 @@ def make_plan(
         chosen = with_feedback(chosen, feedback_gains(hessians, measured, rotation, seed, rounding.damping, device))
     if hessians is not None:
         space = replace(space, count_bits=partial(stored_bits, diagonal=rounding.diagonal))
-    if chosen.streams and budget.memory is not None:
-        most = None if checkpoint is None else text_config(checkpoint.config).get("max_position_embeddings")
-        space = replace(space, cache=CacheSpace(chosen.streams, context, space.batch, most=most))
-    draft = _Draft(chosen, budget, space, checkpoint, hessians, rounding, context, rotation, seed)
+    if chosen.streams and budget.memory is not None and cache is None:
+        assert checkpoint is not None, "a memory counts a model"
+        space = replace(space, cache=CacheSpace(chosen.streams, context, space.batch, most=_most(checkpoint)))
+    draft = _Draft(chosen, budget, space, checkpoint, hessians, rounding, cache, context, rotation, seed)
     found = draft.plan(solver)
     factor = chosen.factor(found.planned.choice.loss - found.planned.choice.cache_loss)
     if factor != 1.0:
@@ -154,6 +161,19 @@ def even_sensitivities(groups: Sequence[LinearGroup], streams: Sequence[Sensitiv
     )
 
 
+def cached_streams(checkpoint: Checkpoint, tokens: int) -> tuple[SensitiveStream, ...]:
+    """Keys and values of a model's cache of so many tokens, every number alike. Raises UnsupportedError where it cannot
+    be coded, KeyError for a config that says nothing of heads, ValueError for a model that transformers does not know.
+    """
+    layers = check_cacheable(AutoConfig.for_model(**checkpoint.config))
+    return even_streams(layers, *cached_heads(text_config(checkpoint.config)), tokens)
+
+
+def _most(checkpoint: Checkpoint) -> int | None:
+    """The model's own context."""
+    return text_config(checkpoint.config).get("max_position_embeddings")
+
+
 @dataclass(frozen=True)
 class _Draft:
     sensitivities: Sensitivities
@@ -162,6 +182,7 @@ class _Draft:
     checkpoint: Checkpoint | None
     hessians: HessianStore | None
     rounding: Rounding
+    cache: CachePlan | None
     context: int
     rotation: str
     seed: int
@@ -206,9 +227,16 @@ class _Draft:
             disk = disk_bytes(self.checkpoint, plan, self.hessians, self.rounding) - packed
         if self.budget.memory is not None:
             kept, activations = device_bytes(self.checkpoint.config, self.context, self.space.batch)
-            kept = kept if self.space.cache is None else self.space.cache.fixed_bytes
+            if self.space.cache is not None:
+                kept = self.space.cache.fixed_bytes
+            elif self.cache is not None:
+                kept = self._bytes_of(self.cache, self.checkpoint)
             memory = carried_bytes(self.checkpoint, plan) + kept + activations
         return Overhead(disk, memory)
+
+    def _bytes_of(self, cache: CachePlan, checkpoint: Checkpoint) -> int:
+        streams = cached_streams(checkpoint, self.context * self.space.batch)
+        return CacheSpace(streams, self.context, self.space.batch, cache.exact, _most(checkpoint)).bytes_of(cache)
 
     def _described(
         self,

@@ -11,7 +11,20 @@ from typing import Any
 import numpy as np
 
 from qpalette.core.errors import InputError
-from qpalette.kvcache import EXACT, PAGE, CacheCode, CachePlan, Exact, VectorFormat, bucket, cache_palette, pages_of
+from qpalette.kvcache import (
+    EXACT,
+    PAGE,
+    SHAPED,
+    WHITE,
+    CacheCode,
+    CachePlan,
+    Exact,
+    VectorFormat,
+    bucket,
+    cache_palette,
+    pages_of,
+    parse_code,
+)
 from qpalette.plan.problem import Floats
 
 KEYS, VALUES = KINDS = ("keys", "values")
@@ -19,7 +32,6 @@ CONTEXT = "context"  # in the provenance of a plan with a cache: the tokens that
 EXACT_BYTES = 2  # of a number of an exact token
 RING_BYTES = 8  # of a place of the window, that says which token is there
 FLOAT_BYTES = 4
-TRANSFORM_BYTES = 3 * FLOAT_BYTES  # of an entry of A, its inverse and the feedback of one head's keys; a mean, a gain
 
 
 @dataclass(frozen=True)
@@ -71,11 +83,29 @@ class CacheSpace:
 
     @property
     def fixed_bytes(self) -> int:
-        """What the cache takes besides: exact tokens, transforms of keys."""
+        """What the cache takes besides: exact tokens, transforms of keys, whose errors are shaped."""
+        return self._exact_bytes + self._transform_bytes(SHAPED)
+
+    def bytes_of(self, plan: CachePlan) -> int:
+        """Of all, in the codes of a plan with these exact tokens. Raises SpecError for one of other layers."""
+        layers = len(self._keys)
+        names = [plan.of_layer(stream.layer, layers)[KINDS.index(stream.kind)] for stream in self.streams]
+        bits = sum(self.bits(stream, parse_code(name)) for stream, name in zip(self.streams, names, strict=True))
+        return bits // 8 + self._exact_bytes + self._transform_bytes(plan.transform)
+
+    @property
+    def _exact_bytes(self) -> int:
         exact = self.batch * (self.exact.sinks + self.exact.window) * EXACT_BYTES
-        total = sum(exact * stream.numbers + RING_BYTES * self.exact.window for stream in self.streams)
-        transforms = (TRANSFORM_BYTES * s.numbers * s.dim + FLOAT_BYTES * (s.numbers + s.heads) for s in self._keys)
-        return total + sum(transforms)
+        return sum(exact * stream.numbers + RING_BYTES * self.exact.window for stream in self.streams)
+
+    def _transform_bytes(self, transform: str) -> int:
+        """Of each head's keys: A, its inverse and a mean, and where errors are shaped feedback and a gain."""
+        if transform == WHITE:  # a constant of the code
+            return 0
+        matrices, gains = (3, 1) if transform == SHAPED else (2, 0)
+        return sum(
+            FLOAT_BYTES * (stream.numbers * (matrices * stream.dim + 1) + gains * stream.heads) for stream in self._keys
+        )
 
     @property
     def _keys(self) -> list[SensitiveStream]:

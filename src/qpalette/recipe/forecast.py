@@ -74,7 +74,7 @@ def forecast(model: str | Path, text: str | Path | None, plan: Plan, recipe: Rec
         Step(
             "tune",
             f"at most {tuning.steps} steps",
-            part * forward * (tuning.steps * (2 + BACKWARD) + looks + originals),
+            part * forward * (tuning.steps * (1 + BACKWARD + tuning.recompute) + looks + originals),
         ),
     ]
     if text is None:

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from qpalette.api import cache_sensitivities, calibrate, calibrated_sensitivities
 from qpalette.calibration.hessians import HessianStore
 from qpalette.core.cache import limit_bytes, mark_used, private_folder
@@ -27,14 +25,11 @@ from qpalette.evaluate.text_source import check_text
 from qpalette.kvcache import CachePlan
 from qpalette.kvcache.vectors import BLOCK
 from qpalette.models import check_complete, find_groups, token_tables
-from qpalette.models.model_class import text_config
-from qpalette.nn.coded_cache import check_cacheable
 from qpalette.pipeline.api import UNCODED, cache_for
 from qpalette.pipeline.output import Output
-from qpalette.pipeline.planning import BudgetPlan, even_sensitivities, make_plan
+from qpalette.pipeline.planning import BudgetPlan, cached_streams, even_sensitivities, make_plan
 from qpalette.pipeline.quantize import rehearsed_jobs
-from qpalette.plan import Budget, SensitiveStream, Sensitivities, Space, even_streams, palette_of
-from qpalette.plan.memory import cached_heads
+from qpalette.plan import Budget, SensitiveStream, Sensitivities, Space, palette_of
 from qpalette.plan.preference import preferred, profile_of
 from qpalette.recipe.options import Recipe, recipe_of
 from qpalette.storage import Checkpoint, open_checkpoint
@@ -63,7 +58,6 @@ class Wish:
     budget: Budget
     space: Space
     options: dict[str, Any]  # of `make_plan`
-    cache: CachePlan | None = None  # of the result, where one was asked for
     streams: tuple[SensitiveStream, ...] = ()  # of a cache that is planned with the weights: its shapes
 
     @classmethod
@@ -94,10 +88,10 @@ class Wish:
         checkpoint = open_checkpoint(model)
         palette = preferred(palette_of(recipe.effort), prefer, profile_of(target, device))
         options = {"context": context, "rotation": rotation, "seed": seed, "exclude": exclude, "device": device}
-        coded = None if cache in (None, UNCODED) else cache_for(checkpoint, cache)
+        options["cache"] = None if cache in (None, UNCODED) else cache_for(checkpoint, cache)
         planned = cache is None and budget.memory is not None
         streams = _streams(checkpoint, context * batch) if planned else ()
-        wish = cls(checkpoint, budget, Space(palette, batch=batch), options, coded, streams).rehearsed()
+        wish = cls(checkpoint, budget, Space(palette, batch=batch), options, streams).rehearsed()
         check_complete(checkpoint)
         return wish
 
@@ -127,11 +121,10 @@ class Wish:
 def _streams(checkpoint: Checkpoint, tokens: int) -> tuple[SensitiveStream, ...]:
     """Of a cache of so many tokens, every number alike; none where the model's cache cannot be coded."""
     try:
-        layers = check_cacheable(AutoConfig.for_model(**checkpoint.config))
-        heads, dim = cached_heads(text_config(checkpoint.config))
+        streams = cached_streams(checkpoint, tokens)
     except (UnsupportedError, KeyError, ValueError):  # ValueError: transformers knows no such model
         return ()
-    return even_streams(layers, heads, dim, tokens) if dim % BLOCK == 0 else ()
+    return streams if streams and streams[0].dim % BLOCK == 0 else ()
 
 
 def compress(
@@ -195,7 +188,7 @@ def compress(
         out,
         moments / WRITTEN if text is None else text,
         plan=found.plan,
-        cache=wish.cache,
+        cache=wish.options["cache"],
         calibration=moments,
         tuning=replace(fitted(recipe.tuning, store.calibration.tokens), seed=seed),
         device=device,
