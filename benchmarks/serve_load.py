@@ -47,6 +47,7 @@ def main(
     artifact: str,
     clients: Annotated[list[int] | None, typer.Option(help="How many at once.")] = None,
     requests: Annotated[int, typer.Option(help="For each number of clients.")] = 200,
+    one: Annotated[int | None, typer.Option(help="Requests of one client alone, where that is less.")] = None,
     tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 64,
     warm: Annotated[int, typer.Option(help="Requests ahead of those that are counted, for each.")] = 32,
     device: str = "cpu",
@@ -67,7 +68,8 @@ def main(
         for count in clients or CLIENTS:
             load(client, artifact, count, max(warm, count), tokens)
             before = psutil.Process(server.pid).cpu_times()
-            row = measured(load_timed(client, artifact, count, requests, tokens), count)
+            asked = one if one and count == 1 else requests
+            row = {"requests": asked} | measured(load_timed(client, artifact, count, asked, tokens), count)
             after = psutil.Process(server.pid).cpu_times()
             row["tokens per CPU s"] = row["tokens"] / (after.user + after.system - before.user - before.system)
             row["MiB"] = memory(server.pid, device)

@@ -13,6 +13,7 @@ import torch
 from qpalette.generation.answer import Answer
 from qpalette.generation.choice import Choice
 from qpalette.generation.loop import AHEAD, Loop, Running
+from qpalette.generation.reader import Reader
 from qpalette.generation.request import Request
 from qpalette.generation.session import Session
 from qpalette.generation.together import Columns, read_together, readings
@@ -61,8 +62,9 @@ class Batch:
     that joins is laid to end in the last column that is written, and what lies ahead of it there is masked. Only
     columns change: a token's position is counted from its own first token.
 
-    The first prompt is read in that session of its own, and so is one that comes by itself; several that wait are read
-    together (`together.py`), and join before their first token.
+    A prompt that comes to nobody is read in that session of its own; several that wait are read together
+    (`together.py`), and join before their first token. One that comes to others is read as the first, unless the
+    reading of prompts is captured (`prompts.py`).
 
     next_job: the next request that may join, or None.
     """
@@ -74,6 +76,8 @@ class Batch:
         self.alone: Alone | None = None  # in its own session: while there are rows, it waits for their end
         self.next: deque[Job] = deque()  # there is room for them
         self.reads_together = True
+        self.reader: Reader | None = None  # of `session`
+        self.is_launched = False  # a step whose tokens were not taken
 
     def run(self) -> None:
         """Until nobody is left. What goes wrong with one request is told to who waits for it."""
@@ -85,9 +89,9 @@ class Batch:
 
     def _advance(self) -> bool:
         """Somebody joins, or tokens are written; False where there is nobody."""
-        if self._may_join():
+        if not self.is_launched and self._may_join():
             self._admit()
-        elif self.rows:
+        elif self.rows or self.is_launched:
             self._step()
         elif self.alone is not None:
             self._go_on(self.alone)
@@ -113,14 +117,22 @@ class Batch:
                 self.next.append(job)
         if not self.next:
             return
-        jobs = [self.next[0]]
-        if self.reads_together and (self.rows or self.alone is not None):  # so the class can do with a static cache
-            jobs = next(readings(self.next, [job.request.ids.shape[1] for job in self.next]))
-        if len(jobs) > 1:
+        jobs = self._read_at_once()
+        if jobs:
             self.reads_together = self._admit_together(jobs)
         else:
-            self.next.remove(jobs[0])
-            self._admit_alone(jobs[0])
+            self._admit_alone(self.next.popleft())
+
+    def _read_at_once(self) -> list[Job]:
+        """Those whose prompts are; none where the next one is read in a session of its own: it comes to nobody, or the
+        first of all, who shows that the class can do with a static cache."""
+        nobody = self.alone is None and not self.rows and len(self.next) == 1
+        if nobody or self.loop.like is None or not self.reads_together:
+            return []
+        jobs = next(readings(self.next, [_length(job) for job in self.next]))
+        prompts = self.loop.prompts
+        captured = 0 if prompts is None else prompts.at_once([_length(job) for job in jobs])
+        return jobs[:captured] or (jobs if len(jobs) > 1 else [])
 
     def _admit_alone(self, job: Job) -> None:
         """Its prompt is read in a session of one sequence, which whoever is alone there leaves first."""
@@ -135,17 +147,15 @@ class Batch:
             raise
         alone = Alone(job, running.answer, running=running)
         self.alone = self._after(alone, running.begin)
+        if self.loop.like is None and self.alone is not None:
+            self.loop.like = _cache_of(running.session).read(0, 0, 0)
         if self.alone is not None and self.rows:
             self._join()
 
     def _admit_together(self, jobs: Sequence[Job]) -> bool:
         """False where that fails, for want of memory or in the model: each is told when it is read alone."""
-        prompts = [job.request.ids[0] for job in jobs]
-        held, kept = self.loop.sessions.longest(*(prompt.cpu() for prompt in prompts))
-        like = jobs[0].request.prompt
         try:
-            shared = _sequence(held, 0, 0, kept) if held is not None else None
-            sequences = read_together(self.loop.model, prompts, like, shared)
+            sequences = self._read(jobs)
         except Exception:
             return False
         rows = [Row(job, Answer(job.request)) for job in jobs]
@@ -159,6 +169,17 @@ class Batch:
                 row.tell(error)
                 self._leave(row)
         return True
+
+    def _read(self, jobs: Sequence[Job]) -> list[Columns]:
+        """What the layers keep of their prompts."""
+        prompts, given = [job.request.ids[0] for job in jobs], jobs[0].request.prompt
+        if self.loop.prompts is not None and self.loop.like is not None:
+            captured = self.loop.prompts.read(prompts, given, self.loop.like)
+            if captured is not None:
+                return captured
+        held, kept = self.loop.sessions.longest(*(prompt.cpu() for prompt in prompts))
+        shared = _sequence(held, 0, 0, kept) if held is not None else None
+        return read_together(self.loop.model, prompts, given, shared)
 
     def _go_on(self, alone: Alone) -> None:
         left = alone.job.left
@@ -238,6 +259,7 @@ class Batch:
         session = self.loop.batches.get(self._size(len(rows)), length, True, rows[0].job.request.positions)
         _empty(session, used, sequences[0][1])
         self.session, self.rows = session, {}
+        self.reader = Reader(session.batch, session.inputs.token.device)
         for place, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             row.place = place
             self._put(row, sequence)
@@ -271,8 +293,15 @@ class Batch:
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        """A token more for each row."""
-        tokens = self._tokens()
+        """A token more for each row. A step that is replayed is launched before the token ahead of it is read: the
+        device never waits. Who has left meanwhile has a place in it all the same."""
+        if not self.is_launched:
+            self._launch()
+        self.is_launched = self._may_go_ahead
+        if self.is_launched:
+            self._launch()
+        assert self.reader is not None
+        tokens = self.reader.read()
         for place, row in list(self.rows.items()):
             try:
                 if row.job.left.is_set():
@@ -286,11 +315,27 @@ class Batch:
                 self._finish(row)
                 self._leave(row)
 
-    def _tokens(self) -> torch.Tensor:
-        """int64 [places], on the host."""
+    @property
+    def _may_go_ahead(self) -> bool:
         assert self.session is not None
-        if self.session.is_full or self._size(len(self.rows)) * 4 <= self.session.batch:
+        return (
+            not (self._wants_another_session or self._may_join())
+            and any(row.answer.left > 1 for row in self.rows.values())
+            and self._choice().inside
+            and self.session.step(self._choice()).replays
+        )
+
+    @property
+    def _wants_another_session(self) -> bool:
+        assert self.session is not None
+        return self.session.is_full or self._size(len(self.rows)) * 4 <= self.session.batch
+
+    def _launch(self) -> None:
+        """A step, after which its tokens are on their way to the host."""
+        if self._wants_another_session:
             self._lay_anew()
+        assert self.session is not None
+        assert self.reader is not None
         step = self.session.step(self._choice())
         self.loop.compile_now(step)
         self.loop.launch(self.session, step)
@@ -300,7 +345,7 @@ class Batch:
             for place, row in self.rows.items():
                 known = row.answer.known.to(token.device)
                 token[place] = row.job.request.choice.outside(known, step.logits[place : place + 1])[0]
-        return token[:, 0].cpu()
+        self.reader.send(token)
 
     def _choice(self) -> Choice:
         choices = [row.job.request.choice for row in self.rows.values()]
@@ -316,8 +361,13 @@ class Batch:
         if self.alone is not None:
             self.alone.tell(error)
             self.alone.running.session.forget()
-        self.session, self.rows, self.alone = None, {}, None
+        self.session, self.rows, self.alone, self.is_launched = None, {}, None, False
         self.next.clear()
+
+
+def _length(job: Job) -> int:
+    """Of its prompt, in tokens."""
+    return job.request.ids.shape[1]
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

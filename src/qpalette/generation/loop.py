@@ -15,11 +15,14 @@ from qpalette.core.errors import UnsupportedError
 from qpalette.generation.answer import Answer
 from qpalette.generation.cache import CacheMaker
 from qpalette.generation.compilation import Compiler
+from qpalette.generation.native import ProgramCapture
+from qpalette.generation.prompts import Prompts, Reading
 from qpalette.generation.reader import Reader
 from qpalette.generation.request import NotRead, Request
 from qpalette.generation.session import Session, Sessions
 from qpalette.generation.step import Step
 from qpalette.kvcache import bucket
+from qpalette.nn.token_cache import KeysAndValues
 
 AHEAD = 1024  # new tokens that a cache is made for; an answer that goes on moves to a longer one
 
@@ -35,6 +38,10 @@ class Loop:
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.sessions = Sessions(model, make)
         self.batches = Sessions(model, make)  # of requests that are answered together
+        # A program is made of kernels that are compiled for their shapes: prompts are worth that on a GPU alone.
+        replays = capture is not None and not isinstance(capture, ProgramCapture)
+        self.prompts = Prompts(model, self.context, self.read) if replays else None  # of such requests
+        self.like: list[KeysAndValues] | None = None  # what a cache has of no tokens, once one has taken a prompt
         self.has_told = False  # that a step cannot be captured: others may be
         self.warm_since: float | None = None  # time.perf_counter() of the latest capture
 
@@ -72,6 +79,16 @@ class Loop:
             self._run(session, step)
         session.used += 1
 
+    def read(self, reading: Reading) -> None:
+        """A prompt's reading, as a step."""
+        if reading.graph is None and not reading.stays_eager and reading.warm >= CAPTURE_WARMUP:
+            self._capture(reading)
+        if reading.graph is not None:
+            reading.graph.replay()
+        else:
+            reading.run()
+            reading.warm += 1
+
     def compile_now(self, step: Step) -> None:
         """Ahead of a launch, where that is asked for."""
         if self.compiler.mode == "now" and self.compiler.wants(step):
@@ -94,7 +111,7 @@ class Loop:
             step.run()
         step.warm += 1
 
-    def _capture(self, step: Step) -> None:
+    def _capture(self, step: Step | Reading) -> None:
         assert self.capture is not None
         try:
             with _no_compilation(step):
@@ -102,13 +119,13 @@ class Loop:
             if step.graph is not None:
                 self.warm_since = time.perf_counter()
         except Exception as error:
-            if step.is_compiled:
+            if isinstance(step, Step) and step.is_compiled:
                 self._without_compilation(step, error)
                 return
             reason = str(error).strip().partition("\n")[0]
             quiet = self.has_told or isinstance(error, UnsupportedError)
             level = logging.DEBUG if quiet else logging.WARNING
-            logger.log(level, "a step of this model cannot be captured, so it runs eagerly: %s", reason)
+            logger.log(level, "%s of this model cannot be captured, so it runs eagerly: %s", step.name, reason)
             step.stays_eager, self.has_told = True, not quiet or self.has_told
 
     def _without_compilation(self, step: Step, error: Exception) -> None:
@@ -116,7 +133,7 @@ class Loop:
         step.use(step.eager, 0)
 
 
-def _no_compilation(step: Step) -> AbstractContextManager[Any]:
+def _no_compilation(step: Step | Reading) -> AbstractContextManager[Any]:
     """Nobody waits for a compiled function that would compile again: that is an error."""
     return torch.compiler.set_stance("fail_on_recompile") if step.is_compiled else nullcontext()
 

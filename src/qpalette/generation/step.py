@@ -60,6 +60,8 @@ class Step:
     the compiled function, with which it is warmed and captured anew.
     """
 
+    name = "a step"
+
     def __init__(self, model: Any, choice: Choice, inputs: Inputs) -> None:
         self.choice, self.inputs = choice, inputs
         self.eager: Reduced = partial(reduced, model, choice)

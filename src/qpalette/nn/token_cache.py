@@ -109,23 +109,33 @@ class TokenCache(StaticCache):
             mine.values[:, :, :tokens].copy_(theirs.values[:, :, :tokens])
         self.set_length(tokens)
 
+    def views(self, row: int, start: int, end: int) -> list[KeysAndValues]:
+        """What each layer has of a sequence's tokens, [heads, tokens, width], where it lies."""
+        return [(layer.keys[row, :, start:end], layer.values[row, :, start:end]) for layer in self.layers]
+
     def read(self, row: int, start: int, end: int) -> list[KeysAndValues]:
-        """Copies of what each layer has of a sequence's tokens, [heads, tokens, width]."""
-        return [
-            (layer.keys[row, :, start:end].clone(), layer.values[row, :, start:end].clone()) for layer in self.layers
-        ]
+        """Copies of that."""
+        return [(keys.clone(), values.clone()) for keys, values in self.views(row, start, end)]
 
     def write(self, row: int, start: int, sequence: Sequence[KeysAndValues]) -> None:
         """A sequence's tokens from token `start` on; zeros elsewhere, as in `clear`. The length stays."""
-        for layer, (keys, values) in zip(self.layers, sequence, strict=True):
-            for mine, theirs in ((layer.keys[row], keys), (layer.values[row], values)):
-                mine.zero_()[:, start : start + theirs.shape[1]].copy_(theirs)
+        theirs = [each for both in sequence for each in both]
+        mine = [each for both in self.views(row, 0, self.length) for each in both]
+        torch._foreach_zero_(mine)
+        end = start + sequence[0][0].shape[1]
+        torch._foreach_copy_([each[:, start:end] for each in mine], theirs)
 
     def take_memory(self, batch: int, like: Sequence[KeysAndValues]) -> None:
         """Of so many sequences as `read` gives one of, if there is none yet."""
         for layer, both in zip(self.layers, like, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(*(each[None, :, :0].expand(batch, -1, -1, -1) for each in both))
+
+    def lie_in(self, memory: Sequence[KeysAndValues]) -> None:
+        """From now on in the first numbers of `memory`, two rows of numbers for each layer."""
+        for layer, (keys, values) in zip(self.layers, memory, strict=True):
+            layer.keys = keys[: layer.keys.numel()].view_as(layer.keys)
+            layer.values = values[: layer.values.numel()].view_as(layer.values)
 
     @property
     def _with_memory(self) -> list[Layer]:
