@@ -34,7 +34,7 @@ from qpalette.backends.cpu.step.native import Native
 from qpalette.backends.cpu.step.packed import Packed, Rows
 from qpalette.core.environment import CPU_BYTES
 from qpalette.evaluate import load_model
-from qpalette.generation import Generate
+from qpalette.generation import Generate, fast
 from qpalette.generation.native import ProgramCapture
 
 SKIPPED = 10  # tokens until a step is warm
@@ -97,7 +97,7 @@ def measured(path: str, dtype: str, context: int, steps: int, rounds: int) -> di
 
 @torch.no_grad()
 def by_kernel(path: str, dtype: str, batches: list[int], context: int, rounds: int) -> list[dict[str, Any]]:
-    model = load_model(path, dtype=getattr(torch, dtype))[0]
+    model = fast(load_model(path, dtype=getattr(torch, dtype))[0])  # with the attention that it chooses
     capture = ProgramCapture()
     generate = Generate(model, "never", capture)
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter

@@ -36,8 +36,8 @@ def cpu_avx512(result: Result) -> Table:
 @section(
     "SmolLM2 with AVX-512, beside llama.cpp",
     "cpu_peers_smollm2_avx512",
-    command="""python benchmarks/cpu_peers.py --llama DIR --threads 2 --rounds 5 --steps 48 --model MODEL --text TEXT
-    --spec tcq-4 --spec nuq-4 --spec tcq-3 --also embed_tokens --peer Q4_0 --peer Q2_K --peer Q3_K_M --peer Q4_K_M
+    command="""python benchmarks/cpu_peers.py --llama DIR --threads 2 --rounds 5 --steps 48 --model MODEL --text TEXT \\
+    --spec tcq-4 --spec nuq-4 --spec tcq-3 --also embed_tokens --peer Q4_0 --peer Q2_K --peer Q3_K_M --peer Q4_K_M \\
     --name cpu_peers_smollm2_avx512""",
     pending=True,
 )
@@ -51,7 +51,7 @@ def cpu_smollm2_avx512(result: Result) -> Table:
 @section(
     "A step of several sequences with AVX-512",
     "cpu_batch_avx512",
-    command="""python benchmarks/cpu_step.py ARTIFACT --dtype float32 --batch 1 --batch 8 --threads 2 --rounds 40
+    command="""python benchmarks/cpu_step.py ARTIFACT --dtype float32 --batch 1 --batch 8 --threads 2 --rounds 40 \\
     --name cpu_batch_avx512""",
     pending=True,
 )

@@ -11,12 +11,13 @@ BENCH = "qpalette bench --spec tcq2-3.25 --device cuda"
 @section(
     "Products of many tokens on a GPU",
     "tiles_h200",
-    command="""python benchmarks/tiles.py --spec tcq2-3.25 --spec nuq-3 --tokens 32 --tokens 64 --tokens 128
+    command="""python benchmarks/tiles.py --spec tcq2-3.25 --spec nuq-3 --tokens 32 --tokens 64 --tokens 128 \\
     --name tiles_h200""",
     pending=True,
 )
 def many_tokens(result: Result) -> Table:
-    """Microseconds, rotation counted, weights out of the cache, beside cuBLAS in float16; in brackets over it."""
+    """Microseconds on an H200, rotation counted, weights out of the cache, beside cuBLAS in float16; in brackets over
+    it. Four warps multiply together (wgmma) from 33 tokens on."""
     codes = [key.removesuffix(" / cuBLAS") for key in result["rows"][0] if key.endswith(" / cuBLAS")]
 
     def cell(code: str) -> Cell:
@@ -62,8 +63,8 @@ def _ratio(row: Row) -> str:
 @section(
     "Whole models by batch",
     "bench_batches_llama-3.1-8b_h200",
-    command=f"""{BENCH} --config llama-3.1-8b --head tcq2-3.25 --dtype float16 --runner graph --attention grouped
-    --context 1024 --batch 1 --batch 16 --batch 32 --batch 64 --prefills 0 --steps 32""",
+    command=f"""{BENCH} --config llama-3.1-8b --head tcq2-3.25 --dtype float16 --runner graph \\
+    --attention grouped --context 1024 --batch 1 --batch 16 --batch 32 --batch 64 --prefills 0 --steps 32""",
     pending=True,
 )
 def batches(result: Result) -> Table:
@@ -75,7 +76,7 @@ def batches(result: Result) -> Table:
 @section(
     "A mixture of experts as a whole on a GPU",
     "bench_qwen3-30b-a3b_h200",
-    command=f"""{BENCH} --config qwen3-30b-a3b --layers 24 --dtype bfloat16 --runner compile-graph --context 1024
+    command=f"""{BENCH} --config qwen3-30b-a3b --layers 24 --dtype bfloat16 --runner compile-graph --context 1024 \\
     --batch 1 --batch 8 --prefills 1 --steps 32 --alone""",
     pending=True,
 )

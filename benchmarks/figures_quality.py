@@ -154,15 +154,19 @@ def both_sides(*results: Result) -> Table:
 
 @section(
     "Calibrated on what the model writes",
-    *("two_sided_sampled", "two_sided_sampled_rates"),
+    *("two_sided_sampled", "two_sided_sampled_rates", "two_sided_sampled_4"),
     command="""python benchmarks/two_sided.py MODEL --text TEST --calibration TRAIN --sampled --device cuda
 python benchmarks/two_sided.py MODEL --text TEST --calibration TRAIN --sampled --device cuda \\
     --rounding "one side, equalized" --rounding "both sides, equalized" --uniform 3 \\
-    --calibrated "both sides, sampled text" --planned 3 --planned 2.5 --name two_sided_sampled_rates""",
+    --calibrated "both sides, sampled text" --planned 3 --planned 2.5 --name two_sided_sampled_rates
+python benchmarks/two_sided.py MODEL --text TEST --calibration TRAIN --sampled --device cuda \\
+    --rounding "both sides, equalized" --uniform 3 --calibrated "both sides, sampled text" --planned 4 \\
+    --name two_sided_sampled_4""",
 )
 def sampled(*results: Result) -> Table:
     """What a plan costs on either text, calibrated on text of the model's own; one code, calibrated on the training
-    text, beside it. Two runs, each with a text of its own; that of 2.5 and 3 bits shared its GPU."""
+    text, beside it. Three runs, each with a text of its own; all but the first shared a GPU with others' work. What the
+    training text gives at these rates is in the table "Rounding on both sides"."""
     kl = {"KL, test text": kl_of("KL"), "KL, text of the model's own": kl_of("KL, sampled text")}
     kl |= {"predicted": kl_of("predicted")}
     columns = {"code": "{choice}", "rounding": "{rounding}", "bits per weight, all counted": "{bits:.3f}"}

@@ -269,7 +269,11 @@ def serve_load_gpu(result: Result) -> Table:
     }
     speed: dict[str, Cell] = {"tokens/s": "{tokens/s:.0f}", "over one client": "{over one client:.2f}"}
     return Table.of(
-        result["rows"], {"clients": "{clients}", "lost": "{lost}", **speed, **seconds, "MiB of memory": "{MiB:.0f}"}
+        result["rows"],
+        {"clients": "{clients}", "requests": "{requests}", "lost": "{lost}"}
+        | speed
+        | seconds
+        | {"MiB of memory": "{MiB:.0f}"},
     )
 
 
@@ -279,7 +283,7 @@ for _file in sorted(RESULTS.glob("serve_load_h200*.json")):
         f"A server on a GPU, answers of {_of['tokens']} tokens",
         _file.stem,
         command="python benchmarks/serve_load.py ARTIFACT --device cuda --dtype float16 "
-        f"--tokens {_of['tokens']} --compile {_of['compile']}",
+        f"--tokens {_of['tokens']} --compile {_of['compile']} --one {_of['rows'][0]['requests']} --warm 24",
         name=_file.stem,
     )(serve_load_gpu)
 

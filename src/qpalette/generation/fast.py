@@ -64,8 +64,8 @@ def fast(model: Any, compile: str = "never", cache: CacheMaker | None = None, sl
 
 
 def _share_keys(model: Any) -> None:
-    """Between the queries of a group: sdpa of some transformers writes them out for each. With 5.17 that was 79 of the
-    88 ms that a token of SmolLM2 took on two cores (`benchmarks/cpu_step.py --batch 1`)."""
+    """Between the queries of a group: sdpa of some transformers writes them out for each. With 5.17 that was 73 of the
+    79 ms of a token of SmolLM2 on two cores of a Xeon (benchmarks/results/cpu_batch_xeon_sdpa.json)."""
     config = model.config.get_text_config()
     if config._attn_implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is None:
         model.set_attn_implementation("grouped")
