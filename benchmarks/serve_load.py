@@ -47,7 +47,7 @@ def main(
     artifact: str,
     clients: Annotated[list[int] | None, typer.Option(help="How many at once.")] = None,
     requests: Annotated[int, typer.Option(help="For each number of clients.")] = 200,
-    one: Annotated[int | None, typer.Option(help="Requests of one client alone, where that is less.")] = None,
+    one: Annotated[int | None, typer.Option(help="Requests of one client, where not as many.")] = None,
     tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 64,
     warm: Annotated[int, typer.Option(help="Requests ahead of those that are counted, for each.")] = 32,
     device: str = "cpu",
