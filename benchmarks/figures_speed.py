@@ -270,10 +270,7 @@ def serve_load_gpu(result: Result) -> Table:
     speed: dict[str, Cell] = {"tokens/s": "{tokens/s:.0f}", "over one client": "{over one client:.2f}"}
     return Table.of(
         result["rows"],
-        {"clients": "{clients}", "requests": "{requests}", "lost": "{lost}"}
-        | speed
-        | seconds
-        | {"MiB of memory": "{MiB:.0f}"},
+        {"clients, requests, lost": "{clients}, {requests}, {lost}"} | speed | seconds | {"MiB of memory": "{MiB:.0f}"},
     )
 
 
