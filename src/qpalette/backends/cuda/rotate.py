@@ -30,8 +30,8 @@ FEW_BLOCKS = 4
 BLOCKS_OF_A_FEW_TOKENS = 16
 MOST_OF_A_FEW_TOKENS = 16
 # More tokens share so many blocks, or twice as many, where a thread of a cut for many would have more products with A
-# than these: order 28 has 1568, and took 12 us of the 34 of 4096 x 14336 at 32 tokens, 3.5 at 16 (tiles.py, H200);
-# order 2 has 16, and was slower in more blocks.
+# than these: order 28 has 1568 (4096 x 14336 at 32 tokens takes 33.2 us so, and took 34.5: tiles.py, H200); order 2
+# has 16, and was slower in more blocks.
 BLOCKS_OF_MORE_TOKENS = 512
 MOST_PRODUCTS = 512
 # Many tokens.

@@ -38,7 +38,7 @@ __device__ __forceinline__ void multiply_tile_of_team(float (&sum)[{fragments}][
         : {sums} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add) : "memory");
 }}
 """
-FROM = 33  # tokens
+FROM = 33  # tokens; fewer are multiplied faster by multiply.cu, whose warps need no others
 COLUMNS = (48, 64)  # that kernels are compiled for
 RUN = 2  # chunks that are summed in floating point
 CONTROL_BYTES = 128
