@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,24 +71,22 @@ class Loop:
         """One step. It warms up eagerly, is captured, and replayed; a compiled function is taken up between tokens."""
         if step.compiled is not None and not self.compiler.busy:
             step.use(step.compiled, CAPTURE_WARMUP - 1)
-        may_be = self.capture is not None and not step.stays_eager
-        if step.graph is None and may_be and step.warm >= CAPTURE_WARMUP:
-            self._capture(step)
-        if step.graph is not None:
-            step.graph.replay()
-        else:
-            self._run(session, step)
+        self._do(step, partial(self._run, session, step))
         session.used += 1
 
     def read(self, reading: Reading) -> None:
-        """A prompt's reading, as a step."""
-        if reading.graph is None and not reading.stays_eager and reading.warm >= CAPTURE_WARMUP:
-            self._capture(reading)
-        if reading.graph is not None:
-            reading.graph.replay()
+        """Of prompts. It warms up, is captured and replayed as a step is."""
+        self._do(reading, reading.run)
+
+    def _do(self, work: Step | Reading, run: Callable[[], None]) -> None:
+        may_be = self.capture is not None and not work.stays_eager
+        if work.graph is None and may_be and work.warm >= CAPTURE_WARMUP:
+            self._capture(work)
+        if work.graph is not None:
+            work.graph.replay()
         else:
-            reading.run()
-            reading.warm += 1
+            run()
+            work.warm += 1
 
     def compile_now(self, step: Step) -> None:
         """Ahead of a launch, where that is asked for."""
@@ -109,7 +108,6 @@ class Loop:
             self._without_compilation(step, error)
             session.inputs.cache.set_length(session.used)  # some layers may have taken the token
             step.run()
-        step.warm += 1
 
     def _capture(self, step: Step | Reading) -> None:
         assert self.capture is not None
