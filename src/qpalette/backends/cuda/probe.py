@@ -7,14 +7,13 @@ from functools import partial
 
 import torch
 
-from qpalette.backends.cuda import teams
+from qpalette.backends.cuda import multiply, teams
 from qpalette.backends.cuda.backend import CudaBackend
 from qpalette.backends.cuda.layout import to_chunks
 from qpalette.backends.cuda.multiply import ProductLaunch
 from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct, columns_of
 from qpalette.backends.cuda.rotate import RotationLaunch, padded_columns, rotate
 from qpalette.backends.cuda.segments import device_limits
-from qpalette.backends.cuda.teams import TeamLaunch
 from qpalette.backends.cuda.timing import cold_copies, graph_seconds
 from qpalette.codes import parse_spec
 from qpalette.core.records import tiles_of
@@ -39,30 +38,25 @@ def random_member(spec: str, rows: int, columns: int, device: torch.device) -> P
 
 def launch_seconds(parts: Sequence[Part], batch: int, device: torch.device, with_rotation: bool = False) -> float:
     """Seconds of one fused launch over `parts`, which read one input, cold weights; the rotation of the input apart, or
-    counted, as it is above MOST_FUSED_TOKENS, where the matrices are decoded and multiplied by cuBLAS."""
+    counted, as it is where teams multiply, whose sums it sets to zero, and above MOST_FUSED_TOKENS, where the matrices
+    are decoded and multiplied by cuBLAS."""
     members = [random_member(spec, rows, columns, device) for spec, rows, columns in parts]
     size = sum(4 * member.codes.numel() for member in members)
     copies = [members]
     for _ in range(min(MOST_COPIES, cold_copies(size)) - 1):
         copies.append([_copy(member) for member in members])
     x = torch.randn(batch, parts[0][2], dtype=torch.float16, device=device)
-    if with_rotation or batch > MOST_FUSED_TOKENS:
+    if with_rotation or batch > MOST_FUSED_TOKENS or teams.serves(batch, device_limits(device.index or 0)):
         return graph_seconds([partial(CudaProduct(these), x) for these in copies])
-    limits = device_limits(device.index or 0)
-    in_teams = teams.serves(batch, limits)
-    _, columns = columns_of(batch, limits)
-    rotated = rotate(x, members[0].diagonal, members[0].rotation, columns, cores=in_teams)
+    _, columns = multiply.columns_of(batch)
+    rotated = rotate(x, members[0].diagonal, members[0].rotation, columns)
     width = sum(member.out_features for member in members)
     y = x.new_empty(batch, width)
-    kind = TeamLaunch if in_teams else ProductLaunch
-    launches = [kind(these, batch, x.dtype, 0, width) for these in copies]
-    zeros = torch.zeros(launches[0].zero_bytes, dtype=torch.uint8, device=device)  # only before the first
 
-    def start(launch: ProductLaunch | TeamLaunch) -> None:
-        addresses = rotated.values.data_ptr(), rotated.scales.data_ptr(), y.data_ptr()
-        launch.start(*addresses, _stream(device), zeros.data_ptr())
+    def start(launch: ProductLaunch) -> None:
+        launch.start(rotated.values.data_ptr(), rotated.scales.data_ptr(), y.data_ptr(), _stream(device))
 
-    return graph_seconds([partial(start, launch) for launch in launches])
+    return graph_seconds([partial(start, ProductLaunch(these, batch, x.dtype, 0, width)) for these in copies])
 
 
 def plain_seconds(rows: int, columns: int, batch: int, device: torch.device) -> float:
