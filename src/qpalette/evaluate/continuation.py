@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qpalette.backends.cuda.graphs import CAPTURE_WARMUP, Capture, capture_graph
 from qpalette.evaluate.reserved_cache import cache_of, reserve
 from qpalette.nn.coded_states import READER
-from qpalette.nn.token_cache import ATTENTION, TokenCache, can_serve
+from qpalette.nn.token_cache import ATTENTION, TokenCache, can_serve, writes_keys_out
 
 
 class Continuation:
@@ -98,7 +98,7 @@ def continuing(model: Any, length: int) -> Iterator[Continuation | CapturedConti
         yield Continuation(model, length)
         return
     known = READER in ALL_ATTENTION_FUNCTIONS.valid_keys()  # what lies above registers it
-    if known and before == "sdpa" and getattr(config, "attn_logit_softcapping", None) is None:
+    if known and writes_keys_out(config):
         model.set_attn_implementation(READER)
     try:
         yield CapturedContinuation(model, length, capture_graph)

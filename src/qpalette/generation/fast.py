@@ -24,7 +24,7 @@ from qpalette.generation.native import ProgramCapture
 from qpalette.generation.request import NotOurs, NotRead, Request, request_of
 from qpalette.generation.worker import Worker, decoding_on
 from qpalette.integrations import attention as _grouped  # noqa: F401 - makes "grouped" known to transformers
-from qpalette.nn.token_cache import ATTENTION, TokenCache, can_serve
+from qpalette.nn.token_cache import ATTENTION, TokenCache, can_serve, writes_keys_out
 
 DEFAULT_LENGTH = 20  # tokens that transformers generates to where nothing is said
 
@@ -66,8 +66,7 @@ def fast(model: Any, compile: str = "never", cache: CacheMaker | None = None, sl
 def _share_keys(model: Any) -> None:
     """Between the queries of a group: sdpa of some transformers writes them out for each. With 5.17 that was 73 of the
     79 ms of a token of SmolLM2 on two cores of a Xeon (benchmarks/results/cpu_batch_xeon_sdpa.json)."""
-    config = model.config.get_text_config()
-    if config._attn_implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is None:
+    if writes_keys_out(model.config.get_text_config()):
         model.set_attn_implementation("grouped")
 
 

@@ -14,6 +14,12 @@ ATTENTION = ("eager", "sdpa", "grouped")  # that read a cache of fixed length by
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
+def writes_keys_out(config: Any) -> bool:
+    """Whether a model's attention is one that may write keys and values out for each query of a group, and "grouped"
+    stands for: sdpa, of scores without a soft cap."""
+    return config._attn_implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is None
+
+
 class Layer(StaticLayer):
     """A StaticLayer for any attention that reads keys and values, a sliding window's, too.
 
