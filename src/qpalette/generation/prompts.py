@@ -1,7 +1,8 @@
 """Prompts read by captured work: a few shapes serve all, and the host starts each as one.
 
-Read eagerly, a prompt costs the host as much as it costs to start every kernel of every layer: 60 ms to the first token
-of SmolLM2 at 3.25 bits on an H200, whose next tokens took 3.1 ms each; all who are answered beside it wait for that.
+Read eagerly, a prompt costs the host as much as it costs to start every kernel of every layer: a client alone waits
+52 ms for the first token of SmolLM2 at 3.25 bits on an H200 (`benchmarks/results/serve_load_h200.json`), and all who
+are answered beside it would wait as long.
 """
 
 from __future__ import annotations
