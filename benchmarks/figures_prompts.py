@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from figure_cells import scaled
-from figure_page import Cell, Result, Row, Table, section
+from figure_page import Cell, Result, Table, section
 
 BENCH = "qpalette bench --spec tcq2-3.25 --device cuda"
 
@@ -42,22 +42,26 @@ def prompts(result: Result) -> Table:
     return Table.of(result["rows"], {"": "{model}, {tokens} tokens, {weights}", **times, **ratios})
 
 
-def _by_batch(result: Result) -> Table:
+def _by_batch(*results: Result) -> Table:
+    """The original of a run first; a ratio is over it, at the same batch."""
+    rows = []
+    for result in results:
+        speeds = sorted(result["speeds"], key=lambda row: row["bits_per_weight"] is not None)
+        original = {row["batch"]: row["tokens_per_second"] for row in speeds if row["bits_per_weight"] is None}
+        for row in speeds:
+            ratio = row["tokens_per_second"] / original[row["batch"]]
+            rows.append(row | {"over": "" if row["bits_per_weight"] is None else f"{ratio:.2f}"})
     return Table.of(
-        result["speeds"],
+        rows,
         {
             "": "{model}, batch {batch}",
             "tokens/s": "{tokens_per_second:.1f}",
-            "over the original": _ratio,
+            "over the original": "{over}",
             "ms": scaled("decode_seconds", 1e3, 2),
             "weights, GB": scaled("weight_bytes", 1e-9, 1),
             "peak memory, GB": scaled("peak_bytes", 1e-9, 1),
         },
     )
-
-
-def _ratio(row: Row) -> str:
-    return "" if row["ratio"] is None else f"{row['ratio']:.2f}"
 
 
 @section(
@@ -73,13 +77,45 @@ def batches(result: Result) -> Table:
     return _by_batch(result)
 
 
+QWEN = "--config qwen3-30b-a3b --dtype bfloat16 --runner compile-graph --attention grouped --context 1024"
+
+
 @section(
     "A mixture of experts as a whole on a GPU",
-    "bench_qwen3-30b-a3b_h200",
-    command=f"""{BENCH} --config qwen3-30b-a3b --layers 24 --dtype bfloat16 --runner compile-graph --context 1024 \\
-    --batch 1 --batch 8 --prefills 1 --steps 32 --alone""",
+    "bench_qwen3-30b-a3b_batch1_h200",
+    "bench_qwen3-30b-a3b_batch8_h200",
+    command=f"""{BENCH} {QWEN} \\
+    --batch 1 --prefills 0 --steps 32      # second: --batch 8""",
     pending=True,
 )
-def mixture_model(result: Result) -> Table:
-    """Qwen3-30B-A3B's shapes, 24 of its 48 layers, random weights and so uniform routes, compiled and captured."""
-    return _by_batch(result)
+def mixture_model(*results: Result) -> Table:
+    """Qwen3-30B-A3B's shapes, all 48 layers, random weights and so uniform routes, compiled and captured. A run for
+    each batch; a ratio is over bfloat16 in the same."""
+    return _by_batch(*results)
+
+
+@section(
+    "Whole models by batch, compiled",
+    "bench_compiled_llama-3.1-8b_few_h200",
+    "bench_compiled_llama-3.1-8b_many_h200",
+    "bench_compiled_qwen3-8b_h200",
+    command=f"""{BENCH} --config llama-3.1-8b --head tcq2-3.25 --dtype float16 --runner compile-graph \\
+    --attention grouped --context 1024 --batch 1 --batch 16 --prefills 0 --steps 32
+    # second: --batch 32 --batch 64; third: --config qwen3-8b""",
+    pending=True,
+)
+def compiled_batches(*results: Result) -> Table:
+    """As before, in three runs, with steps compiled, too."""
+    return _by_batch(*results)
+
+
+@section(
+    "What a prompt's road costs",
+    "eval_prefill_float_h200",
+    "eval_prefill_int8_h200",
+    command="qpalette eval OUT --reference MODEL --text TEST --windows 16 --prefill float --device cuda --json  # int8",
+    pending=True,
+)
+def roads(*results: Result) -> Table:
+    """SmolLM2-135M by the one command at 2.5 bits, every token read as one of a prompt of 2048; KL from the original."""
+    return Table.of(results, {"road": "{prefill}", "KL": "{kl:.4f}", "standard error": "{kl_stderr:.4f}"})
