@@ -10,6 +10,7 @@ from qpalette.backends.cpu import simd
 from qpalette.backends.cpu.byte_activations import COLUMNS
 from qpalette.backends.cpu.byte_decoders import TRELLISES, byte_half_lane, registers
 from qpalette.backends.cpu.byte_rows import LINE, ROWS, RowKernels, add_scaled, aligned, blocks_of_pair, place_of_sums
+from qpalette.backends.cpu.decoders import HALVES
 from qpalette.backends.cpu.jit import inlined, kernel
 from qpalette.backends.cpu.layout import SIDE
 from qpalette.backends.cpu.matmul import LANES, TILE, prefetch_codes
@@ -45,15 +46,17 @@ def make_trellis(way: str) -> RowKernels:
                 prefetch_codes(codes, left, 2 * size, row)
                 upper = simd.load_quarteri(offsets, pair * SIDE)
                 lower = upper
+                # A half lane is loaded while the one before it is multiplied: what a load leads to takes long.
+                before, after = byte_half_lane(codes, left, right, 8 * row, words, turns)
                 for quad in range(quads):
                     half, at = 8 * row + 2 * quad, quad * LINE
-                    before, after = byte_half_lane(codes, left, right, half, words, turns)
+                    before_next, after_next = byte_half_lane(codes, left, right, half + 1, words, turns)
                     upper = times(upper, before, after, splat[0], splat[1], numbers, table, x, at)
                     lower = times(lower, before, after, splat[2], splat[3], numbers, table, x, at)
-                    before, after = byte_half_lane(codes, left, right, half + 1, words, turns)
+                    before, after = byte_half_lane(codes, left, right, (half + 2) % HALVES, words, turns)
                     at += COLUMNS // 2 * LINE
-                    upper = times(upper, before, after, splat[4], splat[5], numbers, table, x, at)
-                    lower = times(lower, before, after, splat[6], splat[7], numbers, table, x, at)
+                    upper = times(upper, before_next, after_next, splat[4], splat[5], numbers, table, x, at)
+                    lower = times(lower, before_next, after_next, splat[6], splat[7], numbers, table, x, at)
                 scale = simd.load_quarterf(scales, pair * SIDE)
                 at = place_of_sums(row, 0, 1)
                 add_scaled(sums, at, upper, scale)
