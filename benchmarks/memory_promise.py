@@ -4,11 +4,12 @@
 
 A Llama of random weights is planned for a memory, with a cache of 16 bits and with one of codes, quantized, and run in
 a process of its own to the last token of the context, in bfloat16. Tensors are counted; "peak" is the process' largest
-resident memory over that of the same with a model of one layer and 64 hidden units, which is what Python, torch and
-compiled kernels take. "peak, freed memory given back" is the same where the C library and the vendor's product return
-at once what was freed (`GIVING_BACK`), of which they keep some otherwise. Pages of programs and libraries do not count:
-how many of them are mapped depends on what else the machine has read. Each runs twice, and the second is measured: to
-compile kernels takes memory of its own, and the two models do not share all of theirs. Linux alone.
+resident memory over what Python, torch and compiled kernels take: over that of the same with 64 hidden units, in the
+same codes, whose kernels are the same, and with a context of 64 tokens, less its tensors and its cache.
+"peak, freed memory given back" is the same where the C library and the vendor's product return at once what was freed
+(`GIVING_BACK`), of which they keep some otherwise. Pages of programs and libraries do not count: how many of them are
+mapped depends on what else the machine has read. Each runs twice, and the second is measured: to compile kernels takes
+memory of its own. Linux alone.
 """
 
 from __future__ import annotations
@@ -56,23 +57,26 @@ def main(
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for coded in (False, True):
-            base = measured(Path(folder, f"base-{coded}"), 64, 1, context, room, coded)
-            row = measured(Path(folder, f"model-{coded}"), hidden, layers, context, room, coded)
-            row |= {peak: row[peak] - base[peak] for peak in PEAKS}
-            rows.append({"keys and values": "codes" if coded else "16 bits", **row})
+            sources = Path(folder, f"model-{coded}"), Path(folder, f"base-{coded}")
+            for source, width in zip(sources, (hidden, WIDTH), strict=True):
+                write_llama(source, width, layers)
+            found = planned(open_checkpoint(sources[0]), context, room, coded)
+            row, base = (
+                measured(source, found, tokens) for source, tokens in zip(sources, (context, WIDTH), strict=True)
+            )
+            row |= {peak: row[peak] - (base[peak] - base["tensors"] - base["cache"]) for peak in PEAKS}
+            row = {"keys and values": "codes" if coded else "16 bits", "promised": found.memory_bytes, **row}
+            rows.append(row)
             report("memory_promise", processor(), rows, hidden=hidden, layers=layers, context=context, unit="bytes")
 
 
-def measured(folder: Path, hidden: int, layers: int, context: int, room: float, coded: bool) -> dict[str, int]:
-    folder.mkdir()
-    write_llama(folder / "model", hidden, layers)
-    checkpoint = open_checkpoint(folder / "model")
-    found = planned(checkpoint, context, room, coded)
-    (folder / "plan.json").write_text(found.plan.to_json())
-    qpalette.quantize(folder / "model", folder / "out", plan=folder / "plan.json")
-    command = [sys.executable, __file__, "--run", str(folder / "out"), "--context", str(context)]
-    assert found.memory_bytes is not None
-    row = {"promised": found.memory_bytes}
+def measured(source: Path, found: BudgetPlan, context: int) -> dict[str, Any]:
+    """Of a model whose linears have the names of the plan."""
+    plan, out = source.with_suffix(".json"), source.with_suffix(".packed")
+    plan.write_text(found.plan.to_json())
+    qpalette.quantize(source, out, plan=plan)
+    command = [sys.executable, __file__, "--run", str(out), "--context", str(context)]
+    row: dict[str, Any] = {}
     for peak, environment in PEAKS.items():
         for _ in range(2):
             ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)

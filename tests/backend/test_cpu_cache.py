@@ -16,7 +16,20 @@ from qpalette.backends.cpu.jit import name_of
 from qpalette.backends.cpu.step import Program, ahead, instructions_of, kernels_of
 from qpalette.backends.cpu.step.program import Called
 from qpalette.core.errors import InputError
-from qpalette.kvcache import PAGE, Exact, Stream, Transform, VectorFormat, cache_palette, parse_code, shaped, white
+from qpalette.kvcache import (
+    PAGE,
+    Exact,
+    KeyMoments,
+    Stream,
+    Transform,
+    VectorFormat,
+    cache_palette,
+    key_transforms,
+    parse_cache,
+    parse_code,
+    shaped,
+    white,
+)
 from qpalette.kvcache.shaping import BLOCK
 from qpalette.kvcache.vectors import scales_of, unpack
 from qpalette.nn.coded_states import CodedPair, CodedStates
@@ -390,3 +403,20 @@ def test_gradients_reach_queries_of_coded_states(states):
     wanted = torch.autograd.grad(attend(query, *plain, attn_mask=mask).square().sum(), query)
     torch.testing.assert_close(found, wanted)
     assert wanted[0].any()
+
+
+@pytest.mark.parametrize("spec", ["vq-3", "balanced:vq-3", "mean:vq-3"])
+def test_transforms_are_in_memory_once(spec):
+    """A stream reads those that it is given, in their memory."""
+    plan, dim = parse_cache(spec), 64
+    x = torch.randn(HEADS, 4 * dim, dim)
+    moments = [KeyMoments(x.mean(1), x.mT @ x, x.mT @ x)] * 2
+    exact, shape = Exact(), (BATCH, HEADS, LENGTH)
+    for given in key_transforms(plan, moments):
+        format = VectorFormat(parse_code("vq-3"), dim, True)
+        stream = select("cache", "vq-3", CPU).stream(format, given, exact, shape, torch.float32, CPU)
+        own = {each.data_ptr() for each in (given.matrix, given.inverse, given.mean, *(given.shaping or ()))}
+        _, constants, _, _ = stream._parts
+        matrices = [each for each in constants if each.shape[0] == HEADS]
+        assert len(matrices) == len(own)
+        assert {each.data_ptr() for each in matrices} == own

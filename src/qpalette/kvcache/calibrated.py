@@ -25,7 +25,8 @@ def key_transforms(plan: CachePlan, moments: Sequence[KeyMoments]) -> list[Trans
         chosen = [moments[layer] for layer in layers]
         together = _made(plan.transform, code, [torch.cat(part) for part in zip(*map(_parts, chosen), strict=True)])
         heads = [len(moment.mean) for moment in chosen]
-        found |= dict(zip(layers, together.split(heads), strict=True))
+        apart = (each.laid_out() for each in together.split(heads))
+        found |= dict(zip(layers, apart, strict=True))
     return [found[layer] for layer in range(len(moments))]
 
 

@@ -10,7 +10,7 @@ it make the coordinates alike, and near Gaussian.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,12 @@ class Transform:
         parts = [[None] * len(heads) if tensor is None else tensor.split(list(heads)) for tensor in tensors]
         return [Transform(*part) for part in zip(*parts, strict=True)]
 
+    def laid_out(self) -> Transform:
+        """The same numbers in memory as kernels read them, the inverse and the transposes of matrix and feedback in one
+        piece: so a stream needs no copy of them."""
+        feedback = None if self.feedback is None else _by_columns(self.feedback)
+        return replace(self, matrix=_by_columns(self.matrix), inverse=self.inverse.contiguous(), feedback=feedback)
+
     def to(self, device: torch.device) -> Transform:
         feedback, gain = (None if tensor is None else tensor.to(device) for tensor in (self.feedback, self.gain))
         return Transform(self.matrix.to(device), self.inverse.to(device), self.mean.to(device), feedback, gain)
@@ -67,8 +73,8 @@ def made_of(matrix: Tensor, mean: Tensor) -> Transform:
 
 def white(dim: int) -> Transform:
     """Signs and a Hadamard matrix, alike for all heads: nothing of the model is known."""
-    matrix = mixing(dim)[None]
-    return Transform(matrix.float(), matrix.mT.float().contiguous(), torch.zeros(1, dim))
+    inverse = mixing(dim)[None].mT.float().contiguous()
+    return Transform(inverse.mT, inverse, torch.zeros(1, dim))
 
 
 def mean_removed(mean: Tensor, covariance: Tensor) -> Transform:
@@ -91,6 +97,10 @@ def mixing(dim: int) -> Tensor:
     """Signs, then a Hadamard matrix (docs/format.md), orthogonal, float64 [dim, dim]."""
     signs = random_signs(dim, 0, SIGNS).double()
     return full_rotation(dim).matrix() * signs
+
+
+def _by_columns(matrix: Tensor) -> Tensor:
+    return matrix.mT.contiguous().mT
 
 
 def _normalised(matrix: Tensor, covariance: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from typing import Any
 
 from qpalette.core.errors import InputError
 from qpalette.kvcache import bucket
+from qpalette.runtime.decoded import BLOCK_ROWS, PIECE, STRIP
 
 ELEMENT_BYTES = 2  # float16 or bfloat16
+FLOAT_BYTES = 4
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")  # layers that keep keys and values
 PROMPT_TOKENS = 2048  # of each sequence that are in flight together; servers cut longer prompts
 LIVE_STREAMS = 4  # copies of the hidden state alive at once: residual, normalised, rotated, output
@@ -21,7 +23,8 @@ def device_bytes(config: Mapping[str, Any], context: int, batch: int) -> tuple[i
     The cache is what `generate` takes: keys and values in 16 bits, of latent attention the latents, of a length that
     few contexts share (`kvcache.bucket`). Layers with a sliding window keep all tokens, too, so that it can be cut
     back; layers without attention keep none. Activations are an estimate: a prompt of at most 2048 tokens per
-    sequence in flight, the largest layer's intermediate, and one position's logits in float32 per sequence.
+    sequence in flight, the largest layer's intermediate, and one position's logits in float32 per sequence; and what
+    a processor decodes of a matrix at a time, and multiplies it with.
 
     Raises InputError when a number is below 1 or the config lacks a size.
     """
@@ -29,7 +32,8 @@ def device_bytes(config: Mapping[str, Any], context: int, batch: int) -> tuple[i
         raise InputError(f"context and batch must be at least 1, got {context} and {batch}")
     text = config.get("text_config") or config
     try:
-        return batch * _cache_per_sequence(text, context), batch * _activations_per_sequence(text, context)
+        activations = batch * _activations_per_sequence(text, context) + _decoded(text, batch * context)
+        return batch * _cache_per_sequence(text, context), activations
     except KeyError as error:
         raise InputError(f"the model's config has no {error}: its memory cannot be counted") from error
 
@@ -51,7 +55,18 @@ def cached_heads(text: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _activations_per_sequence(text: Mapping[str, Any], context: int) -> int:
-    hidden = text["hidden_size"]
-    intermediate = max(text.get("intermediate_size") or 0, text.get("moe_intermediate_size") or 0, hidden)
+    hidden, intermediate = _widths(text)
     streams = LIVE_STREAMS * hidden + 3 * intermediate
-    return ELEMENT_BYTES * streams * min(context, PROMPT_TOKENS) + 4 * text["vocab_size"]
+    return ELEMENT_BYTES * streams * min(context, PROMPT_TOKENS) + FLOAT_BYTES * text["vocab_size"]
+
+
+def _decoded(text: Mapping[str, Any], tokens: int) -> int:
+    """Weights, the tokens that they are multiplied with, and the products, in float32."""
+    hidden, intermediate = _widths(text)
+    weights = min(hidden * intermediate, max(STRIP, BLOCK_ROWS * intermediate))
+    return FLOAT_BYTES * (weights + min(tokens, PIECE) * (hidden + intermediate))
+
+
+def _widths(text: Mapping[str, Any]) -> tuple[int, int]:
+    hidden = text["hidden_size"]
+    return hidden, max(text.get("intermediate_size") or 0, text.get("moe_intermediate_size") or 0, hidden)

@@ -15,7 +15,6 @@ from qpalette.backends.cpu.byte_decoders import byte_decoder_of
 from qpalette.backends.cpu.byte_matmul import make_byte_kernel
 from qpalette.backends.cpu.decoders import Arrays, decoder_of
 from qpalette.backends.cpu.instructions import features
-from qpalette.backends.cpu.layout import SIDE
 from qpalette.backends.cpu.matmul import make_kernels
 from qpalette.backends.cpu.operands import LAUNCH, MATRIX, TYPES
 from qpalette.backends.cpu.threads import one_caller, parallel_caller, present_threads
@@ -23,13 +22,11 @@ from qpalette.backends.cpu.transform import Factors, factors_of
 from qpalette.codes import parse_spec
 from qpalette.core.environment import CPU_BYTES
 from qpalette.core.errors import InputError
-from qpalette.core.records import TILE
 from qpalette.rotate import Rotation, diagonal_of
 from qpalette.runtime import PackedLinear
+from qpalette.runtime.decoded import BLOCK_ROWS, PIECE, STRIP
 
 LARGEST_FUSED_BATCH = 16  # in float32: above, decoding the matrix once and the vendor's product win
-# What is in float32 at a time there, whatever the batch and the matrix: tokens, and weights in whole rows of blocks.
-PIECE, STRIP = 256, 1 << 20
 # Processors that multiply a type as it is. Elsewhere torch's product of it is slow: on AVX2 8 GFLOPS in bfloat16 and
 # 10 in float16, where float32 has 58 (1024 tokens, 1536 x 576, one thread).
 NATIVE = {torch.bfloat16: {"avx512bf16", "amx-bf16"}, torch.float16: {"avx512fp16", "amx-fp16"}}
@@ -218,10 +215,10 @@ def rotated_weight(packed: PackedLinear) -> torch.Tensor:
 
 def _strips(packed: PackedLinear) -> Iterator[tuple[slice, torch.Tensor]]:
     """W' in parts of some rows: which ones, and their weights."""
-    block = TILE * SIDE
-    blocks = max(1, STRIP // (block * packed.in_features))
-    for codes, start in zip(packed.codes.split(blocks), range(0, packed.out_features, blocks * block), strict=True):
-        rows = slice(start, min(start + blocks * block, packed.out_features))
+    blocks = max(1, STRIP // (BLOCK_ROWS * packed.in_features))
+    starts = range(0, packed.out_features, blocks * BLOCK_ROWS)
+    for codes, start in zip(packed.codes.split(blocks), starts, strict=True):
+        rows = slice(start, min(start + blocks * BLOCK_ROWS, packed.out_features))
         yield rows, _decoded(packed, codes, packed.scales[rows])
 
 

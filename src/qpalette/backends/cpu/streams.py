@@ -22,6 +22,7 @@ from qpalette.core.errors import InputError
 from qpalette.kvcache import PAGE, Stream, with_exact
 
 MOST_ROWS = 64  # queries of a head that codes are decoded for at once
+FORWARD_T, INVERSE, INVERSE_T, MEAN = range(4)  # of a stream's constants
 
 LIBRARY = torch.library.Library("qpalette", "FRAGMENT")
 LIBRARY.define(
@@ -86,7 +87,7 @@ class CpuStream(Stream):
             return None
         if query.stride(-1) != 1:
             query = query.contiguous()
-        parts = (*self._parts, *values._parts)
+        parts = (*self._parts, *values._parts_of_values)
         return torch.ops.qpalette.cpu_cache_attend(query, mask, count, starts, scale, *parts, self.length)
 
     def _takes(self, mask: Tensor, shape: torch.Size) -> bool:
@@ -98,10 +99,21 @@ class CpuStream(Stream):
     def _parts(self) -> _Parts:
         return [*self.memory], self._constants, self.format.code.name, self.format.unbiased
 
+    @property
+    def _parts_of_values(self) -> _Parts:
+        """With A^-T, which turns sums of values back."""
+        memory, constants, *rest = self._parts
+        if constants[INVERSE_T].numel() == 0:
+            back = self.transform.inverse.mT.contiguous()
+            constants = [*constants[:INVERSE_T], back, *constants[INVERSE_T + 1 :]]
+        return memory, constants, *rest
+
     def _turned(self) -> list[Tensor]:
+        """A^-T only where all heads share it, as those of a cache's values do: nothing reads that of keys."""
         transform, nothing = self.transform, torch.empty(0)
         feedback, gain = (nothing, nothing) if transform.shaping is None else transform.shaping
-        turned = [transform.matrix.mT, transform.inverse, transform.inverse.mT, transform.mean]
+        back = transform.inverse.mT if len(transform.inverse) == 1 else nothing
+        turned = [transform.matrix.mT, transform.inverse, back, transform.mean]
         shaping = [feedback.mT if feedback.ndim > 1 else feedback, gain]
         return [*(each.contiguous() for each in (*turned, *shaping)), *tables_of(self.format.code.name)]
 
@@ -125,8 +137,7 @@ def _read(count: Tensor, starts: Tensor, memory: list[Tensor], constants: list[T
     if tokens:
         coordinates = torch.empty(batch, heads, tokens, dim)
         _run(read_call(_words(memory, constants, *rest), _operand(coordinates)))
-        inverse, mean = constants[2], constants[3]
-        dense[:, :, :tokens] = coordinates @ inverse + mean[:, None]
+        dense[:, :, :tokens] = coordinates @ constants[INVERSE].mT + constants[MEAN][:, None]
     return with_exact(dense, memory[1:], count, starts)[:, :, :length].contiguous()
 
 

@@ -56,8 +56,9 @@ def tables_of(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def stream_words(memory: list[Operand], constants: list[Operand], code: str, unbiased: bool, length: int) -> list[Any]:
-    """memory: of a Stream, in its order. constants: A^T, A^-1 and its transpose [heads or 1, dim, dim], the mean, the
-    feedback's transpose and the gains, empty where there is none, then `tables_of`. All in one piece."""
+    """memory: of a Stream, in its order. constants: A^T, A^-1 and its transpose [heads or 1, dim, dim], which of values
+    alone is read, the mean, the feedback's transpose and the gains, empty where there is none, then `tables_of`. All in
+    one piece."""
     pages, sinks, ring, ring_tokens = memory
     forward, inverse, inverse_t, mean, feedback_t, gain, entries, points, scales = constants
     parsed, dim = parse_code(code), sinks.shape[-1]
