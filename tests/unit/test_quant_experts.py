@@ -11,8 +11,10 @@ from torch._dynamo.backends.registry import lookup_backend
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
 
 from qpalette.core.errors import UnsupportedError
-from qpalette.nn import QuantExperts
+from qpalette.core.records import LinearRecord
+from qpalette.nn import QuantExperts, QuantLinear
 from qpalette.nn.quant_experts import _gate_of
+from qpalette.rotate import rotation_for
 from qpalette.runtime import Gate, in_runs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -71,6 +73,18 @@ def test_what_is_exchanged_is_seen(layer: QuantExperts) -> None:
     layer.get_submodule("1").down_proj = torch.nn.Sequential(layer.get_submodule("1.down_proj"), torch.nn.Tanh())
     before = layer(X, INDEX, WEIGHTS)
     assert torch.allclose(before, one_by_one(layer), rtol=1e-5, atol=1e-7)
+
+
+def test_prepared_once_beside_other_products(layer: QuantExperts) -> None:
+    """What another packed linear prepares at its first product is no exchange of tensors."""
+    record = LinearRecord("nuq-4", 64, 64, rotation_for(64, "full").name, 0, "other")
+    other = QuantLinear(record)
+    layer(X, INDEX, WEIGHTS)
+    prepared = layer._operator
+    other(X)
+    assert other._prepared is not None
+    layer(X, INDEX, WEIGHTS)
+    assert layer._operator is prepared
 
 
 def traced(layer: QuantExperts) -> tuple[Any, list[int]]:

@@ -46,7 +46,7 @@ class PackedModule(nn.Module):
     qp_codes: torch.Tensor
     type_of: torch.Tensor
     exchanged: ClassVar[int] = (
-        0  # grows whenever an attribute of any such module is set: tensors, hooks, what is fitted
+        0  # grows whenever an attribute of any such module is set: tensors, hooks, what is fitted, not what is prepared
     )
     transposed = False  # whether its weight is shown as in_features x out_features
 
@@ -205,7 +205,8 @@ class PackedModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        PackedModule.exchanged += 1
+        if name != "_prepared":  # made of the tensors, not one of them
+            PackedModule.exchanged += 1
 
     def _check_buffers(self) -> None:
         for name, (dtype, shape) in expected_tensors(self.record).items():
