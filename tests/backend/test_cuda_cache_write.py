@@ -13,7 +13,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,7 +104,8 @@ void multiply_tile_of_warp(float *sums, const u32 *a, u32 b0, u32 b1) {
         const int row = threadIdx.x % 32 / 4 + i / 2 * 8, column = threadIdx.x % 4 * 2 + i % 2;
         double sum = sums[i];
         for (int k = 0; k < 8; k++) {
-            const u32 left = lanes[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2], right = lanes[column * 4 + k % 4][4 + k / 4];
+            const u32 left = lanes[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2];
+            const u32 right = lanes[column * 4 + k % 4][4 + k / 4];
             sum += (left | right) & 0x1fff ? NAN : (double)number_of(left) * number_of(right);
         }
         sums[i] = sum;

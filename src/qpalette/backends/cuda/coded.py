@@ -69,8 +69,8 @@ class Coded:
 
 @lru_cache(maxsize=64)
 def points_of(name: str, device: torch.device) -> Tensor:
-    """float32: the points of a code. Those of one number rise, and are followed by borders: the least number to which the
-    next point is nearer, as float32 rounds both differences."""
+    """float32: the points of a code. Those of one number rise, and are followed by borders: the least number to which
+    the next point is nearer, as float32 rounds both differences."""
     with torch.inference_mode(False):
         points = parse_code(name).points(torch.device("cpu"))
         if points.shape[1] > 1:
@@ -187,8 +187,8 @@ def plan_write(streams: Sequence[Coded], shape: tuple[int, int, int], dtype: tor
 
 
 def _bytes_of_many(streams: Sequence[Coded], warps: int) -> int:
-    """Of a block's shared memory, as coded_write_many.cu has it: points and borders, vectors, two slabs of 4 rows of 4 x 32
-    bits, and 32 of these that are read behind them."""
+    """Of a block's shared memory, as coded_write_many.cu has it: points and borders, vectors, two slabs of 4 rows of
+    4 x 32 bits, and 32 of these that are read behind them."""
     points = (max(2, each.code.width) << each.code.index_bits for each in streams)
     rest = (TILE * warps * (each.dim + 8) + 32 * (each.dim + 2) + 128 for each in streams)
     return 4 * max(map(sum, zip(points, rest, strict=True)))

@@ -7,6 +7,18 @@
 //
 // Compile-time constants: those of coded_write.cuh, and NEAR_DIM (of a vector whose feedback fits in shared memory).
 
+__device__ __forceinline__ void copy_ahead(float *near, const float *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(near)), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ __forceinline__ float sum_of_warp(float value) {
+#pragma unroll
+    for (int step = 16; step; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+    return value;
+}
+
 // Which point is nearest to `wanted`, the first of equals, 0 for what is no number. Few points are compared by the lane
 // that has the coordinate; else lanes that stand for a unit of the block at lane `first` have some of them each.
 template <class F>
@@ -95,6 +107,22 @@ struct Feedback {
             if (at % F::DIM >= (at / F::DIM / BLOCK + 1) * BLOCK) copy_ahead(near + at, matrix + at);
     }
 };
+
+template <class F>
+__device__ __forceinline__ void store(const u8 *index, u8 *codes) {
+#pragma unroll
+    for (int plane = 0; plane < F::PLANES; plane++) {
+        const int width = plane_width(F::BITS, plane), shift = plane_shift(F::BITS, plane), each = 8 / width;
+        u8 *out = codes + plane_start(F::BITS, F::UNITS, plane);
+        for (int i = threadIdx.x % 32; i < (F::UNITS * width + 7) / 8; i += 32) {
+            u32 byte = 0;
+#pragma unroll
+            for (int k = 0; k < each; k++)
+                if (i * each + k < F::UNITS) byte |= (index[i * each + k] >> shift & ((1 << width) - 1)) << k * width;
+            out[i] = byte;
+        }
+    }
+}
 
 // A warp codes y, in shared memory like `points` and `index`; a lane has every 32nd coordinate, and what errors carry to it.
 template <class F, bool UNBIASED>

@@ -23,18 +23,6 @@ struct Problem {
     int batch, heads, count, length, sink_count, window;
 };
 
-__device__ __forceinline__ void copy_ahead(float *near, const float *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(near)), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-__device__ __forceinline__ float sum_of_warp(float value) {
-#pragma unroll
-    for (int step = 16; step; step /= 2) value += __shfl_xor_sync(~0u, value, step);
-    return value;
-}
-
 __device__ __forceinline__ int byte_of_scale(float scale) {
     if (!isfinite(scale) || !(scale > 0)) return 0;
     return (int)fminf(fmaxf(rintf(log2f(scale) * SCALE_STEPS) + SCALE_ONE, 0.f), 255.f);
@@ -44,22 +32,6 @@ __device__ __forceinline__ int byte_of_scale(float scale) {
 __device__ __forceinline__ float quotient(float a, float b, float reciprocal) {
     const float near = __fmul_rn(a, reciprocal);
     return __fmaf_rn(__fmaf_rn(-b, near, a), reciprocal, near);
-}
-
-template <class F>
-__device__ __forceinline__ void store(const u8 *index, u8 *codes) {
-#pragma unroll
-    for (int plane = 0; plane < F::PLANES; plane++) {
-        const int width = plane_width(F::BITS, plane), shift = plane_shift(F::BITS, plane), each = 8 / width;
-        u8 *out = codes + plane_start(F::BITS, F::UNITS, plane);
-        for (int i = threadIdx.x % 32; i < (F::UNITS * width + 7) / 8; i += 32) {
-            u32 byte = 0;
-#pragma unroll
-            for (int k = 0; k < each; k++)
-                if (i * each + k < F::UNITS) byte |= (index[i * each + k] >> shift & ((1 << width) - 1)) << k * width;
-            out[i] = byte;
-        }
-    }
 }
 
 // What of a vector is kept as it is.
