@@ -130,12 +130,14 @@ def _write(
     unbiased: list[bool],
     length: int,
 ) -> None:
-    sinks, ring = memory[1], memory[2]
+    (batch, heads, count), sinks, ring = vectors[0].shape[:3], memory[1], memory[2]
     vectors = [each if _is_aligned(each) else each.contiguous() for each in vectors]
     problem = coded.WriteProblem(
         tokens=tokens.data_ptr(),
         starts=starts.data_ptr(),
-        **dict(zip(("batch", "heads", "count"), vectors[0].shape, strict=False)),
+        batch=batch,
+        heads=heads,
+        count=count,
         length=length,
         sink_count=sinks.shape[2],
         window=ring.shape[2],
@@ -145,7 +147,7 @@ def _write(
         own = memory[MEMORIES * at : MEMORIES * (at + 1)]
         streams.append(_write_stream(each, own, constants[CONSTANTS * at : CONSTANTS * (at + 1)]))
         what.append(Coded(parse_code(codes[at]), each.shape[-1], unbiased[at]))
-    plan = coded.plan_write(what, vectors[0].shape[:3], vectors[0].dtype)
+    plan = coded.plan_write(what, (batch, heads, count), vectors[0].dtype)
     coded.start_write(plan, streams, problem, vectors[0].device.index or 0)
 
 
