@@ -174,7 +174,9 @@ def check_cache(keys: tuple[str, int], values: tuple[str, int], rows: int, arch:
     plan = coded.plan_attend(key, value, (1, 8, rows), 4096, torch.bfloat16, LIMITS[arch])
     assert plan.shared_bytes <= (SHARED[arch] - 20) * 1024
     units = [(coded.ATTEND_SOURCE, plan.macros), (coded.READ_SOURCE, key.macros("KEY"))]
-    units += [(coded.WRITE_SOURCE, coded.write_macros(key, value, torch.float16, turned)) for turned in (False, True)]
+    writes = [coded.plan_write([key, value], (1, 8, count), torch.float16) for count in (1, coded.MANY)]
+    assert all(write.shared_bytes <= (SHARED[arch] - 2) * 1024 for write in writes)
+    units += [(write.source, write.macros) for write in writes]
     for source, macros in units:
         assert resources(source, arch, tuple(sorted(macros.items()))).spilled_bytes == 0
 

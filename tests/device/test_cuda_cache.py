@@ -128,6 +128,33 @@ def test_keys_with_errors_fed_back_are_coded_as_well(name: str, dim: int, step: 
     assert float(costs[1]) == pytest.approx(float(costs[0]), rel=5e-3)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("count", [1, 3, 17, 300, 1000])
+@pytest.mark.parametrize("name", ["nuq-3", "nuq-8", "vq-2.5", "vq4-2"])
+def test_any_number_of_tokens(name: str, count: int, batch: int) -> None:
+    """From a place within a page, with exact tokens; vectors as a projection leaves them, heads side by side."""
+    starts = tuple(30 * i for i in range(batch))
+    plain, mine = pair(name, 64, (batch, 3, 1100), exact=Exact(4, 30))
+    x = vectors(batch, count, 3, 64).round().transpose(1, 2)
+    for stream in (plain, mine):
+        write(stream, x, 37, starts)
+    assert torch.equal(plain.codes, mine.codes)
+    assert all(torch.equal(a, b) for a, b in zip(plain.memory[1:], mine.memory[1:], strict=True))
+    assert (plain.scales.int() - mine.scales.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("name", "dim"), [("nuq-3", 128), ("vq-2", 128), ("vq4-2", 64), ("nuq-4", 256)])
+def test_what_a_token_becomes_depends_on_no_token_beside_it(name: str, dim: int, dtype: torch.dtype) -> None:
+    shape = (1, 2, 300)
+    alone, together = (pair(name, dim, shape, "fed back", dtype=dtype)[1] for _ in range(2))
+    x = vectors(1, 2, 300, dim).to(dtype)
+    write(together, x, 0, (0,))
+    for first in range(0, 300, 30):
+        write(alone, x[:, :, first : first + 30], first, (0,))
+    assert torch.equal(alone.pages, together.pages)
+
+
 @pytest.mark.parametrize("exact", [NONE, Exact(4, 0), Exact(0, 5), Exact(3, 200)], ids=str)
 @pytest.mark.parametrize("starts", [(0, 0), (3, 70)])
 @pytest.mark.parametrize("step", [1, 8, 130])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, e, log2
@@ -25,13 +26,16 @@ def _source(*names: str) -> str:
     return COMMON_SOURCE + "".join(file.read_text(encoding="utf-8") for file in files)
 
 
-WRITE_SOURCE, READ_SOURCE = _source("coded_write.cu"), _source("coded_read.cu")
+WRITE_SOURCE, READ_SOURCE = _source("coded_write.cuh", "coded_write.cu"), _source("coded_read.cu")
+WRITE_MANY_SOURCE = _source("coded_write.cuh", "coded_write_many.cu")
 ATTEND_SOURCE = _source("coded_look_up.cuh", "coded_attend.cu")
 MOST_DIM = 256
 MOST_ROWS = 64  # queries of a key head in one call
 COLUMNS = 8  # queries of a block: the columns of a matrix instruction
 TILE = 16  # tokens of a matrix instruction
-TURNED_FROM = 9  # tokens from which on torch multiplies them by the transform
+MANY = 9  # tokens from which on a warp writes several of them
+MANY_WARPS = 6  # of its block, at most: two blocks have registers enough
+MANY_BYTES = 96 << 10  # of its shared memory: every device has it, large ones twice
 PIECE = 4096  # tokens that are float32 at a time
 WRITE_THREADS, READ_THREADS = 256, 256
 NEAR_DIM = 128  # of a vector: what its errors are fed back by, 64 kB, fits in shared memory
@@ -64,6 +68,22 @@ class Coded:
 
 
 @lru_cache(maxsize=64)
+def points_of(name: str, device: torch.device) -> Tensor:
+    """float32: the points of a code. Those of one number rise, and are followed by borders: the least number to which
+    the next point is nearer, as float32 rounds both differences."""
+    with torch.inference_mode(False):
+        points = parse_code(name).points(torch.device("cpu"))
+        if points.shape[1] > 1:
+            return points.flatten().to(device)
+        low, high = points[:-1, 0], points[1:, 0]
+        before, border = low, high
+        while ((middle := (before + border) / 2) != before).logical_and(middle != border).any():
+            is_high = high - middle < middle - low
+            before, border = torch.where(is_high, before, middle), torch.where(is_high, middle, border)
+        return torch.cat([points[:, 0], border, border.new_tensor([torch.inf])]).to(device)
+
+
+@lru_cache(maxsize=64)
 def lookups_of(name: str, device: torch.device) -> Tensor:
     """What each look-up of a code gives: float16 [entries, 2 or 4]; one number alone is followed by 0."""
     with torch.inference_mode(False):
@@ -84,19 +104,19 @@ def lookups_of(name: str, device: torch.device) -> Tensor:
 
 
 class WriteStream(ctypes.Structure):
-    """As in coded_write.cu."""
+    """As in coded_write.cuh."""
 
     _fields_ = (
         ("vectors", ctypes.c_void_p),
         *((f"vector_{name}", ctypes.c_longlong) for name in ("batch", "head", "token")),
-        *((name, ctypes.c_void_p) for name in ("turned", "matrix", "mean", "feedback", "gain", "points")),
+        *((name, ctypes.c_void_p) for name in ("matrix", "mean", "feedback", "gain", "points")),
         *((name, ctypes.c_void_p) for name in ("pages", "sinks", "ring", "ring_tokens")),
         *((name, ctypes.c_int) for name in ("page_count", "is_shared")),
     )
 
 
 class WriteProblem(ctypes.Structure):
-    """As in coded_write.cu."""
+    """As in coded_write.cuh."""
 
     _fields_ = (
         ("streams", WriteStream * 2),
@@ -138,27 +158,47 @@ class AttendProblem(ctypes.Structure):
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_macros(keys: Coded, values: Coded, dtype: torch.dtype, turned: bool) -> dict[str, int]:
+@dataclass(frozen=True)
+class WritePlan:
+    """How new tokens are written. One launch for one stream or for two."""
+
+    source: str
+    name: str
+    macros: dict[str, int]
+    grid: tuple[int, int]
+    shared_bytes: int
+
+
+def plan_write(streams: Sequence[Coded], shape: tuple[int, int, int], dtype: torch.dtype) -> WritePlan:
+    """shape: batch, key heads, tokens."""
+    batch, heads, count = shape
+    keys, values = streams[0], streams[-1]
     unbiased = {"KEY_UNBIASED": int(keys.unbiased), "VALUE_UNBIASED": int(values.unbiased)}
-    own = {"TYPE": TYPES[dtype], "TURNED": int(turned), "THREADS": WRITE_THREADS, "NEAR_DIM": NEAR_DIM}
-    return keys.macros("KEY") | values.macros("VALUE") | unbiased | own
+    macros = keys.macros("KEY") | values.macros("VALUE") | unbiased | {"TYPE": TYPES[dtype]}
+    if count >= MANY:
+        warps = next(warps for warps in range(MANY_WARPS, 0, -1) if _bytes_of_many(streams, warps) <= MANY_BYTES)
+        grid = (-(-count // (TILE * warps)) * batch * heads, len(streams))
+        own = {"THREADS": 32 * warps}
+        return WritePlan(WRITE_MANY_SOURCE, "cache_write_many", macros | own, grid, _bytes_of_many(streams, warps))
+    near = max((each.dim**2 for each in streams if each.dim <= NEAR_DIM), default=0)
+    floats = 2 * max(each.dim for each in streams) + WRITE_THREADS + near
+    own = {"THREADS": WRITE_THREADS, "NEAR_DIM": NEAR_DIM}
+    return WritePlan(WRITE_SOURCE, "cache_write", macros | own, (batch * heads * count, len(streams)), 4 * floats)
 
 
-def start_write(streams: list[tuple[WriteStream, Coded]], problem: WriteProblem, dtype: torch.dtype, turned: bool,
-                device: int) -> None:  # fmt: skip
-    """One launch for one stream or for two."""
-    coded = [streams[0][1], streams[-1][1]]
-    for at, (stream, _) in enumerate(streams):
+def _bytes_of_many(streams: Sequence[Coded], warps: int) -> int:
+    """Of a block's shared memory, as coded_write_many.cu has it: points and borders, vectors, two slabs of 4 rows of
+    4 x 32 bits, and 32 of these that are read behind them."""
+    points = (max(2, each.code.width) << each.code.index_bits for each in streams)
+    rest = (TILE * warps * (each.dim + 8) + 32 * (each.dim + 2) + 128 for each in streams)
+    return 4 * max(map(sum, zip(points, rest, strict=True)))
+
+
+def start_write(plan: WritePlan, streams: Sequence[WriteStream], problem: WriteProblem, device: int) -> None:
+    for at, stream in enumerate(streams):
         problem.streams[at] = stream
-    threads = WRITE_THREADS
-    vectors = problem.batch * problem.heads * problem.count
-    if turned:
-        blocks, floats = -(-vectors // (threads // 32)), threads // 32 * max(each.dim for each in coded)
-    else:
-        near = max((each.dim**2 for each in coded if each.dim <= NEAR_DIM), default=0)
-        blocks, floats = vectors, 2 * max(each.dim for each in coded) + threads + near
-    macros = write_macros(coded[0], coded[1], dtype, turned)
-    _start(WRITE_SOURCE, "cache_write", macros, device, (blocks, len(streams)), threads, 4 * floats, problem)
+    threads = plan.macros["THREADS"]
+    _start(plan.source, plan.name, plan.macros, device, plan.grid, threads, plan.shared_bytes, problem)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

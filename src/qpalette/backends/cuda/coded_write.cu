@@ -1,34 +1,11 @@
 // New tokens of a layer become codes: keys and values, transformed, coded, stored, in one launch (docs/cache.md).
 //
-// A block has a vector, and all its threads multiply it by its matrix; with TURNED that is done, and every warp has
-// vectors of its own. A warp codes eight coordinates at a time, and their errors are fed back to what is behind. That is
-// the launch's longest chain, so that it stays in registers: what a block needs of the matrix is in shared memory before
-// the kernel ahead has ended, and passes from lane to lane by shuffles alone.
+// A block has a vector, and all its threads multiply it by its matrix. A warp codes eight coordinates at a time, and
+// their errors are fed back to what is behind. That is the launch's longest chain, so that it stays in registers: what a
+// block needs of the matrix is in shared memory before the kernel ahead has ended, and passes from lane to lane by
+// shuffles alone. Of many tokens: coded_write_many.cu.
 //
-// Compile-time constants: of the first and second stream KEY_ and VALUE_ DIM, WIDTH, BITS, UNBIASED; TYPE (of vectors,
-// sinks and ring: 0 float16, 1 bfloat16), TURNED, THREADS, NEAR_DIM (of a vector whose feedback fits in shared memory).
-
-constexpr int BLOCK = 8;  // as kvcache.vectors has it
-constexpr int WARPS = THREADS / 32;
-
-struct Stream {
-    const u16 *vectors;               // [batch][heads][count][DIM]
-    long long vector_batch, vector_head, vector_token;
-    const float *turned;              // [batch][heads][count][DIM], contiguous: A (x - m), if TURNED
-    const float *matrix, *mean;       // [heads or 1] of A^T and of m
-    const float *feedback, *gain;     // [heads] of the transpose [DIM][DIM]; null: errors stay where they are
-    const float *points;              // [2^BITS][WIDTH]
-    u8 *pages;                        // [batch][heads][page_count] of PAGE_BYTES
-    u16 *sinks, *ring;                // [batch][heads][sink_count or window][DIM]
-    long long *ring_tokens;           // [window]
-    int page_count, is_shared;        // is_shared: all heads have one transform
-};
-
-struct Problem {
-    Stream streams[2];
-    const long long *tokens, *starts;  // [1 or more], of which the first counts; [batch]
-    int batch, heads, count, length, sink_count, window;
-};
+// Compile-time constants: those of coded_write.cuh, and NEAR_DIM (of a vector whose feedback fits in shared memory).
 
 __device__ __forceinline__ void copy_ahead(float *near, const float *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(near)), "l"(from) : "memory");
@@ -40,11 +17,6 @@ __device__ __forceinline__ float sum_of_warp(float value) {
 #pragma unroll
     for (int step = 16; step; step /= 2) value += __shfl_xor_sync(~0u, value, step);
     return value;
-}
-
-__device__ __forceinline__ int byte_of_scale(float scale) {
-    if (!isfinite(scale) || !(scale > 0)) return 0;
-    return (int)fminf(fmaxf(rintf(log2f(scale) * SCALE_STEPS) + SCALE_ONE, 0.f), 255.f);
 }
 
 // Which point is nearest to `wanted`, the first of equals, 0 for what is no number. Few points are compared by the lane
@@ -112,35 +84,11 @@ struct Nearest {
     }
 };
 
-// a / b, 1 / b known: three dependent instructions where a division has some ten.
-__device__ __forceinline__ float quotient(float a, float b, float reciprocal) {
-    const float near = __fmul_rn(a, reciprocal);
-    return __fmaf_rn(__fmaf_rn(-b, near, a), reciprocal, near);
-}
-
-template <class F>
-__device__ __forceinline__ void store(const u8 *index, u8 *codes) {
-#pragma unroll
-    for (int plane = 0; plane < F::PLANES; plane++) {
-        const int width = plane_width(F::BITS, plane), shift = plane_shift(F::BITS, plane), each = 8 / width;
-        u8 *out = codes + plane_start(F::BITS, F::UNITS, plane);
-        for (int i = threadIdx.x % 32; i < (F::UNITS * width + 7) / 8; i += 32) {
-            u32 byte = 0;
-#pragma unroll
-            for (int k = 0; k < each; k++)
-                if (i * each + k < F::UNITS) byte |= (index[i * each + k] >> shift & ((1 << width) - 1)) << k * width;
-            out[i] = byte;
-        }
-    }
-}
-
 // What the errors of BLOCK coordinates add to those of this lane.
 template <class F>
 struct Feedback {
     static constexpr int OWN = (F::DIM + 31) / 32;
-    // One vector a block: the matrix is in shared memory as a whole, where that is enough.
-    static constexpr bool NEAR = !TURNED && F::DIM <= NEAR_DIM;
-    static constexpr bool AHEAD = TURNED;  // of a block, while the one before is coded: else registers are short
+    static constexpr bool NEAR = F::DIM <= NEAR_DIM;  // the matrix is in shared memory as a whole
     float weight[BLOCK][OWN];
 
     // Of coordinates from 32 `from` on: those before are coded.
@@ -160,15 +108,29 @@ struct Feedback {
     }
 };
 
+template <class F>
+__device__ __forceinline__ void store(const u8 *index, u8 *codes) {
+#pragma unroll
+    for (int plane = 0; plane < F::PLANES; plane++) {
+        const int width = plane_width(F::BITS, plane), shift = plane_shift(F::BITS, plane), each = 8 / width;
+        u8 *out = codes + plane_start(F::BITS, F::UNITS, plane);
+        for (int i = threadIdx.x % 32; i < (F::UNITS * width + 7) / 8; i += 32) {
+            u32 byte = 0;
+#pragma unroll
+            for (int k = 0; k < each; k++)
+                if (i * each + k < F::UNITS) byte |= (index[i * each + k] >> shift & ((1 << width) - 1)) << k * width;
+            out[i] = byte;
+        }
+    }
+}
+
 // A warp codes y, in shared memory like `points` and `index`; a lane has every 32nd coordinate, and what errors carry to it.
 template <class F, bool UNBIASED>
 __device__ __forceinline__ void code(const float *feedback, const float *gain, const float *points, const float *y, u8 *index, u8 *codes, u8 *scale_byte) {
     constexpr int OWN = Feedback<F>::OWN;
-    constexpr bool AHEAD = Feedback<F>::AHEAD;
     const int lane = threadIdx.x % 32;
     const Nearest<F> nearest(points);
-    Feedback<F> own, next;
-    if (AHEAD && feedback) next.load(feedback, 0, 0);
+    Feedback<F> own;
     float number[OWN], square = 0;
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
@@ -190,11 +152,7 @@ __device__ __forceinline__ void code(const float *feedback, const float *gain, c
 #pragma unroll 1
         for (int first = 0; first < (F::DIM - i * 32 < 32 ? F::DIM - i * 32 : 32); first += BLOCK) {
             const int start = i * 32 + first;
-            if (feedback && !AHEAD) own.load(feedback, start, i);
-            if (feedback && AHEAD) {
-                own = next;
-                if (start + BLOCK < F::DIM) next.load(feedback, start + BLOCK, i);
-            }
+            if (feedback) own.load(feedback, start, i);
             const int where = nearest.find(points, quotient(number[i] + carried[i], divisor, reciprocal), first);
             const float level = points[where * F::WIDTH + lane % F::WIDTH], error = number[i] - level * scale;
             if (lane / BLOCK == first / BLOCK) {
@@ -218,63 +176,37 @@ __device__ __forceinline__ void code(const float *feedback, const float *gain, c
     if (lane == 0) *scale_byte = byte;
 }
 
-// What of a vector is kept as it is.
-__device__ __forceinline__ void keep_exact(const Problem &problem, const Stream &stream, int dim, int batch, int item, int head, int offset, long long token) {
-    const u16 *x = stream.vectors + batch * stream.vector_batch + head * stream.vector_head + offset * stream.vector_token;
-    const long long place = token - problem.starts[batch];
-    if (place >= 0 && place < problem.sink_count)
-        for (int i = threadIdx.x % 32; i < dim; i += 32) stream.sinks[((size_t)item * problem.sink_count + place) * dim + i] = x[i];
-    if (offset >= problem.count - problem.window) {
-        const int ring = token % problem.window;
-        for (int i = threadIdx.x % 32; i < dim; i += 32) stream.ring[((size_t)item * problem.window + ring) * dim + i] = x[i];
-        if (item == 0 && threadIdx.x % 32 == 0) stream.ring_tokens[ring] = token;
-    }
-}
-
 template <class F, bool UNBIASED>
 __device__ __forceinline__ void write(const Problem &problem, const Stream &stream) {
     extern __shared__ __align__(16) float shared[];
     __shared__ __align__(16) float points[(1 << F::BITS) * F::WIDTH];
-    __shared__ u8 indexes[TURNED ? WARPS : 1][F::UNITS];
-    const int warp = threadIdx.x / 32, vectors = problem.batch * problem.heads * problem.count;
-    float *y = shared + (TURNED ? warp * F::DIM : 0), *x = shared + F::DIM, *sums = x + F::DIM, *near = sums + THREADS;
+    __shared__ u8 index[F::UNITS];
+    float *y = shared, *x = y + F::DIM, *sums = x + F::DIM, *near = sums + THREADS;
+    const int warp = threadIdx.x / 32, item = blockIdx.x / problem.count, offset = blockIdx.x % problem.count;
+    const int head = item % problem.heads, batch = item / problem.heads;
+    const size_t own = stream.is_shared ? 0 : head;
+    const float *matrix = stream.matrix + own * F::DIM * F::DIM, *feedback = stream.feedback + (size_t)head * F::DIM * F::DIM;
     Transform<F::DIM, THREADS, 1> transform;
-    const int first = TURNED ? blockIdx.x * WARPS + warp : blockIdx.x, step = TURNED ? gridDim.x * WARPS : gridDim.x;
-    const int first_head = first / problem.count % problem.heads;
-    if (!TURNED) {
-        transform.load(stream.matrix + (stream.is_shared ? 0 : (size_t)first_head * F::DIM * F::DIM), 0);
-        const float *feedback = stream.feedback + (size_t)first_head * F::DIM * F::DIM;
-        if (stream.feedback && Feedback<F>::NEAR) Feedback<F>::copy(feedback, near);
-        if (stream.feedback && !Feedback<F>::NEAR) fetch_all(feedback, F::DIM * F::DIM * 4);
-    }
+    transform.load(matrix, 0);
+    if (stream.feedback && Feedback<F>::NEAR) Feedback<F>::copy(feedback, near);
+    if (stream.feedback && !Feedback<F>::NEAR) fetch_all(feedback, F::DIM * F::DIM * 4);
     for (int i = threadIdx.x; i < (1 << F::BITS) * F::WIDTH; i += THREADS) points[i] = stream.points[i];
     __syncthreads();
     wait_for_previous_kernel();
     let_next_kernel_start();
-    for (int vector = first; vector < vectors; vector += step) {  // without TURNED there is one
-        const int item = vector / problem.count, offset = vector % problem.count, head = item % problem.heads, batch = item / problem.heads;
-        const long long token = problem.tokens[0] + offset;
-        if (token < 0 || token >= problem.length) continue;  // there is no room
-        if (TURNED) {
-            for (int i = threadIdx.x % 32; i < F::DIM; i += 32) y[i] = stream.turned[(size_t)vector * F::DIM + i];
-            __syncwarp();
-        } else {
-            const u16 *from = stream.vectors + batch * stream.vector_batch + head * stream.vector_head + offset * stream.vector_token;
-            const size_t own = stream.is_shared ? 0 : head;
-            for (int i = threadIdx.x; i < F::DIM; i += THREADS) x[i] = load(from, i, TYPE) - stream.mean[own * F::DIM + i];
-            wait_for_copies();
-            __syncthreads();
-            transform.apply(stream.matrix + own * F::DIM * F::DIM, x, sums, y);
-        }
-        if (TURNED || warp == 1) keep_exact(problem, stream, F::DIM, batch, item, head, offset, token);
-        if (TURNED || warp == 0) {
-            u8 *page = stream.pages + ((size_t)item * stream.page_count + token / PAGE) * F::PAGE_BYTES;
-            const int place = token % PAGE;
-            const float *feedback = Feedback<F>::NEAR ? near : stream.feedback + (size_t)head * F::DIM * F::DIM;
-            if (!stream.feedback) feedback = nullptr;
-            code<F, UNBIASED>(feedback, stream.gain + head, points, y, indexes[TURNED ? warp : 0], page + place * F::CODE_BYTES, page + PAGE * F::CODE_BYTES + place);
-            __syncwarp();
-        }
+    const long long token = problem.tokens[0] + offset;
+    if (token < 0 || token >= problem.length) return;  // there is no room
+    const u16 *from = stream.vectors + batch * stream.vector_batch + head * stream.vector_head + offset * stream.vector_token;
+    for (int i = threadIdx.x; i < F::DIM; i += THREADS) x[i] = load(from, i, TYPE) - stream.mean[own * F::DIM + i];
+    wait_for_copies();
+    __syncthreads();
+    transform.apply(matrix, x, sums, y);
+    if (warp == 1) keep_exact(problem, stream, F::DIM, batch, item, head, offset, token);
+    if (warp == 0) {
+        u8 *page = stream.pages + ((size_t)item * stream.page_count + token / PAGE) * F::PAGE_BYTES;
+        const int place = token % PAGE;
+        const float *fed = !stream.feedback ? nullptr : Feedback<F>::NEAR ? near : feedback;
+        code<F, UNBIASED>(fed, stream.gain + head, points, y, index, page + place * F::CODE_BYTES, page + PAGE * F::CODE_BYTES + place);
     }
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qpalette.backends.cuda import coded
-from qpalette.backends.cuda.coded import MOST_DIM, MOST_ROWS, PIECE, TURNED_FROM, Coded
+from qpalette.backends.cuda.coded import MOST_DIM, MOST_ROWS, PIECE, Coded
 from qpalette.kvcache import Stream, parse_code, with_exact
 from qpalette.kvcache.vectors import BLOCK
 
@@ -115,7 +115,8 @@ class CudaStream(Stream):
         feedback, gain = transform.shaping or (torch.empty(0, device=device),) * 2
         turned = [transform.matrix.mT, transform.inverse, transform.inverse.mT, transform.mean]
         shaping = [feedback.mT if feedback.ndim > 1 else feedback, gain]
-        tables = [self.points, coded.lookups_of(self.format.code.name, device)]
+        name = self.format.code.name
+        tables = [coded.points_of(name, device), coded.lookups_of(name, device)]
         return [each.contiguous() for each in (*turned, *shaping, *tables)]
 
 
@@ -129,43 +130,40 @@ def _write(
     unbiased: list[bool],
     length: int,
 ) -> None:
-    batch, heads, count = vectors[0].shape[:3]
-    turned = count >= TURNED_FROM
-    step = PIECE if turned else count
-    for first in range(0, count, step):
-        parts = [each[:, :, first : first + step] for each in vectors]
-        sinks, ring = memory[1], memory[2]
-        problem = coded.WriteProblem(
-            tokens=tokens[first:].data_ptr(),
-            starts=starts.data_ptr(),
-            batch=batch,
-            heads=heads,
-            count=parts[0].shape[2],
-            length=length,
-            sink_count=sinks.shape[2],
-            window=ring.shape[2],
-        )
-        streams, kept = [], []
-        for at, part in enumerate(parts):
-            own = memory[MEMORIES * at : MEMORIES * (at + 1)]
-            fixed = constants[CONSTANTS * at : CONSTANTS * (at + 1)]
-            coordinates = (part.float() - fixed[MEAN][:, None]) @ fixed[FORWARD_T] if turned else part
-            kept.append(coordinates.contiguous() if turned else part)
-            what = Coded(parse_code(codes[at]), part.shape[-1], unbiased[at])
-            streams.append((_write_stream(part, kept[-1] if turned else None, own, fixed), what))
-        coded.start_write(streams, problem, vectors[0].dtype, turned, vectors[0].device.index or 0)
+    (batch, heads, count), sinks, ring = vectors[0].shape[:3], memory[1], memory[2]
+    vectors = [each if _is_aligned(each) else each.contiguous() for each in vectors]
+    problem = coded.WriteProblem(
+        tokens=tokens.data_ptr(),
+        starts=starts.data_ptr(),
+        batch=batch,
+        heads=heads,
+        count=count,
+        length=length,
+        sink_count=sinks.shape[2],
+        window=ring.shape[2],
+    )
+    streams, what = [], []
+    for at, each in enumerate(vectors):
+        own = memory[MEMORIES * at : MEMORIES * (at + 1)]
+        streams.append(_write_stream(each, own, constants[CONSTANTS * at : CONSTANTS * (at + 1)]))
+        what.append(Coded(parse_code(codes[at]), each.shape[-1], unbiased[at]))
+    plan = coded.plan_write(what, (batch, heads, count), vectors[0].dtype)
+    coded.start_write(plan, streams, problem, vectors[0].device.index or 0)
 
 
-def _write_stream(
-    vectors: Tensor, turned: Tensor | None, memory: list[Tensor], constants: list[Tensor]
-) -> coded.WriteStream:
+def _is_aligned(vectors: Tensor) -> bool:
+    """Whether each vector, of a multiple of 8 numbers, begins at one of 16 bytes."""
+    strides = (stride for stride, size in zip(vectors.stride()[:3], vectors.shape[:3], strict=True) if size > 1)
+    return vectors.data_ptr() % 16 == 0 and not any(stride % BLOCK for stride in strides)
+
+
+def _write_stream(vectors: Tensor, memory: list[Tensor], constants: list[Tensor]) -> coded.WriteStream:
     pages, sinks, ring, ring_tokens = memory
     return coded.WriteStream(
         vectors=vectors.data_ptr(),
         vector_batch=vectors.stride(0),
         vector_head=vectors.stride(1),
         vector_token=vectors.stride(2),
-        turned=None if turned is None else turned.data_ptr(),
         matrix=constants[FORWARD_T].data_ptr(),
         mean=constants[MEAN].data_ptr(),
         feedback=constants[FEEDBACK_T].data_ptr() if constants[FEEDBACK_T].numel() else None,
