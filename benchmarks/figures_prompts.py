@@ -117,5 +117,5 @@ def compiled_batches(*results: Result) -> Table:
     pending=True,
 )
 def roads(*results: Result) -> Table:
-    """SmolLM2-135M by the one command at 2.5 bits, every token read as one of a prompt of 2048; KL from the original."""
+    """SmolLM2-135M by the one command at 2.5 bits, every token read as one of a prompt of 2048."""
     return Table.of(results, {"road": "{prefill}", "KL": "{kl:.4f}", "standard error": "{kl_stderr:.4f}"})

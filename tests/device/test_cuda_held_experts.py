@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,3 +51,17 @@ def test_compiled_and_captured_as_eager(tokens: int, dtype: torch.dtype) -> None
         operand.copy_(other)
     graph.replay()
     assert torch.equal(found, layer(*operands))
+
+
+def test_a_graph_has_no_operand_for_each_expert() -> None:
+    """On the torch of this machine, which may be another than that of the tests without a GPU."""
+    layer, counts = random_layer(EXPERTS, HIDDEN, INNER, "tcq2-3").cuda().requires_grad_(False), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        counts.append(len(inputs))
+        return graph
+
+    x, index = torch.randn(3, HIDDEN, device="cuda"), torch.zeros(3, 2, dtype=torch.int64, device="cuda")
+    torch.compiler.reset()
+    torch.compile(layer, fullgraph=True, backend=backend)(x, index, torch.rand(3, 2, device="cuda"))
+    assert counts == [4]  # what came in, and one expert's codes

@@ -71,12 +71,11 @@ class QuantExperts(nn.Module):
 
     def _traced(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Of this process, a graph knows the experts by a name; one that leaves it has their tensors."""
-        if torch.compiler.is_exporting():
-            if isinstance(self._gate, Gate) and self.is_one_operator():
-                return packed_experts(x, experts, weights, self._packed())
-        elif is_one_operator(self._name):
+        if is_one_operator(self._name):
             codes = _linear(self.get_submodule("0"), self.down).qp_codes
             return held_experts(x, experts, weights, codes, *self._biases, self._name)
+        if isinstance(self._gate, Gate) and self.is_one_operator():
+            return packed_experts(x, experts, weights, self._packed())
         return self._in_runs(x, experts, weights)
 
     def present_operator(self) -> PreparedExperts | None:

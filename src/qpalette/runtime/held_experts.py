@@ -113,6 +113,10 @@ torch.library.register_autograd("qpalette::held_experts", _backward, setup_conte
 
 @torch.compiler.assume_constant_result
 def is_one_operator(holder: str) -> bool:
-    """Whether `held_experts` takes what the holder has now; under torch.compile, when the graph is made."""
+    """Whether `held_experts` takes what the holder has now, and the graph stays in this process; under torch.compile,
+    when the graph is made."""
+    # Asked here, not where torch.compile traces: that of torch 2.11 takes itself for an export.
+    if torch.compiler.is_exporting():
+        return False
     found = _holders.get(holder)
     return found is not None and found.is_one_operator()
