@@ -36,14 +36,15 @@ def cpu_avx512(result: Result) -> Table:
 @section(
     "SmolLM2 with AVX-512, beside llama.cpp",
     "cpu_peers_smollm2_avx512",
-    command="""python benchmarks/cpu_peers.py --llama DIR --threads 2 --rounds 5 --steps 48 --model MODEL --text TEXT \\
-    --spec tcq-4 --spec nuq-4 --spec tcq-3 --also embed_tokens --peer Q4_0 --peer Q2_K --peer Q3_K_M --peer Q4_K_M \\
+    command="""python benchmarks/cpu_peers.py --llama DIR --model MODEL --text TEST --spec tcq-4 --spec nuq-4 --also embed_tokens \\
+    --peer Q4_0 --peer Q2_K --peer Q3_K_M --peer Q4_K_M --artifact 2.5 --artifact 3 \\
     --name cpu_peers_smollm2_avx512""",
     pending=True,
 )
 def cpu_smollm2_avx512(result: Result) -> Table:
-    """SmolLM2-135M-Instruct there: bits of the whole file over the weights, KL to the same original; ours by one code,
-    rounded without calibration. Rows of 576 numbers are no multiple of 256: llama.cpp replaces most of its K types."""
+    """SmolLM2-135M-Instruct there: bits of the whole file over the weights, KL to the same original. tcq-4 and nuq-4
+    are one code for all, rounded without calibration; 2.5 and 3 are bits that the one command was asked for (on a GPU).
+    Rows of 576 numbers are no multiple of 256: llama.cpp replaces most of its K types."""
     facts: dict[str, Cell] = {"bits": "{bits:.2f}", "KL": kl_of("KL")}
     return Table.of(result["rows"], {"weights": "{weights}", **facts, **SPEEDS})
 
@@ -56,6 +57,6 @@ def cpu_smollm2_avx512(result: Result) -> Table:
     pending=True,
 )
 def cpu_batch_avx512(result: Result) -> Table:
-    """Milliseconds of SmolLM2-135M in nuq-3 on two cores of the Xeon: the step, and its kernels one by one."""
+    """Milliseconds of SmolLM2-135M in nuq-3 on two cores there: the step, and its kernels one by one."""
     rows = [row for row in result["rows"] if row["batch 8"] >= 0.1]
     return Table.of(rows, {"": "{what}", "batch 1": "{batch 1:.2f}", "batch 8": "{batch 8:.2f}"})

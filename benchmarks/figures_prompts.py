@@ -77,21 +77,16 @@ def batches(result: Result) -> Table:
     return _by_batch(result)
 
 
-QWEN = "--config qwen3-30b-a3b --dtype bfloat16 --runner compile-graph --attention grouped --context 1024"
-
-
 @section(
     "A mixture of experts as a whole on a GPU",
     "bench_qwen3-30b-a3b_batch1_h200",
-    "bench_qwen3-30b-a3b_batch8_h200",
-    command=f"""{BENCH} {QWEN} \\
-    --batch 1 --prefills 0 --steps 32      # second: --batch 8""",
+    command=f"""{BENCH} --config qwen3-30b-a3b --dtype bfloat16 --runner compile-graph --attention grouped \\
+    --context 1024 --batch 1 --prefills 0 --steps 32""",
     pending=True,
 )
-def mixture_model(*results: Result) -> Table:
-    """Qwen3-30B-A3B's shapes, all 48 layers, random weights and so uniform routes, compiled and captured. A run for
-    each batch; a ratio is over bfloat16 in the same."""
-    return _by_batch(*results)
+def mixture_model(result: Result) -> Table:
+    """Qwen3-30B-A3B's shapes, all 48 layers, random weights and so uniform routes, compiled and captured."""
+    return _by_batch(result)
 
 
 @section(
@@ -105,8 +100,22 @@ def mixture_model(*results: Result) -> Table:
     pending=True,
 )
 def compiled_batches(*results: Result) -> Table:
-    """As before, in three runs, with steps compiled, too."""
+    """As in "Whole models by batch", with steps compiled, too; three runs."""
     return _by_batch(*results)
+
+
+@section(
+    "A long prompt into a cache of codes",
+    "bench_cache_prompt_alone_h200",
+    command=f"""{BENCH} --config llama-3.1-8b --head tcq2-3.25 --cache nuq-3 --runner graph --attention grouped \\
+    --context 32768 --batch 1 --prefills 3 --steps 16""",
+)
+def long_prompt(result: Result) -> Table:
+    """Seconds until the first token, with the kernels that write 16 tokens of a head in a warp, and tokens per second
+    after it. Alone in its run: what it is to be compared to had no memory there, and is of another run, in the table
+    "Whole models with caches of codes", whose row with a cache of codes is of the kernels before these."""
+    times: dict[str, Cell] = {"prompt, s": "{prefill_seconds:.3f}", "tokens/s": "{tokens_per_second:.1f}"}
+    return Table.of(result["speeds"], {"": "{model}, {context} tokens, batch {batch}", **times})
 
 
 @section(
