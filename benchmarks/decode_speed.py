@@ -2,23 +2,35 @@
 
     python benchmarks/decode_speed.py MODEL ARTIFACT [ARTIFACT ...]
 
-Greedy decoding by transformers' generate, a prompt of 16 tokens, 128 new ones. The models take turns, and each round
-is timed: the median does not move when something else ran for a while.
+Greedy decoding, a prompt of 16 tokens, 128 new ones: by transformers' own `model.generate()`, and quantized models also
+as `qpalette generate` runs them. The models take turns, and each round is timed: the median does not move when
+something else ran for a while.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import typer
 from report import processor, report
 
+from qpalette.bench.generate import make_fast
+from qpalette.core.environment import CPU_BYTES
 from qpalette.evaluate import load_model
 
 PROMPT, NEW_TOKENS = 16, 128
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def loaded(path: str, dtype: torch.dtype) -> Any:
+    model = load_model(path, dtype=dtype)[0]
+    model.generation_config.eos_token_id = None  # no answer ends before the last token
+    return model
 
 
 @torch.inference_mode()
@@ -31,7 +43,6 @@ def seconds_per_token(model: Any) -> float:
     model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        min_new_tokens=NEW_TOKENS,
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         pad_token_id=0,
@@ -40,10 +51,13 @@ def seconds_per_token(model: Any) -> float:
 
 
 def main(model: str, artifacts: list[str], rounds: int = 7) -> None:
-    models = {f"original {dtype}": load_model(model, dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16)}
+    os.environ.setdefault(CPU_BYTES, "1")  # as the commands do
+    models = {f"original {name}": loaded(model, dtype) for name, dtype in TYPES.items()}
     for path in artifacts:
-        for dtype in (torch.float32, torch.bfloat16):
-            models[f"{path} {dtype}"] = load_model(path, dtype=dtype)[0]
+        for name, dtype in TYPES.items():
+            title = f"{Path(path).name} {name}"
+            models |= {title: loaded(path, dtype), f"{title}, as qpalette generate": loaded(path, dtype)}
+            make_fast(models[f"{title}, as qpalette generate"], "never")
     times: dict[str, list[float]] = {name: [] for name in models}
     for each in models.values():
         seconds_per_token(each)  # compiles kernels, fills caches
@@ -53,7 +67,7 @@ def main(model: str, artifacts: list[str], rounds: int = 7) -> None:
     speeds = {name: 1 / statistics.median(each) for name, each in times.items()}
     fastest = max(speed for name, speed in speeds.items() if name.startswith("original"))
     rows = [
-        {"model": name.replace("torch.", ""), "tokens/s": speed, "ratio to the faster original": speed / fastest}
+        {"model": name, "tokens/s": speed, "ratio to the faster original": speed / fastest}
         for name, speed in speeds.items()
     ]
     report("decode_speed", processor(), rows, rounds=rounds, prompt=PROMPT, new_tokens=NEW_TOKENS)

@@ -24,7 +24,9 @@ def glance(codes: Result, published: Result, plans: Result, free: Result, calibr
     one_code = row_of(free["rows"], budget="3.25", **DATA_FREE)
     planned = row_of(calibrated["rows"], choice="planned", **{"bits asked": "3.25"})
     original, packed = generate["speeds"]
-    plain, ours = (row_of(decode["rows"], model=f"{name} bfloat16") for name in ("original", "tcq-4"))
+    plain, ours = (
+        row_of(decode["rows"], model=name) for name in ("original bfloat16", "tcq-4 bfloat16, as qpalette generate")
+    )
     peers = "; ".join(f"{batches(gemv, kernel, 1, 8)} {name}" for kernel, name in PEERS.items())
     models = {Path(row["model"]).name.removeprefix("SmolLM2-135M-Instruct"): row for row in compared["models"]}
     files = "; ".join(f"{size_and_kl(models[f'.{kind}.gguf'])} llama.cpp {kind}" for kind in LLAMA_CPP)

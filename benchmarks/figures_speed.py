@@ -56,7 +56,8 @@ def memory(result: Result) -> Table:
 
 @section("Answers on two cores", "decode_speed", command="python benchmarks/decode_speed.py MODEL ARTIFACT")
 def decode_cpu(result: Result) -> Table:
-    """SmolLM2-135M, batch 1. Any other load on the two cores can halve it."""
+    """SmolLM2-135M, batch 1, by `model.generate()` of transformers, and as the commands run it. Any other load on the
+    two cores can halve it."""
     speed = {"tokens/s": "{tokens/s:.1f}", "over the faster original": "{ratio to the faster original:.2f}"}
     return Table.of(result["rows"], {"model": "{model}", **speed})
 
