@@ -110,7 +110,20 @@ def test_curvatures_are_the_mean_loss_of_drawn_noise_to_second_order(model, nois
             assert found[name] == pytest.approx(expected, rel=4 * (2 / draws) ** 0.5)
 
 
-def test_curvatures_do_not_depend_on_the_budget_and_go_on(model, noise, tmp_path):
+def drawn_of(noise: ShapedNoise) -> dict[str, torch.Tensor]:
+    return dict(item for group in GROUPS for item in noise.draw(group))
+
+
+def test_what_all_fits_is_prepared_once(model, noise, tmp_path, monkeypatch):
+    before = drawn_of(noise)
+    curvatures(model, windows(1, 3), noise, memory_budget_bytes=1 << 30, seed=0, partial=partial(tmp_path))
+    monkeypatch.setattr("qpalette.calibration.shaped.prepare", lambda *_: pytest.fail("prepared again"))
+    after = drawn_of(noise)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], values) for name, values in before.items())
+
+
+def test_curvatures_do_not_depend_on_the_budget_and_go_on(model, store, tmp_path):
     class Killed(Exception):
         pass
 
@@ -120,7 +133,8 @@ def test_curvatures_do_not_depend_on_the_budget_and_go_on(model, noise, tmp_path
 
     options = {"seed": 0, "memory_budget_bytes": 1}
     held_out = windows(2, 3)
-    whole = curvatures(model, held_out, noise, seed=0, memory_budget_bytes=1 << 30, partial=partial(tmp_path, "a"))
+    noise, of_whole = (ShapedNoise(model, GROUPS, store, ROUNDING, "full", 0) for _ in range(2))
+    whole = curvatures(model, held_out, of_whole, seed=0, memory_budget_bytes=1 << 30, partial=partial(tmp_path, "a"))
     with pytest.raises(Killed):
         curvatures(model, held_out, noise, **options, partial=partial(tmp_path), progress=kill)
     seen: list[int] = []
@@ -139,7 +153,7 @@ def test_sensitivities_predict_the_kl_of_their_own_noise(model, noise, tmp_path)
     assert all(torch.equal(weight.values, before[name]) for name, weight in noise.weights.items())
     assert [y for _, y in curve] == sorted(y for _, y in curve)
     assert len(curve) == len(CURVE_RATES)
-    drawn = dict(item for group in GROUPS for item in noise.draw(group))
+    drawn = drawn_of(noise)
     (linear,) = DOWN.linears
     size = distortion_bound(BAND_RATE)
     noise.weights[linear.name].values.add_(size**0.5 * drawn[linear.name])

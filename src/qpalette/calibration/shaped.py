@@ -55,10 +55,18 @@ class ShapedNoise:
         self.groups, self._store, self._rounding = groups, store, rounding
         self._rotation, self._seed = rotation, seed
         self.weights = weights_of(model, [linear.name for group in groups for linear in group.linears])
+        self._kept: dict[str, Shaping] = {}
+
+    def keep(self, shapings: dict[str, Shaping]) -> None:
+        """Those of some linears, which were prepared before, are not prepared again."""
+        self._kept = shapings
 
     def shapings(self, group: LinearGroup) -> Iterator[tuple[str, Shaping]]:
         """Of each linear of a group, on the device of its weight. Raises HessianError as `prepare`."""
         weights = {linear.name: self.weights[linear.name].values for linear in group.linears}
+        if weights.keys() <= self._kept.keys():
+            yield from ((name, self._kept[name]) for name in weights)
+            return
         device = next(iter(weights.values())).device
         rotation = rotation_for(group.in_features, self._rotation)
         scale = equalize(list(weights.values())) if self._rounding.equalize else None
@@ -88,7 +96,8 @@ def curvatures(
 ) -> Values:
     """1/2 |A^T G B^T|^2 per token of each linear: the loss to second order per unit of distortion of R.
 
-    The factors of as many groups as fit `memory_budget_bytes` are held at a time, which is the unit of resuming.
+    The factors of as many groups as fit `memory_budget_bytes` are held at a time, which is the unit of resuming; where
+    those of all do, `noise` keeps them.
     """
     found: Values = partial.figures.setdefault("curvatures", {})
     tokens = sum(len(window) - 1 for window in windows)
@@ -103,6 +112,8 @@ def curvatures(
         done = sum(all(linear.name in found for linear in group.linears) for group in noise.groups)
         if progress is not None:
             progress(done, len(noise.groups))
+        if len(run) == len(noise.weights):
+            noise.keep(run)
     return found
 
 
