@@ -102,11 +102,11 @@ class CpuStream(Stream):
     @property
     def _parts_of_values(self) -> _Parts:
         """With A^-T, which turns sums of values back."""
-        memory, constants, *rest = self._parts
+        memory, constants, code, unbiased = self._parts
         if constants[INVERSE_T].numel() == 0:
             back = self.transform.inverse.mT.contiguous()
             constants = [*constants[:INVERSE_T], back, *constants[INVERSE_T + 1 :]]
-        return memory, constants, *rest
+        return memory, constants, code, unbiased
 
     def _turned(self) -> list[Tensor]:
         """A^-T only where all heads share it, as those of a cache's values do: nothing reads that of keys."""
