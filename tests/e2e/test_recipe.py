@@ -99,7 +99,7 @@ def test_the_next_budget_measures_nothing_anew(model, text, tmp_path):  # noqa: 
     assert "calibrate" in watcher.told
 
 
-MEMORY = 1 << 19
+MEMORY = 5 << 17
 
 
 def test_a_memory_is_kept_by_weights_and_cache_together(model, text, tmp_path, monkeypatch):  # noqa: F811
