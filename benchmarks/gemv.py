@@ -187,7 +187,7 @@ def crossover(batch: int, device: torch.device) -> dict[str, float]:
     """Microseconds of both ways to multiply many tokens, and of cuBLAS without decoding."""
     times = {"cuBLAS fp16": cublas(4096, 4096, batch) * 1e6}
     for way, most_fused in (("fused", batch), ("decoded, then cuBLAS", 0)):
-        with patch.object(product, "MOST_FUSED_TOKENS", most_fused):
+        with patch.object(product, "most_fused_tokens", return_value=most_fused):
             times[way] = launch_seconds([("tcq2-3.25", 4096, 4096)], batch, device, with_rotation=True) * 1e6
     return times
 

@@ -97,6 +97,20 @@ def test_lots_in_teams_are_as_few_as_can_be(tokens: int) -> None:
     assert columns in teams.COLUMNS
 
 
+@given(st.integers(1, 600), st.integers(1, 120), st.integers(8, 140))
+def test_no_other_runs_keep_the_busiest_block_of_a_team_for_less_time(
+    groups: int, chunks: int, multiprocessors: int
+) -> None:
+    def seconds(run: int) -> int:
+        runs = -(-chunks // run)
+        items = -(-groups * runs // multiprocessors)
+        return items * run + (items * teams.CHUNKS_OF_AN_ADDITION if runs > 1 else 0)
+
+    found = teams.run_of(groups, chunks, multiprocessors)
+    assert 1 <= found <= chunks
+    assert seconds(found) == min(map(seconds, range(1, chunks + 1)))
+
+
 @pytest.mark.parametrize("columns", teams.COLUMNS)
 def test_the_ring_of_a_team_has_room(columns: int) -> None:
     assert 2 <= teams.stages_of(LIMITS[-1], columns) <= teams.MOST_STAGES
@@ -108,11 +122,11 @@ def test_the_ring_of_a_team_has_room(columns: int) -> None:
     st.integers(8, 140),
 )
 def test_items_of_teams_are_cut_without_rest(
-    segments: list[tuple[int, float]], chunks: int, multiprocessors: int
+    segments: list[tuple[int, float]], runs: int, multiprocessors: int
 ) -> None:
     row_tiles, costs = zip(*segments, strict=True)
-    planner = teams.Planner(chunks, multiprocessors)
+    planner = teams.Planner(runs, multiprocessors)
     grid = planner(None, row_tiles, costs)
     for tiles, own, blocks in zip(row_tiles, grid.rows_per_block, grid.blocks, strict=True):
-        items = -(-tiles // teams.GROUP) * -(-chunks // teams.RUN)
+        items = -(-tiles // teams.GROUP) * runs
         assert (blocks - 1) * own < items <= blocks * own

@@ -20,7 +20,7 @@ from qpalette.backends.cuda.decoder import decoder_spec
 from qpalette.backends.cuda.decoder_sets import DecoderSets
 from qpalette.backends.cuda.layout import from_chunks
 from qpalette.backends.cuda.probe import random_member
-from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct
+from qpalette.backends.cuda.product import CudaProduct, most_fused_tokens
 from qpalette.backends.cuda.rotate import rotate
 from qpalette.codes import parse_spec
 from qpalette.core.records import LinearRecord, tiles_of
@@ -94,7 +94,7 @@ def place(columns: int) -> torch.Tensor:
 
 
 def tolerance(tokens: int, dtype: torch.dtype) -> float:
-    if tokens > MOST_FUSED_TOKENS:
+    if tokens > most_fused_tokens(segments.device_limits(0)):
         return LIBRARY_TOLERANCE[dtype]
     return TOLERANCE[torch.float16 if dtype == torch.float32 else dtype]
 
@@ -108,7 +108,7 @@ def check(specs: list[str], rows: list[int], columns: int, batch: int, dtype: to
     assert (result.double() - wanted).norm() <= tolerance(batch, dtype) * wanted.norm()
     assert torch.equal(result, backends()["cuda"].linears(x, found)), "the same bits on every run"
     apart = torch.cat(CudaProduct(found)(x), dim=1)
-    if batch <= MOST_FUSED_TOKENS:
+    if batch <= most_fused_tokens(segments.device_limits(0)):
         assert torch.equal(result, apart)
     else:  # the library may sum in another order where rows are further apart
         assert (apart.double() - wanted).norm() <= tolerance(batch, dtype) * wanted.norm()

@@ -1,4 +1,4 @@
-"""Products of 17 to 128 tokens on a GPU against the reference, within the bounds of test_cuda_products.py; and that a
+"""Products of 17 to 512 tokens on a GPU against the reference, within the bounds of test_cuda_products.py; and that a
 token's bits depend neither on how the work is cut nor on the tokens beside it."""
 
 from __future__ import annotations
@@ -8,16 +8,25 @@ import torch
 from test_cuda_products import check, members
 
 from qpalette.backends.cuda import multiply, teams
-from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct
+from qpalette.backends.cuda.product import CudaProduct
 from qpalette.backends.cuda.segments import DeviceLimits, Grid, Planner, plan_grid
 from qpalette.runtime import PackedLinear, backends
+from qpalette.runtime.prefill import FEW_TOKENS
 
 pytestmark = [
     pytest.mark.device,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 SPECS = ("tcq-3.25", "tcq-8", "tcq2-1", "tcq2-3.25", "tcq2-3.125-L18", "tcq2-5", "vq-1.5", "vq-6", "nuq-3", "nuq-8")
-SHAPES = ((48, 576, 17), (1000, 5376, 33), (2064, 4096, 64), (333, 250, 48), (4096, 1024, 128), (16, 18944, 70))
+SHAPES = (
+    (48, 576, 17),
+    (1000, 5376, 33),
+    (2064, 4096, 64),
+    (333, 250, 48),
+    (4096, 1024, 128),
+    (16, 18944, 70),
+    (5000, 8192, 300),
+)
 EXACT = ("tcq2-3.25", "nuq-4", "tcq-2.125")
 
 
@@ -28,7 +37,7 @@ def test_products_equal_the_reference(spec: str, shape: tuple[int, int, int]) ->
     check([spec], [rows], columns, tokens, torch.bfloat16 if rows % 3 else torch.float16)
 
 
-@pytest.mark.parametrize("tokens", [*range(17, MOST_FUSED_TOKENS, 16), MOST_FUSED_TOKENS])
+@pytest.mark.parametrize("tokens", [*range(17, FEW_TOKENS, 16), FEW_TOKENS, 129, 200, 257, 320, 500, teams.MOST_TOKENS])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_number_of_tokens_and_type(tokens: int, dtype: torch.dtype) -> None:
     check(list(EXACT), [1000, 333, 4096], 2880, tokens, dtype)
@@ -44,7 +53,7 @@ def product(found: list[PackedLinear], x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("rows", [(16, 4096, 1000), (48, 64, 33)], ids=str)
 @pytest.mark.parametrize("columns", [250, 2880, 4096])
-@pytest.mark.parametrize("tokens", [20, 40, 64, 100])
+@pytest.mark.parametrize("tokens", [20, 40, 64, 90, 128])
 def test_the_same_bits_in_any_cut(
     rows: tuple[int, ...], columns: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,14 +75,14 @@ def test_the_same_bits_in_any_cut(
 
 def test_a_token_is_the_same_bits_in_any_company() -> None:
     found = members(list(EXACT), [1000, 48, 256], 4096)
-    x = torch.randn(MOST_FUSED_TOKENS, 4096, device="cuda", dtype=torch.float16)
+    x = torch.randn(FEW_TOKENS, 4096, device="cuda", dtype=torch.float16)
     wanted = backends()["cuda"].linears(x, found)
     for tokens in (33, 64, 65, 97):  # as far as one kernel serves on every device
         assert torch.equal(backends()["cuda"].linears(x[:tokens], found), wanted[:tokens])
         assert torch.equal(backends()["cuda"].linears(x[-tokens:], found), wanted[-tokens:])
 
 
-@pytest.mark.parametrize("tokens", [17, 64, 100])
+@pytest.mark.parametrize("tokens", [17, 64, 100, 260])
 def test_a_captured_product_replays_with_what_is_there_then(tokens: int) -> None:
     found = members(list(EXACT), [1000, 48, 256], 4096)
     prepared, x = CudaProduct(found), torch.randn(tokens, 4096, device="cuda", dtype=torch.float16)

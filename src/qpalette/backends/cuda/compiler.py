@@ -52,6 +52,7 @@ class Resources:
 
     registers: int
     spilled_bytes: int
+    serialized: bool  # whether it waits for each product of a warp group (wgmma) where the source lets them go on
 
 
 def resources(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -> Resources:
@@ -63,7 +64,8 @@ def resources(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -> Re
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     if not registers or not spills:
         raise UnsupportedError(f"ptxas reports no resources for {arch}: {log.getvalue()[:200]!r}")
-    return Resources(max(map(int, registers)), sum(map(int, spills)))
+    serialized = "instructions are serialized" in log.getvalue()
+    return Resources(max(map(int, registers)), sum(map(int, spills)), serialized)
 
 
 def load_kernel(source: str, name: str, macros: Mapping[str, int], device: int, shared_bytes: int = 0) -> Any:

@@ -11,7 +11,7 @@ from qpalette.backends.cuda import multiply, teams
 from qpalette.backends.cuda.backend import CudaBackend
 from qpalette.backends.cuda.layout import to_chunks
 from qpalette.backends.cuda.multiply import ProductLaunch
-from qpalette.backends.cuda.product import MOST_FUSED_TOKENS, CudaProduct, columns_of
+from qpalette.backends.cuda.product import CudaProduct, columns_of, most_fused_tokens
 from qpalette.backends.cuda.rotate import RotationLaunch, padded_columns, rotate
 from qpalette.backends.cuda.segments import device_limits
 from qpalette.backends.cuda.timing import cold_copies, graph_seconds
@@ -38,15 +38,15 @@ def random_member(spec: str, rows: int, columns: int, device: torch.device) -> P
 
 def launch_seconds(parts: Sequence[Part], batch: int, device: torch.device, with_rotation: bool = False) -> float:
     """Seconds of one fused launch over `parts`, which read one input, cold weights; the rotation of the input apart, or
-    counted, as it is where teams multiply, whose sums it sets to zero, and above MOST_FUSED_TOKENS, where the matrices
-    are decoded and multiplied by cuBLAS."""
+    counted, as it is where teams multiply, whose sums it sets to zero, and where cuBLAS multiplies decoded matrices."""
     members = [random_member(spec, rows, columns, device) for spec, rows, columns in parts]
     size = sum(4 * member.codes.numel() for member in members)
     copies = [members]
     for _ in range(min(MOST_COPIES, cold_copies(size)) - 1):
         copies.append([_copy(member) for member in members])
     x = torch.randn(batch, parts[0][2], dtype=torch.float16, device=device)
-    if with_rotation or batch > MOST_FUSED_TOKENS or teams.serves(batch, device_limits(device.index or 0)):
+    limits = device_limits(device.index or 0)
+    if with_rotation or batch > most_fused_tokens(limits) or teams.serves(batch, limits):
         return graph_seconds([partial(CudaProduct(these), x) for these in copies])
     _, columns = multiply.columns_of(batch)
     rotated = rotate(x, members[0].diagonal, members[0].rotation, columns)
@@ -74,7 +74,7 @@ def rotation_seconds(columns: int, batch: int, device: torch.device) -> float:
     width: int | None
     limits = device_limits(device.index or 0)
     lots, width = columns_of(batch, limits)
-    if batch > MOST_FUSED_TOKENS:
+    if batch > most_fused_tokens(limits):
         lots, width = batch, None
     cores = width is not None and teams.serves(batch, limits)
     launch = RotationLaunch(member.rotation, member.diagonal, columns, batch, width, torch.float16, cores=cores)

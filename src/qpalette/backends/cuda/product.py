@@ -19,7 +19,6 @@ from qpalette.backends.cuda.teams import TeamLaunch
 from qpalette.runtime import PackedLinear
 from qpalette.runtime.prefill import FEW_TOKENS, FLOAT, INT8, road_of
 
-MOST_FUSED_TOKENS = FEW_TOKENS  # above, matrices are decoded and multiplied by cuBLAS
 BY_LIBRARY = {FLOAT: LibraryProduct, INT8: Int8Product}
 
 
@@ -44,11 +43,11 @@ class CudaProduct:
         self._by_library: dict[tuple[str, torch.dtype], LibraryProduct] = {}
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """One tensor [..., M] for each member, of x's dtype; contiguous where there are more than MOST_FUSED_TOKENS:
-        torch's element-wise kernels for others took 2.8 of 45 ms of a prompt of 1024 tokens (Llama-3.1-8B, H100)."""
+        """One tensor [..., M] for each member, of x's dtype; contiguous where the library multiplies: torch's
+        element-wise kernels for others took 2.8 of 45 ms of a prompt of 1024 tokens (Llama-3.1-8B, H100)."""
         if x.dtype not in TYPES:
             return [y.to(x.dtype) for y in self(x.float())]
-        if x.numel() > MOST_FUSED_TOKENS * self.inputs:
+        if not self._fuses(x.numel() // self.inputs):
             return [y.view(*x.shape[:-1], rows) for y, rows in zip(self._start(x, None), self.rows, strict=True)]
         result = self.joined(x)
         return [result] if len(self.rows) == 1 else list(result.split(self.rows, -1))
@@ -75,7 +74,7 @@ class CudaProduct:
     def _run(self, x: torch.Tensor, y: torch.Tensor | None) -> list[torch.Tensor]:
         tokens = x.numel() // self.inputs
         stream = torch._C._cuda_getCurrentRawStream(self.index)  # no object of it, as torch.compile's code
-        if tokens > MOST_FUSED_TOKENS:
+        if not self._fuses(tokens):
             library_product = self._library_product(road_of(tokens, self.inputs), x.dtype)
             with ONE_AT_A_TIME:
                 return library_product(x, tokens, y, stream)
@@ -84,6 +83,9 @@ class CudaProduct:
         with ONE_AT_A_TIME:
             product(x.data_ptr(), y.data_ptr(), stream)
         return []
+
+    def _fuses(self, tokens: int) -> bool:
+        return tokens <= most_fused_tokens(device_limits(self.index or 0)) and road_of(tokens, self.inputs) == FLOAT
 
     def _present_addresses(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self._tensors]
@@ -139,6 +141,11 @@ class _FusedProduct:
         for product in self.products:
             product.start(values, scales, y, stream, zeros)
             zeros += product.zero_bytes
+
+
+def most_fused_tokens(limits: DeviceLimits) -> int:
+    """More of them are multiplied by cuBLAS, and matrices decoded to memory for it."""
+    return teams.MOST_TOKENS if teams.serves(teams.MOST_TOKENS, limits) else FEW_TOKENS
 
 
 def columns_of(tokens: int, limits: DeviceLimits) -> tuple[int, int]:

@@ -23,7 +23,8 @@ struct Problem {
     int segment_count, chunks, batch, y_stride;
     int out_type;       // see common.cuh
     float fixed_point;  // what a sum is multiplied by to become an integer: no sum can leave 32 bits, see multiply.py
-    int sum_tiles;      // row tiles of all segments: of what blocks add up, in teams.cu
+    int run;            // chunks that are summed in floating point, in teams.cu
+    int sum_tiles;      // row tiles of all segments: of what blocks add up there
     int *sums;          // [lots][sum_tiles][SUMS], zeros before
     int *counts;        // [lots][sum_tiles] of the runs that have been added; zeros before
 };

@@ -56,6 +56,7 @@ class Problem(ctypes.Structure):
         ("y_stride", ctypes.c_int),
         ("out_type", ctypes.c_int),
         ("fixed_point", ctypes.c_float),
+        ("run", ctypes.c_int),
         ("sum_tiles", ctypes.c_int),
         ("sums", ctypes.c_void_p),
         ("counts", ctypes.c_void_p),
