@@ -1,16 +1,13 @@
-"""What writes a cache of codes on a GPU, compiled for this machine, whose threads take turns: bytes are those of the
+"""What writes a cache of codes on a GPU, compiled for this machine (`emulated_cuda.py`): bytes are those of the
 definition, of every family, for few tokens and for many; tests/device has every code.
 
-Matrix instructions add exactly here, and round once. Whole numbers and a Hadamard matrix of order 4^n leave nothing to
-rounding before a unit is compared; a scale may be within rounding of the middle between two bytes.
+Whole numbers and a Hadamard matrix of order 4^n leave nothing to rounding before a unit is compared; a scale may be
+within rounding of the middle between two bytes.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -19,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from emulated_cuda import COMPILER, SHARED_BYTES, emulated
 from qpalette.backends.cuda import coded, streams
 from qpalette.backends.cuda.streams import CudaStream
 from qpalette.kvcache import CacheCode, Exact, Stream, Transform, VectorFormat, cache_palette, parse_code, white
@@ -26,142 +24,9 @@ from qpalette.kvcache.codes import nearest
 from qpalette.kvcache.transform import made_of
 from qpalette.kvcache.vectors import BLOCK
 
-COMPILER = shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 CPU = torch.device("cpu")
 NONE = Exact(0, 0)
-# What a GPU's compiler knows by itself. Threads are contexts, which jump (swapcontext asks the kernel each time); at a
-# barrier each passes on to the next until all have come.
-STAND_IN = """
-#include <cmath>
-#include <csetjmp>
-#include <cstring>
-#include <ucontext.h>
-#include <utility>
-#include <vector>
-using std::isfinite; using std::isnan;
-#define __device__
-#define __host__
-#define __global__
-#define __grid_constant__
-#define __forceinline__ inline
-#define __align__(bytes) __attribute__((aligned(bytes)))
-#define __launch_bounds__(...)
-typedef unsigned char u8; typedef unsigned short u16; typedef unsigned int u32;
-struct float2 { float x, y; }; struct float4 { float x, y, z, w; }; struct uint4 { u32 x, y, z, w; };
-struct Index { unsigned x, y; } threadIdx, blockIdx, blockDim;
-alignas(16) float shared[1 << 16];
-ucontext_t contexts[THREADS];
-jmp_buf threads[THREADS], scheduler;
-bool begun[THREADS], ended[THREADS];
-std::vector<std::pair<void *, const void *>> copies[THREADS];
-struct Barrier { int arrived, passed; } of_block, of_warp[THREADS / 32];
-u32 slots[THREADS][8];
-
-void meet(Barrier &barrier, int count) {
-    const int before = barrier.passed;
-    if (++barrier.arrived == count) barrier.arrived = 0, barrier.passed++;
-    else while (barrier.passed == before) if (!_setjmp(threads[threadIdx.x])) _longjmp(scheduler, 1);
-}
-void __syncthreads() { meet(of_block, THREADS); }
-void __syncwarp() { meet(of_warp[threadIdx.x / 32], 32); }
-template <class T> T from_lane(T value, int lane) {
-    memcpy(slots[threadIdx.x], &value, 4);
-    __syncwarp();
-    memcpy(&value, slots[threadIdx.x / 32 * 32 + lane], 4);
-    __syncwarp();
-    return value;
-}
-template <class T> T __shfl_sync(u32, T value, int lane) { return from_lane(value, lane % 32); }
-template <class T> T __shfl_xor_sync(u32, T value, int step) { return from_lane(value, threadIdx.x % 32 ^ step); }
-void copy_later(void *to, const void *from) { copies[threadIdx.x].push_back({to, from}); }
-void end_copies() {
-    for (auto &copy : copies[threadIdx.x]) memcpy(copy.first, copy.second, 16);
-    copies[threadIdx.x].clear();
-}
-float number_of(u32 bits) { float value; memcpy(&value, &bits, 4); return value; }
-u32 __float_as_uint(float value) { u32 bits; memcpy(&bits, &value, 4); return bits; }
-float __uint_as_float(u32 bits) { return number_of(bits); }
-float __int_as_float(int bits) { return number_of(bits); }
-float __fsub_rn(float a, float b) { return a - b; }
-float __fadd_rn(float a, float b) { return a + b; }
-float __fmul_rn(float a, float b) { return a * b; }
-float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-float __frcp_rn(float a) { return 1 / a; }
-int min(int a, int b) { return a < b ? a : b; }
-void wait_for_previous_kernel() {}
-void let_next_kernel_start() {}
-float load(const void *x, size_t i, int) { _Float16 value; memcpy(&value, (const u16 *)x + i, 2); return value; }
-float half_to_float(u16 bits) { return load(&bits, 0, 0); }
-
-// m16n8k8 of tf32, whose operands end in 13 zeros.
-void multiply_tile_of_warp(float *sums, const u32 *a, u32 b0, u32 b1) {
-    const u32 own[6] = {a[0], a[1], a[2], a[3], b0, b1};
-    memcpy(slots[threadIdx.x], own, sizeof own);
-    __syncwarp();
-    const u32 (*lanes)[8] = slots + threadIdx.x / 32 * 32;
-    for (int i = 0; i < 4; i++) {
-        const int row = threadIdx.x % 32 / 4 + i / 2 * 8, column = threadIdx.x % 4 * 2 + i % 2;
-        double sum = sums[i];
-        for (int k = 0; k < 8; k++) {
-            const u32 left = lanes[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2];
-            const u32 right = lanes[column * 4 + k % 4][4 + k / 4];
-            sum += (left | right) & 0x1fff ? NAN : (double)number_of(left) * number_of(right);
-        }
-        sums[i] = sum;
-    }
-    __syncwarp();
-}
-"""
-DRIVER = """
-const Problem *given;
-void thread_begins() {
-    KERNEL(*given);
-    ended[threadIdx.x] = true;
-    _longjmp(scheduler, 1);
-}
-void go_on(int thread) {
-    if (_setjmp(scheduler)) return;
-    if (begun[thread]) _longjmp(threads[thread], 1);
-    begun[thread] = true;
-    setcontext(&contexts[thread]);
-}
-extern "C" void run(const Problem *problem, int columns, int rows) {
-    static std::vector<char> stacks(THREADS << 16);
-    given = problem;
-    for (blockIdx.y = 0; blockIdx.y < rows; blockIdx.y++)
-        for (blockIdx.x = 0; blockIdx.x < columns; blockIdx.x++) {
-            memset(shared, 255, sizeof shared);
-            for (int i = 0; i < THREADS; i++) {
-                getcontext(&contexts[i]);
-                contexts[i].uc_stack = {&stacks[i << 16], 0, 1 << 16};
-                begun[i] = ended[i] = false;
-                makecontext(&contexts[i], thread_begins, 0);
-            }
-            for (bool some = true; some;) {
-                some = false;
-                for (int i = 0; i < THREADS; i++)
-                    if (!ended[i]) some = true, threadIdx.x = i, go_on(i);
-            }
-        }
-}
-"""
-REPLACED = (
-    (r'asm volatile\("cp\.async\.cg.*?\);', "copy_later(near, from);"),
-    (r'asm volatile\("cp\.async\.wait_all.*?\);', "end_copies();"),
-    (r'asm volatile\("mma\..*?\);', "multiply_tile_of_warp(sum, a, b0, b1);"),
-    (r'asm volatile\("prefetch.*?\);', ""),
-    (r'asm volatile\("mov\.u32 %0, %%ctaid\.x.*?\);', "block = blockIdx.x;"),
-    ("extern __shared__", "extern"),
-    ("__shared__", "static"),
-)
-
-
-def translated(source: str) -> str:
-    device = source.removeprefix(coded.COMMON_SOURCE)
-    for pattern, text in REPLACED:
-        device = re.sub(pattern, text, device, flags=re.DOTALL)
-    return device
 
 
 @pytest.fixture(scope="module")
@@ -173,15 +38,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Any:
               shared_bytes: int, problem: ctypes.Structure) -> None:  # fmt: skip
         key = (name, *sorted(macros.items()))
         if key not in loaded:
-            file = folder / f"{len(loaded)}.cpp"
-            defines = "".join(f"#define {macro} {value}\n" for macro, value in macros.items())
-            file.write_text(f"{defines}#define KERNEL {name}\n{STAND_IN}{translated(source)}{DRIVER}")
-            assert COMPILER is not None
-            options = ["-std=c++17", "-O1", "-mf16c", "-fPIC", "-shared", "-w"]
-            subprocess.run([COMPILER, *options, "-o", file.with_suffix(".so"), file], check=True)
-            loaded[key] = ctypes.CDLL(str(file.with_suffix(".so")))
-        assert shared_bytes <= 4 << 16
-        loaded[key].run(ctypes.byref(problem), *grid)
+            loaded[key] = emulated(folder, source, name, macros, threads)
+        assert shared_bytes <= SHARED_BYTES
+        loaded[key]([problem], grid)
 
     return begin
 
