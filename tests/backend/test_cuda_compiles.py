@@ -14,7 +14,7 @@ from qpalette.kvcache import parse_code
 
 pytest.importorskip("cuda.core", reason="needs qpalette[cuda]")
 
-from qpalette.backends.cuda import coded, teams
+from qpalette.backends.cuda import coded, rotate_many, teams
 from qpalette.backends.cuda.attend import SOURCE as ATTEND_SOURCE
 from qpalette.backends.cuda.attend import warps_of
 from qpalette.backends.cuda.compiler import compile_cubin, resources
@@ -161,6 +161,15 @@ def test_rotations_compile(order: int, log_h: int, inputs: int, arch: str) -> No
         assert cut.blocks * cut.lines * cut.each << log_h >= inputs, "every row has a thread"
         macros = tuple(sorted(rotation_macros(order, log_h, cut, 0, norm, 1, signs).items()))
         assert resources(ROTATE_SOURCE, arch, macros).spilled_bytes <= 64  # ptxas stops at 64 or 72 registers, of 128
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize(("order", "log_h", "pieces"), [(28, 9, 1), (148, 7, 1), (24, 10, 1), (924, 5, 1), (43, 8, 3)])
+def test_rotations_of_many_tokens_compile_without_spills(order: int, log_h: int, pieces: int, arch: str) -> None:
+    for tokens, batch in ((40, 64), (128, 128), (1 << 16, None)):
+        cut = rotate_many.tile_cut(order, log_h, tokens)
+        macros = rotate_many.tile_macros(order, log_h, cut, pieces, 1, batch, cores=batch == 64)
+        assert resources(rotate_many.SOURCE, arch, tuple(sorted(macros.items()))).spilled_bytes == 0
 
 
 @pytest.mark.parametrize(

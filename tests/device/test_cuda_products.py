@@ -198,6 +198,28 @@ def test_block_and_full_rotations(columns: int) -> None:
         assert (result - wanted).norm() <= TOLERANCE[torch.float16] * wanted.norm()
 
 
+# A of one tile of rows and of several, H of every length; cosines of two and three pieces, by type.
+MANY_TOKENS = [1536, 5120, 5632, 8960, 11008, 14336, 18944, 24576, 29568]
+
+
+@pytest.mark.parametrize("columns", MANY_TOKENS)
+@pytest.mark.parametrize("tokens", [17, 40, 100, 150])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rotations_of_many_tokens(columns: int, tokens: int, dtype: torch.dtype) -> None:
+    check(["nuq-4"], [64], columns, tokens, dtype)
+
+
+@pytest.mark.parametrize("columns", MANY_TOKENS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rotated_tokens_are_rounded_once(columns: int, dtype: torch.dtype) -> None:
+    """By at most 2^-11 or 2^-8 of a value, and in the mean over many by 1 / sqrt(3) of that."""
+    signs = torch.randint(0, 256, (columns // 8,), device="cuda").to(torch.uint8)
+    x, name = torch.randn(150, columns, device="cuda").to(dtype), full_rotation(columns).name
+    values = rotate(x, signs, name, None).values[:, place(columns)].double()
+    wanted = Rotation.parse(name, columns).apply(x.double() * unpack_signs(signs, columns))
+    assert (values - wanted).norm() <= (_HALF if dtype == torch.float16 else _BFLOAT) * wanted.norm()
+
+
 @pytest.mark.parametrize("columns", [576, 4096, 14336])
 @pytest.mark.parametrize("name", ["full", "h64"])
 def test_rms_norm_before_the_rotation(columns: int, name: str) -> None:

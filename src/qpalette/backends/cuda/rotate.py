@@ -7,15 +7,17 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from qpalette.backends.cuda import rotate_many
 from qpalette.backends.cuda.compiler import KernelLaunch, load_kernel
-from qpalette.backends.cuda.decoder import COMMON_SOURCE
+from qpalette.backends.cuda.rotate_many import Pieces, TileCut, pieces_of, tile_cut, tile_macros
 from qpalette.core.errors import UnsupportedError
 from qpalette.rotate import Factor, Rotation
 
-SOURCE = COMMON_SOURCE + Path(__file__).with_name("rotate.cu").read_text(encoding="utf-8")
+SOURCE = rotate_many.SHARED_SOURCE + Path(__file__).with_name("rotate.cu").read_text(encoding="utf-8")
 CHUNK_COLUMNS = 256
 MOST_HADAMARD_BITS = 11  # of the part that runs in registers: MOST_THREADS of four values each
 MOST_ROW_BITS = 9  # threads for a row of that
@@ -39,6 +41,7 @@ MOST_SUMS = 56  # of a thread: rows times values
 MOST_LOG_VALUES = 2
 LEAST_THREADS = 64
 MOST_FLOATS_OF_MANY = 15360
+FEW_ROWS = 4  # of A, that the kernel of a few tokens multiplies as fast as any can be read and written
 ALIGNMENT = 16  # bytes, of what is loaded in vectors
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -68,15 +71,16 @@ def padded_columns(inputs: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def split_rotation(name: str, inputs: int, device: torch.device) -> Split:
-    """Of the rotation `name`; its last factor's power of two runs in registers, the rest is dense.
+def split_rotation(name: str, inputs: int, device: torch.device, most_bits: int = MOST_HADAMARD_BITS) -> Split:
+    """Of the rotation `name`; its last factor's power of two, of at most `most_bits`, runs in registers, the rest is
+    dense.
 
     Raises UnsupportedError when that is beyond MOST_ORDER.
     """
     rotation = Rotation.parse(name, inputs)
     last = rotation.factors[-1]
     power = last.order & -last.order if last.kind == "h" and last.order & (last.order - 1) == 0 else 1
-    log_h = min(power.bit_length() - 1, MOST_HADAMARD_BITS)
+    log_h = min(power.bit_length() - 1, most_bits)
     rest = list(rotation.factors[:-1])
     if last.order >> log_h > 1:
         rest.append(Factor(last.kind, last.order >> log_h))
@@ -102,6 +106,7 @@ class Cut:
     each: int
     threads: int
     blocks: int
+    shared_bytes: int
 
     def products(self, order: int) -> int:
         """With A, of a thread."""
@@ -140,7 +145,8 @@ def _cuts(order: int, log_h: int, inputs: int, log_values: int, most_each: int, 
             continue
         fitting = min(MOST_THREADS // row_threads, most_floats // factors, most_floats // (each << log_h))
         lines = max(1, min(fitting, rows // each))
-        cuts.append(Cut(log_values, lines, each, -(-row_threads * lines // 32) * 32, -(-rows // (lines * each))))
+        threads, blocks = -(-row_threads * lines // 32) * 32, -(-rows // (lines * each))
+        cuts.append(Cut(log_values, lines, each, threads, blocks, 4 * lines * each << log_h))
     return cuts
 
 
@@ -177,6 +183,30 @@ def type_of_values(dtype: torch.dtype, batch: int | None) -> torch.dtype:
     return torch.bfloat16 if batch is None and dtype == torch.bfloat16 else torch.float16
 
 
+def serves_many(split: Split, inputs: int, tokens: int, dtype: torch.dtype, signs: bool) -> bool:
+    """Whether A is multiplied by matrix instructions (rotate_many.cu): where x with its signs is of 16 bits, one block
+    of Q is all of it, and A has more rows than a few."""
+    return (
+        tokens > MOST_OF_A_FEW_TOKENS
+        and signs
+        and dtype != torch.float32
+        and split.order > FEW_ROWS
+        and split.order << split.log_h == inputs
+        and split.log_h >= rotate_many.LEAST_HADAMARD_BITS
+    )
+
+
+@lru_cache(maxsize=256)
+def _in_pieces(name: str, inputs: int, device: torch.device, dtype: torch.dtype) -> tuple[Split, Pieces]:
+    """The rotation as rotate_many.cu has it."""
+    split = split_rotation(name, inputs, device, rotate_many.MOST_HADAMARD_BITS)
+    return split, pieces_of(split.dense.T, dtype)
+
+
+def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
 class RotationLaunch:
     """`rotate` for one diagonal and rotation, and for one number of tokens: any above 16, in lots of `batch`, or each
     in an order of its own, where that is None; any where it is 1. `table`: addresses of diagonals like `diagonal`,
@@ -197,36 +227,33 @@ class RotationLaunch:
         cores: bool = False,
         zero_bytes: int = 0,
     ) -> None:
-        device = diagonal.device.index or 0
-        split = split_rotation(rotation, inputs, diagonal.device)
-        cut = cut_of(split.order, split.log_h, inputs, tokens, batch is not None)
-        signs = diagonal.dtype == torch.uint8
-        kind = (TYPES[dtype], norm is not None, batch, signs, table is not None, cores)
-        macros = rotation_macros(split.order, split.log_h, cut, *kind)
-        shared_bytes = 4 * cut.lines * cut.each << split.log_h
-        kernel = load_kernel(SOURCE, "rotate", macros, device, shared_bytes)
-        weight, epsilon = norm or (diagonal, 0.0)
-        diagonals = diagonal if table is None else table
-        self._kept = (split.dense, diagonals, weight)
+        device, signs = diagonal.device.index or 0, diagonal.dtype == torch.uint8
         self._x, self._out, self._scales, self._owners, self._zeros = (ctypes.c_void_p() for _ in range(5))
-        arguments = [
-            self._x,
-            ctypes.c_longlong(inputs),
-            ctypes.c_void_p(diagonals.data_ptr()),
-            ctypes.c_void_p(split.dense.data_ptr()),
-            ctypes.c_void_p(weight.data_ptr()),
-            ctypes.c_float(epsilon),
-            ctypes.c_int(inputs),
-            ctypes.c_int(padded_columns(inputs)),
-            self._out,
-            self._scales,
-            self._owners,
-            self._zeros,
-            ctypes.c_int(zero_bytes // ALIGNMENT),
-        ]
+        padded, zero_count = ctypes.c_int(padded_columns(inputs)), ctypes.c_int(zero_bytes // ALIGNMENT)
+        split = split_rotation(rotation, inputs, diagonal.device)
+        cut: Cut | TileCut
+        arguments: list[Any]
+        self._kept: tuple[torch.Tensor, ...]  # what the kernel reads, beside its arguments of a start
+        if norm is None and table is None and serves_many(split, inputs, tokens, dtype, signs):
+            split, pieces = _in_pieces(rotation, inputs, diagonal.device, dtype)
+            cut = tile_cut(split.order, split.log_h, tokens)
+            macros = tile_macros(split.order, split.log_h, cut, pieces.count, TYPES[dtype], batch, cores)
+            kernel = load_kernel(rotate_many.SOURCE, "rotate_many", macros, device, cut.shared_bytes)
+            self._kept = (diagonal, pieces.values)
+            arguments = [self._x, *map(_address, self._kept), ctypes.c_float(pieces.unit)]
+            arguments += [padded, self._out, self._scales, self._zeros, zero_count]
+        else:
+            cut = cut_of(split.order, split.log_h, inputs, tokens, batch is not None)
+            kind = (TYPES[dtype], norm is not None, batch, signs, table is not None, cores)
+            macros = rotation_macros(split.order, split.log_h, cut, *kind)
+            kernel = load_kernel(SOURCE, "rotate", macros, device, cut.shared_bytes)
+            weight, epsilon = norm or (diagonal, 0.0)
+            self._kept = (diagonal if table is None else table, split.dense, weight)
+            arguments = [self._x, ctypes.c_longlong(inputs), *map(_address, self._kept), ctypes.c_float(epsilon)]
+            arguments += [ctypes.c_int(inputs), padded, self._out, self._scales, self._owners, self._zeros, zero_count]
         overlap = overlap and torch.cuda.get_device_capability(device) >= (9, 0)
         self._blocks = cut.blocks
-        self._launch = KernelLaunch(kernel, (tokens, cut.blocks), cut.threads, shared_bytes, arguments, overlap)
+        self._launch = KernelLaunch(kernel, (tokens, cut.blocks), cut.threads, cut.shared_bytes, arguments, overlap)
 
     def start(self, tokens: int, x: int, out: int, scales: int, stream: int, owners: int = 0, zeros: int = 0) -> None:
         """`tokens` rows at address x, contiguous and aligned; results and divisors go to `out` and `scales`; `owners`:
