@@ -1,4 +1,4 @@
-"""Products of 16 to 256 tokens on a GPU, rotation included, beside cuBLAS' float16: microseconds, and over cuBLAS.
+"""Products of 16 to 768 tokens on a GPU, rotation included, beside cuBLAS' float16: microseconds, and over cuBLAS.
 
     python benchmarks/tiles.py [--quick]
 
@@ -19,7 +19,7 @@ from qpalette.backends.cuda.probe import launch_seconds, plain_seconds
 
 SHAPES = {"4096x4096": (1, 4096, 4096), "2x14336x4096": (2, 14336, 4096), "4096x14336": (1, 4096, 14336)}
 SPECS = ("tcq2-3.25", "tcq-3.25", "nuq-3")
-TOKENS = (16, 17, 24, 32, 48, 64, 96, 128, 256)
+TOKENS = (16, 17, 24, 32, 48, 64, 96, 128, 192, 256, 512, 768)
 QUICK_SPECS, QUICK_TOKENS = SPECS[:1], (32, 64, 128)
 
 
