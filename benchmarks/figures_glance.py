@@ -7,13 +7,18 @@ from pathlib import Path
 from figure_cells import DATA_FREE, GENERATE, PEERS, batches, gap, over_bound, size_and_kl
 from figure_page import Result, Table, row_of, section
 
-LLAMA_CPP = ("Q2_K", "Q4_0", "Q3_K_M")
+THEIRS = {  # file by name
+    "llama.cpp Q2_K": "-Q2_K.gguf",
+    "llama.cpp Q4_0": "-Q4_0.gguf",
+    "llama.cpp Q4_K_M": "-Q4_K_M.gguf",
+    "bitsandbytes nf4": "nf4",
+}
 
 
 @section(
     "At a glance",
     *("palette_h100", "palette_published", "plan_published_memory", "plan_model_h100", "two_sided"),
-    *("compare_smollm2", "gemv", GENERATE, "decode_speed"),
+    *("compare_peers", "gemv", GENERATE, "decode_speed"),
     command="# of each line: see its section",
 )
 def glance(codes: Result, published: Result, plans: Result, free: Result, calibrated: Result, *others: Result) -> Table:
@@ -29,7 +34,7 @@ def glance(codes: Result, published: Result, plans: Result, free: Result, calibr
     )
     peers = "; ".join(f"{batches(gemv, kernel, 1, 8)} {name}" for kernel, name in PEERS.items())
     models = {Path(row["model"]).name.removeprefix("SmolLM2-135M-Instruct"): row for row in compared["models"]}
-    files = "; ".join(f"{size_and_kl(models[f'.{kind}.gguf'])} llama.cpp {kind}" for kind in LLAMA_CPP)
+    files = "; ".join(f"{size_and_kl(models[file])} {name}" for name, file in THEIRS.items())
     lines = {
         "error of a code of 3 bits over Shannon's bound": (
             gap(codes, "tcq-3"),
@@ -44,8 +49,8 @@ def glance(codes: Result, published: Result, plans: Result, free: Result, calibr
             f"{one_code['KL']:.3f} the best single code, data-free",
         ),
         "SmolLM2-135M in one command, megabytes and KL": (
-            f"{size_and_kl(models['-3bit'])} at 3 bits",
-            f"{files} (whose K types are larger ones for its narrow rows)",
+            f"{size_and_kl(models['-3bit'])} at 3 bits, {size_and_kl(models['-4bit'])} at 4",
+            f"{files} (llama.cpp's K types are larger ones for its narrow rows)",
         ),
         "linears of a Llama-3.1-8B layer on an H100, batch 1 / 8, microseconds": (
             f"{batches(gemv, 'tcq2-3.25', 1, 8)} at 3.25 bits",

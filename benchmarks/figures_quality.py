@@ -7,7 +7,6 @@ from pathlib import Path
 
 from figure_cells import DATA_FREE, gap, kl_of, kl_text, over_bound, scaled
 from figure_page import Result, Row, Table, row_of, section
-from report import RESULTS
 
 PLANNED = {"plan": "planned, fisher"}
 TWO_SIDED = (
@@ -204,9 +203,16 @@ def one_command(*results: Result) -> Table:
     return Table.of(rows, {"": "{device}", "minutes": minutes, "bits per weight": bits, **kl})
 
 
+@section(
+    "SmolLM2 at several sizes, beside llama.cpp and bitsandbytes",
+    "compare_peers",
+    command="""python benchmarks/peers.py MODEL --text TEST --other MODEL-Q2_K.gguf --other MODEL-Q3_K_M.gguf ...
+    # ours made before, by qpalette quantize MODEL OUT --bits B --device cuda""",
+)
 def compared(result: Result) -> Table:
-    """All bytes of the weight files over the weights of the original; KL in nats per token, its mean and its median.
-    llama.cpp's K types need rows of a multiple of 256 weights: for others its tool takes larger types."""
+    """Ours by the one command, on text of the model's own. All bytes of the weight files over the weights of the
+    original; KL in nats per token, its mean and its median. llama.cpp's K types need rows of a multiple of 256 weights:
+    for others its tool takes larger types."""
     return Table.of(
         result["models"],
         {
@@ -218,12 +224,6 @@ def compared(result: Result) -> Table:
             "top-1, %": lambda row: f"{100 * row['top1']:.1f}" if row["top1"] is not None else "",
             "perplexity": "{perplexity:.2f}",
         },
-    )
-
-
-for _file in sorted(RESULTS.glob("compare_*.json")):
-    section(f"{_file.stem}", _file.stem, command="qpalette compare MODEL ... --text FILE --json", name=_file.stem)(
-        compared
     )
 
 

@@ -218,7 +218,7 @@ CACHED = """qpalette bench --config llama-3.1-8b --spec tcq2-3.25 --head tcq2-3.
     "Whole models with caches of codes",
     *("bench_cache_contexts_h200", "bench_cache_batch8_h200", "bench_cache_prompt_h200"),
     command=f"""{CACHED} --context 2048 --context 32768 --context 128000 --prefills 0
-    # second: --context 32768 --batch 8 --prefills 0 --steps 32; third: --context 32768 --prefills 2 --steps 16""",
+    # second: --context 32768 --batch 8 --prefills 0 --steps 32; third: --context 32768 --prefills 3 --steps 16""",
 )
 def cached_models(*results: Result) -> Table:
     """Llama-3.1-8B's shapes on an H200, steps in CUDA graphs; a cache that no prompt fills is full of random numbers. A
