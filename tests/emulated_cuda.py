@@ -101,8 +101,8 @@ float load(const void *x, size_t i, int type) {
     return type == 1 ? number_of((u32)bits << 16) : half_to_float(bits);
 }
 
-// m16n8k16 of float16 (NUMBERS 0) or bfloat16 (1), two of which are a word; m16n8k8 of tf32 (2), which ends in 13 zeros. A
-// lane's words: `halves` of rows first, then of k.
+// m16n8k16 of float16 (NUMBERS 0) or bfloat16 (1), two of which are a word; m16n8k8 of tf32 (2) (13 zeros at its end).
+// A lane's words: `halves` of rows first, then of k.
 template <int NUMBERS>
 float operand(const u32 (*lanes)[8], int first, int row, int k, int halves) {
     constexpr int each = NUMBERS == 2 ? 1 : 2;

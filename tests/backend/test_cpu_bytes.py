@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from qpalette.backends.cpu import instructions, simd
+from qpalette.backends.cpu import instructions, product, simd
 from qpalette.backends.cpu.byte_activations import BLOCK, GROUP, PAIR, TILE, empty_bytes, places_of, put_bytes
 from qpalette.backends.cpu.byte_decoders import ACTIVATION_ERROR, MOST_ADDED_ERROR, byte_decoder_of
 from qpalette.backends.cpu.byte_matmul import LONGEST_PASS, row_kernels
@@ -24,6 +24,7 @@ from qpalette.codes.tiles import from_tiles
 from qpalette.core.cache import COMPILE_CACHE
 from qpalette.core.environment import CPU_BYTES
 from qpalette.core.errors import InputError
+from qpalette.plan.preference import MOST_RATE_IN_BYTES
 from qpalette.rotate import Rotation, pack_signs, random_signs, rotation_for, unpack_signs
 from qpalette.runtime import PackedLinear, backends
 from tolerance import float32_error
@@ -182,6 +183,26 @@ def test_only_codes_that_lose_little_are_multiplied_in_bytes() -> None:
 
 
 @needs_bytes
+@needs_bytes
+def test_plans_for_a_processor_know_up_to_which_rate_it_multiplies_in_bytes() -> None:
+    of_trellis = [quantizer for quantizer in full_palette() if quantizer.family == "tcq"]
+    in_bytes = {quantizer.rate for quantizer in of_trellis if byte_decoder_of(quantizer) is not None}
+    assert in_bytes == {quantizer.rate for quantizer in of_trellis if quantizer.rate <= MOST_RATE_IN_BYTES}
+
+
+@needs_bytes
+def test_a_code_that_was_planned_for_a_gpu_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    for cached in (multiplier_of, product._warn_of_pairs):
+        cached.cache_clear()
+    for spec in IN_BYTES:
+        multiplier_of(spec, in_bytes=True)
+    multiplier_of("tcq2-3", in_bytes=False)
+    assert not caplog.records
+    for spec in ("tcq2-3", "tcq2-3.25"):
+        multiplier_of(spec, in_bytes=True)
+    assert [record.message.count("--target cpu") for record in caplog.records] == [1]
+
+
 def test_the_largest_magnitudes_are_looked_up_by_themselves_where_that_is_needed() -> None:
     ways = {spec: byte_decoder_of(parse_spec(spec)).way for spec in ("tcq-2", "tcq-2.5", "tcq-3", "tcq-3.25", "tcq-4")}
     assert list(ways.values()) == ["hashed", "hashed", "hashed tail", "hashed tail", "hashed tail"]

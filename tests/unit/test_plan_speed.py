@@ -14,7 +14,9 @@ import torch
 from qpalette.codes import parse_spec
 from qpalette.core.errors import BudgetError, InputError, SpecError
 from qpalette.core.records import LinearGroup, LinearShape
+from qpalette.pipeline.planning import make_plan
 from qpalette.plan import (
+    ALLOWED,
     Budget,
     Candidate,
     Head,
@@ -29,8 +31,10 @@ from qpalette.plan import (
     palette_of,
     preferred,
     profile_of,
+    quick_part,
     spec_for_bits,
 )
+from qpalette.plan.preference import MOST_RATE_IN_BYTES
 
 LAYER = {"qkv": {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096)}, "o": {"o": (4096, 4096)}}
 LAYER |= {"gate_up": {"gate": (14336, 4096), "up": (14336, 4096)}, "down": {"down": (4096, 14336)}}
@@ -132,6 +136,34 @@ def test_launches_are_what_the_fusion_allows(fusion, limits):
         assert len({group_of[name] for name in launch}) == 1
         assert fusion != "none" or len(launch) == 1
         assert fusion != "same" or len({choice.specs[name] for name in launch}) == 1
+
+
+@pytest.mark.parametrize("prefer", ["balanced", "speed"])
+def test_a_plan_for_a_processor_leaves_out_slow_rates_where_that_costs_little(prefer):
+    palette, chosen = palette_of(), set()
+    quick = quick_part(palette, prefer, "cpu")
+    for spread, bits in product((1.0, 2.0, 10.0, 100.0), (2, 3, 4, 5)):
+        known = Sensitivities(
+            tuple(SensitiveLinear(LinearShape(f"{i}", 512, 512), f"{i}", spread**i) for i in range(4)), {}
+        )
+        wanted = Budget(Fraction(bits))
+        best, only = (make_plan(known, wanted, Space(offered)) for offered in (palette, quick.palette))
+        found = make_plan(known, wanted, Space(palette, quick=quick))
+        costs_little = only.planned.choice.loss <= ALLOWED[prefer] * best.planned.choice.loss
+        assert found.plan.specs == (only if costs_little else best).plan.specs
+        assert costs_little or max(parse_spec(spec).rate for spec in best.plan.specs.values()) > MOST_RATE_IN_BYTES
+        chosen.add(costs_little)
+    assert chosen == {True, False}
+
+
+def test_only_plans_for_a_processor_leave_out_slow_rates():
+    palette = palette_of()
+    assert quick_part(palette, "quality", "cpu") is None
+    assert quick_part(palette, "balanced", "cuda") is None
+    assert quick_part(palette, "balanced", None, "cuda") is None
+    assert max(candidate.rate for candidate in quick_part(palette, "balanced", None).palette) == MOST_RATE_IN_BYTES
+    with pytest.raises(SpecError, match="preference"):
+        quick_part(palette, "fast", "cpu")
 
 
 @pytest.mark.parametrize("effort", ["fast", "standard", "best"])

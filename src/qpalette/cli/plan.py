@@ -131,7 +131,7 @@ def _space(
     experts: str,
 ) -> Space:
     """What a plan chooses from. Raises BadParameter for a word that is none of those known."""
-    from qpalette.plan import EXPERTS, FUSIONS, LatencyProfile, Space, palette_of, preferred, profile_of
+    from qpalette.plan import EXPERTS, FUSIONS, LatencyProfile, Space, palette_of, preferred, profile_of, quick_part
 
     if fusion not in FUSIONS:
         raise typer.BadParameter(f"--fusion is one of {', '.join(FUSIONS)}")
@@ -139,7 +139,8 @@ def _space(
         raise typer.BadParameter(f"--experts is one of {', '.join(EXPERTS)}")
     measured = None if profile is None else LatencyProfile.read(profile)
     palette = preferred(palette_of(effort, families), prefer, measured or profile_of(target))
-    return Space(palette, measured, batch, fusion, experts)
+    quick = None if measured else quick_part(palette, prefer, target)
+    return Space(palette, measured, batch, fusion, experts, quick=quick)
 
 
 def budget_of(bits: str | None, disk: str | None, memory: str | None, tokens_per_second: float | None = None) -> Budget:

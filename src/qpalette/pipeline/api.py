@@ -29,7 +29,6 @@ from qpalette.pipeline.rehearsal import check_packable
 from qpalette.pipeline.report import QuantizeReport
 from qpalette.plan import (
     Budget,
-    Candidate,
     Plan,
     Sensitivities,
     Space,
@@ -37,6 +36,7 @@ from qpalette.plan import (
     parse_size,
     preferred,
     profile_of,
+    quick_part,
     spec_for_bits,
     uniform_plan,
 )
@@ -134,7 +134,8 @@ def quantize(
         wanted |= {"also": also}
         options |= {"rotation": rotation, "seed": seed}
         palette = preferred(palette_of(effort or "standard"), prefer, profile_of(target, device))
-        ready = _plan_within(checkpoint, bits, size, known, palette, wanted, options)
+        space = Space(palette, quick=quick_part(palette, prefer, target, device))
+        ready = _plan_within(checkpoint, bits, size, known, space, wanted, options)
     ready = ready if cache is None else replace(ready, cache=coded)
     if dry_run:
         check_complete(checkpoint)
@@ -173,7 +174,7 @@ def _plan_within(
     bits: str | float | Fraction | None,
     size: str | int | None,
     known: Sensitivities | None,
-    palette: tuple[Candidate, ...],
+    space: Space,
     wanted: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Plan:
@@ -182,11 +183,11 @@ def _plan_within(
     groups = find_groups(checkpoint, **wanted).groups
     if rate is not None and size is None and known is None:
         diagonal = SIGNS if options["hessians"] is None else options["rounding"].diagonal
-        spec = spec_for_bits(groups, rate, palette, diagonal)
+        spec = spec_for_bits(groups, rate, space.palette, diagonal)
         return uniform_plan(groups, spec, options["rotation"], options["seed"])
     budget = Budget(rate, None if size is None else parse_size(str(size)))
     known = known or even_sensitivities(groups)
-    return make_plan(known, budget, Space(palette), checkpoint, **wanted, **options).plan
+    return make_plan(known, budget, space, checkpoint, **wanted, **options).plan
 
 
 def _narrowed(plan: Plan, checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> Plan:

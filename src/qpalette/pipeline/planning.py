@@ -93,7 +93,7 @@ def make_plan(
     sensitivities have streams of a cache, codes are chosen for them by the same measure, else keys and values take 16
     bits, or what `cache` says, which is not planned then. With `hessians` the plan is for calibrated rounding. What
     feedback takes off the error is in the sensitivities that were measured for it; others are multiplied by what is
-    known of it from the Hessian of each group.
+    known of it from the Hessian of each group. Of `space.quick` alone it is made where that loses little more.
 
     Raises BudgetError naming the least that is possible, InputError when sensitivities lack a linear of the checkpoint
     or a size or memory is asked for without one, CheckpointError for a model without linears, SpecError for options
@@ -115,11 +115,15 @@ def make_plan(
         assert checkpoint is not None, "a memory counts a model"
         space = replace(space, cache=CacheSpace(chosen.streams, context, space.batch, most=_most(checkpoint)))
     draft = _Draft(chosen, budget, space, checkpoint, hessians, rounding, cache, context, rotation, seed)
-    found = draft.plan(solver)
-    factor = chosen.factor(found.planned.choice.loss - found.planned.choice.cache_loss)
-    if factor != 1.0:
-        found = replace(draft, sensitivities=chosen.times(factor)).plan(solver)
-    return replace(found, measured=chosen, factor=factor)
+    found = draft.by_curve(solver)
+    if space.quick is None:
+        return found
+    only_quick = replace(space, palette=space.quick.palette, quick=None)
+    try:
+        quick = replace(draft, space=only_quick).by_curve(solver)
+    except BudgetError:
+        return found
+    return quick if quick.planned.choice.loss <= space.quick.allowed * found.planned.choice.loss else found
 
 
 def longest_context(make: Callable[[int], BudgetPlan], most: int, loss: float | None = None) -> tuple[int, BudgetPlan]:
@@ -186,6 +190,14 @@ class _Draft:
     context: int
     rotation: str
     seed: int
+
+    def by_curve(self, solver: str) -> BudgetPlan:
+        """By the sensitivities of their curve at the loss of the plan that the measured ones give."""
+        found, known = self.plan(solver), self.sensitivities
+        factor = known.factor(found.planned.choice.loss - found.planned.choice.cache_loss)
+        if factor != 1.0:
+            found = replace(self, sensitivities=known.times(factor)).plan(solver)
+        return replace(found, measured=known, factor=factor)
 
     def plan(self, solver: str) -> BudgetPlan:
         planner = Planner(self.sensitivities, self.space)

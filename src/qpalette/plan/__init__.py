@@ -15,7 +15,7 @@ from qpalette.plan.build import (
 from qpalette.plan.memory import device_bytes
 from qpalette.plan.plan import PLAN_FILE, Plan, PlanSummary, counted_rate, select_linears, summarize, uniform_plan
 from qpalette.plan.planner import Choice, FrontPoint, Planned, Planner
-from qpalette.plan.preference import ALLOWED, TARGETS, preferred, profile_of
+from qpalette.plan.preference import ALLOWED, TARGETS, preferred, profile_of, quick_part
 from qpalette.plan.profile import Head, LatencyProfile, Launch
 from qpalette.plan.sensitivities import SensitiveLinear, Sensitivities
 from qpalette.plan.streams import CONTEXT, CacheSpace, SensitiveStream, even_streams
@@ -54,6 +54,7 @@ __all__ = [
     "parse_size",
     "preferred",
     "profile_of",
+    "quick_part",
     "readable",
     "select_linears",
     "spec_for_bits",

@@ -59,6 +59,13 @@ def stored_bits(rate: Fraction, out_features: int, in_features: int, diagonal: s
     return packed_bits(rate, out_features, in_features, diagonal).total
 
 
+class Quick(NamedTuple):
+    """The part of a palette that alone is chosen from where the loss is then at most `allowed` times the least."""
+
+    palette: tuple[Candidate, ...]
+    allowed: float
+
+
 @dataclass(frozen=True)
 class Space:
     """What may be chosen: a palette, how bits are counted, and with a profile how launches are fused.
@@ -86,6 +93,7 @@ class Space:
     streams: str = "alike"
     count_bits: CountBits = stored_bits
     cache: CacheSpace | None = None  # streams that are chosen for, too
+    quick: Quick | None = None
 
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:

@@ -30,7 +30,7 @@ from qpalette.pipeline.output import Output
 from qpalette.pipeline.planning import BudgetPlan, cached_streams, even_sensitivities, make_plan
 from qpalette.pipeline.quantize import rehearsed_jobs
 from qpalette.plan import Budget, SensitiveStream, Sensitivities, Space, palette_of
-from qpalette.plan.preference import preferred, profile_of
+from qpalette.plan.preference import preferred, profile_of, quick_part
 from qpalette.recipe.options import Recipe, recipe_of
 from qpalette.storage import Checkpoint, open_checkpoint
 from qpalette.tuning import Silent, TuneReport, Tuning, Watcher, quantize_and_tune
@@ -91,7 +91,8 @@ class Wish:
         options["cache"] = None if cache in (None, UNCODED) else cache_for(checkpoint, cache)
         planned = cache is None and budget.memory is not None
         streams = _streams(checkpoint, context * batch) if planned else ()
-        wish = cls(checkpoint, budget, Space(palette, batch=batch), options, streams).rehearsed()
+        space = Space(palette, batch=batch, quick=quick_part(palette, prefer, target, device))
+        wish = cls(checkpoint, budget, space, options, streams).rehearsed()
         check_complete(checkpoint)
         return wish
 

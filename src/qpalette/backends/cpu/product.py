@@ -3,9 +3,10 @@ results."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from qpalette.backends.cpu.byte_decoders import byte_decoder_of
 from qpalette.backends.cpu.byte_matmul import make_byte_kernel
 from qpalette.backends.cpu.decoders import Arrays, decoder_of
-from qpalette.backends.cpu.instructions import features
+from qpalette.backends.cpu.instructions import HAS_BYTES, features
 from qpalette.backends.cpu.matmul import make_kernels
 from qpalette.backends.cpu.operands import LAUNCH, MATRIX, TYPES
 from qpalette.backends.cpu.threads import one_caller, parallel_caller, present_threads
@@ -26,9 +27,9 @@ from qpalette.rotate import Rotation, diagonal_of
 from qpalette.runtime import PackedLinear
 from qpalette.runtime.decoded import BLOCK_ROWS, PIECE, STRIP
 
+logger = logging.getLogger(__name__)
 LARGEST_FUSED_BATCH = 16  # in float32: above, decoding the matrix once and the vendor's product win
-# Processors that multiply a type as it is. Elsewhere torch's product of it is slow: on AVX2 8 GFLOPS in bfloat16 and
-# 10 in float16, where float32 has 58 (1024 tokens, 1536 x 576, one thread).
+# Processors that multiply a type as it is. Elsewhere torch's product of it takes several times as long as of float32.
 NATIVE = {torch.bfloat16: {"avx512bf16", "amx-bf16"}, torch.float16: {"avx512fp16", "amx-fp16"}}
 
 
@@ -59,8 +60,19 @@ def multiplier_of(spec: str, in_bytes: bool) -> Multiplier:
     found = byte_decoder_of(quantizer) if in_bytes else None
     if found is not None:
         return Multiplier(make_byte_kernel(found.way), found.arrays, found.step, None)
+    assert quantizer.decoder is not None, "supports() said no"
+    if in_bytes and HAS_BYTES and quantizer.decoder.hashed and quantizer.decoder.width > 1:
+        _warn_of_pairs(quantizer.family)
     way, arrays = decoder_of(quantizer)
     return Multiplier(make_kernels(way)[0], arrays, 1.0, LARGEST_FUSED_BATCH)
+
+
+@cache
+def _warn_of_pairs(family: str) -> None:
+    """Two weights an entry make a table that only a GPU looks up fast, for which such codes are planned."""
+    logger.warning(
+        "'%s' codes are slow on a processor: quantize with --target cpu for a model that is fast here", family
+    )
 
 
 class CpuProduct:
