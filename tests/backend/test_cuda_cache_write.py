@@ -16,13 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cache_transforms import transform_of
 from emulated_cuda import COMPILER, SHARED_BYTES, emulated
 from qpalette.backends.cuda import coded, streams
 from qpalette.backends.cuda.streams import CudaStream
 from qpalette.kvcache import CacheCode, Exact, Stream, Transform, VectorFormat, cache_palette, parse_code, white
 from qpalette.kvcache.codes import nearest
-from qpalette.kvcache.transform import made_of
-from qpalette.kvcache.vectors import BLOCK
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 CPU = torch.device("cpu")
@@ -51,18 +50,6 @@ def on_this_machine(start: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     with torch.library._scoped_library("qpalette", "IMPL") as library:
         library.impl("cuda_cache_write", streams._write, "CPU")
         yield
-
-
-def transform_of(kind: str, heads: int, dim: int) -> Transform:
-    """ "fed back": a matrix and a mean for each head, and errors that later blocks make good."""
-    if kind == "white":
-        return white(dim)
-    generator = torch.Generator().manual_seed(1)
-    basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator))[0]
-    plain = made_of(basis * torch.linspace(0.5, 2, dim), torch.randn(heads, dim, generator=generator))
-    number = torch.arange(dim) // BLOCK
-    below = (number[:, None] > number) * torch.randn(heads, dim, dim, generator=generator) / dim**0.5
-    return Transform(plain.matrix, plain.inverse, plain.mean, below, 1 + torch.rand(heads, generator=generator))
 
 
 def both(

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tests.cache_transforms import transform_of
 from tests.tolerance import float32_error
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,15 +23,11 @@ from qpalette.generation import CodedTokenCache, attach
 from qpalette.kvcache import (
     Exact,
     Stream,
-    Transform,
     VectorFormat,
     cache_palette,
     parse_cache,
     parse_code,
-    white,
 )
-from qpalette.kvcache.transform import made_of
-from qpalette.kvcache.vectors import BLOCK
 from qpalette.nn.coded_cache import CodedCache
 from qpalette.nn.coded_states import CodedPair, CodedStates
 from qpalette.runtime import select
@@ -42,19 +39,6 @@ pytestmark = [
 DEVICE = torch.device("cuda")
 NONE = Exact(0, 0)
 Pair = tuple[Stream, Stream]  # the definition, and the kernels
-
-
-def transform_of(kind: str, heads: int, dim: int) -> Transform:
-    """ "fed back": as `shaped` makes them, a matrix, a mean, and errors that later blocks make good; but of no moments,
-    which would take seconds a head."""
-    if kind == "white":
-        return white(dim)
-    generator = torch.Generator().manual_seed(1)
-    basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator))[0]
-    plain = made_of(basis * torch.linspace(0.5, 2, dim), torch.randn(heads, dim, generator=generator))
-    number = torch.arange(dim) // BLOCK
-    below = (number[:, None] > number) * torch.randn(heads, dim, dim, generator=generator) / dim**0.5
-    return Transform(plain.matrix, plain.inverse, plain.mean, below, 1 + torch.rand(heads, generator=generator))
 
 
 def pair(

@@ -69,7 +69,7 @@ struct Ring {
     }
 
     // Until the present piece is there. All lanes ask one barrier at once, and so leave the loop together: the compiler must know
-    // it, or has no uniform registers behind it, and a look-up takes an instruction more (575 instead of 509 for a chunk of tcq2-3.25).
+    // it, or has no uniform registers behind it, and a look-up takes an instruction more.
     __device__ __forceinline__ void wait() const {
         const u32 there = address_of(&control().there[stage]);
         asm volatile("{.reg .pred p;\nAGAIN:\nmbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@!p bra.uni AGAIN;}"
@@ -237,8 +237,7 @@ __device__ __forceinline__ void multiply_segment(const Problem &problem, const S
         return segment.codes + ((size_t)min(tile, segment.row_tiles - 1) * chunks + chunk) * D::CHUNK_BYTES;
     };
     const u32 unit = segment.hash_unit;
-    // A shuffle to itself: what the compiler knows the remainder to be, it takes again at every look-up (1444 instead of 1315
-    // instructions an item of four row tiles, tcq2-3.25, 64 columns, 16 copies).
+    // A shuffle to itself: what the compiler knows the remainder to be, it takes again at every look-up.
     const u32 copy = __shfl_sync(~0u, lane % D::COPIES * 4, lane);
     Ring ring = {problem.x + (size_t)blockIdx.y * chunks * PIECES * STAGE_BYTES, chunks * PIECES, (chunk * PIECES + STAGES - 1) % (chunks * PIECES), left * PIECES};
 
