@@ -192,6 +192,12 @@ def test_calibrate_then_quantize(run, model, text, tmp_path):
     assert all(0 < kind["proxy"] < kind["distortion"] for kind in report["kinds"].values())
     shown = run("quantize", model, tmp_path / "damped", *options, "--damping", 0.1)
     assert "of outputs" in shown.out
+    plan = tmp_path / "plan.json"
+    run("plan", model, "--bits", 3, "--calibration", tmp_path / "hessians", "--also", "embed_tokens", "--out", plan)
+    planned = ("quantize", model, tmp_path / "planned", "--plan", plan, "--calibration", tmp_path / "hessians")
+    kinds = json.loads(run(*planned, "--json").out)["kinds"]
+    assert {kind for kind, facts in kinds.items() if "proxy" not in facts} == {"model.embed_tokens"}
+    assert "of outputs" in run(*planned, "--overwrite").out
     assert "larger damping" not in shown.err
 
 

@@ -22,7 +22,7 @@ from qpalette.models import find_groups
 from qpalette.pipeline import quantize_checkpoint
 from qpalette.pipeline.footprint import disk_bytes
 from qpalette.pipeline.planning import even_sensitivities, make_plan
-from qpalette.plan import Budget, Plan, Sensitivities, Space, palette_of, parse_size
+from qpalette.plan import ALLOWED, Budget, Plan, Sensitivities, Space, palette_of, parse_size
 from qpalette.storage import open_checkpoint
 
 QUICK = ("nuq", "vq")  # families whose encoder has nothing to search
@@ -317,7 +317,8 @@ def test_what_a_budget_takes_depends_on_the_target(run, model, sensitivity, monk
     options = ("--sensitivity", sensitivity, "--bits", "3", "--json", "--target")
     planned = {target: json.loads(run("plan", model, *options, target).out) for target in ("cpu", "cuda")}
     assert any(spec.startswith("tcq2-") for spec in planned["cuda"]["assignments"].values())
-    assert planned["cpu"]["predicted_loss"] < planned["cuda"]["predicted_loss"] < 1.1 * planned["cpu"]["predicted_loss"]
+    best = json.loads(run("plan", model, *options, "cpu", "--prefer", "quality").out)["predicted_loss"]
+    assert all(best <= plan["predicted_loss"] <= ALLOWED["balanced"] * best for plan in planned.values())
     assert "no target" in run(*rounded, "--target", "tpu").err
     assert "no preference" in run("plan", model, *options, "cpu", "--prefer", "fast").err
 

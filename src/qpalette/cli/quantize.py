@@ -207,7 +207,7 @@ def _source_bytes(model: str) -> int:
 def distortion_by_kind(report: QuantizeReport) -> dict[str, dict[str, Any]]:
     """Linears of all layers together: how many, their weights, specs, counted rate and mean distortion by weights.
 
-    With Hessians also `proxy`, the mean relative error of their outputs.
+    With Hessians also `proxy`, the mean relative error of their outputs: embeddings and heads are rounded without.
     """
     from qpalette.models.kinds import linear_kind
 
@@ -221,11 +221,7 @@ def distortion_by_kind(report: QuantizeReport) -> dict[str, dict[str, Any]]:
             "specs": sorted({linear.record.spec for linear in linears}),
             "bits_per_weight": sum(linear.bits.total for linear in linears) / weights,
             "distortion": sum(linear.bits.weights * linear.distortion for linear in linears) / weights,
-            **(
-                {}
-                if report.calibration is None
-                else {"proxy": sum(_output_error(linear) for linear in linears) / weights}
-            ),
+            **_output_error(linears),
         }
         for kind, linears in gathered.items()
     }
@@ -239,9 +235,12 @@ def spec_range(specs: Sequence[str]) -> str:
     return ", ".join(ordered) if len(ordered) <= 2 else f"{ordered[0]} .. {ordered[-1]} ({len(ordered)})"
 
 
-def _output_error(linear: LinearResult) -> float:
-    assert linear.proxy is not None, "a calibrated run measures it"
-    return linear.bits.weights * linear.proxy
+def _output_error(linears: Sequence[LinearResult]) -> dict[str, float]:
+    """Of those that had a Hessian, by weights."""
+    measured = [(linear.bits.weights, linear.proxy) for linear in linears if linear.proxy is not None]
+    if not measured:
+        return {}
+    return {"proxy": sum(weights * error for weights, error in measured) / sum(weights for weights, _ in measured)}
 
 
 def report_json(report: QuantizeReport, source_bytes: int) -> dict[str, Any]:
@@ -270,12 +269,18 @@ def _show_report(report: QuantizeReport, source_bytes: int) -> None:
             spec_range(facts["specs"]),
             f"{facts['bits_per_weight']:.4f}",
             f"{facts['distortion']:.5f}",
-            *([f"{facts['proxy']:.5f}"] if "proxy" in facts else []),
+            f"{facts['proxy']:.5f}" if "proxy" in facts else "",
         )
         for kind, facts in distortion_by_kind(report).items()
     ]
-    columns = ("linear", "times", "weights", "spec", "bits per weight", "distortion", "of outputs")[: len(rows[0])]
-    print_table("Quantized", columns, rows, caption="distortion: mean squared error / mean square, measured")
+    columns = ("linear", "times", "weights", "spec", "bits per weight", "distortion", "of outputs")
+    shown = len(columns) if any(row[-1] for row in rows) else len(columns) - 1
+    print_table(
+        "Quantized",
+        columns[:shown],
+        [row[:shown] for row in rows],
+        caption="distortion: mean squared error / mean square, measured",
+    )
     print_facts(
         str(report.output),
         {
