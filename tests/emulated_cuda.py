@@ -47,9 +47,11 @@ bool begun[EMULATED], ended[EMULATED];
 std::vector<std::pair<void *, const void *>> copies[EMULATED];
 struct Barrier { int arrived, passed; } of_block, of_warp[EMULATED / 32];
 u32 slots[EMULATED][8];
+long moves;  // of threads to barriers, or to their end
 
 void meet(Barrier &barrier, int count) {
     const int before = barrier.passed;
+    moves++;
     if (++barrier.arrived == count) barrier.arrived = 0, barrier.passed++;
     else while (barrier.passed == before) if (!_setjmp(threads[threadIdx.x])) _longjmp(scheduler, 1);
 }
@@ -141,7 +143,7 @@ template <class... Types>
 void call(void (*kernel)(Types...)) { call(kernel, std::index_sequence_for<Types...>()); }
 void thread_begins() {
     call(KERNEL);
-    ended[threadIdx.x] = true;
+    ended[threadIdx.x] = true, moves++;
     _longjmp(scheduler, 1);
 }
 void go_on(int thread) {
@@ -150,7 +152,8 @@ void go_on(int thread) {
     begun[thread] = true;
     setcontext(&contexts[thread]);
 }
-extern "C" void run(void **arguments, int columns, int rows) {
+// Whether all threads come to their end: false where some wait at a barrier for ever.
+extern "C" bool run(void **arguments, int columns, int rows) {
     static std::vector<char> stacks(EMULATED << 16);
     given = arguments, gridDim = {(unsigned)columns, (unsigned)rows};
     for (blockIdx.y = 0; blockIdx.y < rows; blockIdx.y++)
@@ -164,10 +167,13 @@ extern "C" void run(void **arguments, int columns, int rows) {
             }
             for (bool some = true; some;) {
                 some = false;
+                const long before = moves;
                 for (int i = 0; i < EMULATED; i++)
                     if (!ended[i]) some = true, threadIdx.x = i, go_on(i);
+                if (some && moves == before) return false;
             }
         }
+    return true;
 }
 """
 REPLACED = (
@@ -195,8 +201,10 @@ def emulated(
     options = ["-std=c++17", "-O1", "-mf16c", "-fPIC", "-shared", "-w"]
     subprocess.run([COMPILER, *options, "-o", file.with_suffix(".so"), file], check=True)
     library = ctypes.CDLL(str(file.with_suffix(".so")))
+    library.run.restype = ctypes.c_bool
 
     def run(arguments: Sequence[Any], grid: tuple[int, int]) -> None:
-        library.run((ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments)), *grid)
+        addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        assert library.run(addresses, *grid), "threads wait at a barrier that others never reach"
 
     return run

@@ -130,7 +130,7 @@ def test_what_has_no_room_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "dim"), [("nuq-3", 64), ("nuq-7", 24), ("vq-2.5", 48), ("vq4-2", 32), ("vq4-1.75", 40)]
+    ("name", "dim"), [("nuq-3", 128), ("nuq-7", 24), ("vq-2.5", 96), ("vq4-2", 64), ("vq4-1.75", 80), ("vq-2", 256)]
 )
 def test_keys_with_errors_fed_back(name: str, dim: int) -> None:
     """Coordinates summed in another order change an index where two points are equally near, seldom, and what is fed
