@@ -46,7 +46,7 @@ struct Ring {
     int ahead, left;        // the last that a stage has room for, and how many are left with the present one
     int stage = 0;          // where it is,
     u32 phase = 0;          // and of its barrier
-    bool follows = false;   // another one
+    bool follows = false;   // whether it does another one
 
     static __device__ __forceinline__ Control &control() { return *(Control *)(shared + TABLE_BYTES); }
     __device__ __forceinline__ u32 values() const { return address_of(shared + RING + stage * STAGE_BYTES); }
