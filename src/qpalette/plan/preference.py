@@ -28,26 +28,24 @@ MOST_RATE_IN_BYTES = Fraction(4)  # that processors multiply in bytes; above it 
 def preferred(palette: Sequence[Candidate], prefer: str, profile: LatencyProfile | None) -> tuple[Candidate, ...]:
     """The part of `palette` that `prefer` ("quality", "balanced" or "speed") offers: all of it for "quality" or without
     a profile, else one candidate for each rate. Raises SpecError for another preference."""
-    if prefer not in ALLOWED:
-        raise SpecError(f"'{prefer}' is no preference: choose {', '.join(ALLOWED)}")
+    allowed = _allowed(prefer)
     if prefer == "quality" or profile is None:
         return tuple(palette)
     seconds = profile.seconds_by_spec(min(profile.batches))
     by_rate: dict[object, list[Candidate]] = {}
     for candidate in palette:
         by_rate.setdefault(candidate.rate, []).append(candidate)
-    return tuple(_fastest(candidates, ALLOWED[prefer], seconds) for candidates in by_rate.values())
+    return tuple(_fastest(candidates, allowed, seconds) for candidates in by_rate.values())
 
 
 def quick_part(palette: Sequence[Candidate], prefer: str, target: str | None, device: str = "cpu") -> Quick | None:
     """What a plan for a processor makes do with where it may; None for a GPU, and where quality is preferred. Raises
     SpecError as `preferred` and `profile_of`."""
-    if prefer not in ALLOWED:
-        raise SpecError(f"'{prefer}' is no preference: choose {', '.join(ALLOWED)}")
+    allowed = _allowed(prefer)
     part = tuple(candidate for candidate in palette if candidate.rate <= MOST_RATE_IN_BYTES)
     if prefer == "quality" or _target(target, device) != "cpu" or len(part) in (0, len(palette)):
         return None
-    return Quick(part, ALLOWED[prefer])
+    return Quick(part, allowed)
 
 
 def profile_of(target: str | None, device: str = "cpu") -> LatencyProfile | None:
@@ -62,6 +60,12 @@ def profile_of(target: str | None, device: str = "cpu") -> LatencyProfile | None
     profiles = [LatencyProfile.read(name) for name in shipped_profiles()]
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return next((profile for profile in profiles if profile.device == here), profiles[0])
+
+
+def _allowed(prefer: str) -> float:
+    if prefer not in ALLOWED:
+        raise SpecError(f"'{prefer}' is no preference: choose {', '.join(ALLOWED)}")
+    return ALLOWED[prefer]
 
 
 def _target(target: str | None, device: str) -> str:

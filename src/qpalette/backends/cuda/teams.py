@@ -39,7 +39,7 @@ __device__ __forceinline__ void multiply_tile_of_team(float (&sum)[{fragments}][
 }}
 """
 FROM = 33  # tokens; fewer are multiplied faster by multiply.cu, whose warps need no others
-MOST_TOKENS = 512  # decoded anew for every lot; of more, decoding to memory and cuBLAS are faster
+MOST_TOKENS = 512  # every lot decodes anew; of more, decoding once and cuBLAS was not found slower
 CONTROL_BYTES = 128
 CHUNKS_OF_AN_ADDITION = 2  # that are multiplied while a block's sum is added to others in memory
 MOST_STAGES = 4
