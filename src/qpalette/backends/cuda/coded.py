@@ -33,6 +33,7 @@ MOST_DIM = 256
 MOST_ROWS = 64  # queries of a key head in one call
 COLUMNS = 8  # queries of a block: the columns of a matrix instruction
 TILE = 16  # tokens of a matrix instruction
+SCHEDULERS = 4  # of a multiprocessor
 MANY = 9  # tokens from which on a warp writes several of them
 MANY_WARPS = 6  # of its block, at most: two blocks have registers enough
 MANY_BYTES = 96 << 10  # of its shared memory: every device has it, large ones twice
@@ -236,9 +237,15 @@ def warps_of(keys: Coded, values: Coded) -> int:
     return 8 if max(keys.padded, values.padded) > 128 else 12
 
 
+def step_of(keys: Coded, values: Coded, rows: int) -> int:
+    """Tokens that a warp attends to at a time: again as many as the registers are enough for."""
+    is_short = max(each.code.index_bits / each.code.width for each in (keys, values)) <= 4
+    return 32 if rows <= COLUMNS // 2 and is_short else 16
+
+
 def plan_attend(keys: Coded, values: Coded, shape: tuple[int, int, int], length: int, dtype: torch.dtype,
                 limits: DeviceLimits) -> AttendPlan:  # fmt: skip
-    """shape: batch, key heads, queries of each. A block a multiprocessor, as long as every warp has a tile."""
+    """shape: batch, key heads, queries of each. A block a multiprocessor, as long as each scheduler has a step."""
     batch, heads, rows = shape
     row_blocks = -(-rows // COLUMNS)
     macros = {
@@ -250,10 +257,10 @@ def plan_attend(keys: Coded, values: Coded, shape: tuple[int, int, int], length:
         "WARPS": warps_of(keys, values),
     }
     warps, own_rows = macros["WARPS"], macros["ROWS"]
-    tiles = ceil(length / (TILE * warps))
-    splits = max(1, min(limits.multiprocessors // (batch * heads * row_blocks), tiles))
+    macros["STEP"] = step = step_of(keys, values, own_rows)
+    splits = max(1, min(limits.multiprocessors // (batch * heads * row_blocks), ceil(length / (step * SCHEDULERS))))
     tables = max(keys.table_bytes, values.table_bytes)
-    parts = warps * 4 * (16 + own_rows * (values.padded + 4))
+    parts = warps * 4 * (16 + own_rows * (values.padded + 8))
     sums = own_rows * 4 * max(32 * warps, keys.dim, values.dim)
     return AttendPlan(macros, (splits, heads * row_blocks, batch), max(tables + sums, parts, 64 * splits))
 

@@ -15,14 +15,17 @@
 // or asked for, before the kernel ahead has ended, and what is waited for is loaded together.
 //
 // Compile-time constants: KEY_ and VALUE_ DIM, WIDTH, BITS; SAME (both have one table), ROWS (1 to 8), TYPE (0 float16,
-// 1 bfloat16), WARPS.
+// 1 bfloat16), WARPS, STEP (tokens that a warp attends to at a time, 16 or 32).
 
-constexpr int THREADS = 32 * WARPS, KEYS = 16, EXACT = 32;  // exact tokens at a time
+constexpr int THREADS = 32 * WARPS, HALVES = (ROWS + 3) / 4;  // of eight queries
+constexpr int EIGHTS = STEP / 8, WEIGHED = STEP / 4;          // of a step's tokens; those that a lane weighs
+constexpr int EXACT = 32;                                     // exact tokens at a time
 constexpr float LOWEST = -1e30f;                            // below every score; finite, so that differences are
 constexpr float LEAST_SCALE = -14;                          // its logarithm, below that of every byte but 0
 
 typedef Format<KEY_DIM, KEY_WIDTH, KEY_BITS> Keys;
 typedef Format<VALUE_DIM, VALUE_WIDTH, VALUE_BITS> Values;
+constexpr int QUADS = Piece<Keys, 4>::NUMBERS / 8 * HALVES;  // operands that queries fill
 
 struct Stream {
     const u8 *pages;
@@ -68,15 +71,16 @@ __device__ __forceinline__ float exp2_of(float x) {
 constexpr int WIDE = Looks<Values>::PADDED, PART = 16 + 8 * VALUE_DIM;  // of a split: `highest`, `sum`, `out`
 
 // What a warp makes of its tokens: outputs are relative to `highest`, and still to be divided by `sum`. Number
-// g * WIDE / 8 + i is at i * 8 + g; the four more keep the lanes that store them in different banks.
+// g * WIDE / 8 + i is at i * 8 + g; the eight more keep the lanes that store them in different banks.
 struct Part {
-    float highest[8], sum[8], out[ROWS][WIDE + 4];
+    float highest[8], sum[8], out[ROWS][WIDE + 8];
 };
 
 struct Where {
     int head, row, batch, item;  // item: of the batch's heads
     long long start;
     int tokens;                  // that there are
+    const u8 *keys, *values;     // pages
     const u8 *mask;
 };
 
@@ -89,140 +93,222 @@ __device__ __forceinline__ bool is_coded(const Problem &problem, const Where &wh
     return !(place >= 0 && place < problem.sink_count) && !in_ring(problem, where, token);
 }
 
-struct Tile {
-    Piece<Keys, 4> key[2];
-    Piece<Values, 8> value[2][2];
-    u32 key_scales[2], value_scales[2];  // of two tokens
-    bool counts;                         // lane % 16's token
 
-    __device__ __forceinline__ void load(const Problem &problem, const Where &where, int begin) {
-        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = begin + lane % KEYS;
-        const size_t page = begin / PAGE;
-        const u8 *keys = problem.keys.pages + ((size_t)where.item * problem.keys.page_count + page) * Keys::PAGE_BYTES;
-        const u8 *values = problem.values.pages + ((size_t)where.item * problem.values.page_count + page) * Values::PAGE_BYTES;
-        const int place = begin % PAGE;
-        counts = token < where.tokens && where.mask[token] && is_coded(problem, where, token);
+// A lane weighs the tokens 4 i + t of a step: columns 2 t and 2 t + 1 of the product with keys 8 eight to 8 eight + 7
+// are i = 2 eight and the one after. So what a load brings of several tokens are neighbours, in few lines.
+__device__ __forceinline__ int token_of_column(int g) { return g / 2 + g % 2 * 4; }
+
+// Where a step lies; from a warp's one to its next are whole pages.
+struct Source {
+    const u8 *keys, *values;
+    u32 place;  // in its page
+
+    __device__ __forceinline__ Source(const Where &where, u32 begin) : place(begin % PAGE) {
+        keys = where.keys + (begin / PAGE * Keys::PAGE_BYTES + place * Keys::CODE_BYTES);
+        values = where.values + (begin / PAGE * Values::PAGE_BYTES + place * Values::CODE_BYTES);
+    }
+
+    __device__ __forceinline__ void advance(u32 pages) { keys += pages * Keys::PAGE_BYTES, values += pages * Values::PAGE_BYTES; }
+
+    // Of a token of the step: scales follow a page's codes.
+    __device__ __forceinline__ u32 key_scale(u32 token) const { return keys[(PAGE - place) * Keys::CODE_BYTES + place + token]; }
+    __device__ __forceinline__ u32 value_scale(u32 token) const { return values[(PAGE - place) * Values::CODE_BYTES + place + token]; }
+};
+static_assert(WARPS * STEP % PAGE == 0, "a warp's steps are whole pages from each other");
+
+// A lane's part of a step. Keys, and what is of one token, are loaded anew as soon as they are used, then values.
+struct Codes {
+    Piece<Keys, 4> keys[EIGHTS];          // of token 8 eight + token_of_column(g)
+    Piece<Values, 8> values[EIGHTS][2];   // of token 4 (2 eight + odd) + t
+    u32 key_scale, value_scale, is_seen;  // of token lane % STEP; nothing looks at them before they are wanted, and waits
+
+    __device__ __forceinline__ void load_keys(const Source &source, const Where &where, int begin) {
+        const int lane = threadIdx.x % 32;
+        const u8 *own = source.keys + token_of_column(lane / 4) * Keys::CODE_BYTES;
 #pragma unroll
-        for (int half = 0; half < 2; half++) key[half].load(keys + (place + half * 8 + g) * Keys::CODE_BYTES, t);
+        for (int eight = 0; eight < EIGHTS; eight++) keys[eight].load(own + 8 * eight * Keys::CODE_BYTES, lane % 4);
+        const int token = lane % STEP;
+        key_scale = source.key_scale(token), value_scale = source.value_scale(token), is_seen = 0;
+        if (begin + token < where.tokens) is_seen = where.mask[begin + token];
+    }
+
+    __device__ __forceinline__ void load_values(const Source &source) {
+        const int lane = threadIdx.x % 32;
+        const u8 *own = source.values + lane % 4 * Values::CODE_BYTES;
 #pragma unroll
-        for (int half = 0; half < 2; half++)
+        for (int eight = 0; eight < EIGHTS; eight++)
 #pragma unroll
-            for (int odd = 0; odd < 2; odd++) value[half][odd].load(values + (place + half * 8 + 2 * t + odd) * Values::CODE_BYTES, g);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            key_scales[half] = *(const u16 *)(keys + PAGE * Keys::CODE_BYTES + place + half * 8 + 2 * t);
-            value_scales[half] = *(const u16 *)(values + PAGE * Values::CODE_BYTES + place + half * 8 + 2 * t);
-        }
+            for (int odd = 0; odd < 2; odd++) values[eight][odd].load(own + 4 * (2 * eight + odd) * Values::CODE_BYTES, lane / 4);
     }
 };
 
+// What a warp's lanes tell each other of a step's tokens 4 i + t: scales of keys, and logarithms of those of values.
+struct Scales {
+    float key[4][WEIGHED], value[4][WEIGHED];  // [t][i]
+};
+
+// Of the queries 4 half + g / 2 of a lane, what scores it has seen; `out` is of the query 4 half + t, numbers 4 j to
+// 4 j + 3 of part g of a value.
 struct Sums {
-    float highest, sum, out[WIDE / 16][4];  // of query g; of query 2 t + c % 2
+    float highest[HALVES], sum[HALVES], out[HALVES][WIDE / 32][4];
 };
 
 __device__ __forceinline__ float log2_of_scale(u32 byte) { return ((int)byte - SCALE_ONE) * (1.f / SCALE_STEPS); }
 
-// `turned` are the queries of this lane; factor and offset of query g: a score is factor * product + offset.
-__device__ __forceinline__ void attend_tile(const Tile &tile, u32 wanted, const u32 (&turned)[Piece<Keys, 4>::NUMBERS / 2], float factor,
-                                            float offset, const u8 *tables, u32 key_start, u32 value_start, Sums &sums) {
-    const int t = threadIdx.x % 4;
-    // Queries fill eight of the sixteen rows: two steps share an operand, whose lower rows are queries in one and whose
-    // upper rows are in the other; its other half is then multiplied for nothing, as zeros would be.
-    const Indexes<Keys, 4> keys[2] = {tile.key[0], tile.key[1]};
-    float product[2][2][4] = {}, score[2][2];  // [tokens 0 to 7, 8 to 15]; [query g: tokens 2 t and 2 t + 1]
+// Products with 16 keys of a step, those of its eights `first` and `first` + 1: query g / 2's with tokens 2 t and 2 t + 1.
+__device__ __forceinline__ void multiply_keys(const Piece<Keys, 4> (&pieces)[EIGHTS], int first, const u32 (&queries)[QUADS][4], const u8 *tables,
+                                              u32 start, float (&score)[HALVES][EIGHTS][2]) {
+    const Indexes<Keys, 4> keys[2] = {pieces[first], pieces[first + 1]};
+    float product[2][2][4] = {};
 #pragma unroll
     for (int i = 0; i < Piece<Keys, 4>::NUMBERS / 4; i++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
+        for (int eight = 0; eight < 2; eight++) {
             u32 k[2];
-            keys[half].look_up(tables, key_start, i, k);
-            const u32 *both = turned + i / 2 * 4;
-            multiply_tile(product[half][i % 2], both[0], both[2], both[1], both[3], k[0], k[1]);
+            keys[eight].look_up(tables, start, i, k);
+            multiply_tile(product[eight][i % 2], queries[i * HALVES / 2], k[0], k[1]);
         }
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < HALVES; half++)
 #pragma unroll
-        for (int odd = 0; odd < 2; odd++) score[half][odd] = product[half][0][odd] + product[half][1][2 + odd];
-    float exponent[2][2], top = sums.highest;
+        for (int eight = 0; eight < 2; eight++)
 #pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int odd = 0; odd < 2; odd++) {
-            const u32 byte = tile.key_scales[half] >> 8 * odd & 255, value_byte = tile.value_scales[half] >> 8 * odd & 255;
-            const float scale = byte ? exp2_of(log2_of_scale(byte)) : 0, s = score[half][odd] * scale * factor + offset;
-            score[half][odd] = wanted >> (half * 8 + 2 * t + odd) & 1 ? s : -__int_as_float(0x7f800000);
-            exponent[half][odd] = score[half][odd] + (value_byte ? log2_of_scale(value_byte) : LEAST_SCALE);
-            top = fmaxf(top, exponent[half][odd]);
-        }
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    const float shrink = exp2_of(sums.highest - top);
-    sums.highest = top, sums.sum *= shrink;
-    u32 weights[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float weight[2];
-#pragma unroll
-        for (int odd = 0; odd < 2; odd++) {
-            sums.sum += exp2_of(score[half][odd] - top);
-            weight[odd] = tile.value_scales[half] >> 8 * odd & 255 ? exp2_of(exponent[half][odd] - top) : 0;
-        }
-        weights[half] = pack(weight[0], weight[1]);
-    }
-    const float shrinks[2] = {__shfl_sync(~0u, shrink, 8 * t), __shfl_sync(~0u, shrink, 8 * t + 4)};  // of queries 2 t, 2 t + 1
-    if (__any_sync(~0u, shrink != 1))
-#pragma unroll
-        for (int j = 0; j < WIDE / 16; j++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) sums.out[j][c] *= shrinks[c % 2];
-    const Indexes<Values, 8> values[2][2] = {{tile.value[0][0], tile.value[0][1]}, {tile.value[1][0], tile.value[1][1]}};
-#pragma unroll
-    for (int i = 0; i < WIDE / 32; i++) {
-        u32 v[2][2][2];
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int odd = 0; odd < 2; odd++) values[half][odd].look_up(tables, value_start, i, v[half][odd]);
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-            multiply_tile(sums.out[2 * i + j], __byte_perm(v[0][0][j], v[0][1][j], 0x5410), __byte_perm(v[0][0][j], v[0][1][j], 0x7632),
-                          __byte_perm(v[1][0][j], v[1][1][j], 0x5410), __byte_perm(v[1][0][j], v[1][1][j], 0x7632), weights[0], weights[1]);
-    }
+            for (int odd = 0; odd < 2; odd++)
+                score[half][first + eight][odd] = product[eight][0][2 * half + odd] + product[eight][1][2 * (HALVES == 1 ? 1 : half) + odd];
 }
 
-__device__ __forceinline__ int first_tile() { return (threadIdx.x / 32 * gridDim.x + blockIdx.x) * KEYS; }
+// Products become scores, and these weights of values, whose scales are multiplied in: as operands of a product whose columns
+// are queries' sums of even numbers and of odd ones.
+__device__ __forceinline__ void weigh(float (&score)[HALVES][EIGHTS][2], const Scales &scales, u32 wanted, u32 empty, const float (&factor)[HALVES],
+                                      const float (&offset)[HALVES], Sums &sums, u32 (&weights)[HALVES][EIGHTS][2]) {
+    const int t = threadIdx.x % 4;
+    const u32 kept = threadIdx.x / 4 % 2 ? 0xffff0000 : 0x0000ffff;
+    float key[WEIGHED], value[WEIGHED];
+#pragma unroll
+    for (int four = 0; four < WEIGHED / 4; four++) {
+        *(float4 *)(key + 4 * four) = *(const float4 *)(scales.key[t] + 4 * four);
+        *(float4 *)(value + 4 * four) = *(const float4 *)(scales.value[t] + 4 * four);
+    }
+    bool has_grown = false;
+    float shrink[HALVES];
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+        float(&own)[EIGHTS][2] = score[half];
+        float top = sums.highest[half];
+#pragma unroll
+        for (int i = 0; i < WEIGHED; i++) own[i / 2][i % 2] = own[i / 2][i % 2] * key[i] * factor[half] + offset[half];
+        if (wanted != ~0u)
+#pragma unroll
+            for (int i = 0; i < WEIGHED; i++)
+                if (!(wanted >> (4 * i + t) & 1)) own[i / 2][i % 2] = -__int_as_float(0x7f800000);
+#pragma unroll
+        for (int i = 0; i < WEIGHED; i++) top = fmaxf(top, own[i / 2][i % 2] + value[i]);
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        shrink[half] = exp2_of(sums.highest[half] - top), has_grown |= shrink[half] != 1;
+        sums.highest[half] = top, sums.sum[half] *= shrink[half];
+#pragma unroll
+        for (int i = 0; i < WEIGHED; i++) {
+            const float above = own[i / 2][i % 2] - top, weight = exp2_of(above + value[i]);
+            sums.sum[half] += exp2_of(above);
+            weights[half][i / 2][i % 2] = pack(weight, weight) & kept;
+        }
+        if (empty)
+#pragma unroll
+            for (int i = 0; i < WEIGHED; i++)
+                if (empty >> (4 * i + t) & 1) weights[half][i / 2][i % 2] = 0;
+    }
+    if (__any_sync(~0u, has_grown))
+#pragma unroll
+        for (int half = 0; half < HALVES; half++) {
+            const float own = __shfl_sync(~0u, shrink[half], 8 * t);  // of query 4 half + t
+#pragma unroll
+            for (int j = 0; j < WIDE / 32; j++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) sums.out[half][j][c] *= own;
+        }
+}
 
-// A warp's tiles, every (WARPS * splits)th; `next` is the first, if there is one.
-__device__ __forceinline__ void attend_tiles(const Problem &problem, const Where &where, Tile &next, const float *queries, const float *factors,
-                                             const float *offsets, const u8 *tables, Part &part) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, query = min(g, ROWS - 1), stride = WARPS * gridDim.x * KEYS;
-    constexpr int NUMBERS = Piece<Keys, 4>::NUMBERS;
-    u32 turned[NUMBERS / 2];
+// Sums grow by 16 values times their weights. What a look-up gives are neighbours of one token, which stand where a product
+// has neighbours to add: weights are zero at one of them, so that nothing has to be taken apart.
+__device__ __forceinline__ void add_values(const Piece<Values, 8> (&pieces)[EIGHTS][2], int first, const u32 (&weights)[HALVES][EIGHTS][2],
+                                           const u8 *tables, u32 start, Sums &sums) {
+    const Indexes<Values, 8> values[2][2] = {{pieces[first][0], pieces[first][1]}, {pieces[first + 1][0], pieces[first + 1][1]}};
 #pragma unroll
-    for (int i = 0; i < NUMBERS / 2; i++) {
-        const int at = t * NUMBERS + 2 * i;
-        const float *own = queries + query * KEY_DIM;
-        turned[i] = pack(at < KEY_DIM ? own[at] : 0, at + 1 < KEY_DIM ? own[at + 1] : 0);
-    }
-    const float factor = factors[query], offset = offsets[query];
+    for (int j = 0; j < WIDE / 32; j++)
+#pragma unroll
+        for (int eight = 0; eight < 2; eight++) {
+            u32 even[2], odd[2];
+            values[eight][0].look_up(tables, start, j, even), values[eight][1].look_up(tables, start, j, odd);
+#pragma unroll
+            for (int half = 0; half < HALVES; half++) {
+                const u32(&own)[2] = weights[half][first + eight];
+                multiply_tile(sums.out[half][j], even[0], even[1], odd[0], odd[1], own[0], own[1]);
+            }
+        }
+}
+
+__device__ __forceinline__ int first_step() { return (threadIdx.x / 32 * gridDim.x + blockIdx.x) * STEP; }
+
+// A warp's steps, every (WARPS * splits)th; `codes` are those of the first, at `source`, if there is one.
+__device__ __forceinline__ void attend_codes(const Problem &problem, const Where &where, Source source, Codes &codes, const float *queries,
+                                             const float *factors, const float *offsets, const u8 *tables, Scales (&scales)[2], Part &part) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stride = WARPS * gridDim.x * STEP;
+    // An operand's lower rows are queries g / 2, each of them twice, as weights are; its upper rows four others, or where
+    // there are none the same at the numbers of the step after: half of a product is then for nothing, as zeros would be.
+    u32 turned[QUADS][4];
+#pragma unroll
+    for (int quad = 0; quad < QUADS; quad++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int step = HALVES == 1 ? 2 * quad + i % 2 : quad, query = min(HALVES == 1 ? g / 2 : i % 2 * 4 + g / 2, ROWS - 1);
+            const int at = t * Piece<Keys, 4>::NUMBERS + 4 * step + i / 2 * 2;
+            const float *own = queries + query * KEY_DIM;
+            turned[quad][i] = pack(at < KEY_DIM ? own[at] : 0, at + 1 < KEY_DIM ? own[at + 1] : 0);
+        }
     const u32 key_start = start_of_lane<Keys>(0), value_start = start_of_lane<Values>(SAME ? 0 : 1);
-    Sums sums = {LOWEST, 0, {}};
-#pragma unroll 1
-    for (int begin = first_tile(); begin < where.tokens; begin += stride) {
-        const Tile tile = next;
-        if (begin + stride < where.tokens) next.load(problem, where, begin + stride);
-        if (const u32 wanted = __ballot_sync(~0u, tile.counts))
-            attend_tile(tile, wanted, turned, factor, offset, tables, key_start, value_start, sums);
+    Sums sums = {};
+    float factor[HALVES], offset[HALVES];
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+        const int query = min(4 * half + g / 2, ROWS - 1);
+        factor[half] = factors[query], offset[half] = offsets[query], sums.highest[half] = LOWEST;
     }
-    sums.sum += __shfl_xor_sync(~0u, sums.sum, 1);
-    sums.sum += __shfl_xor_sync(~0u, sums.sum, 2);
+    const int coded_from = (int)where.start + problem.sink_count, coded_until = where.tokens - problem.window;  // all of them
+#pragma unroll 1
+    for (int begin = first_step(), turn = 0; begin < where.tokens; begin += stride, turn ^= 1) {
+        const bool more = begin + stride < where.tokens;
+        source.advance(stride / PAGE);
+        u32 wanted = __ballot_sync(~0u, codes.is_seen);
+        if (begin < coded_from || begin + STEP > coded_until) wanted &= __ballot_sync(~0u, is_coded(problem, where, begin + lane % STEP));
+        const u32 empty = __ballot_sync(~0u, codes.value_scale == 0);
+        Scales &told = scales[turn];
+        told.key[t][lane % STEP / 4] = codes.key_scale ? exp2_of(log2_of_scale(codes.key_scale)) : 0;
+        told.value[t][lane % STEP / 4] = codes.value_scale ? log2_of_scale(codes.value_scale) : LEAST_SCALE;
+        __syncwarp();
+        float score[HALVES][EIGHTS][2];
+        u32 weights[HALVES][EIGHTS][2];
+#pragma unroll
+        for (int first = 0; first < EIGHTS; first += 2) multiply_keys(codes.keys, first, turned, tables, key_start, score);
+        if (more) codes.load_keys(source, where, begin + stride);
+        weigh(score, told, wanted, empty, factor, offset, sums, weights);
+#pragma unroll
+        for (int first = 0; first < EIGHTS; first += 2) add_values(codes.values, first, weights, tables, value_start, sums);
+        if (more) codes.load_values(source);
+    }
     __syncthreads();  // tables are no longer read: parts lie there
-    if (t == 0) part.highest[g] = sums.highest, part.sum[g] = sums.sum;
 #pragma unroll
-    for (int j = 0; j < WIDE / 16; j++)
+    for (int half = 0; half < HALVES; half++) {
+        float &sum = sums.sum[half];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        if (lane % 8 == 0) part.highest[4 * half + g / 2] = sums.highest[half], part.sum[4 * half + g / 2] = sum;
+        if (const int row = 4 * half + t; row < ROWS)
 #pragma unroll
-        for (int c = 0; c < 4; c++)
-            if (2 * t + c % 2 < ROWS) part.out[2 * t + c % 2][(2 * j + c / 2) * 8 + g] = sums.out[j][c];
+            for (int j = 0; j < WIDE / 32; j++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) part.out[row][(4 * j + c) * 8 + g] = sums.out[half][j][c];
+    }
 }
 
 // --- exact tokens -----------------------------------------------------------------------------------------------------
@@ -362,11 +448,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_attend(const __gr
     extern __shared__ __align__(16) u8 memory[];  // tables and sums of a transform; then parts of the warps; then of the splits
     __shared__ __align__(16) float query[ROWS * KEY_DIM], turned[ROWS * KEY_DIM], coded[ROWS * VALUE_DIM];
     __shared__ float factors[ROWS], offsets[ROWS], scores[ROWS * EXACT], means[KEY_DIM], highest[ROWS], sum[ROWS];
+    __shared__ __align__(16) Scales scales[WARPS][2];
     __shared__ bool is_last;
     const int blocks = (problem.rows + ROWS - 1) / ROWS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Where where;
     where.head = blockIdx.y / blocks, where.row = blockIdx.y % blocks * ROWS, where.batch = blockIdx.z;
     where.item = where.batch * problem.heads + where.head;
+    where.keys = problem.keys.pages + (size_t)where.item * problem.keys.page_count * Keys::PAGE_BYTES;
+    where.values = problem.values.pages + (size_t)where.item * problem.values.page_count * Values::PAGE_BYTES;
     const float *matrix = problem.keys.matrix + (problem.keys.is_shared ? 0 : (size_t)where.head * KEY_DIM * KEY_DIM);
     const float *mean = problem.keys.mean + (problem.keys.is_shared ? 0 : where.head * KEY_DIM);
     const float *inverse = problem.values.matrix + (problem.values.is_shared ? 0 : (size_t)where.head * VALUE_DIM * VALUE_DIM);
@@ -390,8 +479,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_attend(const __gr
     fetch_all(problem.values.sinks + (size_t)where.item * problem.sink_count * VALUE_DIM, problem.sink_count * VALUE_DIM * 2);
     where.tokens = min((long long)problem.length, problem.count[0]), where.start = problem.starts[where.batch];
     where.mask = problem.mask + where.batch * problem.mask_batch;
-    Tile tile;
-    if (first_tile() < where.tokens) tile.load(problem, where, first_tile());
+    const Source source(where, first_step());
+    Codes codes;
+    if (first_step() < where.tokens) codes.load_keys(source, where, first_step()), codes.load_values(source);
     __syncthreads();
     transform.apply(matrix, query, (float *)(memory + TABLES), turned);
     for (int row = warp; row < ROWS; row += WARPS) {
@@ -407,7 +497,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_attend(const __gr
     }
     __syncthreads();
     Part *parts = (Part *)memory;
-    attend_tiles(problem, where, tile, turned, factors, offsets, memory, parts[warp]);
+    attend_codes(problem, where, source, codes, turned, factors, offsets, memory, scales[warp], parts[warp]);
     Transform<VALUE_DIM, THREADS, ROWS> back;
     back.load(inverse, 0);
     __syncthreads();
