@@ -278,7 +278,6 @@ __device__ __forceinline__ void attend_codes(const Problem &problem, const Where
 #pragma unroll 1
     for (int begin = first_step(), turn = 0; begin < where.tokens; begin += stride, turn ^= 1) {
         const bool more = begin + stride < where.tokens;
-        source.advance(stride / PAGE);
         u32 wanted = __ballot_sync(~0u, codes.is_seen);
         if (begin < coded_from || begin + STEP > coded_until) wanted &= __ballot_sync(~0u, is_coded(problem, where, begin + lane % STEP));
         const u32 empty = __ballot_sync(~0u, codes.value_scale == 0);
@@ -286,6 +285,8 @@ __device__ __forceinline__ void attend_codes(const Problem &problem, const Where
         told.key[t][lane % STEP / 4] = codes.key_scale ? exp2_of(log2_of_scale(codes.key_scale)) : 0;
         told.value[t][lane % STEP / 4] = codes.value_scale ? log2_of_scale(codes.value_scale) : LEAST_SCALE;
         __syncwarp();
+        codes.load_values(source);
+        source.advance(stride / PAGE);
         float score[HALVES][EIGHTS][2];
         u32 weights[HALVES][EIGHTS][2];
 #pragma unroll
@@ -294,7 +295,6 @@ __device__ __forceinline__ void attend_codes(const Problem &problem, const Where
         weigh(score, told, wanted, empty, factor, offset, sums, weights);
 #pragma unroll
         for (int first = 0; first < EIGHTS; first += 2) add_values(codes.values, first, weights, tables, value_start, sums);
-        if (more) codes.load_values(source);
     }
     __syncthreads();  // tables are no longer read: parts lie there
 #pragma unroll
@@ -481,7 +481,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cache_attend(const __gr
     where.mask = problem.mask + where.batch * problem.mask_batch;
     const Source source(where, first_step());
     Codes codes;
-    if (first_step() < where.tokens) codes.load_keys(source, where, first_step()), codes.load_values(source);
+    if (first_step() < where.tokens) codes.load_keys(source, where, first_step());
     __syncthreads();
     transform.apply(matrix, query, (float *)(memory + TABLES), turned);
     for (int row = warp; row < ROWS; row += WARPS) {
