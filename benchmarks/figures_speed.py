@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from figure_cells import GENERATE, PEERS, layer_microseconds, over_first, scaled
 from figure_page import Cell, Result, Row, Table, row_of, section
@@ -165,9 +165,19 @@ def plans_for_a_speed(result: Result) -> Table:
 @section("Products on a GPU, beside others", "gemv", command="python benchmarks/gemv.py")
 def products(result: Result) -> Table:
     """The linears of one Llama-3.1-8B layer, microseconds, weights out of the cache, rotations apart."""
+    return _products(result, PEERS)
+
+
+@section("Products on an H200", "gemv_h200", command="python benchmarks/gemv.py --name gemv_h200")
+def products_h200(result: Result) -> Table:
+    """The same there, beside those that were installed."""
+    return _products(result, [kernel for kernel in PEERS if layer_microseconds(result, kernel, 1)])
+
+
+def _products(result: Result, peers: Iterable[str]) -> Table:
     plain = {batch: layer_microseconds(result, "cuBLAS fp16", batch) for batch in (1, 8, 16)}
     rows = []
-    for kernel in (*OURS, *PEERS):
+    for kernel in (*OURS, *peers):
         times = {batch: layer_microseconds(result, kernel, batch) for batch in plain}
         faster = " / ".join(f"{plain[batch] / time:.2f}" for batch, time in times.items())
         rows.append((PEERS.get(kernel, kernel), *(f"{time:.1f}" for time in times.values()), faster))
@@ -190,16 +200,14 @@ def greedy(*results: Result) -> Table:
 
 @section(
     "Caches of codes on a GPU",
-    *("cuda_cache_h200", "cuda_cache_h200_write"),
-    command="""python benchmarks/cuda_cache.py
-python benchmarks/cuda_cache.py --context 2048 --context 32768 --batch 1 --batch 8 \\
-    --code nuq-3 --code vq-2.5/vq-2 --name cuda_cache_h200_write""",
+    "cuda_cache_h200",
+    command="""python benchmarks/cuda_cache.py --context 2048 --context 32768 --context 131072 \\
+    --code nuq-3 --code nuq-4 --code vq-2.5 --code vq4-2 --name cuda_cache_h200""",
 )
-def coded_caches(*results: Result) -> Table:
+def coded_caches(result: Result) -> Table:
     """One layer of Llama-3.1-8B's shapes for one new token on an H200, microseconds, in CUDA graphs: attention over
-    codes and their writing, beside attention over keys and values in 16 bits by our kernel and by torch's. The last
-    eight lines are of the present kernels, which write by a chain in registers and look up with one instruction for an
-    address; the others are of those before them."""
+    codes and their writing, beside attention over keys and values in 16 bits by our kernel and by torch's. GB/s are of
+    stored bytes, each counted once."""
     times = {
         "attention": scaled("attend us", 1, 1),
         "with writing": scaled("both us", 1, 1),
@@ -207,7 +215,7 @@ def coded_caches(*results: Result) -> Table:
         "16 bits, torch": scaled("sdpa us", 1, 1),
     }
     shape = {"code, context, batch": "{cache}, {context}, {batch}"}
-    return Table.of([row for result in results for row in result["rows"]], shape | times)
+    return Table.of(result["rows"], shape | times | {"GB/s": "{GB/s:.0f}"})
 
 
 CACHED = """qpalette bench --config llama-3.1-8b --spec tcq2-3.25 --head tcq2-3.25 --cache none --cache nuq-3 \\
@@ -216,13 +224,14 @@ CACHED = """qpalette bench --config llama-3.1-8b --spec tcq2-3.25 --head tcq2-3.
 
 @section(
     "Whole models with caches of codes",
-    *("bench_cache_contexts_h200", "bench_cache_batch8_h200", "bench_cache_prompt_h200"),
+    *("bench_cache_contexts_h200", "bench_cache_prompt_h200"),
     command=f"""{CACHED} --context 2048 --context 32768 --context 128000 --prefills 0
-    # second: --context 32768 --batch 8 --prefills 0 --steps 32; third: --context 32768 --prefills 3 --steps 16""",
+    # second: --context 32768 --batch 1 --prefills 3 --steps 16""",
 )
 def cached_models(*results: Result) -> Table:
     """Llama-3.1-8B's shapes on an H200, steps in CUDA graphs; a cache that no prompt fills is full of random numbers. A
-    ratio is over float16 with a float16 cache at the same context and batch."""
+    ratio is over float16 with a float16 cache at the same context and batch, where that fits. The last three lines,
+    those with prompts, were measured with the attention kernel before the present one."""
     rows = [speed for result in results for speed in result["speeds"]]
     return Table.of(
         rows,

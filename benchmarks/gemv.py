@@ -132,6 +132,7 @@ def row_of(name: str, batch: int, measure: Callable[[int, int], float]) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", action="append", help="only these")
+    parser.add_argument("--name", default="gemv", help="of the result")
     options = parser.parse_args()
     device = torch.device("cuda", 0)
     console, rows = Console(width=150), []
@@ -196,7 +197,7 @@ def save(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     for row in rows:
         base = next(other for other in rows if other["kernel"] == "cuBLAS fp16" and other["batch"] == row["batch"])
         row["over cuBLAS"] = base["layer"] / row["layer"] if row["layer"] else ""
-    report("gemv", torch.cuda.get_device_name(), rows, unit="microseconds", **facts)
+    report(options.name, torch.cuda.get_device_name(), rows, unit="microseconds", **facts)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,18 @@
 // head that share a mask.
 //
 // With y' what is stored of x = A^-1 y' + m, a score is (A^-T q).y' + q.m, and a sum of values A^-1 (sum p y') + (sum p) m:
-// transforms are applied to queries and to sums, never to a token. Warps take tiles of 16 tokens in turn. Codes become
+// transforms are applied to queries and to sums, never to a token. Warps take steps of STEP tokens in turn. Codes become
 // float16 by look-ups in shared memory, where every bank has a copy of the table, and both products are mma.m16n8k16:
-// queries times keys, then values times softmax weights, whose layout is already that of the second operand. A lane has a
+// queries times keys, then values times softmax weights, which a lane has where the second operand wants them. A lane has a
 // quarter of a key and an eighth of a value, which is contiguous in every plane of the codes: the order of numbers within
 // a product does not matter, as long as queries have the same.
 // Scales touch no number: that of a key multiplies its score, that of a value is added to the exponent of its weight.
 // Tokens that are kept exact come apart, in float32. Warps are added up in a fixed order, and what a block has of codes is
 // multiplied by its transform; the block of a head that ends last adds the splits of the tokens, in their order.
+//
+// Loads that are on their way share a scoreboard, of which a warp has six: to wait for one is to wait for all. So a step's
+// values are asked for during its products with keys, the next step's keys right behind these, and the one wait is before the
+// products with values. Where values were asked for at the end of a step, a quarter of the loop was a wait for them.
 //
 // A token's attention to a short context is a chain of waits. Tables, matrices and means are of the model: they are loaded,
 // or asked for, before the kernel ahead has ended, and what is waited for is loaded together.
@@ -20,8 +24,8 @@
 constexpr int THREADS = 32 * WARPS, HALVES = (ROWS + 3) / 4;  // of eight queries
 constexpr int EIGHTS = STEP / 8, WEIGHED = STEP / 4;          // of a step's tokens; those that a lane weighs
 constexpr int EXACT = 32;                                     // exact tokens at a time
-constexpr float LOWEST = -1e30f;                            // below every score; finite, so that differences are
-constexpr float LEAST_SCALE = -14;                          // its logarithm, below that of every byte but 0
+constexpr float LOWEST = -1e30f;                              // below every score; finite, so that differences are
+constexpr float LEAST_SCALE = -14;                            // its logarithm, below that of every byte but 0
 
 typedef Format<KEY_DIM, KEY_WIDTH, KEY_BITS> Keys;
 typedef Format<VALUE_DIM, VALUE_WIDTH, VALUE_BITS> Values;
@@ -93,7 +97,6 @@ __device__ __forceinline__ bool is_coded(const Problem &problem, const Where &wh
     return !(place >= 0 && place < problem.sink_count) && !in_ring(problem, where, token);
 }
 
-
 // A lane weighs the tokens 4 i + t of a step: columns 2 t and 2 t + 1 of the product with keys 8 eight to 8 eight + 7
 // are i = 2 eight and the one after. So what a load brings of several tokens are neighbours, in few lines.
 __device__ __forceinline__ int token_of_column(int g) { return g / 2 + g % 2 * 4; }
@@ -116,11 +119,11 @@ struct Source {
 };
 static_assert(WARPS * STEP % PAGE == 0, "a warp's steps are whole pages from each other");
 
-// A lane's part of a step. Keys, and what is of one token, are loaded anew as soon as they are used, then values.
+// A lane's part of a step.
 struct Codes {
     Piece<Keys, 4> keys[EIGHTS];          // of token 8 eight + token_of_column(g)
     Piece<Values, 8> values[EIGHTS][2];   // of token 4 (2 eight + odd) + t
-    u32 key_scale, value_scale, is_seen;  // of token lane % STEP; nothing looks at them before they are wanted, and waits
+    u32 key_scale, value_scale, is_seen;  // of token lane % STEP; as they are loaded, so that nothing waits for them early
 
     __device__ __forceinline__ void load_keys(const Source &source, const Where &where, int begin) {
         const int lane = threadIdx.x % 32;
@@ -274,7 +277,7 @@ __device__ __forceinline__ void attend_codes(const Problem &problem, const Where
         const int query = min(4 * half + g / 2, ROWS - 1);
         factor[half] = factors[query], offset[half] = offsets[query], sums.highest[half] = LOWEST;
     }
-    const int coded_from = (int)where.start + problem.sink_count, coded_until = where.tokens - problem.window;  // all of them
+    const int coded_from = (int)where.start + problem.sink_count, coded_until = where.tokens - problem.window;  // no exact ones
 #pragma unroll 1
     for (int begin = first_step(), turn = 0; begin < where.tokens; begin += stride, turn ^= 1) {
         const bool more = begin + stride < where.tokens;
