@@ -34,6 +34,17 @@ def cpu_avx512(result: Result) -> Table:
 
 
 @section(
+    "CPU with AVX-512 in units of 512 bits, beside llama.cpp",
+    "cpu_peers_zen5",
+    command="python benchmarks/cpu_peers.py --llama DIR --name cpu_peers_zen5",
+)
+def cpu_zen5(result: Result) -> Table:
+    """The same on two cores of an EPYC whose units are as wide as its registers (Zen 5). Ours keep their head in
+    float32, llama.cpp's have theirs in 8 bits."""
+    return Table.of(result["rows"], {"weights": "{weights}", **SPEEDS})
+
+
+@section(
     "SmolLM2 with AVX-512, beside llama.cpp",
     "cpu_peers_smollm2_avx512",
     command="""python benchmarks/cpu_peers.py --llama DIR --model MODEL --text TEST --spec tcq-4 --spec nuq-4 \\
