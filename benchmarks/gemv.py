@@ -144,7 +144,7 @@ def main() -> None:
             console.print(rows[-1])
     for bits in (2, 3, 3.25, 4):
         rows.append(row_of(f"read {bits} bits", 1, lambda m, k, bits=bits: read_only(int(m * k * bits / 8))))
-    save(rows, {})
+    save(options.name, rows, {})
     segments = {
         "q/k/v at tcq2-3.25": [("tcq2-3.25", m, 4096) for m in (4096, 1024, 1024)],
         "q/k/v at tcq2-3.5": [("tcq2-3.5", m, 4096) for m in (4096, 1024, 1024)],
@@ -160,10 +160,10 @@ def main() -> None:
     for blocks in ROTATION_BLOCKS:
         facts |= {f"4096x14336, rotation in {blocks} blocks, batch {n}": in_blocks(blocks, n, device) for n in BATCHES}
     console.print(facts)
-    save(rows, facts)
+    save(options.name, rows, facts)
     for batch in BATCHES:  # last, for they tune themselves: minutes, in which a session may end
         rows += [row_of(name, batch, partial(peer, batch=batch)) for name, peer in SLOW_PEERS.items()]
-        save(rows, facts)
+        save(options.name, rows, facts)
 
 
 def compile_seconds(spec: str, device: torch.device) -> float:
@@ -193,11 +193,11 @@ def crossover(batch: int, device: torch.device) -> dict[str, float]:
     return times
 
 
-def save(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+def save(name: str, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     for row in rows:
         base = next(other for other in rows if other["kernel"] == "cuBLAS fp16" and other["batch"] == row["batch"])
         row["over cuBLAS"] = base["layer"] / row["layer"] if row["layer"] else ""
-    report(options.name, torch.cuda.get_device_name(), rows, unit="microseconds", **facts)
+    report(name, torch.cuda.get_device_name(), rows, unit="microseconds", **facts)
 
 
 if __name__ == "__main__":
