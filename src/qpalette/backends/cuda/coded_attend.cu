@@ -251,15 +251,10 @@ __device__ __forceinline__ void add_values(const Piece<Values, 8> (&pieces)[EIGH
         }
 }
 
-__device__ __forceinline__ int first_step() { return (threadIdx.x / 32 * gridDim.x + blockIdx.x) * STEP; }
-
-// A warp's steps, every (WARPS * splits)th; `codes` are those of the first, at `source`, if there is one.
-__device__ __forceinline__ void attend_codes(const Problem &problem, const Where &where, Source source, Codes &codes, const float *queries,
-                                             const float *factors, const float *offsets, const u8 *tables, Scales (&scales)[2], Part &part) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stride = WARPS * gridDim.x * STEP;
-    // An operand's lower rows are queries g / 2, each of them twice, as weights are; its upper rows four others, or where
-    // there are none the same at the numbers of the step after: half of a product is then for nothing, as zeros would be.
-    u32 turned[QUADS][4];
+// Queries as operands: lower rows are queries g / 2, each of them twice, as weights are; upper rows four others, or where there
+// are none the same at the numbers of the step after: half of a product is then for nothing, as zeros would be.
+__device__ __forceinline__ void lay_out(const float *queries, u32 (&turned)[QUADS][4]) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int quad = 0; quad < QUADS; quad++)
 #pragma unroll
@@ -269,6 +264,32 @@ __device__ __forceinline__ void attend_codes(const Problem &problem, const Where
             const float *own = queries + query * KEY_DIM;
             turned[quad][i] = pack(at < KEY_DIM ? own[at] : 0, at + 1 < KEY_DIM ? own[at + 1] : 0);
         }
+}
+
+__device__ __forceinline__ void store_sums(Sums &sums, Part &part) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+        float &sum = sums.sum[half];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        if (lane % 8 == 0) part.highest[4 * half + g / 2] = sums.highest[half], part.sum[4 * half + g / 2] = sum;
+        if (const int row = 4 * half + t; row < ROWS)
+#pragma unroll
+            for (int j = 0; j < WIDE / 32; j++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) part.out[row][(4 * j + c) * 8 + g] = sums.out[half][j][c];
+    }
+}
+
+__device__ __forceinline__ int first_step() { return (threadIdx.x / 32 * gridDim.x + blockIdx.x) * STEP; }
+
+// A warp's steps, every (WARPS * splits)th; `codes` are those of the first, at `source`, if there is one.
+__device__ __forceinline__ void attend_codes(const Problem &problem, const Where &where, Source source, Codes &codes, const float *queries,
+                                             const float *factors, const float *offsets, const u8 *tables, Scales (&scales)[2], Part &part) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stride = WARPS * gridDim.x * STEP;
+    u32 turned[QUADS][4];
+    lay_out(queries, turned);
     const u32 key_start = start_of_lane<Keys>(0), value_start = start_of_lane<Values>(SAME ? 0 : 1);
     Sums sums = {};
     float factor[HALVES], offset[HALVES];
@@ -300,18 +321,7 @@ __device__ __forceinline__ void attend_codes(const Problem &problem, const Where
         for (int first = 0; first < EIGHTS; first += 2) add_values(codes.values, first, weights, tables, value_start, sums);
     }
     __syncthreads();  // tables are no longer read: parts lie there
-#pragma unroll
-    for (int half = 0; half < HALVES; half++) {
-        float &sum = sums.sum[half];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        if (lane % 8 == 0) part.highest[4 * half + g / 2] = sums.highest[half], part.sum[4 * half + g / 2] = sum;
-        if (const int row = 4 * half + t; row < ROWS)
-#pragma unroll
-            for (int j = 0; j < WIDE / 32; j++)
-#pragma unroll
-                for (int c = 0; c < 4; c++) part.out[row][(4 * j + c) * 8 + g] = sums.out[half][j][c];
-    }
+    store_sums(sums, part);
 }
 
 // --- exact tokens -----------------------------------------------------------------------------------------------------
