@@ -39,7 +39,7 @@ typedef unsigned char u8; typedef unsigned short u16; typedef unsigned int u32;
 struct float2 { float x, y; }; struct float4 { float x, y, z, w; };
 struct uint2 { u32 x, y; }; struct uint4 { u32 x, y, z, w; };
 float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-struct Index { unsigned x, y; } threadIdx, blockIdx, blockDim = {EMULATED, 1}, gridDim;
+struct Index { unsigned x, y, z; } threadIdx, blockIdx, blockDim = {EMULATED, 1, 1}, gridDim;
 alignas(16) u8 dynamic_memory[EMULATED_BYTES];
 ucontext_t contexts[EMULATED];
 jmp_buf threads[EMULATED], scheduler;
@@ -66,6 +66,18 @@ template <class T> T from_lane(T value, int lane) {
 }
 template <class T> T __shfl_sync(u32, T value, int lane) { return from_lane(value, lane % 32); }
 template <class T> T __shfl_xor_sync(u32, T value, int step) { return from_lane(value, threadIdx.x % 32 ^ step); }
+u32 __ballot_sync(u32, bool is_so) {
+    slots[threadIdx.x][0] = is_so;
+    __syncwarp();
+    u32 lanes = 0;
+    for (int i = 0; i < 32; i++) lanes |= slots[threadIdx.x / 32 * 32 + i][0] << i;
+    __syncwarp();
+    return lanes;
+}
+bool __any_sync(u32 lanes, bool is_so) { return __ballot_sync(lanes, is_so); }
+void __threadfence() {}
+int atomicAdd(int *place, int more) { const int before = *place; *place += more; return before; }
+template <class T> T __ldcg(const T *place) { return *place; }
 void copy_later(void *to, const void *from) { copies[threadIdx.x].push_back({to, from}); }
 void end_copies() {
     for (auto &copy : copies[threadIdx.x]) memcpy(copy.first, copy.second, 16);
@@ -101,6 +113,10 @@ float load(const void *x, size_t i, int type) {
     if (type == 2) return ((const float *)x)[i];
     const u16 bits = ((const u16 *)x)[i];
     return type == 1 ? number_of((u32)bits << 16) : half_to_float(bits);
+}
+void store(void *y, size_t i, int type, float value) {
+    if (type == 2) ((float *)y)[i] = value;
+    else ((u16 *)y)[i] = type == 1 ? to_bfloat16(value) : to_half(value);
 }
 
 // m16n8k16 of float16 (NUMBERS 0) or bfloat16 (1), two of which are a word; m16n8k8 of tf32 (2) (13 zeros at its end).
@@ -153,26 +169,26 @@ void go_on(int thread) {
     setcontext(&contexts[thread]);
 }
 // Whether all threads come to their end: false where some wait at a barrier for ever.
-extern "C" bool run(void **arguments, int columns, int rows) {
+extern "C" bool run(void **arguments, unsigned columns, unsigned rows, unsigned layers) {
     static std::vector<char> stacks(EMULATED << 16);
-    given = arguments, gridDim = {(unsigned)columns, (unsigned)rows};
-    for (blockIdx.y = 0; blockIdx.y < rows; blockIdx.y++)
-        for (blockIdx.x = 0; blockIdx.x < columns; blockIdx.x++) {
-            memset(dynamic_memory, 255, sizeof dynamic_memory);
-            for (int i = 0; i < EMULATED; i++) {
-                getcontext(&contexts[i]);
-                contexts[i].uc_stack = {&stacks[i << 16], 0, 1 << 16};
-                begun[i] = ended[i] = false;
-                makecontext(&contexts[i], thread_begins, 0);
-            }
-            for (bool some = true; some;) {
-                some = false;
-                const long before = moves;
-                for (int i = 0; i < EMULATED; i++)
-                    if (!ended[i]) some = true, threadIdx.x = i, go_on(i);
-                if (some && moves == before) return false;
-            }
+    given = arguments, gridDim = {columns, rows, layers};
+    for (unsigned block = 0; block < columns * rows * layers; block++) {
+        blockIdx = {block % columns, block / columns % rows, block / columns / rows};
+        memset(dynamic_memory, 255, sizeof dynamic_memory);
+        for (int i = 0; i < EMULATED; i++) {
+            getcontext(&contexts[i]);
+            contexts[i].uc_stack = {&stacks[i << 16], 0, 1 << 16};
+            begun[i] = ended[i] = false;
+            makecontext(&contexts[i], thread_begins, 0);
         }
+        for (bool some = true; some;) {
+            some = false;
+            const long before = moves;
+            for (int i = 0; i < EMULATED; i++)
+                if (!ended[i]) some = true, threadIdx.x = i, go_on(i);
+            if (some && moves == before) return false;
+        }
+    }
     return true;
 }
 """
@@ -181,6 +197,8 @@ REPLACED = (
     (r'asm volatile\("cp\.async\.wait_all.*?\);', "end_copies();"),
     (r'asm volatile\("mma\.[^"]*tf32.*?\);', "multiply_tile_of_warp<2>(sum, a, b0, b1);"),
     (r'asm volatile\("prefetch.*?\);', ""),
+    (r'asm\("ex2\.approx.*?\);', "result = exp2f(x);"),
+    (r'asm\("cvt\.rn\.f16x2.*?\);', "pair = to_half(low) | (u32)to_half(high) << 16;"),
     (r'asm volatile\("mov\.u32 %0, %%ctaid\.x.*?\);', "block = blockIdx.x;"),
     (r"extern __shared__ __align__\(16\) (\w+) (\w+)\[\];", r"\1 *const \2 = (\1 *)dynamic_memory;"),
     ("__shared__", "static"),
@@ -189,7 +207,7 @@ REPLACED = (
 
 def emulated(
     folder: Path, source: str, name: str, macros: Mapping[str, int], threads: int
-) -> Callable[[Sequence[Any], tuple[int, int]], None]:
+) -> Callable[[Sequence[Any], tuple[int, ...]], None]:
     """The kernel, called with ctypes values and a grid; compiled in `folder`."""
     assert COMPILER is not None
     for pattern, text in REPLACED:
@@ -203,8 +221,33 @@ def emulated(
     library = ctypes.CDLL(str(file.with_suffix(".so")))
     library.run.restype = ctypes.c_bool
 
-    def run(arguments: Sequence[Any], grid: tuple[int, int]) -> None:
+    def run(arguments: Sequence[Any], grid: tuple[int, ...]) -> None:
         addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        assert library.run(addresses, *grid), "threads wait at a barrier that others never reach"
+        assert library.run(addresses, *grid, *[1] * (3 - len(grid))), (
+            "threads wait at a barrier that others never reach"
+        )
 
     return run
+
+
+def emulated_start(folder: Path) -> Callable[..., None]:
+    """What takes the place of `coded._start`; each kernel is compiled in `folder`, once."""
+    loaded: dict[Any, Callable[..., None]] = {}
+
+    def start(
+        source: str,
+        name: str,
+        macros: Mapping[str, int],
+        device: int,
+        grid: tuple[int, ...],
+        threads: int,
+        shared_bytes: int,
+        problem: ctypes.Structure,
+    ) -> None:
+        key = (name, *sorted(macros.items()))
+        if key not in loaded:
+            loaded[key] = emulated(folder, source, name, macros, threads)
+        assert shared_bytes <= SHARED_BYTES
+        loaded[key]([problem], grid)
+
+    return start

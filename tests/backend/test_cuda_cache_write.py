@@ -7,7 +7,6 @@ within rounding of the middle between two bytes.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cache_transforms import transform_of
-from emulated_cuda import COMPILER, SHARED_BYTES, emulated
+from emulated_cuda import COMPILER, emulated_start
 from qpalette.backends.cuda import coded, streams
 from qpalette.backends.cuda.streams import CudaStream
 from qpalette.kvcache import CacheCode, Exact, Stream, Transform, VectorFormat, cache_palette, parse_code, white
@@ -30,18 +29,7 @@ NONE = Exact(0, 0)
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """In the place of `coded._start`."""
-    folder, loaded = tmp_path_factory.mktemp("kernels"), {}
-
-    def begin(source: str, name: str, macros: dict[str, int], device: int, grid: tuple[int, int], threads: int,
-              shared_bytes: int, problem: ctypes.Structure) -> None:  # fmt: skip
-        key = (name, *sorted(macros.items()))
-        if key not in loaded:
-            loaded[key] = emulated(folder, source, name, macros, threads)
-        assert shared_bytes <= SHARED_BYTES
-        loaded[key]([problem], grid)
-
-    return begin
+    return emulated_start(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(autouse=True)
