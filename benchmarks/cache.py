@@ -20,7 +20,7 @@ from report import commit, device_name, keep
 
 from qpalette.calibration.cache_moments import cost_of_errors, stream_costs
 from qpalette.evaluate import load_model, token_windows
-from qpalette.evaluate.cache import WINDOW, WINDOWS, evaluate_cache, moments_for
+from qpalette.evaluate.cache import WHOLE, WINDOWS, evaluate_cache, moments_for
 from qpalette.evaluate.cache_baselines import BASELINES, parse_baseline
 from qpalette.kvcache import Exact, KeyMoments, Stream, key_transforms, parse_cache, white
 from qpalette.kvcache.shaping import equal_rotation, unit_lower
@@ -92,7 +92,7 @@ def main(
     torch.set_float32_matmul_precision("highest")
     loaded, tokenizer = load_model(model, device)
     test = token_windows(text, tokenizer, length, windows)
-    train = token_windows(calibration, tokenizer, min(WINDOW, length), WINDOWS)
+    train = token_windows(calibration, tokenizer, min(WHOLE, length), WINDOWS)
     held_out = token_windows(calibration, tokenizer, min(PREDICTED_LENGTH, length))[-PREDICTED_WINDOWS:]
     moments = moments_for(loaded, tokenizer, length, 4, train)
     print_costs(moments)
