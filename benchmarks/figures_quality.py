@@ -246,6 +246,19 @@ def caches(result: Result) -> Table:
 
 
 @section(
+    "Caches of codes, calibrated on longer windows",
+    "cache_windows",
+    command="""python benchmarks/cache.py MODEL --text TEST --calibration TRAIN --no-prediction --spec vq-2.5 \\
+    --spec vq-3 --spec vq-4 --spec exl3-3,sinks=4 --spec q4_0,sinks=4 --spec turboquant-4,sinks=4 \\
+    --name cache_windows""",
+)
+def cache_windows(result: Result) -> Table:
+    """The same on two cores, transforms of 16 windows of 2048 tokens of the training text, which `--cache-text` and
+    this benchmark take now: the tables before and after this one are of 16 windows of 256."""
+    return _caches(result)
+
+
+@section(
     "Caches of codes over 8192 tokens",
     "cache_8k",
     command=f"{CACHES} cache_8k --windows 4 --length 8192",

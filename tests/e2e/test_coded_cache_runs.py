@@ -1,6 +1,7 @@
 """Coded caches in what runs them: compiled steps, sessions, commands, bench, servers."""
 
 import copy
+import importlib
 import json
 
 import pytest
@@ -69,6 +70,26 @@ def test_the_loop_keeps_sessions_of_codes(model, spec):
     beams = {"num_beams": 2, "max_new_tokens": 5, "do_sample": False}
     own = model.generate(ids, past_key_values=coded(model, spec), **beams)
     assert fast.generate(ids, **beams).tolist() == own.tolist()
+
+
+def test_a_text_calibrates_in_windows_as_long_as_those_that_are_evaluated(tmp_path, monkeypatch):
+    from tiny_model import save_pair
+
+    packed, _ = save_pair(tmp_path, "llama", "nuq-4", max_position_embeddings=512)
+    text, read = tmp_path / "text.txt", []
+    text.write_text(" ".join(f"t{i % 97}" for i in range(1400)))
+    module = importlib.import_module("qpalette.evaluate.cache")
+    moments = module.key_moments
+
+    def watch(model, windows, *rest):
+        read.append({len(window) for window in windows})
+        return moments(model, windows, *rest)
+
+    monkeypatch.setattr(module, "key_moments", watch)
+    options = ["--text", str(text), "--cache-text", str(text), "--windows", "1", "--length", "400", "--json"]
+    found = CliRunner().invoke(app, ["eval", str(packed), "--cache", "vq-3", *options])
+    assert found.exit_code == 0, found.output
+    assert read == [{400}]
 
 
 def test_the_commands(tmp_path, monkeypatch):

@@ -41,8 +41,9 @@ from qpalette.plan import CONTEXT, SensitiveStream
 from qpalette.plan.streams import KINDS
 from qpalette.storage import local_path
 
-# Of text that the model writes: longer windows took several times as long, and no KL off. Windows of a text that is given
-# are as long as those that are evaluated, up to WHOLE: SmolLM2 loses an eighth less through vq-3 than after windows of 256.
+# Of text that the model writes: longer windows, of as many tokens in all or twice as many, took several times as long
+# and no KL off. Of a text that is given they are as long as those that are evaluated, up to WHOLE, and so are more
+# tokens: SmolLM2 loses an eighth less through vq-3.
 WINDOWS, WINDOW = 16, 256
 SHORTEST = 2048  # context that moments are taken over: one calibration serves all shorter ones
 SEED = 2_000_000  # of that text: no other measurement reads it
