@@ -28,7 +28,7 @@ def _source(*names: str) -> str:
 
 WRITE_SOURCE, READ_SOURCE = _source("coded_write.cuh", "coded_write.cu"), _source("coded_read.cu")
 WRITE_MANY_SOURCE = _source("coded_write.cuh", "coded_write_many.cu")
-ATTEND_SOURCE = _source("coded_look_up.cuh", "coded_attend.cu")
+ATTEND_SOURCE = _source("coded_look_up.cuh", "coded_attend.cuh", "coded_attend.cu")
 MOST_DIM = 256
 MOST_ROWS = 64  # queries of a key head in one call
 COLUMNS = 8  # queries of a block: the columns of a matrix instruction
@@ -136,7 +136,7 @@ class ReadProblem(ctypes.Structure):
 
 
 class AttendStream(ctypes.Structure):
-    """As in coded_attend.cu."""
+    """As in coded_attend.cuh."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("pages", "sinks", "ring", "ring_tokens", "table", "matrix", "mean")),
@@ -145,7 +145,7 @@ class AttendStream(ctypes.Structure):
 
 
 class AttendProblem(ctypes.Structure):
-    """As in coded_attend.cu."""
+    """As in coded_attend.cuh."""
 
     _fields_ = (
         *(("keys", AttendStream), ("values", AttendStream)),
