@@ -9,10 +9,15 @@ import ctypes
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
+
+from qpalette.backends.cuda import coded, streams
 from qpalette.backends.cuda.decoder import COMMON_SOURCE
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -230,7 +235,16 @@ def emulated(
     return run
 
 
-def emulated_start(folder: Path) -> Callable[..., None]:
+@contextmanager
+def emulated_caches(folder: Path) -> Iterator[None]:
+    """Each `CudaStream` on this machine writes and attends by its kernels."""
+    with patch.object(coded, "_start", _start(folder)), torch.library._scoped_library("qpalette", "IMPL") as library:
+        library.impl("cuda_cache_write", streams._write, "CPU")
+        library.impl("cuda_cache_attend", streams._attend, "CPU")
+        yield
+
+
+def _start(folder: Path) -> Callable[..., None]:
     """What takes the place of `coded._start`; each kernel is compiled in `folder`, once."""
     loaded: dict[Any, Callable[..., None]] = {}
 

@@ -7,15 +7,14 @@ Tolerance: as in tests/device/test_cuda_cache.py, whose roundings these are, but
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from cache_transforms import transform_of
-from emulated_cuda import COMPILER, emulated_start
-from qpalette.backends.cuda import coded, streams
+from emulated_cuda import COMPILER, emulated_caches
+from qpalette.backends.cuda import coded
 from qpalette.backends.cuda.segments import DeviceLimits
 from qpalette.backends.cuda.streams import CudaStream
 from qpalette.kvcache import Exact, Stream, VectorFormat, parse_code
@@ -33,16 +32,9 @@ CASES = [  # codes of keys and values, their widths, (batch, key heads, queries 
 ]
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return emulated_start(tmp_path_factory.mktemp("kernels"))
-
-
-@pytest.fixture(autouse=True)
-def on_this_machine(start: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(coded, "_start", start)
-    with torch.library._scoped_library("qpalette", "IMPL") as library:
-        library.impl("cuda_cache_attend", streams._attend, "CPU")
+@pytest.fixture(scope="module", autouse=True)
+def on_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with emulated_caches(tmp_path_factory.mktemp("kernels")):
         yield
 
 
