@@ -30,9 +30,8 @@ from qpalette.calibration.taps import weights_of
 from qpalette.codes.tiles import from_tiles
 from qpalette.core.errors import BudgetError
 from qpalette.evaluate import load_model, token_windows
-from qpalette.evaluate.cache import WINDOW as MOMENT_WINDOW
+from qpalette.evaluate.cache import WHOLE, evaluate_cache
 from qpalette.evaluate.cache import WINDOWS as MOMENT_WINDOWS
-from qpalette.evaluate.cache import evaluate_cache
 from qpalette.kvcache import CachePlan
 from qpalette.models import find_groups
 from qpalette.models.model_class import text_config
@@ -192,7 +191,7 @@ class Trial:
     ) -> Trial:
         original, tokenizer = load_model(model, device)
         names = [linear.name for group in find_groups(checkpoint).groups for linear in group.linears]
-        train = token_windows(calibration, tokenizer, min(MOMENT_WINDOW, window), MOMENT_WINDOWS)
+        train = token_windows(calibration, tokenizer, min(WHOLE, window), MOMENT_WINDOWS)
         test = token_windows(text, tokenizer, window, windows)
         return cls(checkpoint, original, tokenizer, Rounded.of(load_model(model, device)[0], names), test, train)
 
